@@ -1,0 +1,127 @@
+"""What cannot work is refused before anything is changed, with the remedy."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from lightning_interp.errors import CompiledModelError, QuantizedModelError, UnsupportedStrategyError
+
+__all__ = ["check_dense", "check_hookable", "check_strategy", "check_weights", "quantized_modules"]
+
+_REFUSED = {
+    "FSDPStrategy": "FSDP1 un-shards weights only inside its own wrappers; use ModelParallelStrategy (FSDP2) or DDP",
+    "XLAFSDPStrategy": "use ModelParallelStrategy (FSDP2) or DDP",
+    "DeepSpeedStrategy": "its ZeRO stages keep no whole weights; use DDP or ModelParallelStrategy (FSDP2)",
+}
+_SHARDED = ("ModelParallelStrategy",)
+_WRAPPERS = {
+    "FullyShardedDataParallel": "FSDP1 un-shards weights only inside itself; use FSDP2 (ModelParallelStrategy) or DDP",
+    "DeepSpeedEngine": "its ZeRO stages keep no whole weights; use FSDP2 (ModelParallelStrategy) or DDP",
+}
+
+
+def check_hookable(module: nn.Module) -> None:
+    """Refuse modules whose hooks would be ignored.
+
+    Args:
+        module: The outermost module that will be called.
+
+    Raises:
+        CompiledModelError: If any part of it was compiled.
+        UnsupportedStrategyError: If it is, or holds, a model wrapped by FSDP1 or DeepSpeed.
+    """
+    config = sys.modules.get("torch._dynamo.config")  # not imported: nothing was compiled with it
+    ignored = getattr(config, "skip_nnmodule_hook_guards", True)
+    outermost = getattr(module, "_compiler_ctx", None) is not None
+    for name, child in module.named_modules():
+        kind = type(child).__name__
+        if kind in _WRAPPERS:
+            raise UnsupportedStrategyError(f"{name or kind!r} is a {kind}: {_WRAPPERS[kind]}.")
+        if ignored and (outermost or _is_compiled(child)):
+            raise CompiledModelError(
+                f"{name or type(module).__name__!r} is compiled, so hooks that are attached now would be silently "
+                "ignored. Use the plain model, or set torch._dynamo.config.skip_nnmodule_hook_guards=False before the "
+                "first call."
+            )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule":
+        return True
+    forward = module.__dict__.get("forward")  # model.forward = torch.compile(model.forward)
+    return forward is not None and hasattr(forward, "_torchdynamo_orig_callable")
+
+
+def check_weights(module: nn.Module, *, purpose: str) -> None:
+    """Refuse models whose weight values are not whole on this process.
+
+    Args:
+        module: The model.
+        purpose: What needs the weights, for the message.
+
+    Raises:
+        UnsupportedStrategyError: If a parameter is sharded.
+    """
+    for name, parameter in module.named_parameters():
+        if (
+            type(parameter).__name__ == "DTensor"
+            or "DTensor" in type(parameter.data).__name__
+            or hasattr(parameter, "ds_id")
+        ):
+            raise UnsupportedStrategyError(
+                f"{purpose} needs whole weights, but {name} of {type(module).__name__} is sharded. Use a single "
+                "device or DDP."
+            )
+
+
+def quantized_modules(module: nn.Module) -> list[str]:
+    """Names of modules with quantised weights (bitsandbytes and transformers' own quantisers)."""
+    kinds = ("Linear4bit", "Linear8bitLt", "_NF4Linear", "_FP4Linear", "QuantLinear", "WQLinear_GEMM")
+    return [name for name, child in module.named_modules() if type(child).__name__ in kinds]
+
+
+def check_dense(module: nn.Module, *, purpose: str, remedy: str) -> None:
+    """Refuse a quantised model.
+
+    Args:
+        module: The model.
+        purpose: What cannot be done with it.
+        remedy: What to do instead.
+
+    Raises:
+        QuantizedModelError: If any module is quantised.
+    """
+    found = quantized_modules(module)
+    if found:
+        raise QuantizedModelError(
+            f"{purpose} on a quantised base: {found[0]} ({len(found)} modules of {type(module).__name__}) holds "
+            f"quantised weights. {remedy}"
+        )
+
+
+def check_strategy(strategy: Any, *, reads_weights: bool, purpose: str) -> None:
+    """Refuse Lightning strategies that cannot do what an intervention needs.
+
+    Strategies are told apart by class name, so that both Lightning namespaces and subclasses are seen.
+
+    Args:
+        strategy: ``trainer.strategy``.
+        reads_weights: Whether the intervention uses weight values.
+        purpose: What was asked, for the message.
+
+    Raises:
+        UnsupportedStrategyError: With the remedy.
+    """
+    names = [cls.__name__ for cls in type(strategy).__mro__]
+    for name, remedy in _REFUSED.items():
+        if name in names:
+            raise UnsupportedStrategyError(f"{purpose} does not support {type(strategy).__name__}: {remedy}.")
+    sharded = next((name for name in _SHARDED if name in names), None)
+    if sharded and reads_weights:
+        raise UnsupportedStrategyError(
+            f"{purpose} uses weight values, which {type(strategy).__name__} keeps in shards. Use a single device or "
+            "DDP."
+        )

@@ -1,0 +1,169 @@
+"""Estimates with their interval, the number of units they rest on, and how the interval was made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_interp.errors import RecipeError
+
+__all__ = [
+    "Estimate",
+    "bootstrap_interval",
+    "mean_interval",
+    "median_interval",
+    "proportion_interval",
+    "ratio_interval",
+]
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and what is known about it.
+
+    Args:
+        value: The estimate.
+        low: Lower end of the interval; NaN where the sample carries none.
+        high: Upper end.
+        n: Units of sampling (facts, contexts, texts), not rows.
+        level: Confidence level.
+        method: How the interval was made.
+
+    Example:
+        >>> str(Estimate(0.5, 0.25, 0.75, 16, 0.95, "wilson"))
+        '0.50 [0.25, 0.75]'
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    level: float
+    method: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; NaN becomes None."""
+        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(self).items()}
+
+    def __str__(self) -> str:
+        interval = "" if math.isnan(self.low) else f" [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.value:.2f}{interval}"
+
+
+def proportion_interval(shares: Sequence[float], *, level: float = 0.95) -> Estimate:
+    """Mean of shares in [0, 1], one a unit, with Wilson's interval for that many units.
+
+    The interval does not collapse at 0 or 1, where a bootstrap would. With several trials a unit the shares are no
+    longer 0 or 1 and the interval is conservative.
+
+    Args:
+        shares: One value a unit.
+        level: Confidence level.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        RecipeError: If a share is no share, or ``level`` no confidence level.
+
+    Example:
+        >>> print(proportion_interval([1.0] * 16))
+        1.00 [0.81, 1.00]
+    """
+    from scipy.stats import norm
+
+    _check_level(level)
+    if wrong := [share for share in shares if not 0 <= share <= 1]:
+        raise RecipeError(f"proportion_interval() got {wrong[0]!r}; expected shares between 0 and 1, one a unit.")
+    n = len(shares)
+    if n == 0:
+        return Estimate(math.nan, math.nan, math.nan, 0, level, "wilson")
+    p, z = float(np.mean(shares)), float(norm.ppf(0.5 + level / 2))
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    return Estimate(p, min(low, p), max(high, p), n, level, "wilson")  # rounding may put 1 - 1e-16 for 1
+
+
+def mean_interval(values: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Estimate:
+    """Mean with a percentile bootstrap over units (see :func:`bootstrap_interval`)."""
+    return bootstrap_interval(lambda x: x.mean(axis=-1), [values], level=level, seed=seed)
+
+
+def median_interval(values: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Estimate:
+    """Median with a percentile bootstrap over units (see :func:`bootstrap_interval`)."""
+    return bootstrap_interval(lambda x: np.median(x, axis=-1), [values], level=level, seed=seed)
+
+
+def ratio_interval(top: Sequence[float], bottom: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Estimate:
+    """Ratio of two means over the same units, with a paired percentile bootstrap.
+
+    Args:
+        top: Numerator, one value a unit.
+        bottom: Denominator, one value a unit.
+        level: Confidence level.
+        seed: Of the resampling.
+
+    Returns:
+        The estimate; NaN where the denominator's mean is zero.
+
+    Example:
+        >>> round(ratio_interval([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]).value, 6)
+        0.5
+    """
+
+    def ratio(x: Values, y: Values) -> Values:
+        bottoms = y.mean(axis=-1)
+        shares: Values = np.divide(x.mean(axis=-1), bottoms, out=np.full_like(bottoms, np.nan), where=bottoms != 0)
+        return shares
+
+    return bootstrap_interval(ratio, [top, bottom], level=level, seed=seed)
+
+
+def bootstrap_interval(
+    statistic: Callable[..., Any], samples: Sequence[Sequence[float]], *, level: float, seed: int, resamples: int = 2000
+) -> Estimate:
+    """A statistic with a percentile bootstrap that draws units, the same ones in every sample.
+
+    Args:
+        statistic: Called with one array a sample, ``[..., n]``; reduces the last axis.
+        samples: One value a unit in each.
+        level: Confidence level.
+        seed: Of the resampling; the global random state is not used.
+        resamples: Number of resamples.
+
+    Returns:
+        The estimate; its interval is NaN with fewer than two units.
+
+    Raises:
+        RecipeError: If the samples have different lengths, or ``level`` is no confidence level.
+    """
+    _check_level(level)
+    arrays = [np.asarray(sample, dtype=np.float64) for sample in samples]
+    if len({len(array) for array in arrays}) != 1:
+        lengths = ", ".join(str(len(array)) for array in arrays)
+        raise RecipeError(f"A paired bootstrap needs one value a unit in each sample, but their lengths are {lengths}.")
+    n = len(arrays[0])
+    if n == 0:
+        return Estimate(math.nan, math.nan, math.nan, 0, level, "bootstrap")
+    value = float(statistic(*arrays))
+    if n < 2:
+        return Estimate(value, math.nan, math.nan, n, level, "bootstrap")
+    draws = np.random.default_rng(seed).integers(0, n, size=(resamples, n))
+    spread = np.asarray(statistic(*(array[draws] for array in arrays)))
+    if np.isnan(spread).all():
+        return Estimate(value, math.nan, math.nan, n, level, "bootstrap")
+    low, high = np.nanquantile(spread, [0.5 - level / 2, 0.5 + level / 2])
+    return Estimate(value, float(low), float(high), n, level, "bootstrap")
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise RecipeError(f"Confidence level {level!r} is not between 0 and 1; 95 % is level=0.95.")

@@ -1,0 +1,89 @@
+"""One thread, no network, no window, and tests that leave the process as they found it."""
+
+from __future__ import annotations
+
+import os
+
+# Read once, when torch, tokenizers, huggingface_hub or matplotlib is imported: so before any of them.
+os.environ.update(
+    {
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "MPLBACKEND": "Agg",
+    }
+)
+
+import socket
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lightning_interp.testing.marks import missing_bundled
+
+torch.set_num_threads(1)
+
+# Written by pytest, by torch or Lightning when a part of them is imported, or by Lightning for the processes that
+# it starts: put back, but no test's fault.
+_MAY_CHANGE = {
+    "PYTEST_CURRENT_TEST",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TRITON_CACHE_DIR",
+    "PYTORCH_NVML_BASED_CUDA_CHECK",
+    "PL_GLOBAL_SEED",
+    "PL_SEED_WORKERS",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "WORLD_SIZE",
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "NODE_RANK",
+}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests of the bundled model where it is not installed; on CI that is a failure, never a silent skip."""
+    reason = missing_bundled() if item.get_closest_marker("bundled") else None
+    if reason and os.environ.get("CI", "").lower() == "true":
+        pytest.fail(reason, pytrace=False)
+    elif reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """Give the test a free port; put the environment back afterwards and fail a test that changed it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    before = dict(os.environ)
+    yield
+    after = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(before)
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    if leaked := sorted(changed - _MAY_CHANGE):
+        pytest.fail(f"the test changed environment variables and left them so: {', '.join(leaked)}", pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def _torch_state() -> Iterator[None]:
+    """Put torch's default dtype and grad mode back, and fail a test that left them changed."""
+    before = (torch.get_default_dtype(), torch.is_grad_enabled())
+    yield
+    after = (torch.get_default_dtype(), torch.is_grad_enabled())
+    torch.set_default_dtype(before[0])
+    torch.set_grad_enabled(before[1])
+    if after != before:
+        pytest.fail(f"the test left torch's (default dtype, grad mode) at {after}, was {before}", pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def _global_rank() -> Iterator[None]:
+    """Lightning keeps the process's rank in a global; what a test's strategy wrote there must not reach the next."""
+    yield
+    if (module := sys.modules.get("lightning_utilities.core.rank_zero")) is not None:
+        module.rank_zero_only.rank = 0

@@ -1,0 +1,233 @@
+"""The dependency direction: who may import whom, and what an import may cost.
+
+Modules are discovered, so a new one is held to the same rules; only where a layer's name cannot tell (which modules
+carry something for Lightning) is there a list, and it is short.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_interp
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lightning_interp"
+
+# Packages that only one corner needs: imported where they are used, never because a module was imported.
+CORNERS = {
+    *("jsonargparse", "omegaconf", "bitsandbytes", "matplotlib", "jinja2", "rich", "datasets", "gguf", "ray"),
+    *("openai", "tensorboard", "pandas", "accelerate"),
+}
+LIGHTNING = {"lightning", "pytorch_lightning", "torchmetrics", "peft"}
+TORCH = {"torch", "transformers", "tokenizers", "numpy", "scipy", "safetensors"}
+
+# The light modules: `import lightning_interp` and `lightning-interp --help` must not wait for torch.
+BARE = {"", "errors"}
+LIGHT = {"recipe", "cli", "__main__"}
+CLI_MAY = {"jsonargparse", "omegaconf", "rich"}
+# Modules that are Lightning classes: all callbacks, these by the last part of their name, whole packages of them.
+LIGHTNING_FILES = {"distributed", "causal_lm", "data", "dpo", "reward", "contract"}
+LIGHTNING_PACKAGES = {"cycles"}
+
+# What a method package may import beside errors, core, testing and models.
+CROSSINGS = {"subliminal": {"lora", "cycles"}, "cycles": {"lora", "merging"}, "landscape": {"merging"}}
+# Top-level modules that put everything together.
+ASSEMBLERS = {"", "cli", "__main__", "recipe", "report", "sweep"}
+
+
+def modules():
+    """Names of all modules relative to the package: '' for its root, 'core.sites', ..."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts[0] != "_recipes":
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = list(modules())
+
+
+def layer(name):
+    last, first = name.rpartition(".")[2], name.partition(".")[0]
+    if name in BARE:
+        return "bare"
+    if name in LIGHT:
+        return "light"
+    if last.endswith("callback") or last in LIGHTNING_FILES or first in LIGHTNING_PACKAGES:
+        return "lightning"
+    return "core" if first in {"core", "testing"} else "method"
+
+
+RUNNER = """
+import importlib, json, sys
+plan = json.load(sys.stdin)
+report = []
+for step in plan:
+    found = {}
+    for name in step["baseline"]:
+        importlib.import_module(name)
+    before = {name.partition(".")[0] for name in sys.modules}
+    for name in step["modules"]:
+        importlib.import_module(name)
+        new = {name.partition(".")[0] for name in sys.modules} - before
+        before |= new
+        if step["stdlib_only"]:
+            bad = new - sys.stdlib_module_names - {"lightning_interp"}
+        else:
+            bad = new & set(step["forbidden"])
+        if bad:
+            found[name] = sorted(bad)
+    report.append(found)
+print("FOUND" + json.dumps(report))
+"""
+
+
+def step(name, *, baseline=(), forbidden=(), stdlib_only=False):
+    full = [("lightning_interp." + module).rstrip(".") for module in MODULES if layer(module) == name]
+    return {
+        "modules": full,
+        "baseline": list(baseline),
+        "forbidden": sorted(forbidden),
+        "stdlib_only": stdlib_only,
+    }
+
+
+def violations(*plan):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER],
+        input=json.dumps(plan),
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.rpartition("FOUND")[2])
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Violations by layer, from one process that imports the layers from the lightest to the heaviest."""
+    torch_baseline = ["torch", "transformers.modeling_utils", "transformers.modeling_layers", "tokenizers"]
+    lightning_baseline = ["lightning.pytorch", "peft"]
+    steps = {
+        "bare": step("bare", stdlib_only=True),
+        "light": step("light", forbidden=(CORNERS | LIGHTNING | TORCH) - CLI_MAY),
+        "core": step("core", baseline=torch_baseline, forbidden=CORNERS | LIGHTNING),
+        # What is measured is a torchmetrics class, and torchmetrics itself imports matplotlib where it is installed.
+        "method": step("method", baseline=["torchmetrics"], forbidden=CORNERS | LIGHTNING),
+        "lightning": step("lightning", baseline=lightning_baseline, forbidden=CORNERS),
+    }
+    return dict(zip(steps, violations(*steps.values()), strict=True))
+
+
+def test_discovery_sees_the_package():
+    names = set(MODULES)
+    assert {"", "errors", "core", "core.sites", "core.intervention", "testing.tiny"} <= names
+    assert len(names) > 12
+
+
+@pytest.mark.parametrize("name", ["bare", "light", "core", "method", "lightning"])
+def test_a_layer_imports_no_more_than_it_may(name, found):
+    assert found[name] == {}
+
+
+def test_the_check_sees_a_violation():
+    plan = step("core", forbidden={"gguf", "lightning_utilities"})
+    plan["modules"] = ["lightning_interp.errors", "lightning_utilities.core.rank_zero", "gguf"]
+    expected = {"lightning_utilities.core.rank_zero": ["lightning_utilities"], "gguf": ["gguf"]}
+    assert violations(plan) == [expected]
+
+
+def imports(name):
+    """Every import statement of a module, also inside functions, as absolute dotted names."""
+    stem = PACKAGE / Path(*name.split(".")) if name else PACKAGE
+    path = stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import; write the full name"
+            yield node.module or ""
+
+
+def allowed(name):
+    """First parts of the package's own modules that a module may import."""
+    first = name.partition(".")[0]
+    if name in ASSEMBLERS:
+        return None
+    below = {"errors": set(), "core": {"errors", "core"}}
+    if first in below:
+        return below[first]
+    if first in {"models", "testing"}:
+        return {"errors", "core", "models", "testing"}
+    return {"errors", "core", "models", first} | CROSSINGS.get(first, set())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_direction_inside_the_package(name):
+    may = allowed(name)
+    for target in imports(name):
+        parts = target.split(".")
+        assert parts[0] != "recipes", f"lightning_interp.{name} imports recipes; nothing in the package may"
+        if parts[0] == "lightning_interp" and may is not None:
+            first = parts[1] if len(parts) > 1 else "the package root"
+            assert first in may, f"lightning_interp.{name} imports {target}; it may import {sorted(may)}"
+
+
+def test_core_does_not_depend_on_lightning_in_functions_either():
+    for name in MODULES:
+        if name.startswith("core.") and layer(name) == "core":
+            third_party = {target.partition(".")[0] for target in imports(name)}
+            assert not third_party & {"lightning", "pytorch_lightning", "peft"}, name
+
+
+@pytest.mark.parametrize("name", sorted(set(lightning_interp.__all__) - {"__version__"}))
+def test_lazy_names_resolve(name):
+    value = getattr(lightning_interp, name)
+    assert getattr(value, "__name__", name).split(".")[-1] == name
+    home = lightning_interp._HOMES[name]
+    assert name in sys.modules[home].__all__
+    assert value is getattr(sys.modules[home], name)
+
+
+def test_lazy_table_matches_all_and_the_type_checkers_view():
+    assert set(lightning_interp._HOMES) == set(lightning_interp.__all__) - {"__version__"}
+    assert sorted(lightning_interp.__all__) == list(lightning_interp.__all__)
+    tree = ast.parse(Path(lightning_interp.__file__).read_text(encoding="utf-8"))
+    typed = {
+        alias.name: node.module
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert typed == lightning_interp._HOMES
+
+
+def test_unknown_name_lists_the_names():
+    with pytest.raises(AttributeError, match=r"has no attribute 'Grafting'; its names are ActivationCapture, "):
+        _ = lightning_interp.Grafting
+
+
+def test_completion_and_version():
+    assert {"Graft", "Site", "__version__"} <= set(dir(lightning_interp))
+    assert lightning_interp.__version__ == "0.1.0"
+
+
+@pytest.mark.parametrize(
+    "package",
+    [p.parent.name for p in sorted(PACKAGE.glob("*/__init__.py")) if p.parent.name != "_recipes"],
+)
+def test_sub_packages_export_what_they_list(package):
+    module = __import__(f"lightning_interp.{package}", fromlist=["*"])
+    for name in getattr(module, "__all__", ()):
+        assert getattr(module, name) is not None, f"lightning_interp.{package}.{name}"
