@@ -1,0 +1,200 @@
+"""Folders that appear whole or not at all, and checks of the model files inside one."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from lightning_interp.errors import DataError, ManifestError
+
+__all__ = ["atomic_folder", "check_safetensors", "check_weight_files", "remove_stale"]
+
+
+@contextmanager
+def atomic_folder(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``target`` when the block ends without an error.
+
+    The files are forced to disk before the rename. Whoever opens ``target`` sees all of them or none, whenever
+    the writer was killed; a target that is replaced stays whole until the new folder is complete.
+
+    Args:
+        target: The folder to make; missing parents are made.
+        overwrite: Whether a target that holds files may be replaced.
+
+    Yields:
+        The temporary folder, beside the target.
+
+    Raises:
+        ManifestError: If the target holds files and ``overwrite`` is False, or cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> target = Path(tempfile.mkdtemp()) / "export"
+        >>> with atomic_folder(target) as folder:
+        ...     _ = (folder / "notes.txt").write_text("all or nothing")
+        >>> [path.name for path in target.iterdir()]
+        ['notes.txt']
+    """
+    final = Path(os.path.abspath(target))
+    _check_free(final, overwrite)
+    temporary = _sibling(final)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise _cannot_write(final, error) from error
+    try:
+        yield temporary
+        _settle(temporary)
+        _check_free(final, overwrite)
+        _publish(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_safetensors(path: Path) -> None:
+    """Refuse a safetensors file that is cut short or is no safetensors file; only its header is read.
+
+    Args:
+        path: The file.
+
+    Raises:
+        DataError: With the file's name.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            f"{path} is damaged or cut short ({_first_line(error)}; {_size(path)} bytes on disk). "
+            "Copy or download it again."
+        ) from error
+
+
+def check_weight_files(folder: Path) -> None:
+    """Refuse a model folder whose safetensors weights are missing, incomplete or damaged.
+
+    Args:
+        folder: A folder in Hugging Face format.
+
+    Raises:
+        DataError: With the name of the file that is missing or damaged.
+    """
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.exists():
+        check_safetensors(single)
+    elif index.exists():
+        for name in _shards(index):
+            if not (folder / name).exists():
+                raise DataError(f"{folder} lacks the shard {name!r}, which {index.name} names. Copy the folder again.")
+            check_safetensors(folder / name)
+    else:
+        found = sorted(path.name for path in folder.iterdir()) or ["nothing"]
+        raise DataError(
+            f"{folder} has no model.safetensors; it holds {', '.join(found[:12])}. Pickled weights (.bin, .pt) are "
+            "not read: load the model where it is trusted and save it again with save_pretrained."
+        )
+
+
+def remove_stale(target: Path, *, older_than: float = 3600.0) -> None:
+    """Remove temporary folders that killed writers of ``target`` left behind.
+
+    Args:
+        target: The folder that they were making.
+        older_than: Seconds since their last change; younger ones may still be written.
+    """
+    for path in target.parent.glob(f".{target.name[:100]}.*.tmp"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > older_than:
+                _remove(path)
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(name) for name in mapping.values()})
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DataError(f"{index} is no index of safetensors shards ({_first_line(error)}). Copy it again.") from error
+    for name in names:
+        if Path(name).name != name:
+            raise DataError(f"{index} names the shard {name!r}, which lies outside its folder. Copy it again.")
+    return names
+
+
+def _check_free(target: Path, overwrite: bool) -> None:
+    if overwrite or not os.path.lexists(target):
+        return
+    if not target.is_dir() or any(target.iterdir()):
+        raise ManifestError(f"{target} exists already and is not empty. Choose another folder, or pass overwrite=True.")
+
+
+def _settle(folder: Path) -> None:
+    """Force a folder's files to disk, with the rights that the user's umask gives (some writers make them private)."""
+    rights = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(rights)
+        _sync(path)
+    _sync(folder)
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    old = _sibling(final)
+    try:
+        replaced = os.path.lexists(final)
+        if replaced:
+            os.rename(final, old)
+        try:
+            os.rename(temporary, final)
+        except OSError:
+            if replaced:
+                os.rename(old, final)
+            raise
+        _sync(final.parent)
+    except OSError as error:
+        raise _cannot_write(final, error) from error
+    if replaced:
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sibling(final: Path) -> Path:
+    return final.with_name(f".{final.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def _sync(path: Path) -> None:
+    with suppress(OSError):  # some file systems cannot sync a folder
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _cannot_write(path: Path, error: OSError) -> ManifestError:
+    return ManifestError(
+        f"Cannot write {str(path)!r}: {error.strerror or error}. Choose another folder, or free space and rights on it."
+    )

@@ -1,0 +1,90 @@
+"""Cross entropy over the labelled tokens, and its mean over many batches and processes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_interp.errors import DataError
+
+__all__ = ["TokenLoss", "completion_loss"]
+
+IGNORED = -100
+"""The label of a token that is not scored."""
+
+
+def completion_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the cross entropy of the labelled tokens, and their number.
+
+    The logits at one position predict the token at the next. The sum is computed in float32, whatever the type of
+    the logits and inside autocast too.
+
+    Args:
+        logits: Of shape ``[batch, kept, vocabulary]``: for all positions or for the last ``kept`` of them.
+        labels: Token ids of shape ``[batch, time]`` with ``time >= kept``; -100 where nothing is scored.
+
+    Returns:
+        The sum and the number of scored tokens, both scalars.
+
+    Example:
+        >>> logits = torch.zeros(1, 3, 8)
+        >>> total, tokens = completion_loss(logits, torch.tensor([[5, -100, 2]]))
+        >>> round(float(total), 4), int(tokens)  # only the last token has both a label and a predecessor
+        (2.0794, 1)
+    """
+    kept = logits.shape[1]
+    targets = labels[:, labels.shape[1] - kept :][:, 1:]
+    with torch.autocast(logits.device.type, enabled=False):
+        total = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+    return total, (targets != IGNORED).sum()
+
+
+class TokenLoss(Metric):
+    """Mean cross entropy a token over batches and processes: every scored token weighs the same.
+
+    Example:
+        >>> loss = TokenLoss()
+        >>> loss.update(torch.tensor(6.0), torch.tensor(3))
+        >>> loss.update(torch.tensor(2.0), torch.tensor(1))
+        >>> loss.compute(), int(loss.tokens)
+        (tensor(2.), 4)
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = False
+    total: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", default=torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
+        self.add_state("tokens", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, total: Tensor, tokens: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            total: Sum of the cross entropy of its scored tokens.
+            tokens: Their number.
+        """
+        # Not in place: a reset inside validate() leaves inference tensors, which the next fit() may not change.
+        self.total = self.total + total.detach()
+        self.tokens = self.tokens + tokens
+
+    def compute(self) -> Tensor:
+        """Return the mean cross entropy a token.
+
+        Raises:
+            DataError: If no token was scored.
+        """
+        if int(self.tokens) == 0:
+            raise DataError(
+                "No batch had a labelled token, so there is no mean loss: all labels are -100 after the first column. "
+                "Check the completions, or raise max_length if they were cut off."
+            )
+        return self.total / self.tokens

@@ -1,0 +1,157 @@
+"""Rows of text from JSONL files, lists and ``datasets``, checked one by one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning_interp.errors import DataError
+
+__all__ = ["Row", "read_rows"]
+
+_FORMS = (("text",), ("prompt", "completion"), ("messages",))
+_EXPECTED = '{"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}'
+
+
+class Row(NamedTuple):
+    """A checked row.
+
+    Attributes:
+        where: File and line, or name and index, for messages.
+        form: ``"text"``, ``"prompt"`` or ``"messages"``.
+        content: The row's fields of that form.
+    """
+
+    where: str
+    form: str
+    content: dict[str, Any]
+
+
+def read_rows(source: Any, *, name: str) -> list[Row]:
+    """Read and check all rows of a source.
+
+    Args:
+        source: A JSONL file, a folder written by ``datasets.Dataset.save_to_disk``, a list of dicts, or a
+            ``datasets.Dataset``.
+        name: What to call a source without a file, for messages.
+
+    Returns:
+        The rows, in order.
+
+    Raises:
+        DataError: With file and line of the first row that is no such row, or if there is none.
+
+    Example:
+        >>> read_rows([{"prompt": "2+2=", "completion": "4", "id": 7}], name="train")
+        [Row(where='train[0]', form='prompt', content={'prompt': '2+2=', 'completion': '4'})]
+    """
+    rows = [_checked(row, where) for where, row in _raw(source, name)]
+    if not rows:
+        raise DataError(f"{_name(source, name)} holds no rows. Expected one JSON object a line: {_EXPECTED}.")
+    return rows
+
+
+def _raw(source: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(source, str | os.PathLike):
+        path = Path(source).expanduser()
+        if path.is_dir():
+            yield from _from_folder(path)
+        else:
+            yield from _from_file(path)
+    elif isinstance(source, Sequence) or (hasattr(source, "__getitem__") and hasattr(source, "column_names")):
+        if isinstance(getattr(source, "column_names", None), Mapping):
+            raise DataError(
+                f"{name} is a dictionary of datasets with the splits {', '.join(source)}. Give one of them."
+            )
+        for index, row in enumerate(source):
+            yield f"{name}[{index}]", row
+    else:
+        raise DataError(
+            f"{name} is a {type(source).__name__}: expected the path of a JSONL file, a list of dicts or a "
+            "datasets.Dataset."
+        )
+
+
+def _from_folder(path: Path) -> Iterator[tuple[str, Any]]:
+    from datasets import load_from_disk
+
+    try:
+        dataset = load_from_disk(str(path))
+    except (FileNotFoundError, ValueError) as error:
+        raise DataError(
+            f"{path} is a folder, but no dataset written by save_to_disk ({error}). Give a JSONL file."
+        ) from error
+    yield from _raw(dataset, str(path))
+
+
+def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if line.strip():
+                    yield f"{path}, line {number}", _parsed(line, path, number)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. Give the path of a JSONL file.") from error
+
+
+def _parsed(line: bytes, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except ValueError as error:
+        raise DataError(
+            f"{path}, line {number}: no valid JSON ({error}), got {line[:80]!r}. "
+            f"Expected one object a line: {_EXPECTED}."
+        ) from error
+
+
+def _checked(row: Any, where: str) -> Row:
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where}: expected an object, got {type(row).__name__} {row!r:.80}. Write {_EXPECTED}.")
+    present = {key for key, value in row.items() if value is not None}  # datasets fills absent columns with None
+    forms = [form for form in _FORMS if present & set(form)]
+    if len(forms) != 1 or not set(forms[0]) <= present:
+        keys = ", ".join(repr(key) for key in row) or "none"
+        raise DataError(f"{where}: the keys are {keys}; expected exactly one of {_EXPECTED}. Other keys are ignored.")
+    form = forms[0]
+    content = {key: row[key] for key in form}
+    if form == ("messages",):
+        content = {"messages": _messages(row["messages"], where)}
+    else:
+        for key, value in content.items():
+            _check_text(value, key, where, may_be_empty=key == "prompt")
+    return Row(where, form[0], content)
+
+
+def _messages(messages: Any, where: str) -> list[dict[str, str]]:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise DataError(f"{where}: 'messages' is {messages!r:.80}; expected a list of {{'role': ..., 'content': ...}}.")
+    turns = []
+    for index, turn in enumerate(messages):
+        name = f"messages[{index}]"
+        if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
+            raise DataError(f"{where}: {name} is {turn!r:.80}; expected an object with 'role' and 'content'.")
+        _check_text(turn["role"], f"{name}.role", where, may_be_empty=False)
+        _check_text(turn["content"], f"{name}.content", where, may_be_empty=turn["role"] != "assistant")
+        turns.append({"role": turn["role"], "content": turn["content"]})
+    if not any(turn["role"] == "assistant" for turn in turns):
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise DataError(
+            f"{where}: no turn has the role 'assistant' (the roles are {roles}), so there is nothing to learn."
+        )
+    return turns
+
+
+def _check_text(value: Any, key: str, where: str, *, may_be_empty: bool) -> None:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {key!r} is {value!r:.80}, a {type(value).__name__}; expected a string.")
+    if not value and not may_be_empty:
+        raise DataError(f"{where}: {key!r} is empty, so there is nothing to learn. Remove the row or fill it in.")
+
+
+def _name(source: Any, name: str) -> str:
+    return str(source) if isinstance(source, str | os.PathLike) else name
