@@ -1,0 +1,371 @@
+"""Graft plans: which weights at which tokens, as data.
+
+A plan is an ordered list of rules. For each position the *last* rule whose positions match decides alone: its
+components
+in its layers come from its source, everything else from the recipient (Nief et al. 2025, arXiv 2506.20746, position
+grafts).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from lightning_interp.core.components import BLOCK_COMPONENTS, GLOBAL_COMPONENTS
+from lightning_interp.core.model_map import ModelMap
+from lightning_interp.core.positions import All, FromBatch, Last, Positions
+from lightning_interp.errors import RecipeError, SiteError
+
+__all__ = ["GROUPS", "GraftPlan", "GraftRule", "Policy", "paper_plans", "resolve_layers"]
+
+Policy = Literal["recipient", "donor", "follow"]
+Layers = str | int | Sequence[str | int]
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "ATTN": ("q", "k", "v", "qkv"),
+    "O": ("o",),
+    "FFN": ("gate", "up", "gate_up", "down", "moe"),
+    "FFN_UP": ("gate", "up", "gate_up"),
+    "FFN_DOWN": ("down",),
+    "NORMS": ("ln_attn", "ln_mlp"),
+    "BLOCK": BLOCK_COMPONENTS,
+    "PAPER_ALL": ("embed", *BLOCK_COMPONENTS),
+    "ALL": ("embed", "pos_embed", *BLOCK_COMPONENTS, "final_norm", "unembed"),
+}
+"""Named groups of components. ``PAPER_ALL`` is the most that "all weights" can mean in the authors' code."""
+
+_POLICIES = ("recipient", "donor", "follow")
+_BY_POLICY = ("final_norm", "unembed")
+
+
+@dataclass(frozen=True)
+class GraftRule:
+    """At these positions, these components of these layers come from this source.
+
+    Args:
+        positions: Which tokens.
+        components: Canonical names and groups (see ``GROUPS``).
+        layers: ``all``, ``none``, an index, a range ``4-7``, a share ``0.5-1.0``, ``Q1`` to ``Q4``, ``lower_half``,
+            ``upper_half``, or a list of these. A group grafts what lies outside of the blocks (``embed``) only with all
+            layers; naming it always does.
+        source: Name of the donor.
+        others: Graft everything *except* the named components in the named layers.
+    """
+
+    positions: Positions
+    components: tuple[str, ...] = ("PAPER_ALL",)
+    layers: Layers = "all"
+    source: str = "donor"
+    others: bool = False
+
+    def __post_init__(self) -> None:
+        names = _names(self.components)
+        known = (*GROUPS, *BLOCK_COMPONENTS, *GLOBAL_COMPONENTS)
+        for name in names:
+            if name not in known:
+                raise SiteError(f"Unknown component {name!r}. Expected a name or group of: {', '.join(known)}.")
+        object.__setattr__(self, "components", names)
+        if not isinstance(self.layers, str | int):
+            object.__setattr__(self, "layers", tuple(self.layers))
+
+    @property
+    def is_empty(self) -> bool:
+        """True for a rule that says "use the recipient here"."""
+        return self.layers == "none" and not self.others
+
+    def cells(self, model_map: ModelMap) -> set[tuple[str, int | None]]:
+        """The (component, layer) pairs that this rule takes from its source.
+
+        Args:
+            model_map: The recipient.
+
+        Returns:
+            Pairs; the layer is None for ``embed``, ``pos_embed``, ``final_norm`` and ``unembed``.
+
+        Raises:
+            SiteError: If this model has none of a named component.
+        """
+        layers = resolve_layers(self.layers, len(model_map))
+        chosen: set[tuple[str, int | None]] = set()
+        for name in self.components if layers else ():
+            chosen |= _cells_of(name, layers, model_map)
+        if not self.others:
+            return chosen
+        return {(name, layer) for name, layer, _ in model_map.cells()} - chosen
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        layers = list(self.layers) if isinstance(self.layers, tuple) else self.layers
+        return {
+            "positions": self.positions.to_dict(),
+            "components": list(self.components),
+            "layers": layers,
+            "source": self.source,
+            "others": self.others,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GraftRule:
+        """Read what :meth:`to_dict` wrote.
+
+        Raises:
+            RecipeError: If a key is unknown or missing.
+        """
+        known = {"positions", "components", "layers", "source", "others"}
+        if set(data) - known or "positions" not in data:
+            wrong = ", ".join(sorted(set(data) - known)) or "no 'positions'"
+            raise RecipeError(f"Cannot read a graft rule: {wrong}. Expected keys: {', '.join(sorted(known))}.")
+        rest = {key: value for key, value in data.items() if key != "positions"}
+        return cls(Positions.from_dict(data["positions"]), **rest)
+
+
+@dataclass(frozen=True)
+class GraftPlan:
+    """An ordered list of rules and what happens to the head and the final norm.
+
+    Args:
+        rules: Later rules win, position by position.
+        head: Which unembedding makes the logits: the recipient's, the donor's at every position, or whatever the rules
+            say at that position (``follow``).
+        final_norm: The same switch for the norm before it.
+
+    Example:
+        >>> plan = GraftPlan.at(FromBatch("FE"), components="BLOCK")
+        >>> GraftPlan.from_json(plan.complement().to_json()) == plan.complement()
+        True
+    """
+
+    rules: tuple[GraftRule, ...] = ()
+    head: Policy = "recipient"
+    final_norm: Policy = "recipient"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple(self.rules))
+        for switch in ("head", "final_norm"):
+            if getattr(self, switch) not in _POLICIES:
+                raise RecipeError(
+                    f"GraftPlan({switch}={getattr(self, switch)!r}) is unknown; expected {', '.join(_POLICIES)}."
+                )
+        for rule in self.rules:
+            self._check_policy(rule)
+
+    def _check_policy(self, rule: GraftRule) -> None:
+        for component, switch in (("unembed", "head"), ("final_norm", "final_norm")):
+            named = component in rule.components or "ALL" in rule.components
+            if named and not rule.others and getattr(self, switch) != "follow":
+                raise RecipeError(
+                    f"A rule names {component!r} (components={list(rule.components)}), but {switch}="
+                    f"{getattr(self, switch)!r} decides over it. Pass GraftPlan(..., {switch}='follow')."
+                )
+
+    @classmethod
+    def at(
+        cls,
+        positions: Positions,
+        components: str | Sequence[str] = "PAPER_ALL",
+        layers: Layers = "all",
+        *,
+        source: str = "donor",
+        head: Policy = "recipient",
+        final_norm: Policy = "recipient",
+    ) -> GraftPlan:
+        """A plan with one rule (see :class:`GraftRule` and :class:`GraftPlan` for the arguments)."""
+        return cls((GraftRule(positions, _names(components), layers, source),), head, final_norm)
+
+    @classmethod
+    def whole(cls, source: str = "donor") -> GraftPlan:
+        """The donor itself: every parameter at every position."""
+        return cls.at(All(), "ALL", source=source, head="follow", final_norm="follow")
+
+    def __or__(self, other: GraftPlan) -> GraftPlan:
+        """This plan's rules, then the other's (which win); the other's switches."""
+        return replace(other, rules=self.rules + other.rules)
+
+    def complement(self) -> GraftPlan:
+        """The same components at all *other* positions.
+
+        Raises:
+            RecipeError: If the rules differ in components, layers or source, so that "the same" is not one thing.
+        """
+        grafts = [rule for rule in self.rules if not rule.is_empty]
+        kinds = {(rule.components, rule.layers, rule.source, rule.others) for rule in grafts}
+        if len(kinds) != 1:
+            raise RecipeError(
+                f"complement() needs rules that graft the same cells, but this plan has {len(kinds)} kinds. Write the "
+                "complement as rules of your own."
+            )
+        covered: Positions | None = None
+        for rule in self.rules:
+            if rule.is_empty:
+                covered = covered & ~rule.positions if covered is not None else None
+            else:
+                covered = rule.positions if covered is None else covered | rule.positions
+        return replace(self, rules=(replace(grafts[0], positions=~covered),) if covered is not None else self.rules)
+
+    def cell_complement(self) -> GraftPlan:
+        """The same positions, everything but the named components in the named layers."""
+        only = self.sources[0] if len(self.sources) == 1 else None
+        turned = [
+            replace(rule, others=not rule.others, source=(rule.is_empty and only) or rule.source) for rule in self.rules
+        ]
+        return replace(self, rules=tuple(turned))
+
+    def dual(self) -> GraftPlan:
+        """The plan with the roles swapped: grafting B into A equals grafting A into B by the dual.
+
+        Raises:
+            RecipeError: If the plan has several donors, so that there is no one model to swap with.
+        """
+        if len(self.sources) > 1:
+            raise RecipeError(f"dual() swaps two models, but this plan has the donors {', '.join(self.sources)}.")
+        swap: dict[Policy, Policy] = {"recipient": "donor", "donor": "recipient", "follow": "follow"}
+        rest = GraftRule(All(), ("PAPER_ALL",), "none", (*self.sources, "donor")[0], others=True)
+        rules = (rest, *self.cell_complement().rules)
+        return GraftPlan(rules, swap[self.head], swap[self.final_norm])
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the donors, in order of appearance (a rule with ``layers="none"`` takes nothing from any)."""
+        return tuple(dict.fromkeys(rule.source for rule in self.rules if not rule.is_empty))
+
+    def to_json(self) -> str:
+        """Canonical JSON."""
+        data = {"rules": [r.to_dict() for r in self.rules], "head": self.head, "final_norm": self.final_norm}
+        return json.dumps(data, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> GraftPlan:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            RecipeError: If the text is no plan.
+        """
+        try:
+            data = json.loads(text)
+            rules = tuple(GraftRule.from_dict(rule) for rule in data.pop("rules"))
+            return cls(rules, **data)
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+            raise RecipeError(f"Cannot read a graft plan from {text[:80]!r}: {error}.") from error
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON, for caches."""
+        import hashlib
+
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def paper_plans(
+    entity: Positions = FromBatch("FE"),  # noqa: B008  a frozen dataclass
+    last: Positions = Last(),  # noqa: B008
+    *,
+    components: str | Sequence[str] = "PAPER_ALL",
+    layers: Layers = "all",
+    head: Policy = "recipient",
+    final_norm: Policy = "recipient",
+) -> dict[str, GraftPlan]:
+    """The eight standard plans: experiments E0 to E2 (sufficiency and necessity of the two routes).
+
+    Args:
+        entity: Tokens of the first entity.
+        last: The last prompt token.
+        components: What is grafted there.
+        layers: In which layers.
+        head: Head switch of the six grafts (``PRE`` and ``SFT`` are the plain models).
+        final_norm: Final-norm switch of the six grafts.
+
+    Returns:
+        ``PRE``, ``SFT``, ``FE``, ``LT``, ``FE+LT``, ``(FE+LT)^C``, ``FE^C``, ``LT^C``.
+
+    Example:
+        >>> list(paper_plans())
+        ['PRE', 'SFT', 'FE', 'LT', 'FE+LT', '(FE+LT)^C', 'FE^C', 'LT^C']
+    """
+
+    def at(positions: Positions) -> GraftPlan:
+        return GraftPlan.at(positions, components, layers, head=head, final_norm=final_norm)
+
+    first, end, both = at(entity), at(last), at(entity | last)
+    return {
+        "PRE": GraftPlan(),
+        "SFT": GraftPlan.whole(),
+        "FE": first,
+        "LT": end,
+        "FE+LT": both,
+        "(FE+LT)^C": both.complement(),
+        "FE^C": first.complement(),
+        "LT^C": end.complement(),
+    }
+
+
+def resolve_layers(layers: Layers, count: int) -> frozenset[int]:
+    """Turn a layer choice into block indices.
+
+    Args:
+        layers: See :class:`GraftRule`.
+        count: Number of blocks.
+
+    Returns:
+        Indices.
+
+    Raises:
+        SiteError: If the choice cannot be read or names a layer that is not there.
+
+    Example:
+        >>> sorted(resolve_layers("Q4", 18)), sorted(resolve_layers("4-6", 18)), sorted(resolve_layers("0.5-1.0", 4))
+        ([12, 13, 14, 15, 16, 17], [4, 5, 6], [2, 3])
+    """
+    if not isinstance(layers, str | int):
+        return frozenset[int]().union(*(resolve_layers(part, count) for part in layers))
+    quarter = count // 4
+    named = {
+        "all": range(count),
+        "none": range(0),
+        "Q1": range(quarter),
+        "Q2": range(quarter, 2 * quarter),
+        "Q3": range(2 * quarter, 3 * quarter),
+        "Q4": range(3 * quarter, count),
+        "lower_half": range(2 * quarter),
+        "upper_half": range(2 * quarter, count),
+    }
+    found = named[str(layers)] if layers in named else _range(str(layers), count)
+    if layers == "none":
+        return frozenset()
+    if not found or any(not 0 <= i < count for i in found):
+        raise SiteError(
+            f"Cannot take layers {layers!r} of a model with layers 0 to {count - 1}. Expected an index, 'first-last', "
+            f"a share such as '0.5-1.0', a list of these, or one of: {', '.join(named)}."
+        )
+    return frozenset(found)
+
+
+def _names(components: str | Sequence[str]) -> tuple[str, ...]:
+    return (components,) if isinstance(components, str) else tuple(components)
+
+
+def _range(text: str, count: int) -> range:
+    try:
+        if text.lstrip("-").isdigit():
+            index = int(text)
+            return range(index % count, index % count + 1) if -count <= index < count else range(0)
+        first, _, last = text.partition("-")
+        if "." in text:
+            return range(round(float(first) * count), round(float(last) * count))
+        return range(int(first), int(last) + 1)
+    except ValueError:
+        return range(0)
+
+
+def _cells_of(name: str, layers: frozenset[int], model_map: ModelMap) -> set[tuple[str, int | None]]:
+    names = GROUPS.get(name, (name,))
+    with_shared = name not in GROUPS or len(layers) == len(model_map)
+    found: set[tuple[str, int | None]] = {(n, None) for n in names if n in model_map.shared and with_shared}
+    found |= {(n, layer) for layer in layers for n in names if n in model_map.components[layer]}
+    if not found:
+        present = ", ".join([*model_map.shared, *dict.fromkeys(n for table in model_map.components for n in table)])
+        raise SiteError(
+            f"{type(model_map.model).__name__} has no component {name!r} in these layers. It has: {present}."
+        )
+    return found
