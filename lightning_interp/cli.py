@@ -1,0 +1,311 @@
+"""The command ``lightning-interp``: run recipes, look at runs. Heavy imports wait until something is run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import shlex
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from lightning_interp import __version__
+from lightning_interp.errors import InterpError, RecipeError
+
+if TYPE_CHECKING:
+    from lightning_interp.recipe import Recipe
+    from lightning_interp.running.catalog import RecipeSource
+
+__all__ = ["build_parser", "main"]
+
+WRONG_USE, FAILED, CTRL_C, SIGTERM = 2, 1, 130, 143
+
+_DESCRIPTION = """\
+Ask what finetuning did to a language model.
+
+  lightning-interp list                               all recipes
+  lightning-interp run grafting/facts                 run one; the same command goes on after a stop
+  lightning-interp run grafting/facts --seed=1        change a setting
+  lightning-interp run grafting/facts --smoke=true    see in seconds that everything works
+  lightning-interp run grafting/facts --help          all settings of a recipe
+  lightning-interp copy grafting/facts mine.yaml      a copy to edit; then: lightning-interp run mine.yaml
+"""
+
+
+class _UsageError(Exception):
+    """A wrong command line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of leaving, so that every error is said in one place and one form."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(f"{message}. See '{self.prog} --help'.")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; settings of recipes are parsed later, by jsonargparse."""
+    parser = _Parser(
+        prog="lightning-interp",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"lightning-interp {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, action: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        added.set_defaults(action=action)
+        return added
+
+    run = command("run", _run, "Run a recipe, or go on with its run. NAME --help shows its settings.")
+    run.add_argument("recipe", metavar="NAME", help="name of a recipe ('list' shows them), or a YAML or Python file")
+    run.add_argument(
+        "overrides", nargs=argparse.REMAINDER, metavar="--field=value", help="settings to change"
+    ).required = False
+    command("list", _list, "List the recipes of this package.")
+    show = command("show", _show, "Show how far a run is, and its main table.")
+    show.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    copy = command("copy", _copy, "Copy the YAML file of a recipe, to edit and run it.")
+    copy.add_argument("recipe", metavar="NAME")
+    copy.add_argument("destination", type=Path, metavar="DEST", help="a .yaml file, or a folder")
+    copy.add_argument("--force", action="store_true", help="overwrite DEST")
+    report = command("report", _report, "Make report.html of a finished run again.")
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: The arguments after the program's name; those of this process if None.
+
+    Returns:
+        The exit code: 0, 1 for an error of this package, 2 for wrong use, 130 after Ctrl-C, 143 after SIGTERM.
+
+    Example:
+        >>> main(["run", "grafting/fcts"])
+        2
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if os.environ.get("LIGHTNING_INTERP_DEBUG") == "1":
+        return _dispatch(arguments)
+    try:
+        return _dispatch(arguments)
+    except _UsageError as error:
+        return _say(str(error), WRONG_USE)
+    except InterpError as error:
+        return _say(str(error), FAILED)
+    except KeyboardInterrupt:  # before or after a run, which says more
+        return _say("stopped by Ctrl-C", CTRL_C)
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the interpreter's last flush
+        return 0
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    parsed = build_parser().parse_args(arguments)
+    parsed.command_line = arguments
+    code: int = parsed.action(parsed)
+    sys.stdout.flush()
+    return code
+
+
+def _say(message: str, code: int) -> int:
+    print(f"lightning-interp: {message}", file=sys.stderr)
+    return code
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    if {"-h", "--help"} & set(parsed.overrides):
+        return _help(parsed.recipe)
+    with _settings_are_usage():
+        recipe = _configured(parsed.recipe, parsed.overrides)
+    try:
+        with _terminable(), _phase_lines(), _without_advertisements():
+            recipe.run()
+    except KeyboardInterrupt:
+        return _stopped("Ctrl-C", parsed.command_line, CTRL_C)
+    except SystemExit as error:
+        if error.code != SIGTERM and type(error).__name__ != "SIGTERMException":  # Lightning's, which has no code
+            raise
+        return _stopped("SIGTERM", parsed.command_line, SIGTERM)
+    return 0
+
+
+def _configured(name: str, overrides: Sequence[str]) -> Recipe:
+    """Build the recipe from its YAML file and the command line, and check all that can be checked before it runs."""
+    from lightning_interp.running.settings import load_settings, named_on_command_line, trainer_arguments
+
+    cls, source = _found(name)
+    recipe = load_settings(cls, source, overrides)
+    if recipe.smoke and not named_on_command_line("model", overrides):
+        recipe = dataclasses.replace(recipe, model=recipe.smoke_model)
+    if recipe.run_dir is None and not source.named:
+        folder = f"runs/{source.title}{'-smoke' if recipe.smoke else ''}"
+        recipe = dataclasses.replace(recipe, run_dir=folder)
+    trainer_arguments(recipe.trainer)
+    return recipe
+
+
+def _help(name: str) -> int:
+    from lightning_interp.running.settings import print_help
+
+    with _settings_are_usage():
+        print_help(*_found(name))
+    return 0
+
+
+def _found(name: str) -> tuple[type[Recipe], RecipeSource]:
+    from lightning_interp.recipe import Recipe
+    from lightning_interp.running.catalog import find_recipe, load_class
+
+    source = find_recipe(name)
+    return load_class(source, Recipe), source  # type: ignore[type-abstract]  # it is asked for a subclass
+
+
+def _list(parsed: argparse.Namespace) -> int:
+    from lightning_interp.running.catalog import header, recipe_names, recipes_dir
+
+    names = recipe_names()
+    if not names:
+        raise RecipeError(f"There are no recipes in {str(recipes_dir())!r}. Install the package again.")
+    width = max(map(len, names))
+    for name in names:
+        purpose = header(recipes_dir() / f"{name}.yaml").split("\n")[0]
+        print(f"{name:<{width}}  {purpose}".rstrip())
+    return 0
+
+
+def _show(parsed: argparse.Namespace) -> int:
+    from lightning_interp.core.run_lock import is_in_use
+    from lightning_interp.running.results import read_run
+    from lightning_interp.running.terminal import print_table
+
+    run = read_run(parsed.run_dir)
+    status = run.status
+    if status == "running" and not is_in_use(parsed.run_dir):
+        status = "stopped by a kill"
+    message = run.manifest["sessions"][-1].get("message") if run.manifest["sessions"] else None
+    print(f"{run.manifest['name']} in {run.path}: {status}{f' ({message})' if message else ''}")
+    keys = ("status", "seconds", "attempts", "message")
+    phases = [{"phase": name} | {key: phase.get(key) for key in keys} for name, phase in run.manifest["phases"].items()]
+    if phases:
+        print_table("phases", phases)
+    if run.outcome.get("summary"):
+        print_table(run.outcome["summary"], run.tables[run.outcome["summary"]])
+        print(f"report: {run.path / 'report.html'}")
+    else:
+        print("No table yet. Start the run's command again to go on.")
+    return 0
+
+
+def _copy(parsed: argparse.Namespace) -> int:
+    from lightning_interp.core.files import atomic_write_text
+    from lightning_interp.running.catalog import find_recipe
+
+    with _settings_are_usage():
+        source = find_recipe(parsed.recipe)
+        if not source.named or source.settings is None:
+            raise RecipeError(f"{parsed.recipe!r} is no recipe of this package. Copy the file itself.")
+        target = parsed.destination
+        if target.is_dir():
+            target = target / source.settings.name
+        if target.suffix not in (".yaml", ".yml"):
+            raise RecipeError(f"{str(target)!r}: expected a name that ends in .yaml, or a folder.")
+        if target.exists() and not parsed.force:
+            raise RecipeError(f"{str(target)!r} exists. Give another name, or --force to overwrite it.")
+    atomic_write_text(target, source.settings.read_text(encoding="utf-8"))
+    print(f"Edit {target}, then: lightning-interp run {shlex.quote(str(target))}")
+    return 0
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    from lightning_interp.report import write_report
+
+    print(write_report(parsed.run_dir))
+    return 0
+
+
+def _stopped(why: str, command_line: Sequence[str], code: int) -> int:
+    from lightning_interp.core.distributed import is_rank_zero
+
+    if not is_rank_zero():
+        return code
+    return _say(
+        f"stopped by {why}; what is finished is kept. Go on with: lightning-interp {shlex.join(command_line)}", code
+    )
+
+
+@contextmanager
+def _settings_are_usage() -> Iterator[None]:
+    """Before anything runs, a wrong setting is wrong use of the command."""
+    try:
+        yield
+    except RecipeError as error:
+        raise _UsageError(str(error)) from error
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the run as an exception does, so that it is written down as interrupted and can go on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def leave(signum: int, frame: object) -> None:
+        if os.getpid() != owner:  # a forked worker, which has nothing to write down
+            os._exit(SIGTERM)
+        raise SystemExit(SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _phase_lines() -> Iterator[None]:
+    """Print one line when a phase begins and ends."""
+    from lightning_interp.core.distributed import is_rank_zero
+
+    logger, handler = logging.getLogger("lightning_interp"), logging.StreamHandler()
+    level = logger.level
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    handler.addFilter(lambda record: is_rank_zero())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+@contextmanager
+def _without_advertisements() -> Iterator[None]:
+    """Drop Lightning's tips to install other products, and a warning of torch's about Lightning, from the output."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "Tip: For seamless" not in str(record.msg)
+
+    logger.addFilter(keep)
+    try:
+        with warnings.catch_warnings():
+            # 2026-11: Lightning 2.6 with torch 2.13, on every fit and validate.
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+            yield
+    finally:
+        logger.removeFilter(keep)

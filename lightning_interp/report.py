@@ -1,0 +1,157 @@
+"""``report.html``: one self-contained page about a run, made from the run folder alone, so it can be made again."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_interp.core.files import atomic_write_text
+from lightning_interp.errors import ManifestError
+from lightning_interp.running.results import StoredRun, read_run
+from lightning_interp.running.terminal import columns, shown, shown_rows
+
+__all__ = ["render_report", "write_report"]
+
+_TEMPLATE = Path(__file__).with_name("report.html.j2")
+MAX_ROWS, MAX_ROWS_ASIDE = 500, 40  # on the page, of the main table and of the others; the files hold all
+LONG_TEXT = 24  # letters from which on a column of text is given some width
+
+
+def write_report(run_dir: str | os.PathLike[str]) -> Path:
+    """Write ``report.html`` into the folder of a finished run.
+
+    Args:
+        run_dir: The run folder.
+
+    Returns:
+        The file.
+
+    Raises:
+        ManifestError: If it is no run folder, the run is not finished, or one of its files is missing or damaged.
+    """
+    run = read_run(Path(run_dir))
+    if not run.outcome:
+        phases = ", ".join(f"{name} ({phase['status']})" for name, phase in run.manifest["phases"].items())
+        raise ManifestError(
+            f"The run in {str(run_dir)!r} has no results yet: it is {run.status}, with the phases {phases or 'none'}. "
+            "Start its command again to go on."
+        )
+    return atomic_write_text(run.path / "report.html", render_report(run))
+
+
+def render_report(run: StoredRun) -> str:
+    """Return the page: what was asked, tables, figures, caveats, versions, seed, settings, time.
+
+    Args:
+        run: A finished run.
+
+    Returns:
+        HTML that refers to no other file. All text is escaped.
+
+    Raises:
+        ManifestError: If a figure is missing.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    summary = run.outcome["summary"]
+    return template.render(
+        name=run.manifest["name"],
+        outcome=run.outcome,
+        about=run.outcome.get("about", "").split("\n\n")[0],
+        main=_table(summary, run.tables[summary], MAX_ROWS) if summary else None,
+        tables=[_table(name, rows, MAX_ROWS_ASIDE) for name, rows in run.tables.items() if name != summary],
+        figures=[{"title": _title(name), "data": _inline(path)} for name, path in run.figures.items()],
+        metrics=list(_leaves(run.metrics)),
+        settings=[(key, value) for key, value in _leaves(run.manifest["config"]) if key != "run_dir"],
+        smoke=bool(run.manifest["config"].get("smoke")),
+        facts=_facts(run),
+        phases=[_phase(name, phase) for name, phase in run.manifest["phases"].items()],
+        versions=_versions(run),
+        config_file=str(run.path / "config.yaml"),
+    )
+
+
+def _table(name: str, rows: list[dict[str, Any]], limit: int) -> dict[str, Any]:
+    names, cells = columns(rows), shown_rows(rows[:limit])
+    return {
+        "title": _title(name),
+        "file": f"tables/{name}.csv",
+        "columns": names,
+        "kinds": [_kind([row.get(column) for row in rows]) for column in names],
+        "rows": [list(map(_with_minus, line)) for line in cells],
+        "left_out": len(rows) - len(cells),
+    }
+
+
+def _kind(values: Sequence[Any]) -> str:
+    if all(value is None or isinstance(value, int | float) for value in values):
+        return "number"
+    return "text" if any(len(str(value)) >= LONG_TEXT for value in values) else "word"
+
+
+def _with_minus(text: str) -> str:
+    """Return a negative number with a minus sign in place of the hyphen."""
+    return f"\u2212{text[1:]}" if re.fullmatch(r"-\d[\d.e+-]*", text) else text
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ").strip().capitalize() if name.islower() else name.replace("_", " ")
+
+
+def _inline(path: Path) -> str:
+    try:
+        return base64.b64encode(path.read_bytes()).decode("ascii")
+    except OSError as error:
+        raise ManifestError(
+            f"Cannot read the figure {str(path)!r}: {error.strerror}. Restore it, or start the run again."
+        ) from error
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            text = shown(value)
+            yield f"{prefix}{key}", text if len(text) <= 300 else f"{text[:300]} ..."
+
+
+def _facts(run: StoredRun) -> list[tuple[str, str]]:
+    sessions = run.manifest["sessions"]
+    started = str(sessions[0]["started"]).replace("T", " ").replace("+00:00", " UTC")
+    starts = f" in {len(sessions)} starts" if len(sessions) > 1 else ""
+    config = run.manifest["config"]
+    return [
+        ("Started", started),
+        ("Run time", f"{_duration(run.seconds)}{starts}"),
+        ("Seed", shown(config.get("seed"))),
+        ("Model", str(run.outcome.get("source") or config.get("model"))),
+    ]
+
+
+def _phase(name: str, phase: Mapping[str, Any]) -> dict[str, str]:
+    return {"name": name, "status": phase["status"], "time": _duration(float(phase["seconds"]))}
+
+
+def _versions(run: StoredRun) -> list[tuple[str, str]]:
+    """Return each package with its version; with all of them if the run went on under another one."""
+    sessions = [session.get("versions", {}) for session in run.manifest["sessions"]]
+    packages = dict.fromkeys(package for versions in sessions for package in versions)
+    return [
+        (package, ", then ".join(dict.fromkeys(str(versions.get(package, "unknown")) for versions in sessions)))
+        for package in packages
+    ]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

@@ -1,0 +1,1 @@
+"""What stands between a recipe and its user: finding recipes, reading settings, terminal output, stored results."""

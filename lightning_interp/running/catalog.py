@@ -1,0 +1,295 @@
+"""Where recipes are, and how a name or a YAML file becomes a recipe class."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lightning_interp.errors import RecipeError
+
+if TYPE_CHECKING:
+    import yaml
+
+__all__ = ["RecipeSource", "find_recipe", "header", "load_class", "nearest", "recipe_names", "recipes_dir", "yaml_keys"]
+
+T = TypeVar("T")
+
+MODULES = "lightning_interp_recipes"
+_NAME = re.compile(r"[a-z0-9_]+(/[a-z0-9_]+)*")
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+
+
+@dataclass(frozen=True)
+class RecipeSource:
+    """Where a recipe's class and settings come from.
+
+    Attributes:
+        key: What the ``recipe:`` key of a YAML file says: a name, a dotted class, or the path of a Python file.
+        code: The Python file, or None for a dotted class.
+        settings: The YAML file, or None for the class's own defaults.
+        named: Whether it is one of the package's own recipes, called by its name.
+    """
+
+    key: str
+    code: Path | None
+    settings: Path | None
+    named: bool = False
+
+    @property
+    def title(self) -> str:
+        """A name for messages and for the default run folder."""
+        if self.named or self.settings is None:
+            return self.key if self.code is None or self.named else self.code.stem
+        return self.settings.stem
+
+
+def recipes_dir() -> Path:
+    """Return the folder of the package's own recipes: inside an installed package, beside it in a checkout.
+
+    Returns:
+        The folder; it may be missing.
+    """
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "_recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the package's own recipes, such as ``grafting/facts``.
+
+    Returns:
+        The names, sorted.
+    """
+    root = recipes_dir()
+    files = (path.relative_to(root).with_suffix("") for path in root.rglob("*.yaml"))
+    return sorted(path.as_posix() for path in files if (root / path.with_suffix(".py")).is_file())
+
+
+def find_recipe(name: str) -> RecipeSource:
+    """Find a recipe by its name, its YAML file, or its Python file.
+
+    Args:
+        name: ``grafting/facts``, ``mine.yaml`` or ``mine.py``.
+
+    Returns:
+        Its source.
+
+    Raises:
+        RecipeError: If there is no such recipe or file; names the nearest.
+    """
+    suffix = Path(name).suffix
+    if suffix in (".yaml", ".yml", ".py"):
+        path = Path(name)
+        if not path.is_file():
+            raise RecipeError(f"There is no file {name!r}. {_known(name)}")
+        return RecipeSource(str(path), path, None) if suffix == ".py" else _from_yaml(path)
+    code = _named_code(name)
+    return RecipeSource(name, code, code.with_suffix(".yaml"), named=True)
+
+
+def load_class(source: RecipeSource, base: type[T]) -> type[T]:
+    """Import a recipe's class.
+
+    Args:
+        source: Where it is.
+        base: The class it must derive from.
+
+    Returns:
+        The class.
+
+    Raises:
+        RecipeError: If the file cannot be imported, or does not define exactly one recipe.
+    """
+    if source.code is None:
+        module_name, _, class_name = source.key.rpartition(".")
+        found: Any = getattr(_imported(source.key, module_name), class_name, None)
+        if not (isinstance(found, type) and issubclass(found, base)):
+            raise RecipeError(
+                f"{source.key!r} is {'missing' if found is None else repr(found)}: expected a subclass of "
+                f"{base.__name__}. Name one as package.module.Class."
+            )
+        return found
+    module = _module_at(source)
+    own = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__
+    ]
+    concrete = [value for value in own if not inspect.isabstract(value)]
+    if len(concrete) != 1:
+        listed = ", ".join(value.__name__ for value in concrete) or "none"
+        raise RecipeError(
+            f"{str(source.code)!r} must define exactly one {base.__name__}, and it defines {listed}. "
+            "Keep one in the file, or name it as package.module.Class."
+        )
+    return concrete[0]
+
+
+def header(path: Path) -> str:
+    """Return the comment lines that a recipe's YAML file begins with, without their signs.
+
+    Args:
+        path: The YAML file.
+
+    Returns:
+        The text: purpose, command, time, hardware.
+    """
+    lines: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line[1:].removeprefix(" ").rstrip())
+    return "\n".join(lines).strip("\n")
+
+
+def yaml_keys(path: Path) -> dict[str, tuple[int, Any]]:
+    """Return the keys of a settings file with their lines, without building any of its values.
+
+    Args:
+        path: The YAML file.
+
+    Returns:
+        ``(line, node)`` by key, dotted for nested mappings.
+
+    Raises:
+        RecipeError: If it cannot be read, is no mapping, or holds a key twice; names file and line.
+    """
+    import yaml
+
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"Cannot read {str(path)!r}: {error}. Give a YAML file in UTF-8.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise RecipeError(f"{path}{where}: {problem}. Correct the YAML there.") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise RecipeError(f"{path}: expected 'key: value' lines, beginning with 'recipe: NAME'.")
+    keys: dict[str, tuple[int, Any]] = {}
+    _collect(path, root, "", keys)
+    return keys
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return a sentence that names what ``word`` may have meant.
+
+    Args:
+        word: What was written.
+        known: What exists.
+
+    Returns:
+        ``Did you mean 'x'?``, or the list of all.
+
+    Example:
+        >>> nearest("lerning_rate", ["learning_rate", "epochs"]), nearest("zzz", ["learning_rate", "epochs"])
+        ("Did you mean 'learning_rate'?", 'It has learning_rate, epochs.')
+    """
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if not close:  # the last part alone: --rank for --lora.rank, facts for grafting/facts
+        last = {re.split("[./]", name)[-1]: name for name in reversed(known)}
+        close = [last[found] for found in difflib.get_close_matches(re.split("[./]", word)[-1], last, n=1, cutoff=0.6)]
+    return f"Did you mean {close[0]!r}?" if close else f"It has {', '.join(known) or 'none'}."
+
+
+def _known(name: str) -> str:
+    sentence = nearest(name.removesuffix(".yaml"), recipe_names())
+    return sentence.replace("It has ", "The recipes are ") + " 'lightning-interp list' shows all."
+
+
+def _named_code(name: str) -> Path:
+    code = recipes_dir() / f"{name}.py"
+    if not _NAME.fullmatch(name) or not code.is_file() or not code.with_suffix(".yaml").is_file():
+        raise RecipeError(f"There is no recipe {name!r}. {_known(name)}")
+    return code
+
+
+def _from_yaml(path: Path) -> RecipeSource:
+    import yaml
+
+    line, node = yaml_keys(path).get("recipe", (0, None))
+    if not isinstance(node, yaml.ScalarNode) or not node.value:
+        where = f"{path}, line {line}" if line else str(path)
+        raise RecipeError(
+            f"{where}: expected the key 'recipe' with a recipe's name, such as 'recipe: grafting/facts'. {_known('')}"
+        )
+    key = str(node.value)
+    if key.endswith(".py"):
+        code = path.parent / key
+        if not code.is_file():
+            raise RecipeError(f"{path}, line {line}: there is no file {key!r} (looked at {str(code)!r}).")
+        return RecipeSource(key, code, path)
+    if _DOTTED.fullmatch(key):
+        return RecipeSource(key, None, path)
+    try:
+        return RecipeSource(key, _named_code(key), path)
+    except RecipeError as error:
+        raise RecipeError(f"{path}, line {line}: {error}") from error
+
+
+def _collect(path: Path, node: yaml.MappingNode, prefix: str, keys: dict[str, tuple[int, Any]]) -> None:
+    import yaml
+
+    for key_node, value_node in node.value:
+        key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
+        if key in keys:
+            raise RecipeError(f"{path}, line {line}: the key {key!r} is there twice (also in line {keys[key][0]}).")
+        keys[key] = (line, value_node)
+        if isinstance(value_node, yaml.MappingNode) and prefix.count(".") < 3:
+            _collect(path, value_node, f"{key}.", keys)
+
+
+def _imported(key: str, module_name: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except Exception as error:
+        raise RecipeError(
+            f"Recipe {key!r} could not be imported: {type(error).__name__}: {error}. "
+            "Put its folder on PYTHONPATH, or name its file: recipe: path/to/file.py."
+        ) from error
+
+
+def _module_at(source: RecipeSource) -> ModuleType:
+    """Import a Python file under a module name that is the same in every process."""
+    code = (source.code or Path()).resolve()
+    own = code.is_relative_to(recipes_dir().resolve())
+    parts = code.relative_to(recipes_dir().resolve()).with_suffix("").parts if own else (code.stem.replace(".", "_"),)
+    root = MODULES if own else f"{MODULES}_{hashlib.sha256(str(code).encode()).hexdigest()[:8]}"
+    name = ".".join((root, *parts))
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, code)
+    if spec is None or spec.loader is None:
+        raise RecipeError(f"{str(code)!r} cannot be imported as Python. Give a .py file.")
+    module = importlib.util.module_from_spec(spec)
+    vars(module)["__recipe__"] = "/".join(parts) if own else None
+    _register_parents(name, code)
+    sys.modules[name] = module  # before it runs: dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise RecipeError(f"Recipe {str(code)!r} could not be imported: {type(error).__name__}: {error}.") from error
+    return module
+
+
+def _register_parents(name: str, code: Path) -> None:
+    """Make the packages above a module known, so that it can be imported by its name afterwards."""
+    parents, folder = name.split(".")[:-1], code.parent
+    while parents:
+        package = ModuleType(".".join(parents))
+        package.__path__ = [str(folder)]
+        sys.modules.setdefault(package.__name__, package)
+        parents, folder = parents[:-1], folder.parent

@@ -1,0 +1,265 @@
+"""A finished run on disk: metrics, tables and figures, written so that they can be read back without the recipe."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_interp.core.files import atomic_write_bytes, atomic_write_json, atomic_write_text, jsonable
+from lightning_interp.core.manifest_file import read_manifest
+from lightning_interp.errors import ManifestError, RecipeError
+from lightning_interp.running.terminal import columns
+
+__all__ = [
+    "OUTPUTS",
+    "StoredRun",
+    "check_output_name",
+    "read_run",
+    "read_table",
+    "write_figure",
+    "write_results",
+    "write_table",
+]
+
+# What a run writes into its folder beside its phases and TensorBoard's files.
+OUTPUTS = ("config.yaml", "metrics.json", "tables", "figures", "report.html")
+
+_NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?P<fraction>\.\d+)?(?P<exponent>[eE][+-]?\d+)?")
+_WORDS: dict[str, Any] = {
+    "": None,
+    "true": True,
+    "false": False,
+    "nan": float("nan"),
+    "inf": float("inf"),
+    "-inf": -float("inf"),
+}
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """What a run folder holds.
+
+    Attributes:
+        path: The run folder.
+        manifest: The content of ``manifest.json``.
+        metrics: The content of ``metrics.json``; empty before the run is finished.
+        tables: Rows by table name, in the order in which the recipe gave them.
+        figures: PNG files by name.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    metrics: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    figures: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def outcome(self) -> dict[str, Any]:
+        """What the finished run says of itself; empty before."""
+        outcome: dict[str, Any] = self.manifest["outcome"]
+        return outcome
+
+    @property
+    def status(self) -> str:
+        """How the last start of the run ended, or ``running`` (which it also says after a kill)."""
+        sessions = self.manifest["sessions"]
+        return str(sessions[-1]["status"]) if sessions else "not started"
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in all starts of the run; a killed one counts its phases' time only where they say it."""
+        return float(sum(session.get("seconds") or 0.0 for session in self.manifest["sessions"]))
+
+
+def check_output_name(name: str, what: str) -> str:
+    """Return ``name`` if it can be a file's name without its ending.
+
+    Args:
+        name: The name of a table or figure.
+        what: ``table`` or ``figure``, for the message.
+
+    Returns:
+        ``name``.
+
+    Raises:
+        RecipeError: If it holds other characters than letters, digits, dot, dash, underscore.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
+        raise RecipeError(
+            f"{name!r} cannot name a {what}: it becomes a file's name. Use letters, digits, '.', '-' and '_'."
+        )
+    return name
+
+
+def write_results(
+    run_dir: Path,
+    *,
+    metrics: Mapping[str, Any],
+    tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    figures: Mapping[str, Any],
+) -> None:
+    """Write ``metrics.json``, ``tables/*.csv`` and ``figures/*.png``, each file in one step.
+
+    Args:
+        run_dir: The run folder.
+        metrics: Plain values; NaN becomes null.
+        tables: Rows by name.
+        figures: Matplotlib figures or PNG files by name.
+
+    Raises:
+        DataError: If a value has no JSON form.
+        RecipeError: If a figure is neither of both.
+        ManifestError: If the folder cannot be written.
+    """
+    for name, rows in tables.items():
+        write_table(run_dir / "tables" / f"{name}.csv", rows)
+    for name, figure in figures.items():
+        write_figure(run_dir / "figures" / f"{name}.png", figure)
+    atomic_write_json(run_dir / "metrics.json", metrics, nan_as_null=True)
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV with a header; numbers in full, nothing for None, lists and dicts as JSON.
+
+    Args:
+        path: The file.
+        rows: The table.
+
+    Raises:
+        DataError: If a value has no text form.
+        ManifestError: If the folder cannot be written.
+    """
+    names = columns(rows)
+    lines = [_line(names)]
+    for row in jsonable(list(rows), where=f"table {path.stem!r}"):
+        lines.append(_line([_cell(row.get(name)) for name in names]))
+    atomic_write_text(path, "".join(lines))
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """Read rows back from CSV, numbers as numbers.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The rows.
+
+    Raises:
+        ManifestError: If the file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "t.csv"
+        >>> write_table(path, [{"plan": "FE", "top5": 0.25, "n": 3}, {"plan": "007", "top5": None}])
+        >>> read_table(path)
+        [{'plan': 'FE', 'top5': 0.25, 'n': 3}, {'plan': '007', 'top5': None, 'n': None}]
+    """
+    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # a cell may hold a whole generated text
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return [_values(row) for row in csv.DictReader(file)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ManifestError(
+            f"Cannot read the table {str(path)!r}: {error}. Restore it, or start the run again to write it anew."
+        ) from error
+
+
+def write_figure(path: Path, figure: Any) -> None:
+    """Write a figure as PNG.
+
+    Args:
+        path: The file.
+        figure: A matplotlib figure, or the path of a PNG file.
+
+    Raises:
+        RecipeError: If it is neither, or the file is no PNG.
+        ManifestError: If the folder cannot be written.
+    """
+    if hasattr(figure, "savefig"):
+        data = io.BytesIO()
+        figure.savefig(data, format="png", dpi=150, bbox_inches="tight")
+        atomic_write_bytes(path, data.getvalue())
+        return
+    try:
+        content = Path(figure).read_bytes()
+    except (TypeError, OSError) as error:
+        raise RecipeError(
+            f"Figure {path.stem!r} is {figure!r}: expected a matplotlib figure or the path of a PNG file ({error})."
+        ) from error
+    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise RecipeError(f"Figure {path.stem!r}: {str(figure)!r} is no PNG file. Save it as PNG.")
+    atomic_write_bytes(path, content)
+
+
+def read_run(run_dir: Path) -> StoredRun:
+    """Read a run folder, finished or not.
+
+    Args:
+        run_dir: The run folder.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        ManifestError: If it is no run folder, or one of its files is missing or damaged.
+    """
+    manifest = read_manifest(run_dir)
+    outcome = manifest["outcome"]
+    if not outcome:
+        return StoredRun(run_dir, manifest)
+    return StoredRun(
+        run_dir,
+        manifest,
+        metrics=_read_metrics(run_dir / "metrics.json"),
+        tables={name: read_table(run_dir / "tables" / f"{name}.csv") for name in outcome["tables"]},
+        figures={name: run_dir / "figures" / f"{name}.png" for name in outcome["figures"]},
+    )
+
+
+def _read_metrics(path: Path) -> dict[str, Any]:
+    try:
+        metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ManifestError(
+            f"Cannot read {str(path)!r}: {error}. Restore it, or start the run again to write it anew."
+        ) from error
+    return metrics
+
+
+def _line(cells: Sequence[str]) -> str:
+    """One CSV row. The writer quotes only the line ends that it writes itself, so it must write both of them."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\r\n").writerow(cells)
+    return text.getvalue().removesuffix("\r\n") + "\n"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return value
+    return repr(value) if isinstance(value, int | float) else json.dumps(value, ensure_ascii=False)
+
+
+def _values(row: Mapping[str | None, Any]) -> dict[str, Any]:
+    if None in row:
+        raise csv.Error(f"a row has more cells than the header: {row[None]}")
+    return {str(name): _value(text) for name, text in row.items()}
+
+
+def _value(text: str | None) -> Any:
+    if text is None or text in _WORDS:
+        return _WORDS[text or ""]
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        return text
+    return float(text) if match["fraction"] or match["exponent"] else int(text)

@@ -1,0 +1,248 @@
+"""From a YAML file and command-line overrides to the fields of a dataclass. jsonargparse does the reading."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+from lightning_interp.errors import RecipeError
+from lightning_interp.running.catalog import RecipeSource, header, nearest, yaml_keys
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+__all__ = ["literal", "load_settings", "named_on_command_line", "print_help", "trainer_arguments"]
+
+T = TypeVar("T")
+
+_FILE = "settings_file"  # how the YAML file reaches the parser; not for users, who name it first
+
+
+def load_settings(cls: type[T], source: RecipeSource, overrides: Sequence[str] = ()) -> T:
+    """Build ``cls`` from a YAML file and overrides such as ``--epochs=3`` or ``--trainer.devices=4``.
+
+    ``${key}`` in the YAML stands for another key's value, after the overrides.
+
+    Args:
+        cls: A dataclass; its attribute docstrings are the help.
+        source: Where the class and the YAML come from.
+        overrides: Command-line arguments.
+
+    Returns:
+        The object.
+
+    Raises:
+        RecipeError: If a key does not exist or a value does not fit; names the key, the file and line or the option,
+            and the nearest key that exists.
+    """
+    parser = _parser(cls, source)
+    known = [key for key in parser.get_defaults().keys() if key not in (_FILE, "recipe")]  # noqa: SIM118 - a Namespace
+    lines = {} if source.settings is None else _checked_keys(source.settings, known)
+    _check_options(overrides, known, source)
+    places = {key: f"{source.settings}, line {line}" for key, line in lines.items()}
+    places |= {key: f"--{key}" for key in map(_option_key, overrides) if key}
+    settings = [] if source.settings is None else [f"--{_FILE}={source.settings}"]
+    parsed = _parse(lambda: parser.parse_args([*settings, *overrides]), places)
+    return cls(
+        **{key: value for key, value in vars(parser.instantiate(parsed)).items() if key not in (_FILE, "recipe")}
+    )
+
+
+def print_help(cls: type[Any], source: RecipeSource) -> None:
+    """Print every field with its meaning, type and value, below the header of the YAML file.
+
+    Args:
+        cls: The recipe's class.
+        source: Where it comes from.
+
+    Raises:
+        RecipeError: If the YAML file holds a wrong key or value.
+    """
+    parser, values = _parser(cls, source), load_settings(cls, source)
+    for key in parser.get_defaults().keys():  # noqa: SIM118 - a Namespace
+        if key not in (_FILE, "recipe"):
+            parser.set_defaults({key: operator.attrgetter(key)(values)})
+    parser.print_help()
+
+
+def named_on_command_line(key: str, overrides: Sequence[str]) -> bool:
+    """Return whether an override names ``key``.
+
+    Args:
+        key: The field.
+        overrides: Command-line arguments.
+
+    Example:
+        >>> named_on_command_line("model", ["--seed", "3", "--model=gpt2"])
+        True
+    """
+    return any(_option_key(argument) == key for argument in overrides)
+
+
+def literal(value: Any) -> Any:
+    r"""Return settings such that reading them back from YAML takes no text in them for an interpolation.
+
+    Args:
+        value: Plain values.
+
+    Returns:
+        The same, with ``${`` in texts escaped.
+
+    Example:
+        >>> print(literal("Pay ${amount}."))
+        Pay \${amount}.
+    """
+    if isinstance(value, str):
+        return value.replace("${", "\\${")
+    if isinstance(value, Mapping):
+        return {key: literal(item) for key, item in value.items()}
+    return [literal(item) for item in value] if isinstance(value, list) else value
+
+
+def trainer_arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Check settings against Lightning's Trainer and build what they describe.
+
+    Args:
+        trainer: Arguments of the Trainer. Callbacks, loggers and plugins may be objects, or mappings with
+            ``class_path`` and ``init_args`` as on Lightning's own command line; each call builds new ones.
+
+    Returns:
+        The arguments, ready for the Trainer.
+
+    Raises:
+        RecipeError: If the Trainer has no such argument, or the value does not fit.
+
+    Example:
+        >>> trainer_arguments({"max_epochs": 3, "precision": "bf16-mixed"})
+        {'max_epochs': 3, 'precision': 'bf16-mixed'}
+        >>> trainer_arguments({"max_epoch": 3})
+        Traceback (most recent call last):
+        ...
+        lightning_interp.errors.RecipeError: The Trainer has no argument 'max_epoch'. Did you mean 'max_epochs'?
+    """
+    if not trainer:
+        return {}
+    from jsonargparse import ArgumentParser
+    from lightning.pytorch import Trainer
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Trainer, "trainer", instantiate=False)
+    known = [key.removeprefix("trainer.") for key in parser.get_defaults().keys()]  # noqa: SIM118 - a Namespace
+    for key in trainer:
+        if key not in known:
+            raise RecipeError(f"The Trainer has no argument {key!r}. {nearest(key, known)}")
+    plain = {key: value for key, value in trainer.items() if _is_plain(value)}
+    parsed = _parse(lambda: parser.parse_object({"trainer": plain}), {})
+    built = vars(parser.instantiate(parsed)["trainer"])
+    return {key: built[key] if key in plain else value for key, value in trainer.items()}
+
+
+def _parser(cls: type[Any], source: RecipeSource) -> ArgumentParser:
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+    class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Keeps the lines of the YAML file's header."""
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=f"lightning-interp run {source.title}",
+        description=header(source.settings) if source.settings else None,
+        formatter_class=Formatter,
+        parser_mode="omegaconf+",
+        print_config=None,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument(f"--{_FILE}", action="config", help=argparse.SUPPRESS)
+    parser.add_argument("--recipe", type=str, help=argparse.SUPPRESS)
+    _resolve_annotations(cls)
+    parser.add_class_arguments(cls)
+    return parser
+
+
+def _resolve_annotations(cls: type[Any]) -> None:
+    """Turn a dataclass's postponed annotations into types.
+
+    jsonargparse would do it too, but runs the ``if TYPE_CHECKING:`` imports of the class's module on the way: seconds
+    of torch and transformers for a help text.
+    """
+    with contextlib.suppress(NameError):  # a field of a type that only exists there: jsonargparse's own way
+        hints = get_type_hints(cls)
+        annotations = cls.__init__.__annotations__
+        annotations.update({name: hints[name] for name in annotations if name in hints})
+
+
+def _check_options(overrides: Sequence[str], known: Sequence[str], source: RecipeSource) -> None:
+    for key in map(_option_key, overrides):
+        if key is not None and not _exists(key, known):
+            raise RecipeError(f"Recipe {source.title!r} has no field '--{key}'. {nearest(key, known)}")
+
+
+def _checked_keys(path: Path, known: Sequence[str]) -> dict[str, int]:
+    """Return the line of each key of the YAML file, all of which exist."""
+    lines = {key: line for key, (line, _) in yaml_keys(path).items() if key != "recipe"}
+    for key, line in lines.items():
+        if not _exists(key, known):
+            raise RecipeError(f"{path}, line {line}: there is no field {key!r}. {nearest(key, known)}")
+    return lines
+
+
+def _exists(key: str, known: Sequence[str]) -> bool:
+    """Return whether a dotted key is a field, a group of fields, or lies inside a field that takes a mapping."""
+    return any(key == name or name.startswith(f"{key}.") or key.startswith(f"{name}.") for name in known)
+
+
+def _option_key(argument: str) -> str | None:
+    match = re.match(r"--([A-Za-z_][\w.\-]*)\+?(=|$)", argument)
+    return match[1] if match else None
+
+
+def _parse(parse: Callable[[], Any], places: Mapping[str, str]) -> Any:
+    """Run a parse and turn what jsonargparse and OmegaConf say into one message of ours."""
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return parse()
+    except (argparse.ArgumentError, OmegaConfBaseException, TypeError, ValueError) as error:
+        raise RecipeError(_message(str(error), places)) from error
+
+
+def _message(text: str, places: Mapping[str, str]) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    first = lines[0] if lines else "unknown reason"
+    if value := re.match(r'Parser key "([^"]+)":\s*(.*)', first):
+        key, details = value[1], [value[2], *lines[1:]]
+    elif interpolation := re.search(r"full_key: (\S+)", text):
+        key, details = interpolation[1], [first]
+    else:
+        return f"Wrong settings: {' '.join(lines)}. Give fields as --field=value."
+    place = places.get(key) or next((where for name, where in places.items() if key.startswith(f"{name}.")), key)
+    return f"{place}: the value of {key!r} does not fit: {_expected(details)}"
+
+
+def _expected(details: Sequence[str]) -> str:
+    """Return what was expected and what was given, in one sentence."""
+    text = " ".join(part for part in details if part)
+    kinds = re.findall(r"Expected an? (typing\.Literal\[.*?\]|<class '[\w.]+'>|[^.]+?)(?=\. | - | Given|$)", text)
+    given = re.search(r"(?:Given|Got) value: (.*)$", text)
+    if not kinds or given is None:
+        return text
+    plain = [
+        re.sub(r"^typing\.Literal\[(.*)\]$", r"one of \1", re.sub(r"<class '(.*)'>", r"\1", kind)) for kind in kinds
+    ]
+    choices = [choice for kind in kinds if "Literal" in kind for choice in re.findall(r"'([^']*)'", kind)]
+    hint = nearest(given[1], choices) if choices else ""
+    return f"expected {' or '.join(dict.fromkeys(plain))}, got {given[1]!r}. {hint if 'mean' in hint else ''}".rstrip()
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_plain(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, str | bool | int | float)

@@ -1,0 +1,243 @@
+"""Tables and progress bars: Rich on a terminal, plain text or nothing elsewhere."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import IO, Any, Protocol
+
+__all__ = [
+    "ProgressBar",
+    "columns",
+    "plain_table",
+    "print_table",
+    "progress_bar",
+    "quiet_bar",
+    "shown",
+    "shown_column",
+    "shown_rows",
+]
+
+
+class ProgressBar(Protocol):
+    """What :func:`progress_bar` yields."""
+
+    def advance(self, steps: float = 1) -> None:
+        """Count finished steps."""
+
+    def describe(self, description: str) -> None:
+        """Say what is being done now."""
+
+
+def shown(value: Any) -> str:
+    """Return a table cell as a person reads it: three significant digits, a dash for nothing.
+
+    Args:
+        value: The cell.
+
+    Returns:
+        The text.
+
+    Example:
+        >>> [shown(value) for value in (0.89641, 2.0e-7, 135_000_000, None, True, "FE+LT")]
+        ['0.896', '2e-07', '135000000', '-', 'yes', 'FE+LT']
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1e5 else f"{value:.4g}"
+    return str(value)
+
+
+def shown_column(values: Sequence[Any]) -> list[str]:
+    """Return the cells of one column, numbers with equally many decimals so that they can be compared at a glance.
+
+    Args:
+        values: The cells.
+
+    Returns:
+        The texts. A number that would read as zero without being it keeps its own digits.
+
+    Example:
+        >>> shown_column([0.25, 1.0, 0.0, 2e-7, None]), shown_column([0.0021, 0.896]), shown_column([1.0, 12.0])
+        (['0.25', '1.00', '0.00', '2e-07', '-'], ['0.002', '0.896'], ['1', '12'])
+    """
+    numbers = [value for value in values if isinstance(value, float) and math.isfinite(value)]
+    largest = max(map(abs, numbers), default=0.0)
+    if not numbers or not 1e-4 <= largest < 1e5:
+        return [shown(value) for value in values]
+    decimals = max(0, 2 - math.floor(math.log10(largest)))
+    while decimals and all(f"{value:.{decimals}f}".endswith("0") for value in numbers):
+        decimals -= 1
+    return [_with_decimals(value, decimals) for value in values]
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the columns of all rows in the order in which they first appear.
+
+    Args:
+        rows: The table.
+
+    Returns:
+        The names.
+    """
+    return list(dict.fromkeys(column for row in rows for column in row))
+
+
+def shown_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return the cells of a table as texts, row by row, in the order of :func:`columns`.
+
+    Args:
+        rows: The table.
+
+    Returns:
+        The texts.
+    """
+    by_column = [shown_column([row.get(name) for row in rows]) for name in columns(rows)]
+    return [list(line) for line in zip(*by_column, strict=True)] or [[] for _ in rows]
+
+
+def plain_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table as text, numbers to the right.
+
+    Args:
+        rows: The table.
+
+    Returns:
+        Lines of equal layout, without a line break at the end.
+
+    Example:
+        >>> print(plain_table([{"plan": "FE", "top5": 0.25}, {"plan": "FE+LT", "top5": 1.0}]))
+        plan   top5
+        -----  ----
+        FE     0.25
+        FE+LT  1.00
+    """
+    names = columns(rows)
+    cells = [names, *([cell.replace("\n", " ") for cell in line] for line in shown_rows(rows))]
+    widths = [max(len(line[index]) for line in cells) for index in range(len(names))]
+    numeric = [_is_numeric(rows, name) for name in names]
+    lines = [_line(line, widths, numeric) for line in cells]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, Any]], file: IO[str] | None = None) -> None:
+    """Print a table: with Rich on a terminal, as plain text elsewhere.
+
+    Args:
+        title: Printed above it.
+        rows: The table.
+        file: Where to; standard output if None.
+    """
+    out = file or sys.stdout
+    if not out.isatty():
+        print(f"{title}\n{plain_table(rows)}", file=out)
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left", title_style="bold")
+    for name in columns(rows):
+        table.add_column(Text(name), justify="right" if _is_numeric(rows, name) else "left")
+    for line in shown_rows(rows):
+        table.add_row(*map(Text, line))
+    Console(file=out).print(table)
+
+
+@contextmanager
+def progress_bar(description: str, total: float | None = None, file: IO[str] | None = None) -> Iterator[ProgressBar]:
+    """Show a bar with what is being done and how long is left; nothing where there is no terminal.
+
+    A bar inside another live display (a Trainer's own bar) is not shown either: a terminal has room for one.
+
+    Args:
+        description: What is being done.
+        total: The number of steps, if known.
+        file: Where to; standard error if None.
+
+    Yields:
+        An object to tell of finished steps.
+
+    Example:
+        >>> with progress_bar("score prompts", total=3) as bar:
+        ...     for _ in range(3):
+        ...         bar.advance()
+    """
+    out = file or sys.stderr
+    if not out.isatty():
+        yield _Quiet()
+        return
+    from rich.console import Console
+    from rich.errors import LiveError
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    text = TextColumn("{task.description}", markup=False)
+    parts = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    progress = Progress(*parts, console=Console(file=out), transient=True)
+    try:
+        progress.start()
+    except LiveError:
+        yield _Quiet()
+        return
+    try:
+        task = progress.add_task(description, total=total)
+        yield _Shown(progress, task)
+    finally:
+        progress.stop()
+
+
+def quiet_bar() -> AbstractContextManager[ProgressBar]:
+    """Return a bar that shows nothing."""
+    return nullcontext(_Quiet())
+
+
+class _Quiet:
+    def advance(self, steps: float = 1) -> None:
+        pass
+
+    def describe(self, description: str) -> None:
+        pass
+
+
+class _Shown:
+    def __init__(self, progress: Any, task: Any) -> None:
+        self._progress, self._task = progress, task
+
+    def advance(self, steps: float = 1) -> None:
+        self._progress.advance(self._task, steps)
+
+    def describe(self, description: str) -> None:
+        self._progress.update(self._task, description=description)
+
+
+def _with_decimals(value: Any, decimals: int) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return shown(value)
+    text = f"{value:.{decimals}f}"
+    return shown(value) if value and not float(text) else text
+
+
+def _is_numeric(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
+    values = [row.get(name) for row in rows]
+    return all(value is None or isinstance(value, int | float) for value in values)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) -> str:
+    padded = (
+        cell.rjust(width) if right else cell.ljust(width)
+        for cell, width, right in zip(cells, widths, numeric, strict=True)
+    )
+    return "  ".join(padded).rstrip()

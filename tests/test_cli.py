@@ -1,0 +1,400 @@
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_interp import cli
+from lightning_interp.cli import main
+from lightning_interp.core.files import atomic_write_text
+from lightning_interp.core.manifest import RunManifest
+from lightning_interp.core.manifest_file import read_manifest
+from lightning_interp.running import catalog
+
+ROOT = Path(__file__).parents[1]
+
+CODE = '''
+"""A recipe for tests: a line through squares, trained with a checkpoint at each step."""
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from lightning_interp.errors import DataError
+from lightning_interp.recipe import Recipe, RecipeResult
+
+if TYPE_CHECKING:  # jsonargparse would import this for a help text
+    import torch
+
+
+@dataclass(kw_only=True)
+class Squares(Recipe):
+    """Fits a line to squares."""
+
+    epochs: int = 2
+    """How often the data is seen."""
+    learning_rate: float = 0.1
+    """Step size."""
+    mode: Literal["lora", "full"] = "lora"
+    """What is trained."""
+    broken: bool = False
+    """Whether a phase fails."""
+
+    def study(self, run):
+        data = run.phase("data", self.data)
+        w = run.phase("fit", lambda folder: self.fit(run, folder, data), every_rank=True)
+        pid = run.phase("evaluate", lambda folder: os.getpid())
+        rows = [{"x": x, "fitted": w * x} for x, _ in data]
+        return RecipeResult(metrics={"w": w, "source": self.source}, tables={"points": rows}, question="Which line?")
+
+    def data(self, folder):
+        if self.broken:
+            raise DataError("facts.jsonl, line 3: no entity")
+        return [[x / 4, x * x / 16] for x in range(8)]
+
+    def fit(self, run, folder, data):
+        import torch
+        from lightning.pytorch import LightningModule, Trainer
+        from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+        class Line(LightningModule):
+            def __init__(self, lr):
+                super().__init__()
+                self.w, self.lr = torch.nn.Parameter(torch.zeros(1)), lr
+
+            def training_step(self, batch, index):
+                return ((self.w * batch[:, 0] - batch[:, 1]) ** 2).mean()
+
+            def configure_optimizers(self):
+                return torch.optim.Adam(self.parameters(), self.lr)
+
+        class Marks(Callback):
+            def on_train_batch_end(self, trainer, *_):
+                if os.environ.get("STOP_AT") == str(trainer.global_step):
+                    (folder / "stopping").touch()
+                    for _ in range(600):
+                        time.sleep(0.1)
+
+        last = folder / "last.ckpt"
+        callbacks = [Marks(), ModelCheckpoint(folder, save_last=True, every_n_train_steps=1)]
+        trainer = Trainer(**self.trainer_kwargs(run, max_epochs=self.epochs, accelerator="cpu", callbacks=callbacks))
+        loader = torch.utils.data.DataLoader(torch.tensor(data), batch_size=2)
+        module = Line(self.learning_rate)
+        trainer.fit(module, loader, ckpt_path=last if last.exists() else None)
+        return module.w.item()
+'''
+YAML = """\
+# Which line goes through squares?
+#
+# Time: a second.
+recipe: method/squares
+epochs: 2
+trainer:
+  max_epochs: ${epochs}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _recipes(tmp_path, monkeypatch):
+    """A folder of recipes in place of the package's own; runs go to a folder of the test."""
+    monkeypatch.setattr(catalog, "recipes_dir", lambda: tmp_path / "recipes")
+    atomic_write_text(tmp_path / "recipes/method/squares.py", CODE)
+    atomic_write_text(tmp_path / "recipes/method/squares.yaml", YAML)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.startswith(catalog.MODULES):
+            del sys.modules[name]
+
+
+def said(capsys, *argv, code):
+    """Run a command; return what it said on standard error, which must be one line and no traceback."""
+    assert main([str(argument) for argument in argv]) == code
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    assert err.startswith("lightning-interp: ")
+    return err
+
+
+class TestRun:
+    def test_a_recipe_by_name_with_overrides(self, tmp_path, capsys):
+        assert main(["run", "method/squares", "--epochs=3", "--trainer.limit_train_batches=1", "--seed", "5"]) == 0
+        out, err = capsys.readouterr()
+        assert "method/squares: points" in out
+        assert out.splitlines()[-1] == "report: runs/method/squares/report.html"
+        assert "phase fit: finished in " in err
+        assert "Tip:" not in err
+        written = yaml.safe_load((tmp_path / "work/runs/method/squares/config.yaml").read_text())
+        assert written["recipe"] == "method/squares"
+        assert written["trainer"] == {"max_epochs": 3, "limit_train_batches": 1}
+        assert (written["seed"], written["epochs"]) == (5, 3)
+
+    def test_the_written_settings_run_again_and_go_on(self, tmp_path, capsys):
+        assert main(["run", "method/squares", "--epochs=1"]) == 0
+        first = json.loads(Path("runs/method/squares/metrics.json").read_text())
+        capsys.readouterr()
+        assert main(["run", "runs/method/squares/config.yaml"]) == 0
+        assert "phase fit: finished before, its result is used" in capsys.readouterr().err
+        assert main(["run", "runs/method/squares/config.yaml", "--run_dir=elsewhere"]) == 0
+        assert json.loads(Path("elsewhere/metrics.json").read_text()) == first
+
+    def test_a_file_of_the_users_own_runs_in_a_folder_of_its_name(self, tmp_path, capsys):
+        atomic_write_text(tmp_path / "work/sub/code.py", CODE)
+        atomic_write_text(tmp_path / "work/sub/mine.yaml", "recipe: code.py\nepochs: 1\n")
+        assert main(["run", "sub/mine.yaml"]) == 0
+        written = yaml.safe_load(Path("runs/mine/config.yaml").read_text())
+        assert written["recipe"] == "../../sub/code.py"
+        assert main(["run", "runs/mine/config.yaml", "--run_dir=again/deeper/here"]) == 0
+        assert yaml.safe_load(Path("again/deeper/here/config.yaml").read_text())["recipe"] == "../../../sub/code.py"
+
+    def test_smoke_takes_a_tiny_model_unless_one_is_named(self, tmp_path):
+        named = atomic_write_text(tmp_path / "work/named.yaml", YAML + "model: Qwen/Qwen2.5-1.5B\n")
+        for argv, folder, source in (
+            (["method/squares", "--smoke=true"], "runs/method/squares-smoke", "tiny:llama"),
+            ([str(named), "--smoke=true"], "runs/named-smoke", "tiny:llama"),
+            ([str(named), "--smoke=true", "--model=tiny:gpt2", "--run_dir=x"], "x", "tiny:gpt2"),
+            ([str(named), "--run_dir=y"], "y", "Qwen/Qwen2.5-1.5B"),
+        ):
+            assert main(["run", *argv, "--trainer.limit_train_batches=1"]) == 0
+            assert json.loads(Path(folder, "metrics.json").read_text())["source"] == source
+
+    @pytest.mark.parametrize(
+        ("argv", "message"),
+        [
+            (["--lerning_rate=1"], "has no field '--lerning_rate'. Did you mean 'learning_rate'?"),
+            (["--epochs=few"], "--epochs: the value of 'epochs' does not fit: expected int, got 'few'"),
+            (["--mode=ful"], "expected one of 'lora', 'full', got 'ful'"),
+            (["--seed=-1"], "seed=-1: expected a number from 0"),
+            (["--trainer.max_epoch=3"], "The Trainer has no argument 'max_epoch'. Did you mean 'max_epochs'?"),
+            (["--trainer.precision=bf17-mixed"], "got 'bf17-mixed'. Did you mean 'bf16-mixed'?"),
+            (["--smoke"], "argument --smoke: expected one argument"),
+        ],
+    )
+    def test_a_wrong_setting_is_wrong_use_and_nothing_is_made(self, tmp_path, capsys, argv, message):
+        assert message in said(capsys, "run", "method/squares", *argv, code=2)
+        assert list((tmp_path / "work").iterdir()) == []
+
+    def test_a_misspelt_key_in_yaml_is_wrong_use(self, tmp_path, capsys):
+        path = atomic_write_text(tmp_path / "work/mine.yaml", "recipe: method/squares\nepocs: 3\n")
+        message = said(capsys, "run", path, code=2)
+        assert "mine.yaml, line 2: there is no field 'epocs'. Did you mean 'epochs'?" in message
+
+    def test_what_does_not_exist_is_wrong_use(self, capsys):
+        assert "There is no recipe 'method/square'. Did you mean" in said(capsys, "run", "method/square", code=2)
+        assert "There is no recipe '../x'" in said(capsys, "run", "../x", code=2)
+        assert "There is no file 'no.yaml'" in said(capsys, "run", "no.yaml", code=2)
+        assert "the following arguments are required: NAME" in said(capsys, "run", code=2)
+        assert "invalid choice: 'fly'" in said(capsys, "fly", code=2)
+        assert "required: COMMAND" in said(capsys, code=2)
+
+    def test_an_error_of_the_package_is_one_line_or_a_traceback_on_demand(self, capsys, monkeypatch):
+        from lightning_interp.errors import DataError
+
+        assert main(["run", "method/squares", "--broken=true"]) == 1
+        assert capsys.readouterr().err.splitlines()[-1] == "lightning-interp: facts.jsonl, line 3: no entity"
+        Path("file").write_text("")
+        assert "Cannot write 'file/x': Not a directory" in said(
+            capsys, "run", "method/squares", "--run_dir=file/x", code=1
+        )
+        message = said(capsys, "run", "method/squares", "--epochs=9", code=1)
+        assert "broken: true there, false now" in message
+        assert "epochs: 2 there, 9 now" in message
+        monkeypatch.setenv("LIGHTNING_INTERP_DEBUG", "1")
+        with pytest.raises(DataError):
+            main(["run", "method/squares", "--broken=true"])
+
+    def test_help_of_a_recipe(self, capsys):
+        for argv in (["--help"], ["--epochs=3", "-h"]):
+            assert main(["run", "method/squares", *argv]) == 0
+            out = " ".join(capsys.readouterr().out.split())
+            assert "Which line goes through squares? Time: a second." in out
+            assert "--learning_rate LEARNING_RATE Step size. (type: float, default: 0.1)" in out
+            assert "--trainer TRAINER Arguments of Lightning's Trainer" in out
+            assert "default: {'max_epochs': 2}" in out
+
+
+class TestInterruption:
+    """In forked processes, which have Lightning imported already and take signals of their own."""
+
+    def stopped(self, signum, tmp_path):
+        folder = tmp_path / "work/run"
+        process = multiprocessing.get_context("fork").Process(target=self.command, args=(tmp_path, "5"))
+        process.start()
+        try:
+            for _ in range(600):
+                if (folder / "phases/fit/stopping").exists():
+                    break
+                time.sleep(0.05)
+            os.kill(process.pid, signum)
+            process.join(timeout=60)
+        finally:
+            process.kill()
+        return process.exitcode, (tmp_path / "said-5").read_text()
+
+    @staticmethod
+    def command(tmp_path, stop_at):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.environ["STOP_AT"] = stop_at
+        out = os.open(tmp_path / f"said-{stop_at}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+        code = main(["run", "method/squares", "--run_dir", str(tmp_path / "work/run"), "--epochs=3"])
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    @pytest.mark.parametrize(
+        ("signum", "code", "word", "status"),
+        [
+            (signal.SIGTERM, 143, "SIGTERM", "interrupted"),
+            (signal.SIGINT, 130, "Ctrl-C", "interrupted"),
+            (signal.SIGKILL, -9, None, "running"),
+        ],
+    )
+    def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not_stopped(
+        self, tmp_path, capsys, monkeypatch, signum, code, word, status
+    ):
+        import lightning.pytorch  # noqa: F401 - before the fork
+
+        exitcode, text = self.stopped(signum, tmp_path)
+        folder = tmp_path / "work/run"
+        assert exitcode == code, text
+        if word:
+            hint = f"lightning-interp: stopped by {word}; what is finished is kept. Go on with: lightning-interp run "
+            assert text.splitlines()[-1] == f"{hint}method/squares --run_dir {folder} --epochs=3"
+        state = read_manifest(folder)
+        assert state["phases"]["fit"]["status"] == status
+        assert state["sessions"][-1]["status"] == status
+        assert main(["show", str(folder)]) == 0
+        out = capsys.readouterr().out
+        assert ("stopped by a kill" in out) == (signum == signal.SIGKILL)
+        assert "No table yet" in out
+        monkeypatch.delenv("STOP_AT", raising=False)
+        assert main(["run", "method/squares", f"--run_dir={folder}", "--epochs=3"]) == 0
+        assert "phase fit: goes on where it stopped" in capsys.readouterr().err
+        assert main(["run", "method/squares", "--run_dir=plain", "--epochs=3"]) == 0
+        assert read_manifest(folder)["phases"]["fit"]["attempts"] == 2
+        for name in ("metrics.json", "tables/points.csv"):
+            assert (folder / name).read_bytes() == Path("plain", name).read_bytes()
+
+
+class TestOtherCommands:
+    def test_list(self, tmp_path, capsys):
+        atomic_write_text(tmp_path / "recipes/a/b.py", CODE)
+        atomic_write_text(tmp_path / "recipes/a/b.yaml", "recipe: a/b\n")
+        assert main(["list"]) == 0
+        assert capsys.readouterr().out == "a/b\nmethod/squares  Which line goes through squares?\n"
+
+    def test_list_of_nothing(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(catalog, "recipes_dir", lambda: tmp_path / "gone")
+        assert f"There are no recipes in '{tmp_path}/gone'" in said(capsys, "list", code=1)
+
+    def test_copy_and_run_the_copy(self, tmp_path, capsys):
+        assert main(["copy", "method/squares", "mine.yaml"]) == 0
+        assert capsys.readouterr().out == "Edit mine.yaml, then: lightning-interp run mine.yaml\n"
+        assert Path("mine.yaml").read_text() == YAML
+        Path("mine.yaml").write_text(YAML.replace("epochs: 2", "epochs: 1"))
+        assert "'mine.yaml' exists. Give another name, or --force" in said(
+            capsys, "copy", "method/squares", "mine.yaml", code=2
+        )
+        assert main(["run", "mine.yaml"]) == 0
+        assert yaml.safe_load(Path("runs/mine/config.yaml").read_text())["epochs"] == 1
+        assert main(["copy", "method/squares", "mine.yaml", "--force"]) == 0
+        assert Path("mine.yaml").read_text() == YAML
+        Path("folder").mkdir()
+        assert main(["copy", "method/squares", "folder"]) == 0
+        assert Path("folder/squares.yaml").read_text() == YAML
+
+    def test_copy_refuses(self, capsys):
+        Path("file").write_text("")
+        assert "'mine.txt': expected a name that ends in .yaml" in said(
+            capsys, "copy", "method/squares", "mine.txt", code=2
+        )
+        assert "There is no recipe 'squares'. Did you mean 'method/squares'?" in said(
+            capsys, "copy", "squares", "mine.yaml", code=2
+        )
+        Path("own.py").write_text(CODE)
+        assert "'own.py' is no recipe of this package" in said(capsys, "copy", "own.py", "mine.yaml", code=2)
+        assert "Cannot write 'file/mine.yaml': Not a directory" in said(
+            capsys, "copy", "method/squares", "file/mine.yaml", code=1
+        )
+
+    def test_show_and_report_of_a_finished_run(self, capsys):
+        assert main(["run", "method/squares", "--epochs=1"]) == 0
+        table = capsys.readouterr().out.splitlines()[1:-1]
+        assert main(["show", "runs/method/squares"]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("method/squares in runs/method/squares: finished\n")
+        assert "\n".join(table) in out  # the same table as at the end of the run
+        report = Path("runs/method/squares/report.html")
+        text = report.read_text()
+        report.unlink()
+        assert main(["report", "runs/method/squares"]) == 0
+        assert capsys.readouterr().out == f"{report}\n"
+        assert report.read_text() == text
+
+    def test_show_of_a_run_that_is_at_work_or_has_failed(self, capsys):
+        with RunManifest.open("work", config={}, name="demo"):
+            assert main(["show", "work"]) == 0
+        assert "demo in work: running" in capsys.readouterr().out
+        assert main(["run", "method/squares", "--broken=true"]) == 1
+        capsys.readouterr()
+        assert main(["show", "runs/method/squares"]) == 0
+        assert "failed (DataError: facts.jsonl, line 3: no entity)" in capsys.readouterr().out
+
+    def test_no_run_folder(self, capsys):
+        for command in ("show", "report"):
+            assert "'nothing' is no run folder" in said(capsys, command, "nothing", code=1)
+
+    def test_version_and_help(self, capsys):
+        for argv, text in ((["--version"], "lightning-interp 0."), (["--help"], "run grafting/facts")):
+            with pytest.raises(SystemExit) as caught:
+                main(argv)
+            assert caught.value.code == 0
+            assert text in capsys.readouterr().out
+
+
+def test_help_and_a_recipes_help_import_nothing_heavy(tmp_path):
+    code = (
+        "import sys\nfrom lightning_interp.running import catalog\nfrom pathlib import Path\n"
+        "catalog.recipes_dir = lambda: Path(sys.argv[1])\nfrom lightning_interp.cli import build_parser, main\n"
+        "build_parser().format_help()\n"
+        "first = sorted(sys.modules)\nmain(['list'])\nmain(['run', 'method/squares', '--help'])\n"
+        "heavy = ('torch', 'numpy', 'lightning', 'transformers', 'peft', 'matplotlib', 'rich', 'jinja2')\n"
+        "print([name for name in heavy if name in sys.modules])\n"
+        "print([name for name in (*heavy, 'jsonargparse', 'yaml') if name in first])\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, str(tmp_path / "recipes")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.splitlines()[-2:] == ["[]", "[]"]
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path, monkeypatch):
+    def leaves(parsed):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "_list", leaves)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    assert main(["list"]) == 0
+
+
+def test_the_module_is_the_command():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "lightning_interp", "run", "no/such"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("lightning-interp: There is no recipe 'no/such'.")
