@@ -20,10 +20,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from lightning_interp.testing.marks import missing_bundled
 
 torch.set_num_threads(1)
+
+# How long an example takes says how busy the machine is, nothing about the code.
+settings.register_profile("untimed", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 # Written by pytest, by torch or Lightning when a part of them is imported, or by Lightning for the processes that
 # it starts: put back, but no test's fault.
