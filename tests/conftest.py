@@ -92,3 +92,13 @@ def _global_rank() -> Iterator[None]:
     yield
     if (module := sys.modules.get("lightning_utilities.core.rank_zero")) is not None:
         module.rank_zero_only.rank = 0
+
+
+@pytest.fixture(scope="session")
+def portable_4bit() -> Iterator[None]:
+    """4-bit maps as every CPU computes them: with AVX512-BF16, bitsandbytes repacks the weights and works in bf16."""
+    modules = pytest.importorskip("bitsandbytes").nn.modules
+    patch = pytest.MonkeyPatch()
+    patch.setattr(modules, "has_avx512bf16", lambda: False)
+    yield
+    patch.undo()

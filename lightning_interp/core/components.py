@@ -21,6 +21,7 @@ __all__ = [
     "attention_of",
     "block_components",
     "has_post_norms",
+    "mixing_modules",
     "mlp_of",
     "residual_doubt",
 ]
@@ -55,6 +56,10 @@ _MLP_NORMS = {
     "ln_2", "norm_2", "ln_mlp", "final_layer_norm", "ffn_norm", "feedforward_layernorm", "pre_feedforward_layernorm",
     "pre_ff_layernorm", "pre_mlp_layernorm", "post_feedforward_layernorm", "post_mlp_layernorm",
 }  # fmt: skip
+_MIXERS = (
+    "Mamba", "SSM", "Ssm", "RWKV", "Rwkv", "DeltaNet", "ShortConv", "RgLru", "RGLRU", "Recurrent", "Retention", "xLSTM",
+    "MLSTM", "SLSTM", "Hyena", "LightningAttention", "LinearAttention",
+)  # fmt: skip
 _SCALES = ("residual", "scale", "factor", "multiplier")
 _BLENDS = ("alpha", "beta")
 
@@ -124,6 +129,30 @@ def block_components(block: nn.Module, path: str, config: Any, attn: str | None,
 def has_post_norms(block: nn.Module) -> bool:
     """Whether norms follow the sub-layers, so that ``post_attention_layernorm`` is one of these."""
     return hasattr(block, "post_feedforward_layernorm") or hasattr(block, "pre_mlp_layernorm")
+
+
+def mixing_modules(block: nn.Module) -> Iterator[tuple[str, str]]:
+    """Modules of a block that mix tokens by their own weights, so that no row of them stands alone.
+
+    Args:
+        block: One decoder block.
+
+    Yields:
+        The module's name below the block, and why its rows are not apart.
+
+    Example:
+        >>> from lightning_interp.testing import tiny_model
+        >>> list(mixing_modules(tiny_model("llama").model.layers[0]))
+        []
+    """
+    for name, module in block.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, nn.Conv1d):
+            yield name, "a convolution over tokens"
+        elif any(word in kind for word in _MIXERS):
+            yield name, f"a {kind}, which carries a state from token to token"
+        elif getattr(module, "expert_capacity", None) is not None or getattr(module, "capacity_factor", None):
+            yield name, f"a {kind} with a capacity, so that where a token goes depends on the others"
 
 
 def residual_doubt(block: nn.Module, table: Components, sublayers: Sequence[str | None]) -> str | None:

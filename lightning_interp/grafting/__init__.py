@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_interp.grafting.callback import GraftCallback
     from lightning_interp.grafting.evaluate import GraftEvaluator, GraftPrompt, GraftResult
+    from lightning_interp.grafting.experiments import paper_plans
     from lightning_interp.grafting.intervention import Graft
     from lightning_interp.grafting.locate import locate_entity
-    from lightning_interp.grafting.plan import GROUPS, GraftPlan, GraftRule, paper_plans
+    from lightning_interp.grafting.plan import GROUPS, GraftPlan, GraftRule
 
 __all__ = [
     "GROUPS",
@@ -39,7 +40,7 @@ _HOME = {
     "GraftResult": "evaluate",
     "GraftRule": "plan",
     "locate_entity": "locate",
-    "paper_plans": "plan",
+    "paper_plans": "experiments",
 }
 
 

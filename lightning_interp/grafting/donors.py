@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from lightning_interp.core.checks import check_dense, check_weights
+from lightning_interp.core.checks import check_dense, check_weights, quantized_modules
 from lightning_interp.core.components import Part
 from lightning_interp.core.intervention import split_output
 from lightning_interp.core.model_map import ModelMap
-from lightning_interp.errors import IncompatibleModelError
+from lightning_interp.errors import IncompatibleModelError, QuantizedModelError, RecipeError
+from lightning_interp.grafting.adapters import AdapterDonor, Donor
 
-__all__ = [
-    "AdapterDonor",
-    "AnyDonor",
-    "Donor",
-    "ModelDonor",
-    "adapted_layers",
-    "check_same_shapes",
-    "make_donors",
-    "own_map",
-]
+__all__ = ["AdapterDonor", "AnyDonor", "Donor", "ModelDonor", "check_same_shapes", "make_donors"]
 
 _WEIGHTLESS = (
     "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "activation_function", "rope_parameters",
@@ -33,34 +25,32 @@ _WEIGHTLESS = (
 )  # fmt: skip
 """Settings of what has no weights and so always runs as the recipient's: attention, rotary tables, activations."""
 
-_TAKES_EMPTY = ("Linear", "Conv1D", "Embedding", "LayerNorm", "RMSNorm")
-
-
-class Donor(ABC):
-    """A source of weights for every part of the recipient."""
-
-    @abstractmethod
-    def check(self, recipient: ModelMap) -> None:
-        """Refuse a recipient that does not fit."""
-
-    @abstractmethod
-    def alternative(self, part: Part) -> Callable[..., Any] | None:
-        """The donor's map for one part; None where it is the recipient's own."""
-
-    def delta(self, part: Part) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """What the donor adds to the recipient's map of one part, where that is cheaper than the whole map."""
-        return None
+Quantized = Literal["refuse", "both", "mixed"]
 
 
 class ModelDonor(Donor):
     """A full model of the same architecture. Its modules are called, never registered anywhere.
 
+    The donor may be on another device: rows are moved there and back.
+
     Args:
         model: The donor; a plain model, or anything that holds one.
+        quantized: What to do where weights are quantised, because three different experiments are possible:
+            ``refuse`` (default); ``both`` when recipient and donor are quantised alike, so that the pair compared is
+            the quantised one; ``mixed`` when one is quantised and the other dense, so that the quantisation error is
+            part of what a graft does (a warning says so).
+
+    Example:
+        >>> from lightning_interp.testing import tiny_pair
+        >>> recipient, donor = tiny_pair("gpt2")
+        >>> ModelDonor(donor).check(ModelMap.build(recipient))
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, quantized: Quantized = "refuse") -> None:
+        if quantized not in ("refuse", "both", "mixed"):
+            raise RecipeError(f"ModelDonor(quantized={quantized!r}) is unknown; expected 'refuse', 'both' or 'mixed'.")
         self.map = ModelMap.build(model)
+        self.quantized = quantized
 
     def check(self, recipient: ModelMap) -> None:
         """Refuse other architectures, other shapes, and quantised or sharded models.
@@ -68,7 +58,7 @@ class ModelDonor(Donor):
         Raises:
             IncompatibleModelError: If names, shapes or weightless settings differ (the first differences are named),
                 or both are one object.
-            QuantizedModelError: If either model is quantised.
+            QuantizedModelError: If either model is quantised and the caller has not said what that shall mean.
             UnsupportedStrategyError: If either model is sharded.
         """
         if self.map.model is recipient.model:
@@ -81,100 +71,57 @@ class ModelDonor(Donor):
             return
         for model in (recipient.model, self.map.model):
             check_weights(model, purpose="Grafting from a full-weight donor")
-            check_dense(
-                model,
-                purpose="Grafting from a full-weight donor",
-                remedy="Load both models dense, or graft a LoRA adapter (donor='adapter name'), which leaves the base "
-                "alone.",
-            )
+        self._check_quantized(recipient)
         check_same_shapes(recipient, self.map)
         _check_settings(recipient.model.config, self.map.model.config)
         fitting.add(self)
 
+    def _check_quantized(self, recipient: ModelMap) -> None:
+        kinds = [_quantized_kinds(each.model) for each in (recipient, self.map)]
+        if self.quantized == "refuse":
+            for model in (recipient.model, self.map.model):
+                check_dense(
+                    model,
+                    purpose="Grafting from a full-weight donor",
+                    remedy="Load both models dense, or graft a LoRA adapter (donor='adapter name'), which leaves the "
+                    "base alone; or say what is compared: ModelDonor(model, quantized='both' or 'mixed').",
+                )
+        if self.quantized == "both" and kinds[0] != kinds[1]:
+            raise QuantizedModelError(
+                f"ModelDonor(quantized='both') needs two models that are quantised alike, but the recipient has "
+                f"{_listed(kinds[0])} and the donor {_listed(kinds[1])}. Load the other one with the same settings, or "
+                "say quantized='mixed'."
+            )
+        if self.quantized == "mixed" and kinds[0] != kinds[1]:
+            warnings.warn(
+                f"The recipient has {_listed(kinds[0])} and the donor {_listed(kinds[1])}: what a graft changes is "
+                "then finetuning and quantisation error together.",
+                stacklevel=4,
+            )
+
     def alternative(self, part: Part) -> Callable[..., Any] | None:
         """The module of the same name, run where the donor lives and in its dtype; None if the two models share it."""
         module = self.map.model.get_submodule(part.path)
-        own, home = next(part.module.parameters()), next(module.parameters())
         if module is part.module:
             return None
-
-        def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if own.device == home.device and own.dtype == home.dtype:
-                return module(x, *args, **kwargs)
-            floats = x.is_floating_point() and not part.per_call  # else token ids, positions or a padding mask
-            cast = floats and not torch.is_autocast_enabled(x.device.type)
-            moved = x.to(home.device, home.dtype if cast else x.dtype)
-            args = tuple(_to(value, home.device) for value in args)
-            output = module(moved, *args, **{key: _to(value, home.device) for key, value in kwargs.items()})
-            return split_output(output)[0].to(x.device, x.dtype if floats else own.dtype)
-
-        return run
+        return _moved(module, next(module.parameters()), part)
 
 
-class AdapterDonor(Donor):
-    """A LoRA adapter that sits on the recipient: recipient = adapter off, donor = adapter on.
+def _moved(run: Callable[..., Any], home: torch.Tensor, part: Part) -> Callable[..., Any]:
+    """Run a module of another model on the recipient's rows: there, in its dtype, and back."""
+    own = next(part.module.parameters())
 
-    Args:
-        name: Name of the adapter, as PEFT knows it.
-    """
+    def moved(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if own.device == home.device and own.dtype == home.dtype:
+            return run(x, *args, **kwargs)
+        floats = x.is_floating_point() and not part.per_call  # else token ids, positions or a padding mask
+        cast = floats and home.is_floating_point() and not torch.is_autocast_enabled(x.device.type)
+        there = x.to(home.device, home.dtype if cast else x.dtype)
+        args = tuple(_to(value, home.device) for value in args)
+        output = run(there, *args, **{key: _to(value, home.device) for key, value in kwargs.items()})
+        return split_output(output)[0].to(x.device, x.dtype if floats else own.dtype)
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def check(self, recipient: ModelMap) -> None:
-        """Refuse adapters that are missing, merged, switched off, or mixed with others.
-
-        Raises:
-            IncompatibleModelError: With the remedy.
-        """
-        kind, layers = type(recipient.model).__name__, adapted_layers(recipient)
-        known = sorted({name for _, _, names in layers for name in names})
-        if self.name not in known:
-            has = f"its adapters are {', '.join(map(repr, known))}" if known else "it has none"
-            raise IncompatibleModelError(
-                f"{kind} has no adapter {self.name!r}; {has}. Inject it first, or pass the finetuned model as donor."
-            )
-        for path, layer, names in layers:
-            if getattr(layer, "merged", False):
-                raise IncompatibleModelError(
-                    f"Adapter {self.name!r} is merged into {path} of {kind}, so the recipient is gone. Unmerge first."
-                )
-            if type(getattr(layer, "lora_variant", {}).get(self.name)).__name__.startswith("ALora"):
-                raise IncompatibleModelError(
-                    f"Adapter {self.name!r} in {path} of {kind} is an activated LoRA, which chooses its own tokens. "
-                    "Graft a plain LoRA, and name the tokens in the plan."
-                )
-            if getattr(layer, "disable_adapters", False):
-                raise IncompatibleModelError(
-                    f"Adapter {self.name!r} is disabled in {path} of {kind}. Enable adapters first."
-                )
-            if list(layer.active_adapters) != [self.name] and self.name in names:
-                raise IncompatibleModelError(
-                    f"{path} of {kind} has active adapters {list(layer.active_adapters)}, expected only {self.name!r}. "
-                    "Make it the active one (set_adapter)."
-                )
-
-    def alternative(self, part: Part) -> Callable[..., Any] | None:
-        """The adapted layer itself; None for parts without an adapter."""
-        return part.module if own_map(part.module) is not None else None
-
-    def delta(self, part: Part) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """``s B(A(x))`` of a plain LoRA linear map; None for variants such as DoRA, embeddings and saved modules."""
-        layer: Any = part.module
-        pair = [getattr(layer, table, {}) for table in ("lora_A", "lora_B")]
-        if any(self.name not in table for table in pair) or self.name in getattr(layer, "lora_variant", {}):
-            return None
-        down, up, scale = pair[0][self.name], pair[1][self.name], layer.scaling[self.name]
-        if not (type(down) is type(up) is nn.Linear):
-            return None
-
-        def low_rank(x: torch.Tensor) -> torch.Tensor:
-            low: torch.Tensor = down(x.to(down.weight.dtype))
-            # Without a bias, scaling the r columns is the same and cheaper than scaling all of them.
-            delta: torch.Tensor = up(low * scale) if up.bias is None else up(low) * scale
-            return delta
-
-        return low_rank
+    return moved
 
 
 AnyDonor = nn.Module | str | Donor
@@ -185,7 +132,7 @@ def make_donors(donor: AnyDonor | Mapping[str, AnyDonor]) -> dict[str, Donor]:
     """Donors by source name; a single one is called ``donor``. A :class:`Donor` is taken as it is.
 
     Raises:
-        IncompatibleModelError: If something is neither a model nor the name of an adapter, or two adapters are named.
+        IncompatibleModelError: If something is neither a model nor the name of an adapter.
     """
     named = donor if isinstance(donor, Mapping) else {"donor": donor}
     made: dict[str, Donor] = {}
@@ -201,36 +148,11 @@ def make_donors(donor: AnyDonor | Mapping[str, AnyDonor]) -> dict[str, Donor]:
                 f"Donor {name!r} is a {type(source).__name__}; expected a model or the name of an adapter on the "
                 "recipient."
             )
-    adapters = [name for name, source in made.items() if isinstance(source, AdapterDonor)]
-    if len(adapters) > 1:
-        raise IncompatibleModelError(
-            f"Donors {adapters} are all adapters of the recipient; one adapter at a time is supported."
-        )
+    adapters = [source.name for source in made.values() if isinstance(source, AdapterDonor)]
+    for name, source in made.items():
+        if isinstance(source, AdapterDonor):
+            made[name] = AdapterDonor(source.name, beside=adapters)
     return made
-
-
-def own_map(module: nn.Module) -> nn.Module | None:
-    """What an adapted layer does without its adapter; None for a plain module."""
-    children = module._modules
-    return children.get("base_layer") or children.get("original_module")
-
-
-def adapted_layers(model_map: ModelMap) -> list[tuple[str, Any, list[str]]]:
-    """Every layer of the model that carries adapters: its path, the layer, the names of its adapters."""
-    if "adapted" not in model_map.memo:
-        model_map.memo["adapted"] = [
-            (path, module, _adapters(module))
-            for path, module in model_map.model.named_modules()
-            if own_map(module) is not None and hasattr(module, "active_adapters")
-        ]
-    found: list[tuple[str, Any, list[str]]] = model_map.memo["adapted"]
-    return found
-
-
-def takes_empty(module: nn.Module) -> bool:
-    """Whether a module is known to run on no rows at all."""
-    plain = own_map(module) or module
-    return type(plain).__name__.endswith(_TAKES_EMPTY)
 
 
 def check_same_shapes(recipient: ModelMap, donor: ModelMap) -> None:
@@ -260,8 +182,7 @@ def check_same_shapes(recipient: ModelMap, donor: ModelMap) -> None:
     if wrong:
         raise IncompatibleModelError(
             f"Recipient and donor differ in {len(wrong)} tensors: {'; '.join(wrong[:3])}. Grafting needs the same "
-            "names and "
-            "shapes; an embedding that was resized for new tokens must be resized in both."
+            "names and shapes; an embedding that was resized for new tokens must be resized in both."
         )
 
 
@@ -276,20 +197,26 @@ def _check_settings(recipient: Any, donor: Any) -> None:
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    packed = set(quantized_modules(model))  # their weights lie in another shape than the one they stand for
     plain = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if "lora_" not in name and "modules_to_save" not in name:
-            plain[name.replace(".base_layer", "").replace(".original_module", "")] = tuple(parameter.shape)
+        if "lora_" in name or "modules_to_save" in name:
+            continue
+        shape, (path, _, leaf) = tuple(parameter.shape), name.rpartition(".")
+        if path in packed and leaf == "weight":
+            module: Any = model.get_submodule(path)
+            shape = (module.out_features, module.in_features)
+        plain[name.replace(".base_layer", "").replace(".original_module", "")] = shape
     return plain
+
+
+def _quantized_kinds(model: nn.Module) -> list[str]:
+    return sorted({type(model.get_submodule(name)).__name__ for name in quantized_modules(model)})
+
+
+def _listed(kinds: list[str]) -> str:
+    return ", ".join(kinds) or "no quantised weights"
 
 
 def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
-def _adapters(layer: Any) -> list[str]:
-    names: list[str] = []
-    for table in getattr(layer, "adapter_layer_names", ()):
-        tensors = getattr(layer, table, None)
-        names += list(tensors.keys()) if tensors is not None and hasattr(tensors, "keys") else []
-    return list(dict.fromkeys(names))

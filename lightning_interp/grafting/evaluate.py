@@ -16,10 +16,11 @@ from lightning_interp.core.model_map import ModelMap
 from lightning_interp.core.positions import FromBatch, Positions
 from lightning_interp.errors import PositionError, RecipeError
 from lightning_interp.grafting.donors import AnyDonor, ModelDonor, make_donors
+from lightning_interp.grafting.experiments import paper_plans
 from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.locate import encode_prompt, first_target_token, locate_entity
 from lightning_interp.grafting.metrics import METRICS, score_logits
-from lightning_interp.grafting.plan import GraftPlan, paper_plans
+from lightning_interp.grafting.plan import GraftPlan
 from lightning_interp.grafting.result import GraftResult
 
 __all__ = ["GraftEvaluator", "GraftPrompt", "GraftResult"]

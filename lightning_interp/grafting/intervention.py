@@ -1,48 +1,41 @@
 """Dynamic weight grafting as one ordinary forward pass.
 
 The definition (Nief et al. 2025, arXiv 2506.20746): token by token, assemble the model whose module m has the weights
-that
-the plan names for this position, feed the one token with the cache built so far, throw the assembled model away. Every
-grafted module treats tokens independently, so one pass in which each module picks its weights row by row gives the same
-logits: keys and values come from the weights chosen at their own position, and attention reads whatever they are.
+that the plan names for this position, feed the one token with the cache built so far, throw the assembled model away.
+Every grafted module treats tokens independently, so one pass in which each module picks its weights row by row gives
+the same logits: keys and values come from the weights chosen at their own position, and attention reads whatever they
+are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from lightning_interp.core.components import Part
+from lightning_interp.core.components import Part, mixing_modules
 from lightning_interp.core.intervention import Attachment, Hook, Intervention
 from lightning_interp.core.masked_linear import Execution, MaskedMap, RowMask, attach_masked
 from lightning_interp.core.model_map import ModelMap
-from lightning_interp.core.positions import Positions
 from lightning_interp.core.sites import Site
 from lightning_interp.core.step import StepContext
 from lightning_interp.errors import PositionError, RecipeError, SiteError, UnsupportedStrategyError
-from lightning_interp.grafting.donors import (
-    AdapterDonor,
-    AnyDonor,
-    ModelDonor,
-    adapted_layers,
-    make_donors,
-    own_map,
-    takes_empty,
-)
+from lightning_interp.grafting.adapters import AdapterDonor, adapted_layers, own_map, takes_empty
+from lightning_interp.grafting.donors import AnyDonor, ModelDonor, make_donors
+from lightning_interp.grafting.dose import Doses, check_doses, dosed, dosed_delta
 from lightning_interp.grafting.plan import GraftPlan
+from lightning_interp.grafting.schedule import EVERYWHERE, NOWHERE, Schedule, Signature, without_padding
 
-__all__ = ["Decode", "Graft"]
+__all__ = ["DECODE", "Decode", "DecodePolicy", "Graft", "decode_name"]
 
-Decode = Literal["recipient", "donor", "like_last", "outside"]
-Signature = tuple[int, ...]
+DecodePolicy = Literal["recipient", "donor", "like_last", "outside"]
+Decode = DecodePolicy | Callable[[StepContext], DecodePolicy | torch.Tensor]
 
-_NOWHERE, _EVERYWHERE = 0, 1
-"""Codes, at the start of each plan's block, of positions that no rule owns and of generated tokens that are all
-donor's."""
+DECODE = ("recipient", "donor", "like_last", "outside")
+"""Named policies for generated tokens."""
 
 
 class Graft(Intervention):
@@ -54,11 +47,15 @@ class Graft(Intervention):
         plan: One plan for every row of the batch, or one plan for each row.
         execution: How mixed masks are computed (see :func:`~lightning_interp.core.masked_linear.masked_rows`).
         decode: Weights of generated tokens: the ``recipient``'s; the ``donor``'s; ``like_last`` treats each like the
-            last
-            prompt token; ``outside`` like prompt positions that no located selector names. Cached keys and values stay.
+            last prompt token; ``outside`` like prompt positions that no located selector names; or a function of the
+            :class:`~lightning_interp.core.step.StepContext` that returns one of these names, or a mask ``[B, T]`` of
+            the tokens that are the donor's. Cached keys and values stay. The beams of a beam search have their
+            prompt's plan, so reordering them changes nothing.
+        doses: Tensors that rules name with ``dose="name"``: a scalar, or one value a layer ``[L]``. Gradients reach
+            them.
 
     Raises:
-        RecipeError: If a rule names an unknown source or ``decode`` is unknown.
+        RecipeError: If a rule names an unknown source or dose, or ``decode`` is unknown.
 
     Example:
         >>> from lightning_interp import GraftPlan, Span
@@ -78,9 +75,10 @@ class Graft(Intervention):
         *,
         execution: Execution = "auto",
         decode: Decode = "recipient",
+        doses: Doses | None = None,
     ) -> None:
-        if decode not in ("recipient", "donor", "like_last", "outside"):
-            raise RecipeError(f"Graft(decode={decode!r}) is unknown; expected recipient, donor, like_last or outside.")
+        if not callable(decode) and decode not in DECODE:
+            raise RecipeError(f"Graft(decode={decode!r}) is unknown; expected {', '.join(DECODE)} or a function.")
         if execution not in ("auto", "overwrite", "partition", "dense"):
             raise RecipeError(
                 f"Graft(execution={execution!r}) is unknown; expected auto, overwrite, partition or dense."
@@ -92,10 +90,14 @@ class Graft(Intervention):
             raise RecipeError("Graft(plan=[]) has no plan; pass one plan, or one for each row of the batch.")
         self.execution: Execution = execution
         self.decode: Decode = decode
+        self.doses: Doses = dict(doses or {})
+        self.given: torch.Tensor | None = None
+        """Codes ``[B, T]`` of the coming pass, from :meth:`schedule`; for callers that know them already."""
         self.reads_weights = any(isinstance(source, ModelDonor) for source in self.donors.values())
         for name in dict.fromkeys(source for each in self.plans for source in each.sources):
             if name not in self.donors:
                 raise RecipeError(f"A rule takes weights from {name!r}, but the donors are {', '.join(self.donors)}.")
+        self._schedule: tuple[ModelMap, Schedule] | None = None
 
     def sites(self, model_map: ModelMap) -> Sequence[Site]:
         """None: a graft acts on weights, not on activations at a site."""
@@ -105,25 +107,29 @@ class Graft(Intervention):
         """The identity; see :meth:`install`."""
         return x
 
+    def schedule(self, model_map: ModelMap) -> Schedule:
+        """The plans, each once, worked out for a model."""
+        if self._schedule is None or self._schedule[0] is not model_map:
+            self._schedule = (model_map, Schedule(tuple(dict.fromkeys(self.plans)), list(self.donors), model_map))
+        return self._schedule[1]
+
     def check(self, model_map: ModelMap) -> None:
         """Refuse what cannot be grafted, before anything is hooked.
 
         Raises:
             IncompatibleModelError: If donor and recipient do not fit.
-            SiteError: If a plan names a component that the model lacks, or one that no hook reaches.
+            SiteError: If a plan names a component that the model lacks, or one that no hook reaches, or a block mixes
+                tokens in a module that would have to treat each on its own.
+            RecipeError: If a dose does not fit the model.
         """
         for donor in self.donors.values():
             donor.check(model_map)
+        _check_rows_apart(model_map)
         rules = list(dict.fromkeys(rule for plan in dict.fromkeys(self.plans) for rule in plan.rules))
         for rule in rules:
-            rule.cells(model_map)
-        everything = any("ALL" in rule.components or rule.others for rule in rules)
-        if everything and (lost := model_map.unmapped()):
-            raise SiteError(
-                f"{type(model_map.model).__name__} has parameters outside of every known component: "
-                f"{', '.join(lost[:4])}. "
-                "Name components instead of 'ALL'."
-            )
+            check_doses(rule, rule.cells(model_map), self.doses, len(model_map))
+        groups = {name for rule in rules for name in (*rule.components, *(("ALL",) if rule.others else ()))}
+        _check_reached(model_map, groups)
         if any(isinstance(donor, AdapterDonor) for donor in self.donors.values()):
             inside = {id(part.module) for _, _, part in model_map.cells()}
             lost = [path for path, layer, _ in adapted_layers(model_map) if id(layer) not in inside]
@@ -134,14 +140,51 @@ class Graft(Intervention):
         """Hook every module that some plan can graft (and every adapted layer, which must be off elsewhere)."""
         state = _State(self, attachment)
         by_module: dict[nn.Module, list[tuple[Part, Signature]]] = {}
+        layer_of: dict[nn.Module, int | None] = {}
         for name, layer, part in attachment.model_map.cells():
             signature = state.signature(name, layer)
             by_module.setdefault(part.module, []).append((part, signature))
+            layer_of[part.module] = layer
         for module, parts in by_module.items():
-            masked = state.masked_map(module, parts)
+            masked = state.masked_map(module, parts, layer_of[module])
             if masked is not None:
                 attach_masked(attachment, masked)
         attachment.add(attachment.model_map.model.register_forward_pre_hook(Hook(state.check_call), with_kwargs=True))
+
+
+def decode_name(decode: Decode) -> str:
+    """What results say of a decode policy: its name, or the function's."""
+    return decode if isinstance(decode, str) else getattr(decode, "__name__", type(decode).__name__)
+
+
+def _check_rows_apart(model_map: ModelMap) -> None:
+    for i, block in enumerate(model_map.blocks):
+        for name, why in mixing_modules(block):
+            raise SiteError(
+                f"Block {i} of {type(model_map.model).__name__} has {name!r}, {why}: weights cannot be chosen token by "
+                "token in one pass. Graft a decoder whose only mixing of tokens is attention."
+            )
+
+
+def _check_reached(model_map: ModelMap, groups: set[str]) -> None:
+    """A group that promises everything may leave no parameter behind."""
+    lost = model_map.unmapped()
+    if "ALL" not in groups:
+        inside = [n for block in model_map.blocks for n, p in block.named_parameters() if _lost(model_map, p, lost)]
+        lost = inside if groups & {"BLOCK", "PAPER_ALL"} and lost else []
+    if lost:
+        named = next(name for name in ("ALL", "BLOCK", "PAPER_ALL") if name in groups)
+        raise SiteError(
+            f"{type(model_map.model).__name__} has parameters outside of every known component: "
+            f"{', '.join(lost[:4])}. Name components instead of {named!r}."
+        )
+
+
+def _lost(model_map: ModelMap, parameter: nn.Parameter, lost: Sequence[str]) -> bool:
+    found = model_map.memo.setdefault(
+        "lost parameters", {id(p) for n, p in model_map.model.named_parameters() if n in set(lost)}
+    )
+    return id(parameter) in found
 
 
 @dataclass(eq=False)
@@ -154,60 +197,51 @@ class _State:
 
     def __post_init__(self) -> None:
         graft, model_map = self.graft, self.attachment.model_map
-        self.plans = tuple(dict.fromkeys(graft.plans))
-        place = {plan: i for i, plan in enumerate(self.plans)}
+        self.schedule = graft.schedule(model_map)
+        place = {plan: i for i, plan in enumerate(self.schedule.plans)}
         self.row_plan = [place[plan] for plan in graft.plans]
-        sizes = [2 + len(plan.rules) for plan in self.plans]
-        self.offsets = [sum(sizes[:i]) for i in range(len(sizes))]
-        self.index = {name: i + 1 for i, name in enumerate(graft.donors)}
-        self.first = [self.index[plan.sources[0]] if plan.sources else 1 for plan in self.plans]
-        self.rule_sources = [
-            [(self.index.get(r.source, 0), r.cells(model_map)) for r in plan.rules] for plan in self.plans
-        ]
-        adapter = any(isinstance(donor, AdapterDonor) for donor in graft.donors.values())
-        self.adapted = [layer for _, layer, _ in adapted_layers(model_map)] if adapter else []
+        self.adapters = [donor for donor in graft.donors.values() if isinstance(donor, AdapterDonor)]
+        self.adapted = [layer for _, layer, _ in adapted_layers(model_map)] if self.adapters else []
         modules = (module for layer in self.adapted for module in layer.modules())
         self.dropouts = [module for module in modules if isinstance(module, nn.Dropout) and module.p > 0]
 
     def signature(self, component: str, layer: int | None) -> Signature:
-        """Source of one cell for every code: nowhere, everywhere, then each rule, plan after plan."""
-        values: list[int] = []
-        for plan, first, sources in zip(self.plans, self.first, self.rule_sources, strict=True):
-            switch = {"unembed": plan.head, "final_norm": plan.final_norm}.get(component, "follow")
-            if switch == "follow":
-                values += [
-                    0,
-                    first if self.graft.decode == "donor" else 0,
-                    *(k if (component, layer) in cells else 0 for k, cells in sources),
-                ]
-            else:
-                values += [first if switch == "donor" else 0] * (2 + len(plan.rules))
+        """Source of one cell for every code; what no policy can reach is the recipient's."""
+        values = list(self.schedule.signature(component, layer))
+        if self.graft.decode != "donor" and not callable(self.graft.decode):
+            for start in self.schedule.offsets:
+                values[start + EVERYWHERE] = values[start + NOWHERE]
         return tuple(values)
 
-    def masked_map(self, module: nn.Module, parts: list[tuple[Part, Signature]]) -> MaskedMap | None:
+    def masked_map(self, module: nn.Module, parts: list[tuple[Part, Signature]], layer: int | None) -> MaskedMap | None:
         """The masked map of one module, or None where no plan can change it."""
         own, part = own_map(module), parts[0][0]
-        named = {self.index[name]: donor for name, donor in self.graft.donors.items()}
-        adapter = next((k for k, donor in named.items() if isinstance(donor, AdapterDonor)), None)
-        adapted = adapter is not None and own is not None
-        maps = {k: donor.alternative(part) for k, donor in named.items()}
-        same = {k for k, function in maps.items() if function is None}
-        groups = [(p.columns, tuple(0 if k in same else k for k in signature)) for p, signature in parts]
+        adapted = bool(self.adapters) and own is not None
+        plain: Callable[..., Any] = own if adapted and own is not None else module.forward
+        alternatives: dict[int, Callable[..., Any]] = {}
+        deltas: dict[int, Callable[..., Any]] = {}
+        for k, source in enumerate(self.schedule.sources, start=1):
+            donor = self.graft.donors[source.donor]
+            change = donor.alternative(part)
+            if change is None:
+                continue
+            alternatives[k] = dosed(plain, change, source.dose, self.graft.doses, layer)
+            if (delta := donor.delta(part)) is not None:
+                deltas[k] = dosed_delta(delta, source.dose, self.graft.doses, layer)
+        groups = [(p.columns, tuple(k if k in alternatives else 0 for k in signature)) for p, signature in parts]
         if not adapted and not any(any(signature) for _, signature in groups):
             return None
         if len({signature for _, signature in groups}) == 1:
             groups = [(None, groups[0][1])]
-        alternatives = {k: function for k, function in maps.items() if function is not None}
         native = 0
-        if adapted and adapter is not None and own is not None:
-            native = adapter
-            alternatives = {0: own, **{k: function for k, function in alternatives.items() if k != adapter}}
+        if adapted:
+            native = self._native(module)
+            alternatives = {0: plain, **{k: function for k, function in alternatives.items() if k != native}}
 
         def masks() -> list[tuple[torch.Tensor | None, RowMask]]:
             step = self.attachment.step
             return [(columns, self._row_mask(step, signature)) for columns, signature in groups]
 
-        deltas = {k: delta for k, donor in named.items() if (delta := donor.delta(part)) is not None}
         return MaskedMap(
             module,
             native,
@@ -218,6 +252,12 @@ class _State:
             takes_empty=takes_empty(module),
             deltas=deltas,
         )
+
+    def _native(self, module: nn.Module) -> int:
+        """The source that an adapted layer computes when it is called; -1 if it may be none of them."""
+        if len(self.adapters) > 1 or list(getattr(module, "active_adapters", ())) != [self.adapters[0].name]:
+            return -1
+        return 1 + next(i for i, d in enumerate(self.graft.donors.values()) if isinstance(d, AdapterDonor))
 
     def check_call(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse calls whose head rows cannot be told, and adapter dropout that is on."""
@@ -245,43 +285,42 @@ class _State:
         return found
 
     def _codes(self, step: StepContext) -> torch.Tensor:
-        """Which rule owns each token, ``[B, T]``, as an index into the signatures."""
+        """Which rules own each token, ``[B, T]``, as an index into the signatures."""
         key = (id(self), "codes")
         if key not in step.cache:
-            step.cache[key] = self._make_codes(step)
+            given = self.graft.given
+            step.cache[key] = self._make_codes(step) if given is None else given.to(step.device)
         codes: torch.Tensor = step.cache[key]
         return codes
 
     def _make_codes(self, step: StepContext) -> torch.Tensor:
         rows = self._rows(step)
-        start = torch.tensor([self.offsets[p] for p in rows], device=step.device)[:, None]
-        if step.is_prefill or self.graft.decode == "outside":
-            codes = start + self._owners(replace(step, rolling=step.is_prefill, cache={}), rows)
-        elif self.graft.decode == "like_last" and self.last_codes is not None:
-            codes = self.last_codes[:, None].expand(-1, step.length)
-        else:
-            policy = _EVERYWHERE if self.graft.decode == "donor" else _NOWHERE
-            codes = (start + policy).expand(-1, step.length)
-        if step.is_prefill:
-            last = step.positions.argmax(dim=1, keepdim=True)
-            self.last_codes = codes.gather(1, last)[:, 0]
-        # Padding reaches no real token; giving it a source of its row keeps uniform masks uniform.
-        first = step.valid.long().argmax(dim=1, keepdim=True)
-        return torch.where(step.valid, codes, codes.gather(1, first))
+        if not step.is_prefill:
+            return without_padding(self._decoding(step, rows), step.valid)
+        codes = self.schedule.codes(step, rows)
+        last = step.positions.argmax(dim=1, keepdim=True)
+        self.last_codes = codes.gather(1, last)[:, 0]
+        return codes
 
-    def _owners(self, step: StepContext, rows: list[int]) -> torch.Tensor:
-        """The last matching rule of each token's plan (0 for none, else 2 + its place)."""
-        owners = torch.zeros(step.batch_size, step.length, dtype=torch.long, device=step.device)
-        asked: dict[Positions, list[int]] = {}
-        for p in set(rows):
-            for positions in dict.fromkeys(rule.positions for rule in self.plans[p].rules):
-                asked.setdefault(positions, []).extend(row for row, q in enumerate(rows) if q == p)
-        masks = {positions: _mask_of(positions, step, sorted(mine)) for positions, mine in asked.items()}
-        for p in set(rows):
-            mine = torch.tensor([r == p for r in rows], device=step.device)[:, None]
-            for i, rule in enumerate(self.plans[p].rules):
-                owners = torch.where(mine & masks[rule.positions], i + 2, owners)
-        return owners
+    def _decoding(self, step: StepContext, rows: list[int]) -> torch.Tensor:
+        """Codes of generated tokens, as the decode policy says."""
+        chosen = self.graft.decode
+        policy = chosen(step) if callable(chosen) else chosen
+        start = self.schedule.start(rows, step.device)
+        if isinstance(policy, torch.Tensor):
+            if policy.dtype != torch.bool or tuple(policy.shape) != (step.batch_size, step.length):
+                raise PositionError(
+                    f"The decode function gave a {policy.dtype} tensor of shape {tuple(policy.shape)}; expected bool "
+                    f"[{step.batch_size}, {step.length}], or one of {', '.join(DECODE)}."
+                )
+            return torch.where(policy.to(step.device), start + EVERYWHERE, start + NOWHERE)
+        if policy == "outside":
+            return self.schedule.codes(replace(step, rolling=False, cache={}), rows)
+        if policy == "like_last" and self.last_codes is not None:
+            return self.last_codes[:, None].expand(-1, step.length)
+        if policy not in DECODE:
+            raise PositionError(f"The decode function gave {policy!r}; expected a mask or one of {', '.join(DECODE)}.")
+        return (start + (EVERYWHERE if policy == "donor" else NOWHERE)).expand(-1, step.length)
 
     def _rows(self, step: StepContext) -> list[int]:
         if not self.graft.per_row:
@@ -293,12 +332,3 @@ class _State:
             )
         beams = step.batch_size // len(self.row_plan)
         return [p for p in self.row_plan for _ in range(beams)]
-
-
-def _mask_of(positions: Positions, step: StepContext, rows: list[int]) -> torch.Tensor:
-    """A selector asks only the rows whose plan names it: elsewhere its text or span need not exist."""
-    if len(rows) == step.batch_size:
-        return positions.mask(step)
-    mask = torch.zeros(step.batch_size, step.length, dtype=torch.bool, device=step.device)
-    mask[rows] = positions.mask(step.rows(rows))
-    return mask

@@ -1,27 +1,27 @@
 """Graft plans: which weights at which tokens, as data.
 
 A plan is an ordered list of rules. For each position the *last* rule whose positions match decides alone: its
-components
-in its layers come from its source, everything else from the recipient (Nief et al. 2025, arXiv 2506.20746, position
-grafts).
+components in its layers come from its source, everything else from the recipient (Nief et al. 2025, arXiv 2506.20746,
+position grafts).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from lightning_interp.core.components import BLOCK_COMPONENTS, GLOBAL_COMPONENTS
 from lightning_interp.core.model_map import ModelMap
-from lightning_interp.core.positions import All, FromBatch, Last, Positions
+from lightning_interp.core.positions import All, Positions
 from lightning_interp.errors import RecipeError, SiteError
+from lightning_interp.grafting.dropout import Cell, GraftDropout
+from lightning_interp.grafting.layers import Layers, resolve_layers
 
-__all__ = ["GROUPS", "GraftPlan", "GraftRule", "Policy", "paper_plans", "resolve_layers"]
+__all__ = ["GROUPS", "GraftPlan", "GraftRule", "Policy"]
 
 Policy = Literal["recipient", "donor", "follow"]
-Layers = str | int | Sequence[str | int]
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "ATTN": ("q", "k", "v", "qkv"),
@@ -48,10 +48,16 @@ class GraftRule:
         positions: Which tokens.
         components: Canonical names and groups (see ``GROUPS``).
         layers: ``all``, ``none``, an index, a range ``4-7``, a share ``0.5-1.0``, ``Q1`` to ``Q4``, ``lower_half``,
-            ``upper_half``, or a list of these. A group grafts what lies outside of the blocks (``embed``) only with all
-            layers; naming it always does.
+            ``upper_half``, ``second_half``, or a list of these. A group grafts what lies outside of the blocks
+            (``embed``) only with all layers; naming it always does.
         source: Name of the donor.
         others: Graft everything *except* the named components in the named layers.
+        dose: How far towards the source, 0 (recipient) to 1 (source): linear maps and norms are linear in their
+            parameters, so a dose is the same as interpolated weights. A name means a tensor that is given to ``Graft``
+            as ``doses={name: tensor}``, so that gradients reach it.
+        dropout: Leave out a random share of the layers at each position.
+        adds: Add this rule's cells to what earlier rules take at the same position, instead of replacing them: one
+            token may then take its attention from one donor and its feed-forward maps from another.
     """
 
     positions: Positions
@@ -59,8 +65,13 @@ class GraftRule:
     layers: Layers = "all"
     source: str = "donor"
     others: bool = False
+    dose: float | str = 1.0
+    dropout: GraftDropout | None = None
+    adds: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.dose, str) and not 0 <= self.dose <= 1:  # NaN too
+            raise RecipeError(f"GraftRule(dose={self.dose}) is outside of [0, 1]: 0 is the recipient, 1 the source.")
         names = _names(self.components)
         known = (*GROUPS, *BLOCK_COMPONENTS, *GLOBAL_COMPONENTS)
         for name in names:
@@ -75,7 +86,7 @@ class GraftRule:
         """True for a rule that says "use the recipient here"."""
         return self.layers == "none" and not self.others
 
-    def cells(self, model_map: ModelMap) -> set[tuple[str, int | None]]:
+    def cells(self, model_map: ModelMap) -> set[Cell]:
         """The (component, layer) pairs that this rule takes from its source.
 
         Args:
@@ -88,7 +99,7 @@ class GraftRule:
             SiteError: If this model has none of a named component.
         """
         layers = resolve_layers(self.layers, len(model_map))
-        chosen: set[tuple[str, int | None]] = set()
+        chosen: set[Cell] = set()
         for name in self.components if layers else ():
             chosen |= _cells_of(name, layers, model_map)
         if not self.others:
@@ -96,15 +107,22 @@ class GraftRule:
         return {(name, layer) for name, layer, _ in model_map.cells()} - chosen
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Plain data; what is as by default is left out of the last keys."""
         layers = list(self.layers) if isinstance(self.layers, tuple) else self.layers
-        return {
+        data: dict[str, Any] = {
             "positions": self.positions.to_dict(),
             "components": list(self.components),
             "layers": layers,
             "source": self.source,
             "others": self.others,
         }
+        if self.dose != 1:
+            data["dose"] = self.dose
+        if self.dropout is not None:
+            data["dropout"] = asdict(self.dropout)
+        if self.adds:
+            data["adds"] = True
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GraftRule:
@@ -113,11 +131,13 @@ class GraftRule:
         Raises:
             RecipeError: If a key is unknown or missing.
         """
-        known = {"positions", "components", "layers", "source", "others"}
+        known = {"positions", "components", "layers", "source", "others", "dose", "dropout", "adds"}
         if set(data) - known or "positions" not in data:
             wrong = ", ".join(sorted(set(data) - known)) or "no 'positions'"
             raise RecipeError(f"Cannot read a graft rule: {wrong}. Expected keys: {', '.join(sorted(known))}.")
         rest = {key: value for key, value in data.items() if key != "positions"}
+        if rest.get("dropout") is not None:
+            rest["dropout"] = GraftDropout.from_dict(rest["dropout"])
         return cls(Positions.from_dict(data["positions"]), **rest)
 
 
@@ -132,6 +152,7 @@ class GraftPlan:
         final_norm: The same switch for the norm before it.
 
     Example:
+        >>> from lightning_interp import FromBatch
         >>> plan = GraftPlan.at(FromBatch("FE"), components="BLOCK")
         >>> GraftPlan.from_json(plan.complement().to_json()) == plan.complement()
         True
@@ -170,9 +191,13 @@ class GraftPlan:
         source: str = "donor",
         head: Policy = "recipient",
         final_norm: Policy = "recipient",
+        others: bool = False,
+        dose: float | str = 1.0,
+        dropout: GraftDropout | None = None,
     ) -> GraftPlan:
         """A plan with one rule (see :class:`GraftRule` and :class:`GraftPlan` for the arguments)."""
-        return cls((GraftRule(positions, _names(components), layers, source),), head, final_norm)
+        rule = GraftRule(positions, _names(components), layers, source, others, dose, dropout)
+        return cls((rule,), head, final_norm)
 
     @classmethod
     def whole(cls, source: str = "donor") -> GraftPlan:
@@ -190,7 +215,7 @@ class GraftPlan:
             RecipeError: If the rules differ in components, layers or source, so that "the same" is not one thing.
         """
         grafts = [rule for rule in self.rules if not rule.is_empty]
-        kinds = {(rule.components, rule.layers, rule.source, rule.others) for rule in grafts}
+        kinds = {replace(rule, positions=All()) for rule in grafts}
         if len(kinds) != 1:
             raise RecipeError(
                 f"complement() needs rules that graft the same cells, but this plan has {len(kinds)} kinds. Write the "
@@ -205,7 +230,17 @@ class GraftPlan:
         return replace(self, rules=(replace(grafts[0], positions=~covered),) if covered is not None else self.rules)
 
     def cell_complement(self) -> GraftPlan:
-        """The same positions, everything but the named components in the named layers."""
+        """The same positions, everything but the named components in the named layers.
+
+        Raises:
+            RecipeError: If a rule has a dose, dropout, or adds to others, so that it is no set of cells.
+        """
+        for rule in self.rules:
+            if rule.dose != 1 or rule.dropout is not None or rule.adds:
+                raise RecipeError(
+                    f"cell_complement() and dual() turn sets of cells round, but a rule has dose={rule.dose!r}, "
+                    f"dropout={rule.dropout!r}, adds={rule.adds}. Write the result as rules of your own."
+                )
         only = self.sources[0] if len(self.sources) == 1 else None
         turned = [
             replace(rule, others=not rule.others, source=(rule.is_empty and only) or rule.source) for rule in self.rules
@@ -257,111 +292,14 @@ class GraftPlan:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
-def paper_plans(
-    entity: Positions = FromBatch("FE"),  # noqa: B008  a frozen dataclass
-    last: Positions = Last(),  # noqa: B008
-    *,
-    components: str | Sequence[str] = "PAPER_ALL",
-    layers: Layers = "all",
-    head: Policy = "recipient",
-    final_norm: Policy = "recipient",
-) -> dict[str, GraftPlan]:
-    """The eight standard plans: experiments E0 to E2 (sufficiency and necessity of the two routes).
-
-    Args:
-        entity: Tokens of the first entity.
-        last: The last prompt token.
-        components: What is grafted there.
-        layers: In which layers.
-        head: Head switch of the six grafts (``PRE`` and ``SFT`` are the plain models).
-        final_norm: Final-norm switch of the six grafts.
-
-    Returns:
-        ``PRE``, ``SFT``, ``FE``, ``LT``, ``FE+LT``, ``(FE+LT)^C``, ``FE^C``, ``LT^C``.
-
-    Example:
-        >>> list(paper_plans())
-        ['PRE', 'SFT', 'FE', 'LT', 'FE+LT', '(FE+LT)^C', 'FE^C', 'LT^C']
-    """
-
-    def at(positions: Positions) -> GraftPlan:
-        return GraftPlan.at(positions, components, layers, head=head, final_norm=final_norm)
-
-    first, end, both = at(entity), at(last), at(entity | last)
-    return {
-        "PRE": GraftPlan(),
-        "SFT": GraftPlan.whole(),
-        "FE": first,
-        "LT": end,
-        "FE+LT": both,
-        "(FE+LT)^C": both.complement(),
-        "FE^C": first.complement(),
-        "LT^C": end.complement(),
-    }
-
-
-def resolve_layers(layers: Layers, count: int) -> frozenset[int]:
-    """Turn a layer choice into block indices.
-
-    Args:
-        layers: See :class:`GraftRule`.
-        count: Number of blocks.
-
-    Returns:
-        Indices.
-
-    Raises:
-        SiteError: If the choice cannot be read or names a layer that is not there.
-
-    Example:
-        >>> sorted(resolve_layers("Q4", 18)), sorted(resolve_layers("4-6", 18)), sorted(resolve_layers("0.5-1.0", 4))
-        ([12, 13, 14, 15, 16, 17], [4, 5, 6], [2, 3])
-    """
-    if not isinstance(layers, str | int):
-        return frozenset[int]().union(*(resolve_layers(part, count) for part in layers))
-    quarter = count // 4
-    named = {
-        "all": range(count),
-        "none": range(0),
-        "Q1": range(quarter),
-        "Q2": range(quarter, 2 * quarter),
-        "Q3": range(2 * quarter, 3 * quarter),
-        "Q4": range(3 * quarter, count),
-        "lower_half": range(2 * quarter),
-        "upper_half": range(2 * quarter, count),
-    }
-    found = named[str(layers)] if layers in named else _range(str(layers), count)
-    if layers == "none":
-        return frozenset()
-    if not found or any(not 0 <= i < count for i in found):
-        raise SiteError(
-            f"Cannot take layers {layers!r} of a model with layers 0 to {count - 1}. Expected an index, 'first-last', "
-            f"a share such as '0.5-1.0', a list of these, or one of: {', '.join(named)}."
-        )
-    return frozenset(found)
-
-
 def _names(components: str | Sequence[str]) -> tuple[str, ...]:
     return (components,) if isinstance(components, str) else tuple(components)
 
 
-def _range(text: str, count: int) -> range:
-    try:
-        if text.lstrip("-").isdigit():
-            index = int(text)
-            return range(index % count, index % count + 1) if -count <= index < count else range(0)
-        first, _, last = text.partition("-")
-        if "." in text:
-            return range(round(float(first) * count), round(float(last) * count))
-        return range(int(first), int(last) + 1)
-    except ValueError:
-        return range(0)
-
-
-def _cells_of(name: str, layers: frozenset[int], model_map: ModelMap) -> set[tuple[str, int | None]]:
+def _cells_of(name: str, layers: frozenset[int], model_map: ModelMap) -> set[Cell]:
     names = GROUPS.get(name, (name,))
     with_shared = name not in GROUPS or len(layers) == len(model_map)
-    found: set[tuple[str, int | None]] = {(n, None) for n in names if n in model_map.shared and with_shared}
+    found: set[Cell] = {(n, None) for n in names if n in model_map.shared and with_shared}
     found |= {(n, layer) for layer in layers for n in names if n in model_map.components[layer]}
     if not found:
         present = ", ".join([*model_map.shared, *dict.fromkeys(n for table in model_map.components for n in table)])

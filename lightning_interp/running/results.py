@@ -136,9 +136,8 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         ManifestError: If the folder cannot be written.
     """
     names = columns(rows)
-    lines = [_line(names)]
-    for row in jsonable(list(rows), where=f"table {path.stem!r}"):
-        lines.append(_line([_cell(row.get(name)) for name in names]))
+    plain = jsonable(list(rows), where=f"table {path.stem!r}")
+    lines = [_line(names), *(_line([_cell(row.get(name)) for name in names]) for row in plain)]
     atomic_write_text(path, "".join(lines))
 
 

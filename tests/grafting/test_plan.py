@@ -19,7 +19,9 @@ from lightning_interp.core.model_map import ModelMap
 from lightning_interp.core.positions import All, ChatTemplate, FromBatch, Last, Span, Substring, Tokens
 from lightning_interp.core.step import StepContext
 from lightning_interp.errors import PositionError, RecipeError, SiteError
-from lightning_interp.grafting.plan import GROUPS, GraftPlan, GraftRule, paper_plans, resolve_layers
+from lightning_interp.grafting.experiments import paper_plans
+from lightning_interp.grafting.layers import resolve_layers
+from lightning_interp.grafting.plan import GROUPS, GraftPlan, GraftRule
 from lightning_interp.testing.tiny import EXTRA_FAMILIES, FAMILIES, tiny_model
 
 LENGTH = 6
@@ -136,7 +138,7 @@ def test_json_is_canonical_and_the_digest_is_its_sha256():
 
 
 def test_the_digest_is_the_same_in_another_process():
-    code = "from lightning_interp.grafting.plan import paper_plans; print(paper_plans()['(FE+LT)^C'].digest)"
+    code = "from lightning_interp.grafting.experiments import paper_plans; print(paper_plans()['(FE+LT)^C'].digest)"
     env = {"PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert out.stdout.strip() == paper_plans()["(FE+LT)^C"].digest

@@ -56,6 +56,7 @@ def test_dtype_is_what_was_asked(tiny_folder, dtype, expected):
 
 @pytest.mark.parametrize(("quantization", "kind"), [("4bit", "Linear4bit"), ("8bit", "Linear8bitLt")])
 @pytest.mark.parametrize("tiny", [True, False])
+@pytest.mark.usefixtures("portable_4bit")
 def test_quantisation_replaces_the_linear_maps(tiny_folder, quantization, kind, tiny):
     source = "tiny:llama" if tiny else tiny_folder
     model = load_causal_lm(source, quantization=quantization).model
