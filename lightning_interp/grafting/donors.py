@@ -17,7 +17,7 @@ from lightning_interp.core.model_map import ModelMap
 from lightning_interp.errors import IncompatibleModelError, QuantizedModelError, RecipeError
 from lightning_interp.grafting.adapters import AdapterDonor, Donor
 
-__all__ = ["AdapterDonor", "AnyDonor", "Donor", "ModelDonor", "check_same_shapes", "make_donors"]
+__all__ = ["AdapterDonor", "AnyDonor", "Donor", "ModelDonor", "check_same_shapes", "make_donors", "moved"]
 
 _WEIGHTLESS = (
     "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "activation_function", "rope_parameters",
@@ -104,14 +104,14 @@ class ModelDonor(Donor):
         module = self.map.model.get_submodule(part.path)
         if module is part.module:
             return None
-        return _moved(module, next(module.parameters()), part)
+        return moved(module, next(module.parameters()), part)
 
 
-def _moved(run: Callable[..., Any], home: torch.Tensor, part: Part) -> Callable[..., Any]:
+def moved(run: Callable[..., Any], home: torch.Tensor, part: Part) -> Callable[..., Any]:
     """Run a module of another model on the recipient's rows: there, in its dtype, and back."""
     own = next(part.module.parameters())
 
-    def moved(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def there_and_back(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if own.device == home.device and own.dtype == home.dtype:
             return run(x, *args, **kwargs)
         floats = x.is_floating_point() and not part.per_call  # else token ids, positions or a padding mask
@@ -121,7 +121,7 @@ def _moved(run: Callable[..., Any], home: torch.Tensor, part: Part) -> Callable[
         output = run(there, *args, **{key: _to(value, home.device) for key, value in kwargs.items()})
         return split_output(output)[0].to(x.device, x.dtype if floats else own.dtype)
 
-    return moved
+    return there_and_back
 
 
 AnyDonor = nn.Module | str | Donor

@@ -1,11 +1,8 @@
-"""Score many graft plans on many prompts: all plans of a prompt are rows of one forward pass."""
+"""Score many graft plans on many prompts: rows of few forward passes, with shared prefixes computed once."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -13,44 +10,21 @@ from torch import nn
 
 from lightning_interp.core.masked_linear import Execution
 from lightning_interp.core.model_map import ModelMap
-from lightning_interp.core.positions import FromBatch, Positions
 from lightning_interp.errors import PositionError, RecipeError
-from lightning_interp.grafting.donors import AnyDonor, ModelDonor, make_donors
+from lightning_interp.grafting.donors import AnyDonor, Donor, ModelDonor, make_donors
 from lightning_interp.grafting.experiments import paper_plans
 from lightning_interp.grafting.intervention import Graft
-from lightning_interp.grafting.locate import encode_prompt, first_target_token, locate_entity
 from lightning_interp.grafting.metrics import METRICS, score_logits
+from lightning_interp.grafting.patching import PatchPlan, patched_logits
 from lightning_interp.grafting.plan import GraftPlan
+from lightning_interp.grafting.prefixes import PrefixTree
+from lightning_interp.grafting.prompts import EncodedPrompt, GraftPrompt, PromptBatch, encode, spans_of
 from lightning_interp.grafting.result import GraftResult
+from lightning_interp.grafting.runner import Rows, evaluating, last_logits, whole_head
 
-__all__ = ["GraftEvaluator", "GraftPrompt", "GraftResult"]
+__all__ = ["AnyPlan", "GraftEvaluator", "GraftPrompt", "GraftResult"]
 
-
-@dataclass(frozen=True)
-class GraftPrompt:
-    """One question to a grafted model.
-
-    Args:
-        text: The prompt.
-        target: What should follow it; its first token is scored.
-        spans: Named pieces of the prompt that plans may select with ``FromBatch(name)``, such as ``{"FE": "Ann Lee"}``.
-        unit: Unit of sampling for intervals (the fact); prompts of one unit are averaged first.
-        form: Which prompt form this is; results are also given by form.
-    """
-
-    text: str
-    target: str
-    spans: Mapping[str, str] = field(default_factory=dict)
-    unit: str = ""
-    form: str = ""
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    index: int
-    ids: list[int]
-    target: int
-    masks: dict[str, list[int]]
+AnyPlan = GraftPlan | PatchPlan
 
 
 class GraftEvaluator:
@@ -59,13 +33,19 @@ class GraftEvaluator:
     Args:
         prompts: What to ask.
         tokenizer: The tokenizer of both models (fast, for character offsets).
-        plans: Name to plan; default :func:`~lightning_interp.grafting.plan.paper_plans`. ``PRE`` (the recipient) and
-            ``SFT`` (the donor) are added if they are missing: KL, recovery and the logit difference refer to them.
+        plans: Name to plan; default :func:`~lightning_interp.grafting.experiments.paper_plans`. ``PRE`` (the
+            recipient) and ``SFT`` (the donor) are added if they are missing: KL, recovery and the logit difference
+            refer to them. A :class:`~lightning_interp.grafting.patching.PatchPlan` patches activations instead.
         top_k: For the accuracy beside top-1.
-        token_budget: Most tokens (rows x columns) of one forward pass.
+        token_budget: Most tokens (rows x columns, cached ones counted) of one forward pass.
         missing: ``raise`` when a prompt lacks a span that a plan names, or the span does not occur in it; or ``drop``
             the prompt and count it.
         execution: See :func:`~lightning_interp.core.masked_linear.masked_rows`.
+        share_prefixes: Compute tokens that several plans treat alike once; exact, up to floating-point order.
+
+    Attributes:
+        dropped: Number and reason of every prompt that was dropped.
+        tokens: Tokens fed to the model so far, and what they would have been without sharing.
 
     Raises:
         PositionError: If a span is not found (unless ``missing="drop"``), or a prompt or target is empty.
@@ -85,23 +65,27 @@ class GraftEvaluator:
         prompts: Sequence[GraftPrompt],
         tokenizer: Any,
         *,
-        plans: Mapping[str, GraftPlan] | None = None,
+        plans: Mapping[str, AnyPlan] | None = None,
         top_k: int = 5,
         token_budget: int = 4096,
         missing: str = "raise",
         execution: Execution = "auto",
+        share_prefixes: bool = True,
     ) -> None:
         if missing not in ("raise", "drop"):
             raise RecipeError(f"GraftEvaluator(missing={missing!r}) is unknown; expected 'raise' or 'drop'.")
         if top_k < 1 or token_budget < 1:
             raise RecipeError(f"GraftEvaluator(top_k={top_k}, token_budget={token_budget}): both must be at least 1.")
         chosen = dict(paper_plans() if plans is None else plans)
-        self.plans = {"PRE": GraftPlan(), "SFT": GraftPlan.whole(), **chosen}
+        sources = [source for plan in chosen.values() if isinstance(plan, GraftPlan) for source in plan.sources]
+        self.plans: dict[str, AnyPlan] = {"PRE": GraftPlan(), "SFT": GraftPlan.whole((*sources, "donor")[0]), **chosen}
         self.prompts = list(prompts)
         self.tokenizer = tokenizer
         self.top_k = top_k
         self.token_budget = token_budget
         self.execution: Execution = execution
+        self.share_prefixes = share_prefixes
+        self.tokens = {"fed": 0, "without sharing": 0}
         self.dropped: list[tuple[int, str]] = []
         self._encoded = list(self._encode(missing))
         if not self._encoded:
@@ -113,27 +97,19 @@ class GraftEvaluator:
     def __len__(self) -> int:
         return len(self._encoded)
 
-    def _encode(self, missing: str) -> Iterator[_Encoded]:
-        asked = dict.fromkeys(
-            name for plan in self.plans.values() for rule in plan.rules for name in _spans_of(rule.positions)
-        )
+    def _encode(self, missing: str) -> Iterator[EncodedPrompt]:
+        asked = list(dict.fromkeys(name for plan in self.plans.values() for name in _spans(plan)))
         for index, prompt in enumerate(self.prompts):
             try:
-                if lacking := [name for name in asked if name not in prompt.spans]:
-                    raise PositionError(
-                        f"The prompt {prompt.text!r} has no span {lacking[0]!r}, which a plan selects; it has: "
-                        f"{', '.join(prompt.spans) or 'none'}. Pass GraftPrompt(spans={{{lacking[0]!r}: ...}})."
-                    )
-                masks = {name: locate_entity(self.tokenizer, prompt.text, part) for name, part in prompt.spans.items()}
+                encoded = encode(prompt, index, self.tokenizer, asked)
             except PositionError as error:
                 if missing == "raise":
                     raise
                 self.dropped.append((index, str(error)))
                 continue
-            ids, _ = encode_prompt(self.tokenizer, prompt.text)
-            if not ids:
+            if not encoded.ids:
                 raise PositionError(f"Prompt {index} ({prompt.text!r}) has no tokens; expected some text.")
-            yield _Encoded(index, ids, first_target_token(self.tokenizer, prompt.text, prompt.target), masks)
+            yield encoded
 
     def evaluate(
         self,
@@ -152,7 +128,7 @@ class GraftEvaluator:
         Returns:
             One row for each prompt and plan.
         """
-        result = GraftResult(list(self.plans), self.top_k, dropped=[(i, r) for i, r in self.dropped])
+        result = GraftResult(list(self.plans), self.top_k, dropped=list(self.dropped))
         for index, scores, top in self.scores(model, donor):
             for i, each in zip(index.tolist(), scores, strict=True):
                 self._add(result, self.prompts[i], i, each, top[i])
@@ -184,18 +160,23 @@ class GraftEvaluator:
         donors = make_donors(donor)
         mine = sorted(self._encoded[rank::world_size], key=lambda prompt: len(prompt.ids))
         models = [each.map.model for each in donors.values() if isinstance(each, ModelDonor)]
-        with _evaluating(model_map.model, *models):
+        names = list(self.plans)
+        grafts = [plan for plan in self.plans.values() if isinstance(plan, GraftPlan)]
+        graft = Graft(donors, grafts, execution=self.execution)
+        with evaluating(model_map.model, *models), whole_head(model_map):
             for chunk in self._chunks(mine):
-                logits = self._forward(model_map, donors, chunk)
-                target = torch.tensor([prompt.target for prompt in chunk], device=logits.device)
-                names = list(self.plans)
-                pre, sft = logits[:, names.index("PRE")], logits[:, names.index("SFT")]
-                columns = [score_logits(logits[:, p], target, pre, sft, top_k=self.top_k) for p in range(len(names))]
-                top = {prompt.index: logits[i].argmax(dim=-1).tolist() for i, prompt in enumerate(chunk)}
-                yield torch.tensor([prompt.index for prompt in chunk]), torch.stack(columns, dim=1).cpu(), top
+                batch = PromptBatch.of(chunk)
+                found = self._grafted(model_map, graft, batch) | self._patched(model_map, donors, batch)
+                logits = [found[name] for name in names]
+                pre, sft = logits[names.index("PRE")], logits[names.index("SFT")]
+                target = batch.target.to(pre.device)
+                columns = [score_logits(each, target, pre, sft, top_k=self.top_k) for each in logits]
+                top = torch.stack([each.argmax(dim=-1) for each in logits], dim=1).tolist()
+                index = [prompt.index for prompt in chunk]
+                yield torch.tensor(index), torch.stack(columns, dim=1).cpu(), dict(zip(index, top, strict=True))
 
-    def _chunks(self, prompts: list[_Encoded]) -> Iterator[list[_Encoded]]:
-        chunk: list[_Encoded] = []
+    def _chunks(self, prompts: list[EncodedPrompt]) -> Iterator[list[EncodedPrompt]]:
+        chunk: list[EncodedPrompt] = []
         for prompt in prompts:
             if chunk and (len(chunk) + 1) * len(self.plans) * len(prompt.ids) > self.token_budget:
                 yield chunk
@@ -204,40 +185,38 @@ class GraftEvaluator:
         if chunk:
             yield chunk
 
-    def _forward(self, model_map: ModelMap, donor: Any, chunk: list[_Encoded]) -> torch.Tensor:
-        """Logits at the last prompt token, ``[prompts, plans, V]``."""
-        batch = self._batch(chunk, model_map)
-        plans = [plan for _ in chunk for plan in self.plans.values()]
-        graft = Graft(donor, plans, execution=self.execution)
-        with _whole_head(model_map), graft.attach(model_map, tokenizer=self.tokenizer) as attachment, torch.no_grad():
-            attachment.batch = batch["masks"]
-            output = model_map.model(**batch["inputs"])
-        logits: torch.Tensor = output.logits[:, -1].float()
-        return logits.view(len(chunk), len(self.plans), -1)
+    def _grafted(self, model_map: ModelMap, graft: Graft, batch: PromptBatch) -> dict[str, torch.Tensor]:
+        """Logits at the last prompt token of every graft, ``[n, V]`` each."""
+        schedule = graft.schedule(model_map)
+        codes = schedule.all_codes(batch.step(self.tokenizer))
+        count = len(schedule.plans)
+        rows = Rows(batch.ids.repeat(count, 1), batch.valid.repeat(count, 1), codes.reshape(-1, codes.shape[-1]))
+        inner, full = schedule.classes
+        tree = PrefixTree(rows.ids, rows.valid, inner[rows.codes], full[rows.codes], share=self.share_prefixes)
+        with graft.attach(model_map, tokenizer=self.tokenizer):
+            logits = last_logits(model_map, graft, rows, tree, token_budget=self.token_budget)
+        of_row = tree.row_of.to(logits.device).view(count, -1)
+        self._count(tree.tokens, len(graft.plans) * batch.ids.numel())
+        return {
+            name: logits[of_row[schedule.plans.index(plan)]]
+            for name, plan in self.plans.items()
+            if isinstance(plan, GraftPlan)
+        }
 
-    def _batch(self, chunk: list[_Encoded], model_map: ModelMap) -> dict[str, dict[str, Any]]:
-        """Left-padded rows, each prompt once a plan."""
-        width, device = max(len(prompt.ids) for prompt in chunk), next(model_map.model.parameters()).device
-        ids = torch.zeros(len(chunk), width, dtype=torch.long)
-        valid = torch.zeros(len(chunk), width, dtype=torch.long)
-        names = dict.fromkeys(name for prompt in chunk for name in prompt.masks)
-        masks = {name: torch.zeros(len(chunk), width, dtype=torch.bool) for name in names}
-        for row, prompt in enumerate(chunk):
-            start = width - len(prompt.ids)
-            ids[row, start:] = torch.tensor(prompt.ids)
-            valid[row, start:] = 1
-            for name, tokens in prompt.masks.items():
-                masks[name][row, torch.tensor(tokens) + start] = True
-        accepted = inspect.signature(model_map.model.forward).parameters
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": valid}
-        if "position_ids" in accepted:
-            inputs["position_ids"] = (valid.cumsum(dim=1) - 1).clamp(min=0)
-        repeat = len(self.plans)
-        inputs = {name: value.repeat_interleave(repeat, dim=0).to(device) for name, value in inputs.items()}
-        inputs["use_cache"] = False
-        if "logits_to_keep" in accepted:
-            inputs["logits_to_keep"] = 1
-        return {"inputs": inputs, "masks": {n: m.repeat_interleave(repeat, dim=0).to(device) for n, m in masks.items()}}
+    def _patched(self, model_map: ModelMap, donors: dict[str, Donor], batch: PromptBatch) -> dict[str, torch.Tensor]:
+        """The same for activation patches: the donor runs once, then the recipient once a plan."""
+        found: dict[str, torch.Tensor] = {}
+        plans = {name: plan for name, plan in self.plans.items() if isinstance(plan, PatchPlan)}
+        step = batch.step(self.tokenizer)
+        for source in dict.fromkeys(plan.source for plan in plans.values()):
+            mine = {name: plan for name, plan in plans.items() if plan.source == source}
+            found |= patched_logits(model_map, donors, source, mine, batch.ids, step)
+            self._count((1 + len(mine)) * batch.ids.numel(), (1 + len(mine)) * batch.ids.numel())
+        return found
+
+    def _count(self, fed: int, unshared: int) -> None:
+        self.tokens["fed"] += fed
+        self.tokens["without sharing"] += unshared
 
     def _add(self, result: GraftResult, prompt: GraftPrompt, index: int, scores: torch.Tensor, top: list[int]) -> None:
         for p, (name, plan) in enumerate(self.plans.items()):
@@ -258,39 +237,7 @@ class GraftEvaluator:
             )
 
 
-def _spans_of(positions: Any) -> Iterator[str]:
-    """Keys of every ``FromBatch`` inside a selector."""
-    if isinstance(positions, FromBatch):
-        yield positions.key
-    for part in fields(positions) if is_dataclass(positions) else ():
-        value = getattr(positions, part.name)
-        yield from _spans_of(value) if isinstance(value, Positions) else ()
-
-
-@contextmanager
-def _whole_head(model_map: ModelMap) -> Iterator[None]:
-    """Hand the head its last column as one block: torch multiplies a strided slice by a frozen head row by row."""
-    if model_map.head is None:
-        yield
-        return
-    handle = model_map.head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-class _evaluating:  # noqa: N801  a context manager
-    """Evaluation mode for every submodule, each put back as it was."""
-
-    def __init__(self, *models: nn.Module) -> None:
-        self.modes = {module: module.training for model in models for module in model.modules()}
-        self.models = models
-
-    def __enter__(self) -> None:
-        for model in self.models:
-            model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module, training in self.modes.items():
-            module.training = training
+def _spans(plan: AnyPlan) -> Iterator[str]:
+    selectors = [plan.positions] if isinstance(plan, PatchPlan) else [rule.positions for rule in plan.rules]
+    for positions in selectors:
+        yield from spans_of(positions)

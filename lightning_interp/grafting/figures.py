@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_interp.grafting.grids import GraftGrid
 from lightning_interp.grafting.result import GraftResult
 
-__all__ = ["curves_figure", "plans_figure"]
+__all__ = ["curves_figure", "grid_figure", "plans_figure"]
 
 _COLOURS = ("#3b6ea5", "#c8743c", "#5b9a68", "#8d6bab")
 
@@ -90,6 +91,46 @@ def curves_figure(history: Sequence[Mapping[str, float]], *, metric: str = "targ
     axis.set_ylabel(metric.replace("_", " "))
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if plans:
+        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axis.set_title(title, fontsize=10)
+    return figure
+
+
+def grid_figure(result: GraftResult, grid: GraftGrid, *, form: str | None = None, title: str = "") -> Any:
+    """A map of plans as two heat maps: mean probability of the target, and its median rank.
+
+    Args:
+        result: Scores of the grid's plans (and of ``PRE`` and ``SFT``, which the titles give for comparison).
+        grid: Which plan belongs in which cell.
+        form: Only prompts of this form.
+        title: Above the panels.
+
+    Returns:
+        A matplotlib figure; layers upwards, as the model computes.
+    """
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    high = max(3.2, 0.22 * len(grid.rows) + 1.6)
+    figure = Figure(figsize=(max(7.0, 1.1 * len(grid.columns) * 2 + 2.5), high), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axis, metric, label in (
+        (panels[0], "target_prob", "probability of the target"),
+        (panels[1], "target_rank", "median rank of the target"),
+    ):
+        table = [[result.estimate(grid.cells[r, c], metric, form=form).value for c in grid.columns] for r in grid.rows]
+        ranks = metric == "target_rank"
+        top = max(max(row) for row in table)
+        norm = {"norm": LogNorm(1, max(top, 2))} if ranks else {"vmin": 0, "vmax": max(top, 1e-9)}
+        image = axis.imshow(table, origin="lower", aspect="auto", cmap="viridis_r" if ranks else "viridis", **norm)
+        figure.colorbar(image, ax=axis)
+        ends = " and ".join(f"{p} {result.estimate(p, metric, form=form).value:.3g}" for p in ("PRE", "SFT"))
+        axis.set_title(f"{label}\n({ends})", fontsize=9)
+        axis.set_xticks(range(len(grid.columns)), grid.columns, rotation=45, ha="right", fontsize=8)
+    every = max(1, len(grid.rows) // 16)
+    panels[0].set_yticks(range(0, len(grid.rows), every), grid.rows[::every], fontsize=8)
+    panels[0].set_ylabel("layers")
+    n = len(result.values("PRE", "target_prob", form))
+    figure.suptitle(f"{title}\n{grid.title}; {n} {'fact' if n == 1 else 'facts'}".strip(), fontsize=10)
     return figure

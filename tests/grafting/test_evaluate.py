@@ -113,8 +113,8 @@ def test_the_size_of_a_pass_changes_nothing(budget, pairs):
             k: v for k, v in theirs.items() if k not in METRICS
         }
         assert [ours[m] for m in METRICS] == pytest.approx([theirs[m] for m in METRICS], abs=1e-5)
-    assert {1: len(widths) == 4, 120: 1 <= len(widths) <= 4, 10**6: len(widths) == 1}[budget]
-    assert all(rows * columns <= max(budget, 8 * columns) for rows, columns in widths)
+    assert {1: len(widths) > 24, 120: 4 <= len(widths) <= 24, 10**6: len(widths) <= 3}[budget]
+    assert all(rows * columns <= max(budget, columns) for rows, columns in widths)
 
 
 def test_shares_of_processes_make_up_the_whole(pairs):
@@ -196,7 +196,7 @@ def test_modes_weights_hooks_and_the_random_state_are_left_as_found(pairs, hook_
     handle = recipient.register_forward_hook(lambda module, *_: seen.append(module.transformer.drop.training))
     result = evaluator().evaluate(recipient, donor)
     handle.remove()
-    assert seen == [False]
+    assert set(seen) == {False}
     assert [[m.training for m in model.modules()] for model in (recipient, donor)] == before
     assert [state_hash(m) for m in (recipient, donor)] == hashes
     assert torch.equal(state, torch.get_rng_state())

@@ -14,10 +14,10 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from lightning_interp.core.intervention import Hook
-from lightning_interp.core.positions import All, Last, Span
+from lightning_interp.core.positions import All, Last
 from lightning_interp.errors import IncompatibleModelError, QuantizedModelError, UnsupportedStrategyError
 from lightning_interp.grafting.intervention import Graft
-from lightning_interp.grafting.plan import GraftPlan, GraftRule
+from lightning_interp.grafting.plan import GraftPlan
 from lightning_interp.testing.tiny import tiny_model, tiny_pair
 
 EXECUTIONS = ("auto", "overwrite", "partition", "dense")

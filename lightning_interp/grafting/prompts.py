@@ -1,0 +1,117 @@
+"""Prompts for grafted models, and what the tokenizer makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+
+from lightning_interp.core.positions import FromBatch, Positions
+from lightning_interp.core.step import StepContext
+from lightning_interp.errors import PositionError
+from lightning_interp.grafting.locate import encode_prompt, first_target_token, locate_entity
+
+__all__ = ["EncodedPrompt", "GraftPrompt", "PromptBatch", "encode", "spans_of"]
+
+
+@dataclass(frozen=True)
+class GraftPrompt:
+    """One question to a grafted model.
+
+    Args:
+        text: The prompt.
+        target: What should follow it; its first token is scored.
+        spans: Named pieces of the prompt that plans may select with ``FromBatch(name)``, such as ``{"FE": "Ann Lee"}``.
+        unit: Unit of sampling for intervals (the fact); prompts of one unit are averaged first.
+        form: Which prompt form this is; results are also given by form.
+    """
+
+    text: str
+    target: str
+    spans: Mapping[str, str] = field(default_factory=dict)
+    unit: str = ""
+    form: str = ""
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as token ids ``[T]``, the id of its target, and the token indices of its spans."""
+
+    index: int
+    ids: list[int]
+    target: int
+    spans: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Left-padded prompts: ids and real tokens ``[n, T]``, and a mask ``[n, T]`` a span."""
+
+    ids: torch.Tensor
+    valid: torch.Tensor
+    masks: dict[str, torch.Tensor]
+    target: torch.Tensor
+
+    @classmethod
+    def of(cls, prompts: Sequence[EncodedPrompt]) -> PromptBatch:
+        """Pad prompts on the left."""
+        width = max(len(prompt.ids) for prompt in prompts)
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        valid = torch.zeros(len(prompts), width, dtype=torch.bool)
+        names = dict.fromkeys(name for prompt in prompts for name in prompt.spans)
+        masks = {name: torch.zeros(len(prompts), width, dtype=torch.bool) for name in names}
+        for row, prompt in enumerate(prompts):
+            start = width - len(prompt.ids)
+            ids[row, start:] = torch.tensor(prompt.ids)
+            valid[row, start:] = True
+            for name, tokens in prompt.spans.items():
+                masks[name][row, torch.tensor(tokens) + start] = True
+        return cls(ids, valid, masks, torch.tensor([prompt.target for prompt in prompts]))
+
+    def step(self, tokenizer: Any) -> StepContext:
+        """What position selectors see of these prompts."""
+        n, width = self.ids.shape
+        return StepContext(
+            n,
+            width,
+            input_ids=self.ids,
+            attention_mask=self.valid,
+            find_tokenizer=lambda: tokenizer,
+            batch=self.masks,
+        )
+
+
+def encode(prompt: GraftPrompt, index: int, tokenizer: Any, asked: Sequence[str]) -> EncodedPrompt:
+    """Tokenise one prompt and find its spans.
+
+    Args:
+        prompt: The prompt.
+        index: Its number.
+        tokenizer: A fast tokenizer.
+        asked: Spans that some plan selects.
+
+    Returns:
+        The encoded prompt.
+
+    Raises:
+        PositionError: If a span is missing or not found, or the prompt or its target is empty.
+    """
+    if lacking := [name for name in asked if name not in prompt.spans]:
+        raise PositionError(
+            f"The prompt {prompt.text!r} has no span {lacking[0]!r}, which a plan selects; it has: "
+            f"{', '.join(prompt.spans) or 'none'}. Pass GraftPrompt(spans={{{lacking[0]!r}: ...}})."
+        )
+    spans = {name: locate_entity(tokenizer, prompt.text, part) for name, part in prompt.spans.items()}
+    ids, _ = encode_prompt(tokenizer, prompt.text)
+    return EncodedPrompt(index, ids, first_target_token(tokenizer, prompt.text, prompt.target), spans)
+
+
+def spans_of(positions: Any) -> Iterator[str]:
+    """Keys of every ``FromBatch`` inside a selector."""
+    if isinstance(positions, FromBatch):
+        yield positions.key
+    for part in fields(positions) if is_dataclass(positions) else ():
+        value = getattr(positions, part.name)
+        yield from spans_of(value) if isinstance(value, Positions) else ()

@@ -1,0 +1,158 @@
+"""Run the rows of a prefix tree through a grafted model: one pass an interval, caches handed from parent to child."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_interp.core.model_map import ModelMap
+from lightning_interp.errors import UnsupportedStrategyError
+from lightning_interp.grafting.intervention import Graft
+from lightning_interp.grafting.prefixes import PrefixTree
+
+__all__ = ["Rows", "evaluating", "last_logits", "model_inputs", "whole_head"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Left-padded rows and the code of each of their tokens.
+
+    Args:
+        ids: ``[R, T]``.
+        valid: Real tokens, bool ``[R, T]``.
+        codes: From the graft's schedule, ``[R, T]``.
+    """
+
+    ids: torch.Tensor
+    valid: torch.Tensor
+    codes: torch.Tensor
+
+
+@torch.no_grad()
+def last_logits(model_map: ModelMap, graft: Graft, rows: Rows, tree: PrefixTree, *, token_budget: int) -> torch.Tensor:
+    """Logits at the last column of every different row.
+
+    The graft must be attached. Passes go depth first, so that only one path of caches is alive.
+
+    Args:
+        model_map: The recipient.
+        graft: The attached graft; its ``given`` codes are set for each pass and cleared at the end.
+        rows: All rows.
+        tree: Their tree.
+        token_budget: Most tokens (rows x columns, cached ones counted) of one pass.
+
+    Returns:
+        ``[different rows, V]``, to be indexed by ``tree.row_of``.
+
+    Raises:
+        UnsupportedStrategyError: If the model returns no cache that its rows can be picked from.
+    """
+    found: dict[int, torch.Tensor] = {}
+
+    def descend(level: int, chosen: torch.Tensor, cache: Any, place: dict[int, int]) -> None:
+        interval, last = tree.intervals[level], level + 1 == len(tree.intervals)
+        for part in torch.split(chosen, max(1, token_budget // interval.stop)):
+            past = _picked(cache, [place[parent] for parent in interval.parents[part].tolist()]) if level else None
+            output = _pass(model_map, graft, rows, interval.rows[part], (interval.start, interval.stop), past, last)
+            if last:
+                found.update(zip(part.tolist(), output.logits[:, -1].float(), strict=True))
+                continue
+            children = torch.isin(tree.intervals[level + 1].parents, part).nonzero()[:, 0]
+            _check_cache(model_map.model, output)
+            descend(level + 1, children, output.past_key_values, {row: i for i, row in enumerate(part.tolist())})
+
+    try:
+        descend(0, torch.arange(len(tree.intervals[0].rows)), None, {})
+    finally:
+        graft.given = None
+    return torch.stack([found[row] for row in range(len(found))])
+
+
+def _pass(
+    model_map: ModelMap,
+    graft: Graft,
+    rows: Rows,
+    chosen: torch.Tensor,
+    columns: tuple[int, int],
+    past: Any,
+    last: bool,
+) -> Any:
+    start, stop = columns
+    inputs = model_inputs(model_map.model, rows.ids[chosen, :stop], rows.valid[chosen, :stop], start=start)
+    inputs["use_cache"] = not last or past is not None
+    if past is not None:
+        inputs["past_key_values"] = past
+    graft.given = rows.codes[chosen, start:stop]
+    return model_map.model(**inputs)
+
+
+def model_inputs(model: nn.Module, ids: torch.Tensor, valid: torch.Tensor, *, start: int = 0) -> dict[str, Any]:
+    """Arguments of a forward pass over the columns from ``start`` on, with logits of the last column only.
+
+    Args:
+        model: A Hugging Face decoder.
+        ids: ``[R, T]``, left-padded, cached columns included.
+        valid: Real tokens, bool ``[R, T]``.
+        start: Columns that are in the cache.
+
+    Returns:
+        Keyword arguments on the model's device.
+    """
+    device = next(model.parameters()).device
+    accepted = inspect.signature(model.forward).parameters
+    inputs: dict[str, Any] = {"input_ids": ids[:, start:].to(device), "attention_mask": valid.long().to(device)}
+    if "position_ids" in accepted:
+        inputs["position_ids"] = (valid.long().cumsum(dim=1) - 1).clamp(min=0)[:, start:].to(device)
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = 1
+    return inputs
+
+
+def _picked(cache: Any, rows: list[int]) -> Any:
+    """Some rows of a cache, as a cache of their own; the caller's stays as it is."""
+    picked = copy.copy(cache)
+    picked.layers = [copy.copy(layer) for layer in cache.layers]
+    picked.batch_select_indices(torch.tensor(rows))
+    return picked
+
+
+def _check_cache(model: nn.Module, output: Any) -> None:
+    cache = getattr(output, "past_key_values", None)
+    if not (hasattr(cache, "layers") and hasattr(cache, "batch_select_indices")):
+        raise UnsupportedStrategyError(
+            f"{type(model).__name__} returned {type(cache).__name__} as its cache, whose rows cannot be shared. Pass "
+            "GraftEvaluator(share_prefixes=False)."
+        )
+
+
+@contextmanager
+def whole_head(model_map: ModelMap) -> Iterator[None]:
+    """Hand the head its last column as one block: torch multiplies a strided slice by a frozen head row by row."""
+    if model_map.head is None:
+        yield
+        return
+    handle = model_map.head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode for every submodule, each put back as it was."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
