@@ -2,8 +2,8 @@
 
 ``plan`` says what is grafted (``experiments`` and ``grids`` make many of them), ``schedule`` works plans out for a
 model, ``intervention`` does it in one forward pass, ``donors``, ``adapters`` and ``streamed`` are where weights come
-from, ``locate`` finds entities in a text, ``evaluate`` scores many plans at once (``prefixes`` and ``runner`` share what
-they have in common), ``patching`` is the contrast with activations, and ``callback`` watches while a model trains.
+from, ``locate`` finds entities in a text, ``evaluate`` scores many plans at once (``prefixes`` and ``runner`` share
+what they have in common), ``patching`` is the contrast with activations, and ``callback`` watches while a model trains.
 """
 
 from __future__ import annotations

@@ -170,10 +170,11 @@ class GraftEvaluator:
                 logits = [found[name] for name in names]
                 pre, sft = logits[names.index("PRE")], logits[names.index("SFT")]
                 target = batch.target.to(pre.device)
-                columns = [score_logits(each, target, pre, sft, top_k=self.top_k) for each in logits]
-                top = torch.stack([each.argmax(dim=-1) for each in logits], dim=1).tolist()
+                stacked = torch.stack(logits)
+                scores = score_logits(stacked, target, pre, sft, top_k=self.top_k).transpose(0, 1)
+                top = stacked.argmax(dim=-1).T.tolist()
                 index = [prompt.index for prompt in chunk]
-                yield torch.tensor(index), torch.stack(columns, dim=1).cpu(), dict(zip(index, top, strict=True))
+                yield torch.tensor(index), scores.cpu(), dict(zip(index, top, strict=True))
 
     def _chunks(self, prompts: list[EncodedPrompt]) -> Iterator[list[EncodedPrompt]]:
         chunk: list[EncodedPrompt] = []

@@ -110,7 +110,9 @@ class Graft(Intervention):
     def schedule(self, model_map: ModelMap) -> Schedule:
         """The plans, each once, worked out for a model."""
         if self._schedule is None or self._schedule[0] is not model_map:
-            self._schedule = (model_map, Schedule(tuple(dict.fromkeys(self.plans)), list(self.donors), model_map))
+            everywhere = callable(self.decode) or self.decode == "donor"
+            plans = tuple(dict.fromkeys(self.plans))
+            self._schedule = (model_map, Schedule(plans, list(self.donors), model_map, everywhere=everywhere))
         return self._schedule[1]
 
     def check(self, model_map: ModelMap) -> None:
@@ -198,6 +200,7 @@ class _State:
     def __post_init__(self) -> None:
         graft, model_map = self.graft, self.attachment.model_map
         self.schedule = graft.schedule(model_map)
+        self.tables: dict[tuple[Signature, torch.device], torch.Tensor] = {}
         place = {plan: i for i, plan in enumerate(self.schedule.plans)}
         self.row_plan = [place[plan] for plan in graft.plans]
         self.adapters = [donor for donor in graft.donors.values() if isinstance(donor, AdapterDonor)]
@@ -206,12 +209,8 @@ class _State:
         self.dropouts = [module for module in modules if isinstance(module, nn.Dropout) and module.p > 0]
 
     def signature(self, component: str, layer: int | None) -> Signature:
-        """Source of one cell for every code; what no policy can reach is the recipient's."""
-        values = list(self.schedule.signature(component, layer))
-        if self.graft.decode != "donor" and not callable(self.graft.decode):
-            for start in self.schedule.offsets:
-                values[start + EVERYWHERE] = values[start + NOWHERE]
-        return tuple(values)
+        """Source of one cell for every code."""
+        return self.schedule.signature(component, layer)
 
     def masked_map(self, module: nn.Module, parts: list[tuple[Part, Signature]], layer: int | None) -> MaskedMap | None:
         """The masked map of one module, or None where no plan can change it."""
@@ -279,10 +278,14 @@ class _State:
     def _row_mask(self, step: StepContext, signature: Signature) -> RowMask:
         key = (id(self), signature)
         if key not in step.cache:
-            table = torch.tensor(signature, device=step.device)
-            step.cache[key] = RowMask(table[self._codes(step)])
+            step.cache[key] = RowMask(self._table(signature, step.device)[self._codes(step)])
         found: RowMask = step.cache[key]
         return found
+
+    def _table(self, signature: Signature, device: torch.device) -> torch.Tensor:
+        if (signature, device) not in self.tables:
+            self.tables[signature, device] = torch.tensor(signature, device=device)
+        return self.tables[signature, device]
 
     def _codes(self, step: StepContext) -> torch.Tensor:
         """Which rules own each token, ``[B, T]``, as an index into the signatures."""

@@ -46,16 +46,16 @@ def score_logits(
     """Score predictions against the target and against the two plain models.
 
     Args:
-        logits: ``[n, V]`` of some graft at the last prompt token.
+        logits: ``[n, V]`` of some graft at the last prompt token, or ``[plans, n, V]`` of several.
         target: First token of the expected answer, ``[n]``.
         recipient: Logits of the recipient for the same prompts, ``[n, V]``.
         donor: Logits of the donor, ``[n, V]``.
         top_k: For the second column.
 
     Returns:
-        ``[n, 8]``, columns as in ``METRICS``: top-1 and top-k hits, probability and log-probability (nats) and rank of
-        the target, its logit minus that of the recipient's favourite token, and KL(recipient || graft) and
-        KL(donor || graft) in nats.
+        ``[n, 8]`` or ``[plans, n, 8]``, columns as in ``METRICS``: top-1 and top-k hits, probability and
+        log-probability (nats) and rank of the target, its logit minus that of the recipient's favourite token, and
+        KL(recipient || graft) and KL(donor || graft) in nats.
 
     Example:
         >>> plain = torch.tensor([[2.0, 1.0]])
@@ -64,17 +64,18 @@ def score_logits(
     """
     logits, recipient, donor = logits.float(), recipient.float(), donor.float()
     log_p = logits.log_softmax(dim=-1)
-    at_target = log_p.gather(-1, target[:, None])[:, 0]
+    target = target.expand(logits.shape[:-1])
+    at_target = log_p.gather(-1, target[..., None])[..., 0]
     rank = target_rank(logits, target)
-    favourite = recipient.argmax(dim=-1)
-    gap = logits.gather(-1, target[:, None]) - logits.gather(-1, favourite[:, None])
+    favourite = recipient.argmax(dim=-1).expand(logits.shape[:-1])
+    gap = logits.gather(-1, target[..., None]) - logits.gather(-1, favourite[..., None])
     columns = [
         (rank <= 1).float(),
         (rank <= top_k).float(),
         at_target.exp(),
         at_target,
         rank.float(),
-        gap[:, 0],
+        gap[..., 0],
         _kl(recipient, log_p),
         _kl(donor, log_p),
     ]

@@ -119,6 +119,11 @@ def _picked(cache: Any, rows: list[int]) -> Any:
     """Some rows of a cache, as a cache of their own; the caller's stays as it is."""
     picked = copy.copy(cache)
     picked.layers = [copy.copy(layer) for layer in cache.layers]
+    if len(set(rows)) == 1 and len(rows) > 1:  # one parent for all: its keys are viewed, not copied
+        picked.batch_select_indices(torch.tensor(rows[:1]))
+        for layer in picked.layers:
+            layer.keys, layer.values = (x.expand(len(rows), *x.shape[1:]) for x in (layer.keys, layer.values))
+        return picked
     picked.batch_select_indices(torch.tensor(rows))
     return picked
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -44,38 +46,39 @@ class Schedule:
         plans: Different plans.
         donors: Names of the donors.
         model_map: The recipient.
+        everywhere: Whether the code ``EVERYWHERE`` is ever used; else it is a second ``NOWHERE``.
 
     Attributes:
         sources: What the source indices 1, 2, ... mean.
         offsets: First code of each plan.
     """
 
-    def __init__(self, plans: Sequence[GraftPlan], donors: Sequence[str], model_map: ModelMap) -> None:
+    def __init__(
+        self, plans: Sequence[GraftPlan], donors: Sequence[str], model_map: ModelMap, *, everywhere: bool = False
+    ) -> None:
         self.plans = tuple(plans)
         self.sources = [Source(name) for name in donors]
         self._index = {source: i + 1 for i, source in enumerate(self.sources)}
-        self._tables: dict[Cell, list[int]] = {(name, layer): [] for name, layer, _ in model_map.cells()}
-        self._states: list[_States] = []
-        self.offsets: list[int] = []
-        size = 0
-        for plan in self.plans:
-            self.offsets.append(size)
-            states = _States(plan)
-            self._states.append(states)
-            size += states.size
-            self._fill(plan, states, model_map, size)
+        self._states = [_states(tuple((r.adds, r.dropout is not None) for r in plan.rules)) for plan in self.plans]
+        ends = list(accumulate(states.size for states in self._states))
+        self.offsets = [0, *ends[:-1]]
+        self._tables: dict[Cell, list[int]] = {(n, layer): [0] * ends[-1] for n, layer, _ in model_map.cells()}
+        for plan, states, start in zip(self.plans, self._states, self.offsets, strict=True):
+            self._switches(plan, states, start, everywhere)
+            self._rules(plan, states, start, model_map)
 
-    def _fill(self, plan: GraftPlan, states: _States, model_map: ModelMap, size: int) -> None:
-        """Append the plan's codes to the table of every cell."""
-        start = size - states.size
+    def _switches(self, plan: GraftPlan, states: _States, start: int, everywhere: bool) -> None:
+        """Codes that do not come from rules: a head or norm that is the donor's, and tokens that are all donor's."""
         first = self._source(Source(plan.sources[0])) if plan.sources else 1
-        for (name, _), column in self._tables.items():
-            column.extend([0] * states.size)
-            switch = {"unembed": plan.head, "final_norm": plan.final_norm}.get(name, "follow")
-            if switch == "follow":
+        for switch, name in ((plan.head, "unembed"), (plan.final_norm, "final_norm")):
+            if switch == "donor" and (name, None) in self._tables:
+                self._tables[name, None][start : start + states.size] = [first] * states.size
+        for (name, _), column in self._tables.items() if everywhere else ():
+            if {"unembed": plan.head, "final_norm": plan.final_norm}.get(name, "follow") == "follow":
                 column[start + EVERYWHERE] = first
-            elif switch == "donor":
-                column[start:] = [first] * states.size
+
+    def _rules(self, plan: GraftPlan, states: _States, start: int, model_map: ModelMap) -> None:
+        """Codes of every set of rules that can own a token."""
         cells = [rule.cells(model_map) for rule in plan.rules]
         follows = {"unembed": plan.head == "follow", "final_norm": plan.final_norm == "follow"}
         for state, code in zip(states.states, states.codes, strict=True):
@@ -134,37 +137,38 @@ class Schedule:
         masks = {positions: _mask_of(positions, step, sorted(mine)) for positions, mine in asked.items()}
         codes = torch.zeros(step.batch_size, step.length, dtype=torch.long, device=step.device)
         for p, mine in of_plan.items():
-            codes[mine] = self._owned(p, {key: mask[mine] for key, mask in masks.items()}, step.positions[mine])
+            chosen = [masks[rule.positions][mine] for rule in self.plans[p].rules]
+            codes[mine] = self._states[p].owners(chosen, step.positions[mine]) + self.offsets[p]
         return without_padding(codes, step.valid)
 
     def all_codes(self, step: StepContext) -> torch.Tensor:
         """Codes of every plan on every row, ``[plans, B, T]``."""
-        asked = dict.fromkeys(rule.positions for plan in self.plans for rule in plan.rules)
-        masks = {positions: positions.mask(step) for positions in asked}
-        codes = [self._owned(p, masks, step.positions) for p in range(len(self.plans))]
-        return torch.stack([without_padding(each, step.valid) for each in codes])
-
-    def _owned(self, p: int, masks: dict[Positions, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
-        states = self._states[p]
-        state = torch.zeros_like(positions)
-        for rule, step_to in zip(self.plans[p].rules, states.transitions, strict=True):
-            state = torch.where(masks[rule.positions], torch.tensor(step_to, device=state.device)[state], state)
-        code = torch.tensor(states.codes, device=state.device)[state] + self.offsets[p]
-        if any(states.spread(each) > 1 for each in states.states):
-            drawn = torch.tensor([states.spread(each) > 1 for each in states.states], device=state.device)[state]
-            code = code + drawn * (positions.clamp(min=0) % DRAWS)
-        return code
+        masks = {p: p.mask(step) for p in dict.fromkeys(rule.positions for plan in self.plans for rule in plan.rules)}
+        alike: dict[Any, list[int]] = {}  # plans that differ in what they graft, not in where
+        for p, plan in enumerate(self.plans):
+            alike.setdefault((self._states[p].kinds, *(rule.positions for rule in plan.rules)), []).append(p)
+        codes = torch.empty(len(self.plans), step.batch_size, step.length, dtype=torch.long, device=step.device)
+        for (_, *positions), mine in alike.items():
+            local = self._states[mine[0]].owners([masks[p] for p in positions], step.positions)
+            codes[mine] = (
+                without_padding(local, step.valid) + torch.tensor([self.offsets[p] for p in mine])[:, None, None]
+            )
+        return codes
 
 
 class _States:
-    """Which sets of rules can own a token of one plan, as a machine that reads the rules in order."""
+    """Which sets of rules can own a token of one plan, as a machine that reads the rules in order.
 
-    def __init__(self, plan: GraftPlan) -> None:
-        self.plan = plan
+    Args:
+        kinds: Of each rule, whether it adds and whether it has graft dropout.
+    """
+
+    def __init__(self, kinds: tuple[tuple[bool, bool], ...]) -> None:
+        self.kinds = kinds
         self.states: list[tuple[int, ...]] = [()]
         self.transitions: list[list[int]] = []
-        for r, rule in enumerate(plan.rules):
-            after = [(*state, r) if rule.adds else (r,) for state in self.states]
+        for r, (adds, _) in enumerate(kinds):
+            after = [(*state, r) if adds else (r,) for state in self.states]
             self.states += [state for state in dict.fromkeys(after) if state not in self.states]
             self.transitions.append([self.states.index(state) for state in after])
         for row in self.transitions:
@@ -176,7 +180,25 @@ class _States:
 
     def spread(self, state: tuple[int, ...]) -> int:
         """Codes of a state: one, or one a draw of its graft dropout."""
-        return DRAWS if any(self.plan.rules[r].dropout for r in state) else 1
+        return DRAWS if any(self.kinds[r][1] for r in state) else 1
+
+    def owners(self, masks: Sequence[torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+        """Local code of each token ``[B, T]``, from the mask of each rule and the token's position."""
+        state = torch.zeros_like(positions)
+        for mask, step_to in zip(masks, self.transitions, strict=True):
+            state = torch.where(mask, torch.tensor(step_to, device=state.device)[state], state)
+        code = torch.tensor(self.codes, device=state.device)[state]
+        drawn = torch.tensor([self.spread(each) > 1 for each in self.states], device=state.device)
+        return (
+            code + drawn[state] * (positions.clamp(min=0) % DRAWS)
+            if any(dropout for _, dropout in self.kinds)
+            else code
+        )
+
+
+@lru_cache(maxsize=256)
+def _states(kinds: tuple[tuple[bool, bool], ...]) -> _States:
+    return _States(kinds)
 
 
 def without_padding(codes: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
