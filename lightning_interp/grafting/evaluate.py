@@ -87,15 +87,15 @@ class GraftEvaluator:
         self.share_prefixes = share_prefixes
         self.tokens = {"fed": 0, "without sharing": 0}
         self.dropped: list[tuple[int, str]] = []
-        self._encoded = list(self._encode(missing))
-        if not self._encoded:
+        self.encoded = list(self._encode(missing))
+        if not self.encoded:
             reasons = "; ".join(reason for _, reason in self.dropped[:2]) or "no prompts were given"
             raise RecipeError(
                 f"Nothing to evaluate: {len(self.prompts)} prompts, {len(self.dropped)} dropped ({reasons})."
             )
 
     def __len__(self) -> int:
-        return len(self._encoded)
+        return len(self.encoded)
 
     def _encode(self, missing: str) -> Iterator[EncodedPrompt]:
         asked = list(dict.fromkeys(name for plan in self.plans.values() for name in _spans(plan)))
@@ -158,7 +158,7 @@ class GraftEvaluator:
         """
         model_map = model if isinstance(model, ModelMap) else ModelMap.build(model)
         donors = make_donors(donor)
-        mine = sorted(self._encoded[rank::world_size], key=lambda prompt: len(prompt.ids))
+        mine = sorted(self.encoded[rank::world_size], key=lambda prompt: len(prompt.ids))
         models = [each.map.model for each in donors.values() if isinstance(each, ModelDonor)]
         names = list(self.plans)
         grafts = [plan for plan in self.plans.values() if isinstance(plan, GraftPlan)]

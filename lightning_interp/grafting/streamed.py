@@ -28,7 +28,8 @@ class CheckpointDonor(ModelDonor):
         device: Where the donor's rows are computed.
 
     Raises:
-        IncompatibleModelError: If the folder holds no safetensors, or lacks a tensor.
+        IncompatibleModelError: If the folder holds no safetensors, or lacks a tensor (mixtures of experts are stored
+            expert by expert and put together in loading: load these).
 
     Example:
         >>> import tempfile
@@ -51,9 +52,10 @@ class CheckpointDonor(ModelDonor):
     def _locate(self, model: nn.Module) -> dict[str, str]:
         """Name in the files of each parameter; tied ones share."""
         by_parameter: dict[int, str] = {}
+        stored = _loaded_names(model, self._files)
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            found = next((n for n in (name, name.removeprefix(prefix)) if n in self._files), None)
+            found = next((stored[n] for n in (name, name.removeprefix(prefix)) if n in stored), None)
             if found is not None:
                 by_parameter.setdefault(id(parameter), found)
         missing = [n for n, p in model.named_parameters() if id(p) not in by_parameter]
@@ -100,6 +102,21 @@ def _skeleton(folder: Path) -> nn.Module:
         ) from error
     model.tie_weights()  # type: ignore[operator]
     return model.eval()
+
+
+def _loaded_names(model: nn.Module, files: Mapping[str, Path]) -> dict[str, str]:
+    """Stored name of each tensor by the name that transformers loads it under (families rename some)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    renamings = [each for each in get_model_conversion_mapping(model) if type(each) is WeightRenaming]
+    names = {}
+    for stored in files:
+        name = stored
+        for renaming in renamings:
+            name = renaming.rename_source_key(name)[0]
+        names[name] = stored
+    return names
 
 
 def _index(folder: Path) -> dict[str, Path]:

@@ -32,8 +32,8 @@ __all__ = ["EXTRA_FAMILIES", "FAMILIES", "byte_tokenizer", "tiny_config", "tiny_
 FAMILIES: tuple[str, ...] = ("llama", "gpt2", "gpt_neox", "gemma2", "bloom", "opt", "qwen2_moe")
 """The families that every structural test runs on; between them they show each layout that is supported."""
 
-EXTRA_FAMILIES: tuple[str, ...] = ("gemma3", "qwen3")
-"""Families with a norm on queries and keys, for tests of the attention components alone."""
+EXTRA_FAMILIES: tuple[str, ...] = ("gemma3", "qwen3", "phi3")
+"""Families with a norm on queries and keys, or with fused gate and up maps, for tests of components alone."""
 
 _PAD, _BOS, _EOS = "<pad>", "<bos>", "<eos>"
 _SPECIALS = (_PAD, _BOS, _EOS, "<|im_start|>", "<|im_end|>")
@@ -84,6 +84,7 @@ _SPECS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma3": ("gemma3_text", {**_GEMMA, "sliding_window_pattern": 2}),
     "qwen3": ("qwen3", {**_GROUPED, "head_dim": 16}),
+    "phi3": ("phi3", {**_GROUPED, "original_max_position_embeddings": 1024}),
 }
 
 

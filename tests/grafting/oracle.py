@@ -74,6 +74,12 @@ _BLOCKS = {
     "qwen2_moe": {**{k: v for k, v in _LLAMA.items() if k not in ("gate", "up", "down")}, "moe": ("mlp",)},
     "gemma3": {**_GEMMA2, **_NORMED},
     "qwen3": {**_LLAMA, **_NORMED},
+    "phi3": {
+        **_LLAMA,
+        **{piece: (f"self_attn.qkv_proj|{piece}",) for piece in "qkv"},
+        "gate": ("mlp.gate_up_proj|gate",),
+        "up": ("mlp.gate_up_proj|up",),
+    },
 }
 _LLAMA_SHARED = {"embed": ("model.embed_tokens",), "final_norm": ("model.norm",), "unembed": ("lm_head",)}
 _SHARED = {
@@ -107,7 +113,7 @@ _STACKS = {
     "opt": "model.decoder.layers",
 }
 TIED = ("gpt2", "gemma2", "bloom", "opt", "gemma3")
-FUSED = ("gpt2", "gpt_neox", "bloom")
+FUSED = ("gpt2", "gpt_neox", "bloom", "phi3")
 
 _FFN = {"gate", "up", "down", "moe"}
 _ATTN = {"q", "k", "v"}
@@ -222,6 +228,13 @@ class Oracle:
     def _features(self, piece: str) -> torch.Tensor:
         heads = self.config.num_attention_heads
         size = self.config.hidden_size // heads
+        if piece in ("gate", "up"):  # the gate's features, then as many of the up projection
+            wide = self.config.intermediate_size
+            return torch.arange(wide) + (wide if piece == "up" else 0)
+        if self.family == "phi3":  # all queries, then the keys and the values of fewer heads
+            few = self.config.num_key_value_heads * size
+            starts = {"q": 0, "k": heads * size, "v": heads * size + few}
+            return torch.arange(heads * size if piece == "q" else few) + starts[piece]
         place = "qkv".index(piece)
         if self.family == "gpt2":  # all queries, all keys, all values
             return torch.arange(place * heads * size, (place + 1) * heads * size)

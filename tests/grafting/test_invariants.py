@@ -471,7 +471,7 @@ def test_a_grafted_embedding_leaves_the_tied_head(family, agree, state_hash):
 def test_query_key_and_value_together_are_the_fused_module(family, pairs, agree):
     recipient, donor = pairs(family)
     ids = prompts()
-    name = {"gpt2": "c_attn", "gpt_neox": "query_key_value", "bloom": "query_key_value"}[family]
+    name = {"gpt2": "c_attn", "gpt_neox": "query_key_value", "bloom": "query_key_value", "phi3": "qkv_proj"}[family]
     fused = copy.deepcopy(recipient)
     for path, module in fused.named_modules():
         if path.endswith(name):
@@ -487,6 +487,21 @@ def test_query_key_and_value_together_are_the_fused_module(family, pairs, agree)
         agree(mixed[3], whole[3], f"17 fused, {family}")
         for row, plan in enumerate(plans):
             agree(mixed[row], grafted(recipient, donor, plan, ids[:1])[0], f"17 fused, {family}")
+
+
+def test_gate_and_up_together_are_the_fused_module(pairs, agree):
+    recipient, donor = pairs("phi3")
+    ids = prompts()
+    fused = copy.deepcopy(recipient)
+    for path, module in fused.named_modules():
+        if path.endswith("gate_up_proj"):
+            module.load_state_dict(donor.get_submodule(path).state_dict())
+    assert torch.equal(grafted(recipient, donor, GraftPlan.at(All(), ["gate", "up"]), ids), run(fused, ids))
+    for execution in EXECUTIONS:
+        mixed = grafted(recipient, donor, GraftPlan.at(Span(3, 6), "FFN_UP"), ids, execution=execution)
+        whole = grafted(recipient, fused, GraftPlan.at(Span(3, 6), "FFN"), ids, execution=execution)
+        agree(mixed, whole, "17 fused, phi3")
+    assert not torch.allclose(run(fused, ids), grafted(recipient, donor, GraftPlan.at(All(), "gate"), ids), atol=1e-3)
 
 
 # 18: several donors.

@@ -1,0 +1,141 @@
+"""Let grafted models go on writing: full answers under an explicit policy for generated tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lightning_interp.core.model_map import ModelMap
+from lightning_interp.core.statistics import Estimate, proportion_interval
+from lightning_interp.errors import RecipeError
+from lightning_interp.grafting.donors import AnyDonor, ModelDonor, make_donors
+from lightning_interp.grafting.intervention import Decode, Graft, decode_name
+from lightning_interp.grafting.plan import GraftPlan
+from lightning_interp.grafting.prompts import EncodedPrompt, PromptBatch
+from lightning_interp.grafting.runner import evaluating
+
+if TYPE_CHECKING:
+    from lightning_interp.grafting.evaluate import GraftEvaluator
+
+__all__ = ["complete", "exact_match"]
+
+
+@torch.no_grad()
+def complete(
+    evaluator: GraftEvaluator,
+    model: nn.Module | ModelMap,
+    donor: AnyDonor | Mapping[str, AnyDonor],
+    *,
+    max_new_tokens: int = 12,
+    decode: Decode = "recipient",
+    num_beams: int = 1,
+    advance: Callable[[int], object] | None = None,
+) -> list[dict[str, Any]]:
+    """Continue every prompt under every graft plan, without sampling, with a KV cache.
+
+    Args:
+        evaluator: Prompts, plans and tokenizer.
+        model: The recipient.
+        donor: See :class:`~lightning_interp.grafting.intervention.Graft`.
+        max_new_tokens: Length of the continuation.
+        decode: Weights of generated tokens; every row of the result names it.
+        num_beams: 1 is greedy.
+        advance: Called with the number of prompts that were just finished.
+
+    Returns:
+        One row a prompt and plan: ``prompt, unit, form, plan, decode, num_beams, target, completion, exact``; ``exact``
+        is 1 when the continuation begins with the whole target.
+
+    Raises:
+        RecipeError: If a number is below 1.
+
+    Example:
+        >>> from lightning_interp import GraftEvaluator, GraftPrompt
+        >>> from lightning_interp.testing import byte_tokenizer, tiny_pair
+        >>> evaluator = GraftEvaluator([GraftPrompt("Ann met", "Bo", {"FE": "Ann"})], byte_tokenizer())
+        >>> rows = complete(evaluator, *tiny_pair("llama"), max_new_tokens=3)
+        >>> len(rows), rows[0]["decode"]
+        (8, 'recipient')
+    """
+    if max_new_tokens < 1 or num_beams < 1:
+        raise RecipeError(f"complete(max_new_tokens={max_new_tokens}, num_beams={num_beams}): both must be at least 1.")
+    model_map = model if isinstance(model, ModelMap) else ModelMap.build(model)
+    donors = make_donors(donor)
+    plans = {name: plan for name, plan in evaluator.plans.items() if isinstance(plan, GraftPlan)}
+    models = [each.map.model for each in donors.values() if isinstance(each, ModelDonor)]
+    rows: list[dict[str, Any]] = []
+    with evaluating(model_map.model, *models):
+        for prompt in evaluator.encoded:
+            texts = _written(evaluator, model_map, Graft(donors, list(plans.values()), decode=decode), prompt,
+                             max_new_tokens=max_new_tokens, num_beams=num_beams)  # fmt: skip
+            asked = evaluator.prompts[prompt.index]
+            for name, text in zip(plans, texts, strict=True):
+                rows.append(
+                    {
+                        "prompt": prompt.index,
+                        "unit": asked.unit or str(prompt.index),
+                        "form": asked.form,
+                        "plan": name,
+                        "decode": decode_name(decode),
+                        "num_beams": num_beams,
+                        "target": asked.target,
+                        "completion": text,
+                        "exact": float(text.strip().startswith(asked.target.strip())),
+                    }
+                )
+            if advance is not None:
+                advance(1)
+    return rows
+
+
+def _written(
+    evaluator: GraftEvaluator,
+    model_map: ModelMap,
+    graft: Graft,
+    prompt: EncodedPrompt,
+    *,
+    max_new_tokens: int,
+    num_beams: int,
+) -> list[str]:
+    """The continuation of one prompt by every plan, all in one batch."""
+    batch, count = PromptBatch.of([prompt]), len(graft.plans)
+    tokenizer, device = evaluator.tokenizer, next(model_map.model.parameters()).device
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    generator: Any = model_map.model
+    with graft.attach(model_map, tokenizer=tokenizer) as attachment:
+        attachment.batch = {n: m.repeat(count * num_beams, 1).to(device) for n, m in batch.masks.items()}
+        written = generator.generate(
+            input_ids=batch.ids.repeat(count, 1).to(device),
+            attention_mask=batch.valid.long().repeat(count, 1).to(device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=num_beams,
+            pad_token_id=pad,
+        )
+    return [tokenizer.decode(row[batch.ids.shape[1] :], skip_special_tokens=True) for row in written]
+
+
+def exact_match(rows: Sequence[Mapping[str, Any]], *, level: float = 0.95) -> dict[str, Estimate]:
+    """Share of facts whose whole answer was written, with Wilson's interval over units.
+
+    Args:
+        rows: From :func:`complete`.
+        level: Confidence level.
+
+    Returns:
+        One estimate a plan.
+
+    Example:
+        >>> exact_match([{"plan": "FE", "unit": "1", "exact": 1.0}, {"plan": "FE", "unit": "2", "exact": 0.0}])["FE"].n
+        2
+    """
+    units: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        units.setdefault(row["plan"], {}).setdefault(row["unit"], []).append(row["exact"])
+    return {
+        plan: proportion_interval([sum(values) / len(values) for values in found.values()], level=level)
+        for plan, found in units.items()
+    }
