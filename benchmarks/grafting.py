@@ -3,6 +3,8 @@
 The eight standard plans of one prompt (T=14) on random llamas. Peers, in the same run:
 (a) the same eight rows through the plain recipient in one batch;
 (b) the definition: for each plan and token, assemble a model of the chosen weights, feed it one token, discard it.
+Then many configurations: eight plans of 64 prompts, a map of 200 at the last token with and without shared prefixes,
+DoRA and 4-bit donors, and peak memory in weight sets.
 
     python benchmarks/grafting.py [--quick] [--device cpu|cuda] [--out grafting.json]
 """
@@ -123,16 +125,17 @@ class Sequential:
         }[plan]
 
 
-def with_lora(size: str, device: str) -> Any:
-    """The recipient with a random rank-8 adapter on every linear map.
+def with_lora(size: str, device: str, *, dora: bool = False, base: Any = None) -> Any:
+    """The recipient (or ``base``) with a random rank-8 adapter on every linear map.
 
     The base stays unfrozen like its peer: torch picks another kernel for the head when its weight needs no gradient.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    model = build(size, device)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
-    return inject_adapter_in_model(config, model).eval().requires_grad_(True)
+    model = build(size, device) if base is None else base
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False, use_dora=dora)
+    model = inject_adapter_in_model(config, model).eval()
+    return model.requires_grad_(True) if base is None else model
 
 
 def measure(size: str, chosen: argparse.Namespace) -> list[dict[str, Any]]:
@@ -237,8 +240,11 @@ def against_definition(
 def main() -> None:
     """Measure every size and print the JSON."""
     chosen = arguments(__doc__.splitlines()[0])
+    from _grafting_many import many
+
     sizes = ["tiny 0.2M", "28M"] if chosen.quick else list(SIZES)
-    finish("cost of grafting", [r for size in sizes for r in measure(size, chosen)], chosen)
+    rows = many(sizes[-1], chosen)
+    finish("cost of grafting", rows + [r for size in sizes for r in measure(size, chosen)], chosen)
 
 
 if __name__ == "__main__":

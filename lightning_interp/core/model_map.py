@@ -173,13 +173,14 @@ class ModelMap:
             for name, parts in table.items():
                 yield from ((name, layer, part) for part in parts)
 
-    def unmapped(self) -> list[str]:
-        """Parameters that belong to no canonical component, by name."""
+    def unmapped(self, *, inside: bool = False) -> list[str]:
+        """Parameters that belong to no canonical component, by name; only those ``inside`` of blocks if asked."""
         if "unmapped" not in self.memo:
             covered = {id(p) for _, _, part in self.cells() for p in part.module.parameters()}
             self.memo["unmapped"] = sorted(n for n, p in self.model.named_parameters() if id(p) not in covered)
         found: list[str] = self.memo["unmapped"]
-        return found
+        stack = self._paths[self.blocks[0]].rpartition(".")[0]
+        return [name for name in found if name.startswith(f"{stack}.")] if inside else found
 
     def module(self, site: Site) -> SitePoint:
         """Where to hook for a site.

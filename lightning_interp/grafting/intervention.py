@@ -160,33 +160,24 @@ def decode_name(decode: Decode) -> str:
 
 
 def _check_rows_apart(model_map: ModelMap) -> None:
-    for i, block in enumerate(model_map.blocks):
-        for name, why in mixing_modules(block):
-            raise SiteError(
-                f"Block {i} of {type(model_map.model).__name__} has {name!r}, {why}: weights cannot be chosen token by "
-                "token in one pass. Graft a decoder whose only mixing of tokens is attention."
-            )
+    if "mixing" not in model_map.memo:
+        model_map.memo["mixing"] = [(i, *f) for i, block in enumerate(model_map.blocks) for f in mixing_modules(block)]
+    for i, name, why in model_map.memo["mixing"]:
+        raise SiteError(
+            f"Block {i} of {type(model_map.model).__name__} has {name!r}, {why}: weights cannot be chosen token by "
+            "token in one pass. Graft a decoder whose only mixing of tokens is attention."
+        )
 
 
 def _check_reached(model_map: ModelMap, groups: set[str]) -> None:
     """A group that promises everything may leave no parameter behind."""
-    lost = model_map.unmapped()
-    if "ALL" not in groups:
-        inside = [n for block in model_map.blocks for n, p in block.named_parameters() if _lost(model_map, p, lost)]
-        lost = inside if groups & {"BLOCK", "PAPER_ALL"} and lost else []
+    named = next((name for name in ("ALL", "BLOCK", "PAPER_ALL") if name in groups), None)
+    lost = model_map.unmapped(inside=named != "ALL") if named else []
     if lost:
-        named = next(name for name in ("ALL", "BLOCK", "PAPER_ALL") if name in groups)
         raise SiteError(
             f"{type(model_map.model).__name__} has parameters outside of every known component: "
             f"{', '.join(lost[:4])}. Name components instead of {named!r}."
         )
-
-
-def _lost(model_map: ModelMap, parameter: nn.Parameter, lost: Sequence[str]) -> bool:
-    found = model_map.memo.setdefault(
-        "lost parameters", {id(p) for n, p in model_map.model.named_parameters() if n in set(lost)}
-    )
-    return id(parameter) in found
 
 
 @dataclass(eq=False)

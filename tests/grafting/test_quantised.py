@@ -135,7 +135,7 @@ def test_an_adapter_on_an_eight_bit_base(quantise, kind):
     assert torch.equal(grafted(model, "default", GraftPlan()), run(base))
     assert torch.equal(grafted(model, "default", GraftPlan.whole()), run(model))
     assert (run(model) - run(base)).abs().max() > 0.1
-    # 8-bit maps round their inputs, so the plain model itself depends on what else is in the batch; no graft adds to it.
+    # 8-bit maps round their inputs, so the plain model itself depends on its batch; no graft adds to that.
     floor = max(float((run(model)[i] - run(model, IDS[i : i + 1])[0]).abs().max()) for i in range(len(IDS)))
     together = grafted(model, "default", PLANS)
     for row, plan in enumerate(PLANS):
