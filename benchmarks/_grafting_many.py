@@ -94,12 +94,12 @@ def map_rows(size: str, chosen: argparse.Namespace) -> list[dict[str, Any]]:
 class Evaluated:
     """The whole evaluator: prompts, plans, metrics and table."""
 
-    def __init__(self, model: Any, donor: Any, *, share: bool = True) -> None:
+    def __init__(self, model: Any, donor: Any, prompts: int, *, share: bool = True) -> None:
         generator = torch.Generator().manual_seed(0)
         letters = [chr(97 + i) for i in range(26)]
-        texts = ["".join(letters[i] for i in torch.randint(0, 26, (T,), generator=generator)) for _ in range(PROMPTS)]
-        prompts = [GraftPrompt(text, "x", {"FE": text[2:5]}) for text in texts]
-        self.evaluator = GraftEvaluator(prompts, byte_tokenizer(), plans=paper_plans(), share_prefixes=share)
+        texts = ["".join(letters[i] for i in torch.randint(0, 26, (T,), generator=generator)) for _ in range(prompts)]
+        asked = [GraftPrompt(text, "x", {"FE": text[2:5]}) for text in texts]
+        self.evaluator = GraftEvaluator(asked, byte_tokenizer(), plans=paper_plans(), share_prefixes=share)
         self.map, self.donors = ModelMap.build(model), make_donors(donor)
 
     def __call__(self) -> Any:
@@ -110,20 +110,21 @@ class Evaluated:
 def prompt_rows(size: str, chosen: argparse.Namespace) -> list[dict[str, Any]]:
     """Eight plans of 64 prompts against a plain pass over the same 512 rows."""
     recipient, donor = build(size, chosen.device), build(size, chosen.device, seed=1)
-    ids = torch.randint(5, 250, (PROMPTS, T), generator=torch.Generator().manual_seed(0)).to(chosen.device)
+    count = PROMPTS // 4 if chosen.quick else PROMPTS
+    ids = torch.randint(5, 250, (count, T), generator=torch.Generator().manual_seed(0)).to(chosen.device)
     plain = [Plain(recipient, part, len(part)) for part in ids.repeat(8, 1).split(256)]
-    ours = Evaluated(recipient, donor)
+    ours = Evaluated(recipient, donor, count)
     times = alternate(
         {
             "evaluator": ours,
-            "without sharing": Evaluated(recipient, donor, share=False),
+            "without sharing": Evaluated(recipient, donor, count, share=False),
             "plain batches": lambda: [p() for p in plain],
         },
         device=chosen.device,
         repeats=1 if chosen.quick else 3,
     )
-    detail = {"prompts": PROMPTS, "plans": 8, "tokens": dict(ours.evaluator.tokens)}
-    name = f"{size}: eight plans of {PROMPTS} prompts"
+    detail = {"prompts": count, "plans": 8, "tokens": dict(ours.evaluator.tokens)}
+    name = f"{size}: eight plans of {count} prompts"
     return [
         compare(name, times, "evaluator", "plain batches", unit=_unit(chosen), detail=detail),
         compare(name, times, "evaluator", "without sharing", unit=_unit(chosen), detail=detail),
@@ -170,7 +171,8 @@ def in_four_bits(size: str, device: str) -> Any:
 def memory_rows(size: str, chosen: argparse.Namespace) -> list[dict[str, Any]]:
     """Peak memory of loading and scoring, in weight sets; each in a process of its own."""
     rows = []
-    for kind, sets in (("full-weight donor", 2), ("LoRA donor", 1), ("donor on disk", 1)):
+    kinds = {"full-weight donor": 2} if chosen.quick else {"full-weight donor": 2, "LoRA donor": 1, "donor on disk": 1}
+    for kind, sets in kinds.items():
         with tempfile.TemporaryDirectory() as folder:
             _apart(_store, size, folder if kind == "donor on disk" else None)
             peak, weights = _apart(peak_memory, kind, size, chosen.device, folder)
@@ -207,8 +209,12 @@ def _store(size: str, folder: str | None) -> None:
 
 def _apart(function: Callable[..., Any], *args: Any) -> Any:
     """Run a function in a fresh process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    pool = multiprocessing.get_context("spawn").Pool(1)
+    try:
         return pool.apply(function, args)
+    finally:
+        pool.close()
+        pool.join()
 
 
 def _unit(chosen: argparse.Namespace) -> str:
