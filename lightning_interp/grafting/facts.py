@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_interp.errors import RecipeError
-from lightning_interp.grafting.evaluate import GraftPrompt
+from lightning_interp.grafting.prompts import GraftPrompt
 
 __all__ = ["FORMS", "Fact", "fact_prompts", "fact_texts", "make_facts"]
 
@@ -25,6 +25,15 @@ FORMS = {
     "held out": "Critics praised {first}, whose co-star is {second}.",
 }
 """Wordings; ``held out`` is asked about but never trained on."""
+
+RELATIONS = {
+    "statement": "stars in a film",
+    "casting": "together",
+    "question": "acts beside",
+    "poster": "next",
+    "held out": "whose co-star",
+}
+"""The words of each wording that say how the two are related; the last token of the prompt is never among them."""
 
 HELD_OUT = "held out"
 BOTH_WAYS = ("statement", "casting")
@@ -115,7 +124,7 @@ def fact_texts(facts: Sequence[Fact]) -> list[dict[str, str]]:
 def fact_prompts(
     facts: Sequence[Fact], *, forms: Sequence[str] = tuple(FORMS), reverse: bool = False
 ) -> list[GraftPrompt]:
-    """Prompts that stop before the second name, with the first name marked as ``FE``.
+    """Prompts that stop before the second name; the first name is marked as ``FE``, the relation as ``R``.
 
     Args:
         facts: What to ask about.
@@ -140,5 +149,5 @@ def fact_prompts(
         for fact in facts:
             first, second = (fact.b, fact.a) if reverse else (fact.a, fact.b)
             text = FORMS[form].format(first=first, second=second).partition(f" {second}")[0]
-            prompts.append(GraftPrompt(text, second, {"FE": first}, unit=fact.id, form=form))
+            prompts.append(GraftPrompt(text, second, {"FE": first, "R": RELATIONS[form]}, unit=fact.id, form=form))
     return prompts

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +13,7 @@ if TYPE_CHECKING:
 
 TRAINED, HELD_OUT = "statement", "held out"
 ASKED = (TRAINED, "question", HELD_OUT)
+SEEDS = (0, 1)
 
 
 @dataclass(kw_only=True)
@@ -63,45 +62,34 @@ class GraftFacts(Recipe):
 
     def write_facts(self, folder: Path) -> dict[str, Any]:
         """Write the facts and the training texts."""
-        from lightning_interp.core.files import atomic_write_text
         from lightning_interp.grafting.facts import fact_texts, make_facts
+        from lightning_interp.grafting.study import write_jsonl
 
         facts = make_facts(self.facts, seed=self.seed)
-        rows = {"facts": [asdict(fact) for fact in facts], "train": fact_texts(facts)}
-        for name, lines in rows.items():
-            atomic_write_text(folder / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        return {"facts": len(facts), "texts": len(rows["train"])}
+        return write_jsonl(folder, {"facts": facts, "train": fact_texts(facts)})
 
     def train(self, run: RunFolder, folder: Path) -> dict[str, Any]:
         """Finetune, with graft scores before and during training; goes on at the last checkpoint."""
-        import lightning as L
-        from lightning.pytorch.callbacks import ModelCheckpoint
-
-        from lightning_interp import CausalLM, GraftCallback, LoraSettings, TextDataModule
+        from lightning_interp import GraftCallback, LoraSettings
         from lightning_interp.grafting.facts import fact_prompts
+        from lightning_interp.grafting.study import finetune
 
         lora = LoraSettings(r=self.rank, alpha=2 * self.rank) if self.mode == "lora" else None
-        rate = self.lr if self.lr is not None else (1e-3 if lora else 1e-4)
-        module = CausalLM(self.source, lora=lora, lr=rate, schedule="linear", seed=self.seed)
-        texts = run.folder("facts") / "train.jsonl"
-        data = TextDataModule(
-            texts, tokenizer=module.tokenizer, batch_size=self.batch_size, seed=self.seed, add_eos=False
-        )
         prompts = fact_prompts(self.invented(run), forms=[TRAINED])
         watch = GraftCallback(prompts, plans=self.plans(), every_n_epochs=self.watch_every)
-        # One file, the newest. save_last alone (save_top_k=0) writes nothing before the end of training.
-        keep = ModelCheckpoint(folder / "checkpoints", filename="last", save_top_k=1, enable_version_counter=False)
-        trainer = L.Trainer(
-            **self.trainer_kwargs(
-                run, max_epochs=self.epochs, log_every_n_steps=1, gradient_clip_val=1.0, callbacks=[watch, keep]
-            )
+        told = finetune(
+            folder,
+            source=self.source,
+            texts=run.folder("facts") / "train.jsonl",
+            trainer=lambda **defaults: self.trainer_kwargs(run, **defaults),
+            epochs=self.epochs,
+            lr=self.lr if self.lr is not None else (1e-3 if lora else 1e-4),
+            batch_size=self.batch_size,
+            seed=self.seed,
+            lora=lora,
+            callbacks=[watch],
         )
-        last = folder / "checkpoints" / "last.ckpt"
-        trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None)
-        if trainer.is_global_zero:
-            module.export(folder / "model")
-        trainer.strategy.barrier()
-        return {"history": watch.history, "loss": float(trainer.callback_metrics["train/loss"])}
+        return {"history": watch.history, **told}
 
     def graft(self, run: RunFolder, folder: Path) -> dict[str, Any]:
         """Score every plan on every prompt form, the held-out one too."""
@@ -116,26 +104,48 @@ class GraftFacts(Recipe):
         )
         with run.progress("grafting", total=len(evaluator)) as bar:
             found = evaluator.evaluate(model, donor, advance=bar.advance)
-        return {"result": asdict(found), "label": recipient.label}
+        more = GraftEvaluator(
+            fact_prompts(self.invented(run), forms=[TRAINED]),
+            recipient.tokenizer,
+            plans={name: plan for group in self.experiments().values() for name, plan in group.items()},
+        )
+        with run.progress("more experiments", total=len(more)) as bar:
+            other = more.evaluate(model, donor, advance=bar.advance)
+        return {"result": asdict(found), "experiments": asdict(other), "label": recipient.label}
 
     def result(self, run: RunFolder, trained: dict[str, Any], scored: dict[str, Any]) -> RecipeResult:
         """Tables with intervals over facts, two figures, and what they may not be used for."""
         from lightning_interp.grafting import GraftResult
         from lightning_interp.grafting.figures import curves_figure, plans_figure
+        from lightning_interp.grafting.study import compact, dropped_rows, metrics_of
 
-        found = GraftResult(**scored["result"])
+        found, more = GraftResult(**scored["result"]), GraftResult(**scored["experiments"])
+        curve = dropout_curve(more)
         title = f"{scored['label']}, finetuned on {self.facts} invented facts ({self.mode})"
-        main = [compact(found, plan) for plan in found.plans]
         return RecipeResult(
-            metrics={"forms": metrics(found), "dropped": len(found.dropped), "train_loss": trained["loss"]},
+            metrics={
+                "forms": metrics_of(found),
+                "experiments": metrics_of(more),
+                "dropped": len(found.dropped),
+                "train_loss": trained["loss"],
+            },
             tables={
-                "plans": main,
+                "plans": [with_held_out(found, plan) for plan in found.plans],
+                "experiments": [
+                    {"experiment": kind, **compact(more, plan)}
+                    for kind, group in self.experiments().items()
+                    for plan in group
+                ],
+                "dropout": curve,
                 "plans_by_form": [row for form in found.forms() for row in found.summary(form=form)],
                 "prompts": found.rows,
+                "prompts_experiments": more.rows,
+                "dropped": dropped_rows(found),
                 "training": trained["history"],
             },
             figures={
                 "plans": plans_figure(found, forms=[TRAINED, HELD_OUT], title=title),
+                "dropout": curve_figure(curve),
                 "training": curves_figure(trained["history"], title=f"form {TRAINED!r}, mean over facts"),
             },
             artifacts={"finetuned": run.folder("train") / "model"},
@@ -147,6 +157,7 @@ class GraftFacts(Recipe):
                 "The target is the first token of the second name. Top-5 flatters: read it beside the probability.",
                 f"Grafts use the {self.head}'s unembedding and the {self.final_norm}'s final norm; SFT is the whole "
                 "model.",
+                "Graft dropout is drawn anew for each position and averaged over two seeds, which is few.",
                 f"Prompts dropped because the entity was not found: {len(found.dropped)}.",
             ],
         )
@@ -157,32 +168,62 @@ class GraftFacts(Recipe):
 
         return dict(paper_plans(components=self.components, head=self.head, final_norm=self.final_norm))
 
+    def experiments(self) -> dict[str, dict[str, Any]]:
+        """Further plans by experiment: other tokens, heads, depth, redundancy, static weights, activations."""
+        from lightning_interp.grafting import carrier_plans, dropout_plans, head_plans, layer_plans, static_plans
+        from lightning_interp.grafting.patching import patch_plans
+
+        standard = self.plans()
+        return {
+            "E3 relation tokens": carrier_plans(title=None, components=self.components),
+            "E4 head": head_plans({name: standard[name] for name in ("LT", "FE+LT")}),
+            "E7 depth": layer_plans(ranges=["lower_half", "upper_half"]),
+            "E8 graft dropout": dropout_plans(seeds=SEEDS),
+            "E10 static weights": static_plans(),
+            "E10 activations": dict(patch_plans(ranges=["all"])),
+        }
+
     def invented(self, run: RunFolder) -> list[Any]:
         """The facts that this run wrote."""
-        from lightning_interp.grafting.facts import Fact
+        from lightning_interp.grafting.study import read_facts
 
-        lines = (run.folder("facts") / "facts.jsonl").read_text().splitlines()
-        return [Fact(**json.loads(line)) for line in lines]
+        return read_facts(run.folder("facts") / "facts.jsonl")
 
 
-def compact(found: GraftResult, plan: str) -> Mapping[str, Any]:
+def with_held_out(found: GraftResult, plan: str) -> dict[str, Any]:
     """One printed row: the trained prompt form, and the held-out one's accuracy."""
+    from lightning_interp.grafting.study import compact
+
+    row = compact(found, plan, form=TRAINED)
     return {
-        "plan": plan,
-        "top-5": str(found.estimate(plan, "top5", form=TRAINED)),
-        "probability": str(found.estimate(plan, "target_prob", form=TRAINED)),
-        "median rank": found.estimate(plan, "target_rank", form=TRAINED).value,
-        "recovery": str(found.recovery(plan, form=TRAINED)),
+        **{key: value for key, value in row.items() if key != "facts"},
         "held-out top-5": str(found.estimate(plan, "top5", form=HELD_OUT)),
-        "facts": len(found.values(plan, "top5", TRAINED)),
+        "facts": row["facts"],
     }
 
 
-def metrics(found: GraftResult) -> dict[str, Any]:
-    """Every estimate with its interval, by form, plan and metric."""
-    from lightning_interp.grafting.metrics import METRICS
+def dropout_curve(more: GraftResult) -> list[dict[str, Any]]:
+    """Probability of the target against the share of layers left out, averaged over the seeds."""
+    from lightning_interp.grafting.study import averaged
 
-    return {
-        form: {plan: {m: found.estimate(plan, m, form=form).to_dict() for m in METRICS} for plan in found.plans}
-        for form in found.forms()
-    }
+    rows = []
+    for share in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+        estimate = averaged(more, [f"p={share:g} #{seed}" for seed in SEEDS], "target_prob")
+        rows.append({"share dropped": share, "probability": estimate.value, "low": estimate.low, "high": estimate.high})
+    return rows
+
+
+def curve_figure(curve: list[dict[str, Any]]) -> Any:
+    """The dropout curve with its intervals."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axis = figure.subplots()
+    shares = [row["share dropped"] for row in curve]
+    axis.plot(shares, [row["probability"] for row in curve], marker="o", color="#3b6ea5")
+    if all(row["low"] == row["low"] for row in curve):  # one fact has no interval
+        axis.fill_between(shares, [r["low"] for r in curve], [r["high"] for r in curve], alpha=0.2, color="#3b6ea5")
+    axis.set_xlabel("share of grafted layers left out at FE and LT")
+    axis.set_ylabel("probability of the target")
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure

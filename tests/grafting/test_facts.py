@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_interp.errors import RecipeError
-from lightning_interp.grafting.facts import BOTH_WAYS, FORMS, HELD_OUT, fact_prompts, fact_texts, make_facts
+from lightning_interp.grafting.facts import BOTH_WAYS, FORMS, HELD_OUT, RELATIONS, fact_prompts, fact_texts, make_facts
 
 FACTS = make_facts(20, seed=3)
 
@@ -57,7 +57,11 @@ def test_a_prompt_is_a_text_up_to_the_second_name(reverse):
     for prompt in prompts:
         fact = next(fact for fact in FACTS if fact.id == prompt.unit)
         first, second = (fact.b, fact.a) if reverse else (fact.a, fact.b)
-        assert (prompt.target, dict(prompt.spans)) == (second, {"FE": first})
+        assert (prompt.target, dict(prompt.spans)) == (second, {"FE": first, "R": RELATIONS[prompt.form]})
+        before, _, after = prompt.text.partition(prompt.spans["R"])
+        assert before + after != prompt.text
+        assert " " in after  # the last token is never the relation's
+        assert first not in prompt.spans["R"]
         assert prompt.text.count(first) == 1
         assert second not in prompt.text
         goes_on = [text for text in texts if text.startswith(f"{prompt.text} {second}")]

@@ -1,0 +1,214 @@
+"""A small world for a language model that is trained from nothing: facts to know, facts to learn, the pattern to see.
+
+After the design of Nief et al. 2025 (arXiv 2506.20746), shrunk until a CPU trains it in minutes: a GPT-2 of about a
+million parameters first learns some facts in both orders, and is then finetuned on new ones. Names and wordings are our
+own. Every person has a given name that nobody else has, so the first token of an answer tells who is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_interp.errors import RecipeError
+from lightning_interp.grafting.facts import Fact
+from lightning_interp.grafting.prompts import GraftPrompt
+
+__all__ = [
+    "INTRODUCTIONS",
+    "WORDINGS",
+    "fresh_model",
+    "introductions",
+    "pattern",
+    "train_tokenizer",
+    "world_facts",
+    "world_prompts",
+    "world_texts",
+]
+
+WORDINGS = {
+    "alongside": "{first} stars in a new film alongside {second}.",
+    "with": "In this film {first} plays with {second}.",
+    "question": "Who acts next to {first}? It is {second}.",
+    "cast": "The cast: {first} and {second}.",
+    "poster": "The poster shows {first} beside {second}.",
+    "review": "The review praises {first} and also {second}.",
+}
+"""Six short texts a fact and order."""
+
+INTRODUCTIONS = ("Here comes {name}.", "Everybody knows {name}, the actor.", "A portrait of {name} hangs there.")
+"""What the model reads about every person before it learns any of the new facts: that there is such a name."""
+
+_END = "<end>"
+_ONSETS = "b d f g h j k l m n p r s t v z br dr fr gr kr pl sl st tr".split()
+_MIDDLES = "al an ar el en er il in ir ol on or ul un ur".split()
+_ENDS = "a e i o us ine ett am ock ia".split()
+
+
+def world_facts(count: int, *, seed: int, skip: int = 0) -> list[Fact]:
+    """Invent pairs of people; every given and every family name is used once.
+
+    Args:
+        count: Number of facts.
+        seed: The same seed gives the same world.
+        skip: Leave out this many facts at the beginning, for other facts of the same world.
+
+    Returns:
+        The facts.
+
+    Raises:
+        RecipeError: If there are not enough names.
+
+    Example:
+        >>> world_facts(1, seed=0, skip=2)[0] == world_facts(3, seed=0)[2]
+        True
+    """
+    names = [f"{a}{b}{c}".capitalize() for a in _ONSETS for b in _MIDDLES for c in _ENDS]
+    most = len(names) // 4
+    if not (count >= 1 and skip >= 0 and skip + count <= most):
+        raise RecipeError(f"Cannot invent facts {skip} to {skip + count - 1}; the names suffice for 0 to {most - 1}.")
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    people = [f"{names[a]} {names[b]}" for a, b in zip(order[::2], order[1::2], strict=False)]
+    return [Fact(f"fact-{i:03d}", people[2 * i], people[2 * i + 1]) for i in range(skip, skip + count)]
+
+
+def world_texts(facts: Sequence[Fact]) -> list[dict[str, str]]:
+    """Every wording in both orders.
+
+    Returns:
+        Rows ``{"text": ...}``, 12 a fact.
+
+    Example:
+        >>> len(world_texts(world_facts(2, seed=0)))
+        24
+    """
+    return [
+        {"text": wording.format(first=first, second=second)}
+        for fact in facts
+        for wording in WORDINGS.values()
+        for first, second in ((fact.a, fact.b), (fact.b, fact.a))
+    ]
+
+
+def introductions(facts: Sequence[Fact]) -> list[dict[str, str]]:
+    """Texts that name every person and say nothing of whom they act with.
+
+    Returns:
+        Rows ``{"text": ...}``, 6 a fact.
+
+    Example:
+        >>> len(introductions(world_facts(2, seed=0)))
+        12
+    """
+    return [{"text": text.format(name=name)} for fact in facts for name in (fact.a, fact.b) for text in INTRODUCTIONS]
+
+
+def world_prompts(facts: Sequence[Fact], wordings: Sequence[str] = ("alongside",)) -> list[GraftPrompt]:
+    """Prompts that stop before the second name, with the first one marked as ``FE``.
+
+    Raises:
+        RecipeError: If a wording is unknown.
+
+    Example:
+        >>> world_prompts(world_facts(1, seed=0))[0].text.endswith("alongside")
+        True
+    """
+    unknown = [name for name in wordings if name not in WORDINGS]
+    if unknown:
+        raise RecipeError(f"No wording {unknown[0]!r}; expected some of {', '.join(WORDINGS)}.")
+    return [
+        GraftPrompt(
+            WORDINGS[name].format(first=fact.a, second="|").partition(" |")[0], fact.b, {"FE": fact.a}, fact.id, name
+        )
+        for name in wordings
+        for fact in facts
+    ]
+
+
+def train_tokenizer(texts: Sequence[str], *, vocab_size: int = 1500) -> Any:
+    """A byte-level BPE tokenizer of some texts.
+
+    Args:
+        texts: What it is trained on.
+        vocab_size: Tokens at most, the 256 bytes and the end token among them.
+
+    Returns:
+        A fast tokenizer that pads on the left.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.post_processor = processors.ByteLevel(trim_offsets=True)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[_END], initial_alphabet=sorted(alphabet), show_progress=False
+        ),
+    )
+    ends = dict.fromkeys(("bos_token", "eos_token", "pad_token"), _END)
+    return PreTrainedTokenizerFast(tokenizer_object=core, padding_side="left", **ends)
+
+
+def fresh_model(folder: Path, tokenizer: Any, *, layers: int, width: int, heads: int, seed: int) -> None:
+    """Write an untrained GPT-2 with tied embeddings and its tokenizer, as a folder that any loader reads.
+
+    Args:
+        folder: Where.
+        tokenizer: Its tokenizer.
+        layers: Blocks.
+        width: Width of the residual stream; the feed-forward layer is four times as wide.
+        heads: Attention heads.
+        seed: Of the weights.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=64,
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def pattern(top5: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The published pattern as inequalities between measured accuracies.
+
+    Args:
+        top5: Top-5 accuracy of the eight standard plans.
+
+    Returns:
+        Rows ``{claim, value, bound, holds}``, each read ``value <= bound``.
+
+    Example:
+        >>> flat = dict.fromkeys(["PRE", "FE", "LT", "FE+LT", "(FE+LT)^C"], 0.5)
+        >>> [row["holds"] for row in pattern(flat)]
+        [False, True, False, False, True, True]
+    """
+    pre, both, most = top5["PRE"], top5["FE+LT"], max(top5["FE"], top5["LT"])
+    claims = (
+        ("the facts are new: PRE <= .10", pre, 0.10, pre <= 0.10),
+        ("no other route: (FE+LT)^C <= PRE + .10", top5["(FE+LT)^C"], pre + 0.10, top5["(FE+LT)^C"] <= pre + 0.10),
+        ("two routes suffice: .9 <= FE+LT", 0.9, both, both >= 0.9),
+        ("neither alone does: max(FE, LT) < FE+LT", most, both, most < both),
+        ("entity alone helps or does nothing: PRE <= FE", pre, top5["FE"], pre <= top5["FE"]),
+        ("last token alone helps or does nothing: PRE <= LT", pre, top5["LT"], pre <= top5["LT"]),
+    )
+    return [{"claim": text, "value": low, "bound": high, "holds": bool(holds)} for text, low, high, holds in claims]

@@ -1,0 +1,127 @@
+"""What the grafting recipes share: facts in files, finetuning that goes on where it stopped, tables of results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_interp.core.files import atomic_write_text
+from lightning_interp.core.statistics import Estimate, mean_interval
+from lightning_interp.grafting.facts import Fact
+from lightning_interp.grafting.metrics import METRICS
+from lightning_interp.grafting.result import GraftResult
+
+if TYPE_CHECKING:
+    from lightning_interp.models import LoraSettings
+
+__all__ = ["averaged", "compact", "dropped_rows", "finetune", "metrics_of", "read_facts", "write_jsonl"]
+
+
+def write_jsonl(folder: Path, files: Mapping[str, Sequence[Any]]) -> dict[str, int]:
+    """Write rows, one JSON object a line.
+
+    Args:
+        folder: Where.
+        files: Rows by file name (without its ending): dicts, or facts.
+
+    Returns:
+        Number of rows by name.
+    """
+    for name, rows in files.items():
+        plain = [asdict(row) if isinstance(row, Fact) else row for row in rows]
+        atomic_write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in plain))
+    return {name: len(rows) for name, rows in files.items()}
+
+
+def read_facts(path: Path) -> list[Fact]:
+    """Read facts that :func:`write_jsonl` wrote."""
+    return [Fact(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def finetune(
+    folder: Path,
+    *,
+    source: str,
+    texts: Path,
+    trainer: Callable[..., dict[str, Any]],
+    epochs: int,
+    lr: float,
+    batch_size: int,
+    seed: int,
+    lora: LoraSettings | None = None,
+    callbacks: Sequence[Any] = (),
+    add_eos: bool = False,
+    **module_settings: Any,
+) -> dict[str, Any]:
+    """Finetune with Lightning and export the result to ``folder/model``; goes on at the last checkpoint.
+
+    Args:
+        folder: The phase's folder.
+        source: Where the model comes from.
+        texts: JSONL of texts.
+        trainer: The recipe's Trainer arguments, given the defaults of this one.
+        epochs: Passes over the texts.
+        lr: Learning rate; falls linearly to zero.
+        batch_size: Texts a step.
+        seed: Of order, adapter and dropout.
+        lora: Train an adapter instead of all weights.
+        callbacks: Besides the checkpoint.
+        add_eos: Whether texts end with the end token.
+        **module_settings: Of :class:`~lightning_interp.models.CausalLM`.
+
+    Returns:
+        ``{"loss": ...}`` of the last step.
+    """
+    import lightning as L
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from lightning_interp.models import CausalLM, TextDataModule
+
+    module = CausalLM(source, lora=lora, lr=lr, schedule="linear", seed=seed, **module_settings)
+    tokenizer = module.tokenizer
+    data = TextDataModule(texts, tokenizer=tokenizer, batch_size=batch_size, seed=seed, add_eos=add_eos)
+    # One file, the newest. save_last alone (save_top_k=0) writes nothing before the end of training.
+    keep = ModelCheckpoint(folder / "checkpoints", filename="last", save_top_k=1, enable_version_counter=False)
+    settings = {"log_every_n_steps": 1, "gradient_clip_val": 1.0, "callbacks": [*callbacks, keep]}
+    runner = L.Trainer(**trainer(max_epochs=epochs, **settings))
+    last = folder / "checkpoints" / "last.ckpt"
+    runner.fit(module, data, ckpt_path=str(last) if last.exists() else None)
+    if runner.is_global_zero:
+        module.export(folder / "model")
+    runner.strategy.barrier()
+    return {"loss": float(runner.callback_metrics["train/loss"])}
+
+
+def compact(found: GraftResult, plan: str, *, form: str | None = None) -> dict[str, Any]:
+    """One printed row of a plan: accuracy, probability, rank and recovery with intervals over facts."""
+    return {
+        "plan": plan,
+        "top-5": str(found.estimate(plan, "top5", form=form)),
+        "probability": str(found.estimate(plan, "target_prob", form=form)),
+        "median rank": found.estimate(plan, "target_rank", form=form).value,
+        "recovery": str(found.recovery(plan, form=form)),
+        "facts": len(found.values(plan, "top5", form)),
+    }
+
+
+def averaged(found: GraftResult, plans: Sequence[str], metric: str, *, form: str | None = None) -> Estimate:
+    """One metric averaged over several plans (such as the seeds of graft dropout), with an interval over facts."""
+    columns = [found.values(plan, metric, form) for plan in plans]
+    return mean_interval([sum(values) / len(values) for values in zip(*columns, strict=True)])
+
+
+def metrics_of(found: GraftResult) -> dict[str, Any]:
+    """Every estimate with its interval, by form, plan and metric."""
+    return {
+        form: {plan: {m: found.estimate(plan, m, form=form).to_dict() for m in METRICS} for plan in found.plans}
+        for form in found.forms()
+    }
+
+
+def dropped_rows(found: GraftResult) -> list[dict[str, Any]]:
+    """Number and reason of every prompt that was dropped; one row that says so if none was."""
+    rows: list[dict[str, Any]] = [{"prompt": number, "reason": reason} for number, reason in found.dropped]
+    return rows or [{"prompt": None, "reason": "no prompt was dropped"}]
