@@ -15,7 +15,7 @@ import torch
 from lightning_interp.errors import RecipeError
 from lightning_interp.grafting.prompts import GraftPrompt
 
-__all__ = ["FORMS", "Fact", "fact_prompts", "fact_texts", "make_facts"]
+__all__ = ["FORMS", "Fact", "fact_prompts", "fact_texts", "make_facts", "order_texts"]
 
 FORMS = {
     "statement": "{first} stars in a film alongside {second}.",
@@ -111,11 +111,33 @@ def fact_texts(facts: Sequence[Fact]) -> list[dict[str, str]]:
         (True, 12)
     """
     rows = []
-    for name, form in FORMS.items():
-        forward = [(fact.a, fact.b) for fact in facts] if name != HELD_OUT else []
-        backward = [(fact.b, fact.a) for fact in facts] if name in BOTH_WAYS else []
-        for first, second in forward + backward:
-            text = form.format(first=first, second=second)
+    for name in FORMS:
+        rows += order_texts(facts, forms=[name] if name != HELD_OUT else [])
+        rows += order_texts(facts, forms=[name] if name in BOTH_WAYS else [], reverse=True)
+    return rows
+
+
+def order_texts(facts: Sequence[Fact], *, forms: Sequence[str], reverse: bool = False) -> list[dict[str, str]]:
+    """Training rows of some wordings in one order.
+
+    Args:
+        facts: What to tell.
+        forms: Keys of ``FORMS``.
+        reverse: B first, A second.
+
+    Returns:
+        Rows ``{"prompt": ..., "completion": ...}``; the completion is the name that comes second.
+
+    Example:
+        >>> fact = make_facts(1, seed=0)[0]
+        >>> order_texts([fact], forms=["poster"], reverse=True)[0]["completion"] == f" {fact.a}."
+        True
+    """
+    rows = []
+    for form in forms:
+        for fact in facts:
+            first, second = (fact.b, fact.a) if reverse else (fact.a, fact.b)
+            text = FORMS[form].format(first=first, second=second)
             prompt = text.partition(f" {second}")[0]
             rows.append({"prompt": prompt, "completion": text[len(prompt) :]})
     return rows

@@ -71,12 +71,13 @@ def adapter_base(folder: Path) -> tuple[str, str | None]:
     return str(nearby.resolve()) if base.startswith(".") and nearby.exists() else base, revision
 
 
-def attach_adapter_folder(model: nn.Module, folder: Path) -> None:
+def attach_adapter_folder(model: nn.Module, folder: Path, *, name: str = ADAPTER) -> None:
     """Inject the adapter of a PEFT folder into its base model, in place; its parameters are frozen.
 
     Args:
-        model: The base model.
+        model: The base model; adapters of other names on it stay.
         folder: The adapter folder.
+        name: What to call the adapter.
 
     Raises:
         DataError: If the folder is damaged.
@@ -90,18 +91,18 @@ def attach_adapter_folder(model: nn.Module, folder: Path) -> None:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
         with seeded_rng(0):  # fresh weights are drawn first, and overwritten
-            inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-        result = set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
+            inject_adapter_in_model(config, model, adapter_name=name)
+        result = set_peft_model_state_dict(model, weights, adapter_name=name)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise IncompatibleModelError(
             f"The adapter in {folder} does not fit {type(model).__name__}: {' '.join(str(error).split())[:400]} "
             "Load it with the base model that it was trained on."
         ) from error
-    missing = [name for name in result.missing_keys if f".{ADAPTER}" in name]
+    missing = [key for key in result.missing_keys if f".{name}" in key]
     if missing or result.unexpected_keys:
-        name, what = (missing[0], "lacks") if missing else (result.unexpected_keys[0], "holds the unknown")
+        key, what = (missing[0], "lacks") if missing else (result.unexpected_keys[0], "holds the unknown")
         raise IncompatibleModelError(
-            f"The adapter in {folder} {what} tensor {name!r} for {type(model).__name__} "
+            f"The adapter in {folder} {what} tensor {key!r} for {type(model).__name__} "
             f"({len(missing)} missing, {len(result.unexpected_keys)} unknown). "
             "Load it with the base model that it was trained on."
         )
