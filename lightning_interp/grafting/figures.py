@@ -9,7 +9,7 @@ from typing import Any
 from lightning_interp.grafting.grids import GraftGrid
 from lightning_interp.grafting.result import GraftResult
 
-__all__ = ["curves_figure", "grid_figure", "plans_figure"]
+__all__ = ["curves_figure", "dose_figure", "grid_figure", "plans_figure"]
 
 _COLOURS = ("#3b6ea5", "#c8743c", "#5b9a68", "#8d6bab")
 
@@ -133,4 +133,29 @@ def grid_figure(result: GraftResult, grid: GraftGrid, *, form: str | None = None
     panels[0].set_ylabel("layers")
     n = len(result.values("PRE", "target_prob", form))
     figure.suptitle(f"{title}\n{grid.title}; {n} {'fact' if n == 1 else 'facts'}".strip(), fontsize=10)
+    return figure
+
+
+def dose_figure(curve: Sequence[Mapping[str, Any]], *, label: str = "dose of the donor at FE and LT") -> Any:
+    """Probability of the target against a dose, with its interval.
+
+    Args:
+        curve: Rows ``{"dose": ..., "probability": {"value", "low", "high"}}``.
+        label: What is on the horizontal axis.
+
+    Returns:
+        A matplotlib figure.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axis = figure.subplots()
+    doses = [row["dose"] for row in curve]
+    values = [row["probability"] for row in curve]
+    axis.plot(doses, [v["value"] for v in values], marker="o", color=_COLOURS[0])
+    if all(v["low"] is not None and not math.isnan(v["low"]) for v in values):
+        axis.fill_between(doses, [v["low"] for v in values], [v["high"] for v in values], alpha=0.2, color=_COLOURS[0])
+    axis.set_xlabel(label)
+    axis.set_ylabel("probability of the target")
+    axis.spines[["top", "right"]].set_visible(False)
     return figure

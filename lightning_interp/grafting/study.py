@@ -10,14 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_interp.core.files import atomic_write_text
 from lightning_interp.core.statistics import Estimate, mean_interval
+from lightning_interp.errors import DataError
 from lightning_interp.grafting.facts import Fact
 from lightning_interp.grafting.metrics import METRICS
+from lightning_interp.grafting.prompts import GraftPrompt
 from lightning_interp.grafting.result import GraftResult
 
 if TYPE_CHECKING:
     from lightning_interp.models import LoraSettings
 
-__all__ = ["averaged", "compact", "dropped_rows", "finetune", "metrics_of", "read_facts", "write_jsonl"]
+__all__ = [
+    "averaged",
+    "compact",
+    "dropped_rows",
+    "finetune",
+    "metrics_of",
+    "read_facts",
+    "read_prompts",
+    "write_jsonl",
+    "write_scalars",
+]
 
 
 def write_jsonl(folder: Path, files: Mapping[str, Sequence[Any]]) -> dict[str, int]:
@@ -39,6 +51,62 @@ def write_jsonl(folder: Path, files: Mapping[str, Sequence[Any]]) -> dict[str, i
 def read_facts(path: Path) -> list[Fact]:
     """Read facts that :func:`write_jsonl` wrote."""
     return [Fact(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_prompts(path: Path) -> list[GraftPrompt]:
+    """Read a user's prompts.
+
+    Args:
+        path: JSONL: ``text`` and ``target``, and if wished ``spans``, ``unit`` and ``form``.
+
+    Returns:
+        The prompts.
+
+    Raises:
+        DataError: With file and line, if a line is no such object; if there is none.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"Cannot read the prompts {str(path)!r}: {error}. Expected a JSONL file in UTF-8.") from error
+    prompts = [_prompt(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
+    if not prompts:
+        raise DataError(f"{path} holds no prompts. Expected one JSON object a line with 'text' and 'target'.")
+    return prompts
+
+
+def _prompt(line: str, where: str) -> GraftPrompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: no JSON ({error}). Expected one object a line.") from error
+    known = {"text": str, "target": str, "spans": dict, "unit": str | int, "form": str}
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: {type(row).__name__}, expected an object with 'text' and 'target'.")
+    for key, value in row.items():
+        if key not in known or not isinstance(value, known[key]):
+            raise DataError(f"{where}: {key!r} is {value!r}; expected the keys {', '.join(known)} (spans: an object).")
+    if lacking := [key for key in ("text", "target") if not row.get(key)]:
+        raise DataError(f"{where}: {lacking[0]!r} is missing or empty.")
+    spans = row.get("spans", {})
+    if wrong := [key for key, part in spans.items() if not isinstance(part, str)]:
+        raise DataError(f"{where}: the span {wrong[0]!r} is {spans[wrong[0]]!r}; expected a piece of the text.")
+    return GraftPrompt(row["text"], row["target"], spans, str(row.get("unit", "")), row.get("form", ""))
+
+
+def write_scalars(folder: Path, tag: str, values: Sequence[float]) -> None:
+    """Write a curve for TensorBoard.
+
+    Args:
+        folder: Of the events.
+        tag: Name of the curve.
+        values: One a step.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as writer:
+        for step, value in enumerate(values):
+            writer.add_scalar(tag, value, step)
 
 
 def finetune(

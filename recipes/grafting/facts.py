@@ -116,7 +116,7 @@ class GraftFacts(Recipe):
     def result(self, run: RunFolder, trained: dict[str, Any], scored: dict[str, Any]) -> RecipeResult:
         """Tables with intervals over facts, two figures, and what they may not be used for."""
         from lightning_interp.grafting import GraftResult
-        from lightning_interp.grafting.figures import curves_figure, plans_figure
+        from lightning_interp.grafting.figures import curves_figure, dose_figure, plans_figure
         from lightning_interp.grafting.study import compact, dropped_rows, metrics_of
 
         found, more = GraftResult(**scored["result"]), GraftResult(**scored["experiments"])
@@ -136,7 +136,7 @@ class GraftFacts(Recipe):
                     for kind, group in self.experiments().items()
                     for plan in group
                 ],
-                "dropout": curve,
+                "dropout": [{"share dropped": row["dose"], **row["probability"]} for row in curve],
                 "plans_by_form": [row for form in found.forms() for row in found.summary(form=form)],
                 "prompts": found.rows,
                 "prompts_experiments": more.rows,
@@ -145,7 +145,7 @@ class GraftFacts(Recipe):
             },
             figures={
                 "plans": plans_figure(found, forms=[TRAINED, HELD_OUT], title=title),
-                "dropout": curve_figure(curve),
+                "dropout": dose_figure(curve, label="share of grafted layers left out at FE and LT"),
                 "training": curves_figure(trained["history"], title=f"form {TRAINED!r}, mean over facts"),
             },
             artifacts={"finetuned": run.folder("train") / "model"},
@@ -209,21 +209,5 @@ def dropout_curve(more: GraftResult) -> list[dict[str, Any]]:
     rows = []
     for share in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
         estimate = averaged(more, [f"p={share:g} #{seed}" for seed in SEEDS], "target_prob")
-        rows.append({"share dropped": share, "probability": estimate.value, "low": estimate.low, "high": estimate.high})
+        rows.append({"dose": share, "probability": estimate.to_dict()})
     return rows
-
-
-def curve_figure(curve: list[dict[str, Any]]) -> Any:
-    """The dropout curve with its intervals."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
-    axis = figure.subplots()
-    shares = [row["share dropped"] for row in curve]
-    axis.plot(shares, [row["probability"] for row in curve], marker="o", color="#3b6ea5")
-    if all(row["low"] == row["low"] for row in curve):  # one fact has no interval
-        axis.fill_between(shares, [r["low"] for r in curve], [r["high"] for r in curve], alpha=0.2, color="#3b6ea5")
-    axis.set_xlabel("share of grafted layers left out at FE and LT")
-    axis.set_ylabel("probability of the target")
-    axis.spines[["top", "right"]].set_visible(False)
-    return figure

@@ -23,7 +23,9 @@ NAMES = [path.relative_to(ROOT).with_suffix("").as_posix() for path in FILES]
 EXPECTED = {f"grafting/{name}" for name in ("components", "facts", "hybrid", "pair", "reproduce_tiny")}
 
 recipes = pytest.mark.parametrize("name", NAMES)
-grafting = pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("grafting/")])
+finetuning = pytest.mark.parametrize(
+    "name", [name for name in NAMES if "watch_every" in (ROOT / f"{name}.yaml").read_text()]
+)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +148,7 @@ def test_a_smoke_run_leaves_curves(name, finished):
     assert any(len(curve) > 1 for curve in scalars(finished(name) / "tensorboard").values())
 
 
-@grafting
+@finetuning
 def test_curves_are_the_scores_of_every_plan_during_training(name, finished):
     from lightning_interp import paper_plans
 
