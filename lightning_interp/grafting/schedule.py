@@ -18,6 +18,7 @@ import torch
 from lightning_interp.core.model_map import ModelMap
 from lightning_interp.core.positions import Positions
 from lightning_interp.core.step import StepContext
+from lightning_interp.errors import RecipeError
 from lightning_interp.grafting.dropout import DRAWS, Cell
 from lightning_interp.grafting.plan import GraftPlan, GraftRule
 
@@ -28,6 +29,7 @@ Signature = tuple[int, ...]
 NOWHERE, EVERYWHERE = 0, 1
 """Local codes, at the start of each plan's block, of tokens that no rule owns and of those that are all donor's."""
 
+_MOST_STATES = 4096
 _SWITCHED = ("unembed", "final_norm")
 
 
@@ -169,8 +171,16 @@ class _States:
         self.transitions: list[list[int]] = []
         for r, (adds, _) in enumerate(kinds):
             after = [(*state, r) if adds else (r,) for state in self.states]
-            self.states += [state for state in dict.fromkeys(after) if state not in self.states]
-            self.transitions.append([self.states.index(state) for state in after])
+            known = {state: i for i, state in enumerate(self.states)}
+            for state in after:
+                known.setdefault(state, len(known))
+            self.states = list(known)
+            if len(self.states) > _MOST_STATES:
+                raise RecipeError(
+                    f"A plan can own tokens by more than {_MOST_STATES} sets of its {len(kinds)} rules, because each "
+                    "rule that adds doubles them. Put cells of one source and position into one rule."
+                )
+            self.transitions.append([known[state] for state in after])
         for row in self.transitions:
             row += [0] * (len(self.states) - len(row))  # states that only later rules reach
         self.codes, self.size = [NOWHERE], 2

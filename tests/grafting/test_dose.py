@@ -75,20 +75,20 @@ def test_the_ends_are_exact(family, pairs):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_tensor_is_a_number_that_gradients_reach(family, pairs):
-    recipient, donor = pairs(family)
+    recipient, donor = (copy.deepcopy(model).double() for model in pairs(family))
     plan = GraftPlan.at(Span(2, 5) | Last(), "BLOCK", dose="a")
     for value in (0.0, 0.35, 1.0):
-        dose = torch.tensor(value, requires_grad=True)
+        dose = torch.tensor(value, dtype=torch.double, requires_grad=True)
         with Graft(donor, plan, doses={"a": dose}).attach(recipient):
             logits = recipient(IDS).logits
         number = grafted(recipient, donor, GraftPlan.at(Span(2, 5) | Last(), "BLOCK", dose=value))
         assert (logits - number).abs().max() < 1e-4
         (slope,) = torch.autograd.grad(logits[:, -1].square().sum(), dose)
-        small = 1e-2
+        small = 1e-3
 
         def height(at):
-            end = {"a": torch.tensor(at)}
-            return float(grafted(recipient, donor, plan, doses=end)[:, -1].double().square().sum())
+            end = {"a": torch.tensor(at, dtype=torch.double)}
+            return float(grafted(recipient, donor, plan, doses=end)[:, -1].square().sum())
 
         measured = (height(value + small) - height(value - small)) / (2 * small)
         assert float(slope) == pytest.approx(measured, rel=2e-2)
