@@ -73,6 +73,10 @@ class ModelMap:
     _paths: dict[nn.Module, str] = field(repr=False)
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy works its memo out anew: what is remembered names modules and donors of this process.
+        return {**self.__dict__, "memo": {}}
+
     @classmethod
     def build(
         cls,

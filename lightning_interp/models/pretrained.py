@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -155,7 +156,23 @@ def load_model(where: str | Path, options: LoadOptions, **more: Any) -> PreTrain
             f"The weights in {str(where)!r} lack {missing[0]!r} ({len(missing)} tensors of {type(model).__name__} "
             "in all), which would be left random. Save the whole model again with save_pretrained."
         )
+    if options.quantization == "4bit":
+        _warn_of_narrow_maps(model)
     return model.eval()
+
+
+def _warn_of_narrow_maps(model: PreTrainedModel) -> None:
+    # The AVX-512 kernel of bitsandbytes starts its blocks anew in every row, the quantisation runs on: rows that are no
+    # whole number of blocks come out with the scales of others.
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and state.shape[-1] % state.blocksize and module.weight.device.type == "cpu":
+            warnings.warn(
+                f"{name!r} has rows of {state.shape[-1]} values, no multiple of the block of {state.blocksize}: some "
+                "CPUs compute such a 4-bit map with wrong scales. Use quantization='8bit' where values matter.",
+                stacklevel=4,
+            )
+            return
 
 
 def load_tokenizer_files(where: str | Path, options: LoadOptions) -> PreTrainedTokenizerBase:
