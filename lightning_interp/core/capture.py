@@ -68,7 +68,7 @@ class ActivationCapture(Intervention):
         step.cache[self, site] = True
         kept = x.detach()
         if self.positions is not None:
-            kept = kept[self.positions.mask(step)[:, -kept.shape[1] :]]
+            kept = kept[step.choose(self.positions, kept)]
         # A copy made outside of inference mode can be used in autograd later.
         with torch.inference_mode(False):
             copy = kept.clone() if self.device is None else kept.to(self.device, copy=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from torch import nn
 from lightning_interp.core.checks import check_hookable
 from lightning_interp.core.model_map import ModelMap
 from lightning_interp.core.sites import Site
-from lightning_interp.core.step import StepContext, step_reader
+from lightning_interp.core.step import StepContext, argument_reader, step_reader
 from lightning_interp.errors import IncompatibleModelError, PositionError, RecipeError, UnsupportedStrategyError
 
 __all__ = ["Attachment", "Compose", "Hook", "Intervention", "join_output", "split_output"]
@@ -54,13 +55,19 @@ class Attachment:
         tokenizer: For selectors that read text.
 
     Attributes:
-        batch: The user's batch for ``FromBatch``; set it before a forward pass (the Lightning callback does).
+        batch: The user's batch for ``FromBatch``; set it before a forward pass (the Lightning callback does). Its entry
+            ``prompt_lengths`` says what ``prompt_lengths`` says, for that batch.
+        prompt_lengths: Real tokens of each row's prompt ``[B]``, for passes over prompt and answer together. A
+            generation with a cache needs none: its first pass reads the prompt.
     """
 
     def __init__(self, model_map: ModelMap, tokenizer: Any = None) -> None:
         self.model_map = model_map
         self._tokenizer = tokenizer
         self.batch: Mapping[str, Any] | None = None
+        self.prompt_lengths: torch.Tensor | None = None
+        self._kept: int | torch.Tensor | None = None
+        self._prompt: StepContext | None = None
         self._handles: list[Any] = []
         self._on_remove: list[Callable[[], None]] = []
         self._step: StepContext | None = None
@@ -127,8 +134,18 @@ class Attachment:
             self._handles.pop().remove()
         while self._on_remove:
             self._on_remove.pop()()
-        self._step = None
+        self._step = self._prompt = None
         self._passes.clear()
+
+    def watch_head(self) -> None:
+        """Note which columns the head is asked for, so that masks fit what it sees."""
+        if "logits_to_keep" in inspect.signature(self.model_map.model.forward).parameters:
+            argument = argument_reader(self.model_map.model)
+
+            def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                self._kept = argument("logits_to_keep", args, kwargs)
+
+            self.add(self.model_map.model.register_forward_pre_hook(Hook(note), with_kwargs=True))
 
     def __enter__(self) -> Self:
         return self
@@ -138,7 +155,13 @@ class Attachment:
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         step = self._read(args, kwargs)
-        step.find_tokenizer, step.batch = (lambda: self.tokenizer), self.batch
+        step.find_tokenizer, step.batch, step.kept = (lambda: self.tokenizer), self.batch, self._kept
+        step.known_prompt_lengths = self.prompt_lengths
+        if self.prompt_lengths is None and self.batch is not None:
+            step.known_prompt_lengths = self.batch.get("prompt_lengths")
+        if step.is_prefill:
+            self._prompt = step
+        step.prompt = self._prompt if self._prompt is not step else None
         self._step, self._graph_task = step, torch._C._current_graph_task_id()
         replays = any(getattr(block, "gradient_checkpointing", False) for block in self.model_map.blocks)
         if replays and torch.is_grad_enabled():
@@ -301,6 +324,8 @@ def hook_site(
         SiteError: If the model lacks the site.
     """
     point = attachment.model_map.module(site)
+    if site.kind in ("unembed_in", "logits"):
+        attachment.watch_head()
 
     def changed(given: torch.Tensor) -> torch.Tensor:
         x = _by_row(given, attachment.step)

@@ -212,7 +212,7 @@ class ModelMap:
         module = self.final_norm if site.kind == "final_norm" else self.head
         if module is None:
             raise SiteError(f"{self._name} has no {site.kind!r}. It has: {', '.join(self.describe()['sites'])}.")
-        return SitePoint(module, self._paths[module], False)
+        return SitePoint(module, self._paths[module], site.kind == "unembed_in")
 
     def _layer_point(self, site: Site) -> SitePoint:
         layer = self.layer(site.layer or 0)  # a Site of this kind has a layer
@@ -262,7 +262,8 @@ class ModelMap:
             except SiteError:
                 continue
             sites.append(kind)
-        sites += [kind for kind, found in (("final_norm", self.final_norm), ("logits", self.head)) if found is not None]
+        modules = {"final_norm": self.final_norm, "unembed_in": self.head, "logits": self.head}
+        sites += [kind for kind, found in modules.items() if found is not None]
         return {
             "model": type(self.model).__name__,
             "path": self.path,

@@ -23,10 +23,13 @@ __all__ = [
     "And",
     "ChatTemplate",
     "FromBatch",
+    "Generated",
+    "GenerationSteps",
     "Last",
     "Not",
     "Or",
     "Positions",
+    "Prompt",
     "Span",
     "StepContext",
     "Substring",
@@ -209,6 +212,64 @@ class Span(Positions):
 
 
 @dataclass(frozen=True)
+class Prompt(Positions):
+    """Every token of the prompt.
+
+    The first pass of a generation is the prompt. In a pass over prompt and answer together, the attachment's (or the
+    batch's) ``prompt_lengths`` says where the answer begins; without it the whole pass counts as prompt.
+    """
+
+    def mask(self, step: StepContext) -> torch.Tensor:
+        """See :meth:`Positions.mask`."""
+        return step.valid & (step.positions < step.prompt_lengths[:, None])
+
+
+@dataclass(frozen=True)
+class Generated(Positions):
+    """New tokens ``start`` to ``stop`` (excluded), counted from 0 at the first token after the prompt.
+
+    Args:
+        start: First new token.
+        stop: One past the last; None for no end.
+
+    Example:
+        >>> step = StepContext(1, 5, known_prompt_lengths=torch.tensor([2]))
+        >>> Generated(1).mask(step).tolist(), GenerationSteps(0, 1).mask(step).tolist()
+        ([[False, False, False, True, True]], [[False, True, False, False, False]])
+    """
+
+    start: int = 0
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_window(self, self.start, self.stop)
+
+    def mask(self, step: StepContext) -> torch.Tensor:
+        """See :meth:`Positions.mask`."""
+        return _window(step, step.positions - step.prompt_lengths[:, None], self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class GenerationSteps(Positions):
+    """The tokens that predict new tokens ``start`` to ``stop`` (excluded); step 0 is the prompt's last token.
+
+    Args:
+        start: First step.
+        stop: One past the last; None for no end.
+    """
+
+    start: int = 0
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_window(self, self.start, self.stop)
+
+    def mask(self, step: StepContext) -> torch.Tensor:
+        """See :meth:`Positions.mask`."""
+        return _window(step, step.generation_steps, self.start, self.stop)
+
+
+@dataclass(frozen=True)
 class Tokens(Positions):
     """Every token whose id is one of ``ids``."""
 
@@ -304,6 +365,16 @@ class FromBatch(Positions):
         inside = given[:, step.past : step.past + step.length].to(device=step.device, dtype=torch.bool)
         window[:, : inside.shape[1]] = inside
         return window & step.valid
+
+
+def _check_window(selector: Positions, start: int, stop: int | None) -> None:
+    if start < 0 or (stop is not None and stop <= start):
+        raise PositionError(f"{selector} chooses nothing; expected 0 <= start < stop, or stop=None for no end.")
+
+
+def _window(step: StepContext, index: torch.Tensor, start: int, stop: int | None) -> torch.Tensor:
+    inside = step.valid & (index >= start)
+    return inside if stop is None else inside & (index < stop)
 
 
 def _check_parts(selector: Positions, *parts: Any) -> None:

@@ -11,7 +11,7 @@ __all__ = ["GLOBAL_KINDS", "LAYER_KINDS", "Site"]
 LAYER_KINDS = ("resid_pre", "resid_post", "attn_in", "attn_out", "mlp_in", "mlp_out")
 """Kinds that need a layer index."""
 
-GLOBAL_KINDS = ("final_norm", "logits")
+GLOBAL_KINDS = ("final_norm", "unembed_in", "logits")
 """Kinds of which a model has one."""
 
 _LINEAR = "linear:"
@@ -23,8 +23,9 @@ class Site:
 
     ``resid_pre`` and ``resid_post`` are the residual stream before and after a block, ``attn_in`` and ``mlp_in``
     what the sub-layer receives, ``attn_out`` and ``mlp_out`` what it adds to the residual stream,
-    ``final_norm`` the output of the last norm, ``logits`` the head's output, and ``linear:<component>`` the output
-    of one canonical component (``linear:q``, ``linear:down``, ``linear:embed``, ...).
+    ``final_norm`` the output of the last norm, ``unembed_in`` what the head multiplies (``[B, n, d]``, of the last
+    ``n`` columns where a caller asks for fewer logits), ``logits`` the head's output, and ``linear:<component>`` the
+    output of one canonical component (``linear:q``, ``linear:down``, ``linear:embed``, ...).
 
     Args:
         kind: The kind of site.

@@ -6,14 +6,17 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lightning_interp.errors import PositionError
 
-__all__ = ["StepContext", "step_reader"]
+if TYPE_CHECKING:
+    from lightning_interp.core.positions import Positions
+
+__all__ = ["StepContext", "argument_reader", "step_reader"]
 
 
 @dataclass(eq=False)
@@ -31,6 +34,11 @@ class StepContext:
         batch: The user's batch, for ``FromBatch``.
         rolling: Whether ``Last`` follows generated tokens, or stays in the prompt.
         row_numbers: Which rows of the whole batch these are (see :meth:`rows`); None for all of them.
+        kept: ``logits_to_keep`` of the call: a number of last columns, an index of columns, or None. Only sites of the
+            head see fewer columns.
+        prompt: The pass that read the prompt, for a decoding step with a cache.
+        known_prompt_lengths: Real tokens of each row's prompt ``[B]``, where the caller says so.
+        activation: What the running site holds, ``[B, n, d]``, for selectors that depend on it; see :meth:`choose`.
 
     Example:
         >>> step = StepContext(2, 3, attention_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]))
@@ -48,6 +56,10 @@ class StepContext:
     batch: Mapping[str, Any] | None = None
     rolling: bool = True
     row_numbers: tuple[int, ...] | None = None
+    kept: int | torch.Tensor | None = None
+    prompt: StepContext | None = None
+    known_prompt_lengths: torch.Tensor | None = None
+    activation: torch.Tensor | None = field(default=None, repr=False)
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -76,6 +88,68 @@ class StepContext:
         """Column of each token in the whole sequence, padding counted, ``[T]``."""
         return torch.arange(self.past, self.past + self.length, device=self.device)
 
+    @cached_property
+    def prompt_lengths(self) -> torch.Tensor:
+        """Real tokens of each row's prompt, ``[B]``: as the caller says, or what the first pass of a generation read.
+
+        Raises:
+            PositionError: If nothing tells, or what the caller said fits no batch of this size.
+        """
+        known = self.known_prompt_lengths
+        if known is None and self.is_prefill:
+            return self.lengths
+        if known is None and self.prompt is not None and self.prompt.batch_size == self.batch_size:
+            return self.prompt.lengths
+        if known is None:
+            raise PositionError(
+                f"Where the prompt ended is not known in a decoding step of {self.batch_size} rows after {self.past} "
+                "tokens: its first pass was not seen. Attach before generating, or set attachment.prompt_lengths."
+            )
+        known = torch.as_tensor(known, device=self.device).flatten()
+        if len(known) == 0 or self.batch_size % len(known):
+            raise PositionError(
+                f"prompt_lengths has {len(known)} entries, but the pass has {self.batch_size} rows; expected one a row "
+                "(or one a prompt, for beams)."
+            )
+        return known.repeat_interleave(self.batch_size // len(known))
+
+    @cached_property
+    def generation_steps(self) -> torch.Tensor:
+        """Which new token each position predicts, ``[B, T]``: 0 at the prompt's last token, negative before it."""
+        return self.positions - self.prompt_lengths[:, None] + 1
+
+    def fit(self, mask: torch.Tensor, columns: int) -> torch.Tensor:
+        """The part ``[B, n]`` of a mask ``[B, T]`` that a site of ``n`` columns sees.
+
+        Args:
+            mask: Of every column of the pass.
+            columns: Columns of the site; fewer than ``T`` only at the head.
+
+        Example:
+            >>> step = StepContext(1, 3, kept=torch.tensor([0, 2]))
+            >>> step.fit(torch.tensor([[True, False, False]]), 2).tolist()
+            [[True, False]]
+        """
+        if isinstance(self.kept, torch.Tensor) and len(self.kept) == columns:
+            return mask[:, self.kept]
+        return mask[:, -columns:]
+
+    def choose(self, positions: Positions, x: torch.Tensor) -> torch.Tensor:
+        """Chosen tokens of an activation.
+
+        Args:
+            positions: The selector, which may depend on the activation.
+            x: Activation ``[B, n, d]``; ``n`` is ``T``, or fewer at the head.
+
+        Returns:
+            bool ``[B, n]``.
+        """
+        self.activation = x
+        try:
+            return self.fit(positions.mask(self), x.shape[1])
+        finally:
+            self.activation = None
+
     def rows(self, index: list[int]) -> StepContext:
         """The same pass as some of its rows see it, the user's batch included.
 
@@ -96,12 +170,18 @@ class StepContext:
             "attention_mask": None if self.attention_mask is None else self._full_mask[index],
             "row_numbers": tuple(self.row_number(row) for row in index),
             "batch": None if self.batch is None else _BatchRows(self.batch, self.batch_size, index),
+            "prompt": None,
+            "known_prompt_lengths": self._prompt_lengths_of(index),
         }
         return replace(self, cache={}, **part)
 
     def row_number(self, row: int) -> int:
         """What the user calls a row of this context, for messages."""
         return row if self.row_numbers is None else self.row_numbers[row]
+
+    def _prompt_lengths_of(self, index: list[int]) -> torch.Tensor | None:
+        told = self.known_prompt_lengths is not None or (not self.is_prefill and self.prompt is not None)
+        return self.prompt_lengths[index] if told else None
 
     @cached_property
     def _full_mask(self) -> torch.Tensor:
@@ -141,6 +221,26 @@ class _BatchRows(Mapping[str, Any]):
         return len(self.batch)
 
 
+def argument_reader(module: nn.Module) -> Callable[[str, tuple[Any, ...], dict[str, Any]], Any]:
+    """Make a function that finds one argument of a module's ``forward``, by name or by place.
+
+    Args:
+        module: The module.
+
+    Returns:
+        ``argument(name, args, kwargs)``, None where it was not passed.
+    """
+    order = {name: i for i, name in enumerate(inspect.signature(module.forward).parameters)}
+
+    def argument(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name in kwargs:
+            return kwargs[name]
+        index = order.get(name, len(args))
+        return args[index] if index < len(args) else None
+
+    return argument
+
+
 def step_reader(backbone: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], StepContext]:
     """Make a function that reads a :class:`StepContext` off the arguments of a decoder's ``forward``.
 
@@ -150,13 +250,7 @@ def step_reader(backbone: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any
     Returns:
         ``read(args, kwargs) -> StepContext``, cheap enough for every forward pass.
     """
-    order = {name: i for i, name in enumerate(inspect.signature(backbone.forward).parameters)}
-
-    def argument(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name in kwargs:
-            return kwargs[name]
-        index = order.get(name, len(args))
-        return args[index] if index < len(args) else None
+    argument = argument_reader(backbone)
 
     def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepContext:
         ids = argument("input_ids", args, kwargs)

@@ -25,7 +25,7 @@ UNMAPPED = {
     "minimax": "self_attn",
 }
 SCALED_LOGITS = {"cohere", "cohere2", "gemma2"}  # after the head: softcap or scale
-KINDS = {"resid_pre", "resid_post", "attn_in", "attn_out", "mlp_in", "mlp_out", "final_norm", "logits"}
+KINDS = {"resid_pre", "resid_post", "attn_in", "attn_out", "mlp_in", "mlp_out", "final_norm", "unembed_in", "logits"}
 
 
 def sites_of(model_map):
