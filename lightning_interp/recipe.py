@@ -288,13 +288,14 @@ class Recipe(ABC):
         from lightning.pytorch import seed_everything
 
         seed_everything(self.seed, workers=True, verbose=False)
+        on_ctrl_c = signal.getsignal(signal.SIGINT)
         try:
             result = self.study(run)
         except SystemExit as error:
             # Lightning answers Ctrl-C inside a Trainer with an exit, and leaves the signal ignored.
             if not isinstance(error.__context__, KeyboardInterrupt):
                 raise
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, signal.default_int_handler if on_ctrl_c is None else on_ctrl_c)
             raise KeyboardInterrupt from error
         if not isinstance(result, RecipeResult):
             raise RecipeError(f"{type(self).__name__}.study() returned {result!r:.80}: expected a RecipeResult.")

@@ -207,9 +207,15 @@ class TestInterruption:
             if trainer.global_step == 3:
                 raise self.error
 
+    @pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["heard", "ignored"])
+    def handler(self, request):
+        """What Ctrl-C does when a run begins: a shell starts what is in its background with it ignored."""
+        found = signal.signal(signal.SIGINT, request.param)
+        yield request.param
+        signal.signal(signal.SIGINT, found)
+
     @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
-    def test_a_run_goes_on_from_its_checkpoint_to_the_same_result(self, tmp_path, monkeypatch, error):
-        handler = signal.getsignal(signal.SIGINT)
+    def test_a_run_goes_on_from_its_checkpoint_to_the_same_result(self, tmp_path, monkeypatch, handler, error):
         plain = Squares(run_dir="plain").run()
         steps = []
         original = Line.training_step

@@ -49,7 +49,7 @@ class RowMask:
     @cached_property
     def used(self) -> tuple[int, ...]:
         """Sources that occur, in order."""
-        return tuple(int(k) for k in torch.unique(self.source).tolist())
+        return tuple(int(k) for k in torch.bincount(self.source.flatten()).nonzero()[:, 0].tolist())
 
     @property
     def uniform(self) -> int | None:
@@ -59,7 +59,7 @@ class RowMask:
     @cached_property
     def share(self) -> float:
         """Share of rows that do not use source 0."""
-        return float((self.source != 0).float().mean())
+        return int(torch.count_nonzero(self.source)) / self.source.numel()
 
     def rows(self, source: int) -> torch.Tensor:
         """Flat indices ``[n]`` of the rows that use a source."""

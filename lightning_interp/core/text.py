@@ -48,7 +48,7 @@ def token_spans(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int
         window = decode(ids[start:n])
         new = window[context:]
         if new.endswith(_HALF) and new == before:
-            spans.append(spans[-1])  # one more byte of the same character
+            spans.append((spans[-1][1] - 1, spans[-1][1]))  # one more byte of the character that is not finished
             continue
         same = next((i for i, one in enumerate(new) if one != text[done + i : done + i + 1]), len(new))
         spans.append((begin, done + same + (same < len(new))))

@@ -9,6 +9,7 @@ are.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -275,7 +276,8 @@ class _State:
 
     def _table(self, signature: Signature, device: torch.device) -> torch.Tensor:
         if (signature, device) not in self.tables:
-            self.tables[signature, device] = torch.tensor(signature, device=device)
+            plain = torch.frombuffer(array("q", signature), dtype=torch.int64)  # ten times faster than torch.tensor
+            self.tables[signature, device] = plain.to(device)
         return self.tables[signature, device]
 
     def _codes(self, step: StepContext) -> torch.Tensor:

@@ -54,7 +54,7 @@ def last_logits(model_map: ModelMap, graft: Graft, rows: Rows, tree: PrefixTree,
     Raises:
         UnsupportedStrategyError: If the model returns no cache that its rows can be picked from.
     """
-    found: dict[int, torch.Tensor] = {}
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def descend(level: int, chosen: torch.Tensor, cache: Any, place: dict[int, int]) -> None:
         interval, last = tree.intervals[level], level + 1 == len(tree.intervals)
@@ -62,7 +62,7 @@ def last_logits(model_map: ModelMap, graft: Graft, rows: Rows, tree: PrefixTree,
             past = _picked(cache, [place[parent] for parent in interval.parents[part].tolist()]) if level else None
             output = _pass(model_map, graft, rows, interval.rows[part], (interval.start, interval.stop), past, last)
             if last:
-                found.update(zip(part.tolist(), output.logits[:, -1].float(), strict=True))
+                found.append((part, output.logits[:, -1].float()))
                 continue
             children = torch.isin(tree.intervals[level + 1].parents, part).nonzero()[:, 0]
             _check_cache(model_map.model, output)
@@ -72,7 +72,17 @@ def last_logits(model_map: ModelMap, graft: Graft, rows: Rows, tree: PrefixTree,
         descend(0, torch.arange(len(tree.intervals[0].rows)), None, {})
     finally:
         graft.given = None
-    return torch.stack([found[row] for row in range(len(found))])
+    return _in_order(found)
+
+
+def _in_order(found: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Logits of every pass by their rows; those of a single pass are in order, and are not copied."""
+    if len(found) == 1:
+        return found[0][1]
+    together = found[0][1].new_empty(sum(len(rows) for rows, _ in found), found[0][1].shape[-1])
+    for rows, logits in found:
+        together[rows.to(together.device)] = logits
+    return together
 
 
 def _pass(

@@ -110,10 +110,8 @@ class Schedule:
     @cached_property
     def classes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes that mean the same share a class ``[codes]``: inside of the model, and with norm and head."""
-        table = torch.tensor(list(self._tables.values()))
-        inside = [i for i, (name, _) in enumerate(self._tables) if name not in _SWITCHED]
-        inner = torch.unique(table[inside], dim=1, return_inverse=True)[1]
-        return inner, torch.unique(table, dim=1, return_inverse=True)[1]
+        inside = [column for (name, _), column in self._tables.items() if name not in _SWITCHED]
+        return _alike(inside), _alike(list(self._tables.values()))
 
     def start(self, rows: Sequence[int], device: torch.device) -> torch.Tensor:
         """First code of each row's plan, ``[B, 1]``."""
@@ -156,6 +154,12 @@ class Schedule:
                 without_padding(local, step.valid) + torch.tensor([self.offsets[p] for p in mine])[:, None, None]
             )
         return codes
+
+
+def _alike(columns: list[list[int]]) -> torch.Tensor:
+    """One number for each code, the same where all columns have the same source."""
+    known: dict[tuple[int, ...], int] = {}
+    return torch.tensor([known.setdefault(sources, len(known)) for sources in zip(*columns, strict=True)])
 
 
 class _States:

@@ -74,6 +74,7 @@ def test_spans_of_single_bytes(text):
 
 
 @given(TEXT | st.builds("".join, WORDS))
+@example("\U0001f44d\U0001f000")  # one token ends the first character and begins the second
 def test_spans_of_merged_bytes(text):
     ids = TRAINED(text).input_ids
     found, spans = token_spans(TRAINED, ids)

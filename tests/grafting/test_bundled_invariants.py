@@ -113,6 +113,31 @@ def test_duality_causality_rows_and_locality(pair, ids, agree):  # 3, 8, 9, 10, 
     )
 
 
+def test_what_reaches_whom(pair, ids, agree):  # 15
+    recipient, donor, _ = pair
+    plain, p, others = run(recipient, ids), 3, torch.arange(ids.shape[1]) != 3
+    for name in ("unembed", "final_norm"):
+        plan = GraftPlan.at(Span(p), name, head="follow", final_norm="follow")
+        actual = grafted(recipient, donor, plan, ids)
+        agree(actual[:, others], plain[:, others], "15 locality, bundled")
+        assert (actual[:, p] - plain[:, p]).abs().max() > 1e-2, name
+    for names in (["k"], ["v"], ["k", "v"]):
+        actual = grafted(recipient, donor, GraftPlan.at(Span(p), names), ids)
+        agree(actual[:, :p], plain[:, :p], "15 locality, bundled")
+        assert (actual[:, p + 1 :] - plain[:, p + 1 :]).abs().max() > 1e-2, names
+
+
+def test_scores_are_the_same_in_every_run(pair):  # 6
+    recipient, donor, tokenizer = pair
+    prompts = [GraftPrompt(TEXT, "Bo", {"FE": "Ann Lee"})]
+    state, found = torch.get_rng_state(), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        found.append(GraftEvaluator(prompts, tokenizer).evaluate(recipient, donor).rows)
+    torch.set_rng_state(state)
+    assert found[0] == found[1]
+
+
 def test_padding_prefixes_and_generation(pair, agree):  # 11, 12, 13
     recipient, donor, tokenizer = pair
     entity = GraftPlan.at(FromBatch("FE"))
