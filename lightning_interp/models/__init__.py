@@ -9,27 +9,48 @@ if TYPE_CHECKING:
     from lightning_interp.models.data import TextDataModule
     from lightning_interp.models.gguf_files import convert_gguf
     from lightning_interp.models.lora import LoraSettings
+    from lightning_interp.models.preferences import PreferenceDataModule
+    from lightning_interp.models.reward import RewardModel
+    from lightning_interp.models.reward_sources import LoadedReward, load_reward_model
+    from lightning_interp.models.reward_text import RewardEncoder, Scores
     from lightning_interp.models.sources import LoadedModel, load_causal_lm
+    from lightning_interp.models.text_scorer import Scorer, TextScorer
     from lightning_interp.models.tokenizers import check_same_tokenizer
 
 __all__ = [
     "CausalLM",
     "LoadedModel",
+    "LoadedReward",
     "LoraSettings",
+    "PreferenceDataModule",
+    "RewardEncoder",
+    "RewardModel",
+    "Scorer",
+    "Scores",
     "TextDataModule",
+    "TextScorer",
     "check_same_tokenizer",
     "convert_gguf",
     "load_causal_lm",
+    "load_reward_model",
 ]
 
 _HOMES = {
     "CausalLM": "causal_lm",
     "LoadedModel": "sources",
+    "LoadedReward": "reward_sources",
     "LoraSettings": "lora",
+    "PreferenceDataModule": "preferences",
+    "RewardEncoder": "reward_text",
+    "RewardModel": "reward",
+    "Scorer": "text_scorer",
+    "Scores": "reward_text",
     "TextDataModule": "data",
+    "TextScorer": "text_scorer",
     "check_same_tokenizer": "tokenizers",
     "convert_gguf": "gguf_files",
     "load_causal_lm": "sources",
+    "load_reward_model": "reward_sources",
 }
 
 

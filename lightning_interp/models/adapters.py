@@ -162,5 +162,5 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             "load the adapter where it is trusted and save it again with safe_serialization=True."
         )
     check_safetensors(path)
-    weights: dict[str, Tensor] = load_file(path)
-    return weights
+    # Without the prefix of PEFT's wrapping class: names as the model itself has them.
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}

@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_interp.core.checks import check_strategy, check_weights, quantized_modules
-from lightning_interp.core.model_map import ModelMap
-from lightning_interp.errors import DataError, QuantizedModelError, UnsupportedStrategyError
-from lightning_interp.models.adapters import adapter_base, has_adapter, is_adapter_folder, save_adapter
-from lightning_interp.models.bundled import ALIASES
-from lightning_interp.models.folders import atomic_folder
-from lightning_interp.models.lora import LoraSettings, inject_lora, train_adapter
+from lightning_interp.errors import DataError
+from lightning_interp.models.finetuning import Finetuned, base_source
+from lightning_interp.models.lora import LoraSettings
 from lightning_interp.models.metric import IGNORED, TokenLoss, completion_loss
-from lightning_interp.models.optimisation import Schedule, adamw, check_optimisation, schedule_of
-from lightning_interp.models.pretrained import Quantization, quiet_bars
+from lightning_interp.models.optimisation import Schedule
+from lightning_interp.models.pretrained import Quantization
 from lightning_interp.models.seeding import derived_seed, seeded_rng
 from lightning_interp.models.sources import load_causal_lm
-from lightning_interp.models.state import check_state, saved_names
 
 __all__ = ["CausalLM"]
 
-_MODEL = "model."
 
-
-class CausalLM(L.LightningModule):
+class CausalLM(Finetuned):
     """Finetunes a causal language model on batches with ``input_ids``, ``attention_mask`` and ``labels``.
 
     The loss is the mean cross entropy of the batch's labelled tokens (-100 marks the others; see
@@ -93,31 +83,24 @@ class CausalLM(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_optimisation(lr=lr, weight_decay=weight_decay, betas=betas, warmup_steps=warmup_steps, schedule=schedule)
         settings = LoraSettings(**lora) if isinstance(lora, Mapping) else lora
         # Checkpoints are read with weights_only=True: plain values and nothing else.
         self.save_hyperparameters(ignore=["model", "tokenizer", "lora", "betas"], logger=False)
-        self.hparams.update(lora=settings.to_dict() if settings else None, betas=[float(beta) for beta in betas])
+        self._keep_optimisation(
+            lora=settings, lr=lr, weight_decay=weight_decay, betas=betas, warmup_steps=warmup_steps, schedule=schedule
+        )
         source = model if isinstance(model, str) else ""
         if isinstance(model, str):
             self.hparams.update(model=model)
             loaded = load_causal_lm(model, dtype=dtype, quantization=quantization)
             model, tokenizer = loaded.model, tokenizer or loaded.tokenizer
-        self.source = _base_source(model, source)
-        self.lr, self.weight_decay, self.betas = lr, weight_decay, (betas[0], betas[1])
-        self.warmup_steps, self.schedule, self.seed = warmup_steps, schedule, seed
-        self.model: Any = model  # its own class says what it returns
-        self.tokenizer = tokenizer
+        self.source, self.seed = base_source(model, source), seed
+        self.model, self.tokenizer = model, tokenizer
         self._prepare(settings, gradient_checkpointing)
         self._can_trim = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.val_loss, self.test_loss = TokenLoss(), TokenLoss()
         # transformers loads in evaluation mode, which Lightning would keep: dropout would stay off.
         self.train()
-
-    @property
-    def has_adapter(self) -> bool:
-        """Whether an adapter is trained, and not all weights."""
-        return has_adapter(self.model)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Run the model.
@@ -131,47 +114,6 @@ class CausalLM(L.LightningModule):
             The model's output, with ``logits`` of shape ``[batch, time, vocabulary]``.
         """
         return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
-
-    def setup(self, stage: str) -> None:
-        """Refuse a Trainer that cannot train this module.
-
-        Args:
-            stage: Lightning's stage.
-
-        Raises:
-            QuantizedModelError: If the Trainer quantises the model itself, which would freeze what is trained.
-            UnsupportedStrategyError: If its strategy is FSDP1 or DeepSpeed.
-        """
-        check_strategy(self.trainer.strategy, reads_weights=False, purpose=f"CausalLM on {self.source!r}")
-        plugins = {cls.__name__ for cls in type(self.trainer.precision_plugin).__mro__}
-        if "BitsandbytesPrecision" in plugins:
-            raise QuantizedModelError(
-                f"CausalLM on {self.source!r} cannot use BitsandbytesPrecision: it quantises and freezes "
-                "every linear map, those of the adapter too, so nothing would be trained. Leave that plugin out, pass "
-                "CausalLM(..., quantization='4bit', lora=...) and Trainer(precision='bf16-mixed') or '32-true'."
-            )
-
-    def configure_model(self) -> None:
-        """Shard the model under ``ModelParallelStrategy`` (FSDP2): block by block, then the rest.
-
-        Raises:
-            UnsupportedStrategyError: If the strategy asks for tensor parallelism, its default.
-        """
-        mesh = self.device_mesh
-        if mesh is None or any(map(_is_sharded, self.model.parameters())):
-            return
-        if mesh["tensor_parallel"].size() > 1:
-            total = mesh.size()
-            raise UnsupportedStrategyError(
-                f"CausalLM on {self.source!r} cannot be split by tensor parallelism, and this "
-                f"ModelParallelStrategy has tensor_parallel_size={mesh['tensor_parallel'].size()}. "
-                f"Pass ModelParallelStrategy(data_parallel_size={total}, tensor_parallel_size=1)."
-            )
-        from torch.distributed.fsdp import fully_shard
-
-        for block in ModelMap.build(self.model).blocks:
-            fully_shard(block, mesh=mesh["data_parallel"])
-        fully_shard(self.model, mesh=mesh["data_parallel"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean cross entropy of a batch's labelled tokens.
@@ -219,101 +161,6 @@ class CausalLM(L.LightningModule):
         """Log ``test/loss`` and ``test/perplexity``."""
         self._log_epoch("test", self.test_loss)
 
-    def configure_optimizers(self) -> Any:
-        """Make AdamW over everything that is trained, and its schedule.
-
-        Raises:
-            RecipeError: If the learning rate is to fall by the end of a run that has none.
-        """
-        optimizer = adamw(self.parameters(), lr=self.lr, weight_decay=self.weight_decay, betas=self.betas)
-        steps = float("inf") if self.schedule == "constant" else self.trainer.estimated_stepping_batches
-        scheduler = schedule_of(optimizer, self.schedule, warmup_steps=self.warmup_steps, total_steps=steps)
-        if scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the frozen base out of a checkpoint, but for two kinds that are read back whole or not at all.
-
-        These are sharded checkpoints, and those that Lightning's weight averaging has put its copy into.
-
-        Args:
-            checkpoint: Changed in place.
-        """
-        state = checkpoint["state_dict"]
-        if "averaging_state" not in checkpoint and not any(_is_sharded(tensor) for tensor in state.values()):
-            saved = self._saved_names(state)
-            checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in saved}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Restore what :meth:`on_save_checkpoint` keeps.
-
-        With an adapter a checkpoint without the base is whole, and one that lacks a part of the adapter is refused,
-        whatever ``strict`` says.
-
-        Args:
-            state_dict: Tensors by name.
-            strict: In full finetuning, whether missing and unknown tensors are refused.
-            assign: As in torch.
-
-        Returns:
-            torch's lists of missing and unexpected names; with an adapter both are empty.
-
-        Raises:
-            IncompatibleModelError: With the first tensor that is missing, unknown or of another shape.
-        """
-        if self.has_adapter or strict:
-            own = self.state_dict()
-            check_state(state_dict, own, self._saved_names(own), owner=f"this CausalLM on {self.source!r}")
-        result: Any = super().load_state_dict(state_dict, strict=strict and not self.has_adapter, assign=assign)
-        return type(result)([], []) if self.has_adapter else result
-
-    def export(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write what was trained for others to load; in a distributed run on rank zero only.
-
-        Args:
-            folder: The folder to make; it appears whole or not at all. With an adapter it is a PEFT folder, without
-                one a model folder in Hugging Face format; the tokenizer lies beside it. ``load_causal_lm`` reads both.
-            overwrite: Whether a folder that holds files may be replaced.
-
-        Returns:
-            ``folder``.
-
-        Raises:
-            ManifestError: If the folder holds files and ``overwrite`` is False, or cannot be written.
-            UnsupportedStrategyError: If the model is sharded; load a checkpoint on one device and export that.
-        """
-        check_weights(self.model, purpose="CausalLM.export")
-        if self.has_adapter:
-            return save_adapter(self.model, folder, base=self.source, tokenizer=self.tokenizer, overwrite=overwrite)
-        with atomic_folder(folder, overwrite=overwrite) as temporary, quiet_bars():
-            self.model.save_pretrained(temporary)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(temporary)
-        return Path(folder)
-
-    def _prepare(self, settings: LoraSettings | None, gradient_checkpointing: bool) -> None:
-        quantised = quantized_modules(self.model)
-        if settings is None and not has_adapter(self.model):
-            if quantised:
-                raise QuantizedModelError(
-                    f"CausalLM cannot train all weights of {self.source!r}: {quantised[0]} and "
-                    f"{len(quantised) - 1} other modules are quantised. "
-                    "Pass lora=LoraSettings(...), or load it without quantization."
-                )
-            self.model.float()  # master weights; reduced precision is the Trainer's part
-            self.model.config.dtype = torch.float32
-        else:
-            if quantised:
-                _prepare_quantised(self.model)
-            if settings is not None:
-                inject_lora(self.model, settings, seed=self.seed)
-            else:
-                train_adapter(self.model)
-            self.strict_loading = False
-        if gradient_checkpointing:
-            _enable_checkpointing(self.model)
-
     def _loss(self, batch: dict[str, Tensor], batch_idx: int, *, trim: bool) -> tuple[Tensor, Tensor]:
         """Sum of the cross entropy of the labelled tokens, and their number."""
         if "labels" not in batch:
@@ -342,34 +189,3 @@ class CausalLM(L.LightningModule):
         metric.reset()
         self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=True)
         self.log(f"{stage}/perplexity", loss.exp(), sync_dist=True)
-
-    def _saved_names(self, state: Mapping[str, Any]) -> set[str]:
-        return saved_names(state, self.model, prefix=_MODEL) if self.has_adapter else set(state)
-
-
-def _base_source(model: PreTrainedModel, source: str) -> str:
-    """The base model's source: a name, or an absolute path."""
-    source = source or str(getattr(model.config, "_name_or_path", "")) or type(model).__name__
-    path = Path(source).expanduser()
-    if source in ALIASES or not path.exists():
-        return source
-    return adapter_base(path)[0] if is_adapter_folder(path) else str(path.resolve())
-
-
-def _prepare_quantised(model: PreTrainedModel) -> None:
-    from peft import prepare_model_for_kbit_training
-
-    prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-
-
-def _is_sharded(tensor: Any) -> bool:
-    return hasattr(tensor, "full_tensor")
-
-
-def _enable_checkpointing(model: Any) -> None:
-    # Reentrant checkpointing marks parameters ready twice under DDP, and needs inputs that require gradients.
-    kwargs = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # its name in newer transformers
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)

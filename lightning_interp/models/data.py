@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_interp.errors import DataError, RecipeError
@@ -90,14 +91,15 @@ class TextDataModule(L.LightningDataModule):
             ("num_workers", num_workers, 0),
         ):
             if value < least:
-                raise RecipeError(f"TextDataModule cannot use {name}={value!r}: expected at least {least}.")
+                raise RecipeError(f"{type(self).__name__} cannot use {name}={value!r}: expected at least {least}.")
         if too_long not in get_args(TooLong):
             raise RecipeError(
-                f"TextDataModule cannot use too_long={too_long!r}: expected one of {', '.join(get_args(TooLong))}."
+                f"{type(self).__name__} cannot use too_long={too_long!r}: expected one of "
+                f"{', '.join(get_args(TooLong))}."
             )
         self._sources = {"train": train, "val": val}
         self._encoder = Encoder(tokenizer=tokenizer, chat=chat, system_prompt=system_prompt, add_eos=add_eos)
-        self._datasets: dict[str, TokenDataset] = {}
+        self._datasets: dict[str, Any] = {}  # what a subclass makes of rows
         self.tokenizer = tokenizer
         self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
         self.num_workers, self.too_long = num_workers, too_long
@@ -149,7 +151,7 @@ class TextDataModule(L.LightningDataModule):
         """
         self._resume_at = int(state_dict.get("batches", 0))
 
-    def _encode(self, split: str) -> TokenDataset:
+    def _encode(self, split: str) -> Any:
         counts = dict.fromkeys(("rows", "tokens", "scored", "truncated", "dropped", "split"), 0)
         kept = []
         for row in read_rows(self._sources[split], name=split):
@@ -201,11 +203,14 @@ class TextDataModule(L.LightningDataModule):
             sampler=EpochSampler(
                 len(dataset), seed=self.seed, shuffle=split == "train", rank=rank, world_size=world_size
             ),
-            collate_fn=Collator(self._pad_id()),
+            collate_fn=self._collator(),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def _collator(self) -> Callable[[Any], dict[str, Tensor]]:
+        return Collator(self._pad_id())
 
     def _pad_id(self) -> int:
         for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):

@@ -73,7 +73,7 @@ class LoraSettings:
         }
 
 
-def inject_lora(model: PreTrainedModel, settings: LoraSettings, *, seed: int) -> None:
+def inject_lora(model: PreTrainedModel, settings: LoraSettings, *, seed: int, task: str = "CAUSAL_LM") -> None:
     """Put a fresh adapter into a model, in place, and freeze everything else.
 
     The adapter's weights depend only on the seed and the model's shape, and are kept in float32 (the base keeps its
@@ -83,6 +83,7 @@ def inject_lora(model: PreTrainedModel, settings: LoraSettings, *, seed: int) ->
         model: The model.
         settings: The adapter.
         seed: Root seed of its first matrices.
+        task: What PEFT calls the model's task; with ``"SEQ_CLS"`` the linear map of the scores is not adapted.
 
     Raises:
         IncompatibleModelError: If the model carries an adapter already, or has no module or layer of the names given.
@@ -106,7 +107,7 @@ def inject_lora(model: PreTrainedModel, settings: LoraSettings, *, seed: int) ->
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        task_type="CAUSAL_LM",
+        task_type=task,
     )
     try:
         with seeded_rng(derived_seed(seed, "lora-init")):

@@ -117,12 +117,15 @@ def load_folder(folder: Path, options: LoadOptions) -> tuple[PreTrainedModel, Pr
     return load_model(folder, options), tokenizer
 
 
-def load_model(where: str | Path, options: LoadOptions, **more: Any) -> PreTrainedModel:
+def load_model(
+    where: str | Path, options: LoadOptions, *, auto: Any = AutoModelForCausalLM, **more: Any
+) -> PreTrainedModel:
     """Load the weights of a folder or hub id and make sure that none of them was left random.
 
     Args:
         where: The folder or hub id.
         options: How to load.
+        auto: The class of transformers that says what kind of model it is.
         **more: Further arguments of ``from_pretrained``.
 
     Returns:
@@ -136,7 +139,7 @@ def load_model(where: str | Path, options: LoadOptions, **more: Any) -> PreTrain
         more |= {"quantization_config": _bitsandbytes(options), "device_map": {"": _device()}}
     try:
         with quiet_bars():
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, found = auto.from_pretrained(
                 where,
                 dtype=options.dtype,
                 use_safetensors=True,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from lightning_interp.errors import DataError
 
-__all__ = ["Row", "read_rows"]
+__all__ = ["Row", "check_text", "raw_rows", "read_rows"]
 
 _FORMS = (("text",), ("prompt", "completion"), ("messages",))
 _EXPECTED = '{"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}'
@@ -48,19 +48,43 @@ def read_rows(source: Any, *, name: str) -> list[Row]:
         >>> read_rows([{"prompt": "2+2=", "completion": "4", "id": 7}], name="train")
         [Row(where='train[0]', form='prompt', content={'prompt': '2+2=', 'completion': '4'})]
     """
-    rows = [_checked(row, where) for where, row in _raw(source, name)]
-    if not rows:
-        raise DataError(f"{_name(source, name)} holds no rows. Expected one JSON object a line: {_EXPECTED}.")
-    return rows
+    return [_checked(row, where) for where, row in raw_rows(source, name=name, expected=_EXPECTED)]
 
 
-def _raw(source: Any, name: str) -> Iterator[tuple[str, Any]]:
+def raw_rows(source: Any, *, name: str, expected: str) -> Iterator[tuple[str, Any]]:
+    """Read the rows of a source as they are.
+
+    Args:
+        source: As for :func:`read_rows`.
+        name: What to call a source without a file, for messages.
+        expected: What a row looks like, for messages.
+
+    Yields:
+        File and line (or name and index), and the row.
+
+    Raises:
+        DataError: If the source cannot be read, with file and line of the first row that is no JSON, or if there is
+            no row.
+
+    Example:
+        >>> list(raw_rows([{"a": 1}], name="train", expected='{"a": ...}'))
+        [('train[0]', {'a': 1})]
+    """
+    empty = True
+    for where, row in _raw(source, name, expected):
+        empty = False
+        yield where, row
+    if empty:
+        raise DataError(f"{_name(source, name)} holds no rows. Expected one JSON object a line: {expected}.")
+
+
+def _raw(source: Any, name: str, expected: str) -> Iterator[tuple[str, Any]]:
     if isinstance(source, str | os.PathLike):
         path = Path(source).expanduser()
         if path.is_dir():
-            yield from _from_folder(path)
+            yield from _from_folder(path, expected)
         else:
-            yield from _from_file(path)
+            yield from _from_file(path, expected)
     elif isinstance(source, Sequence) or (hasattr(source, "__getitem__") and hasattr(source, "column_names")):
         if isinstance(getattr(source, "column_names", None), Mapping):
             raise DataError(
@@ -75,7 +99,7 @@ def _raw(source: Any, name: str) -> Iterator[tuple[str, Any]]:
         )
 
 
-def _from_folder(path: Path) -> Iterator[tuple[str, Any]]:
+def _from_folder(path: Path, expected: str) -> Iterator[tuple[str, Any]]:
     from datasets import load_from_disk
 
     try:
@@ -84,28 +108,28 @@ def _from_folder(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(
             f"{path} is a folder, but no dataset written by save_to_disk ({error}). Give a JSONL file."
         ) from error
-    yield from _raw(dataset, str(path))
+    yield from _raw(dataset, str(path), expected)
 
 
-def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
+def _from_file(path: Path, expected: str) -> Iterator[tuple[str, Any]]:
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
-                    yield f"{path}, line {number}", _parsed(line, path, number)
+                    yield f"{path}, line {number}", _parsed(line, path, number, expected)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}. Give the path of a JSONL file.") from error
 
 
-def _parsed(line: bytes, path: Path, number: int) -> Any:
+def _parsed(line: bytes, path: Path, number: int, expected: str) -> Any:
     try:
         return json.loads(line.decode("utf-8"))
     except ValueError as error:
         raise DataError(
             f"{path}, line {number}: no valid JSON ({error}), got {line[:80]!r}. "
-            f"Expected one object a line: {_EXPECTED}."
+            f"Expected one object a line: {expected}."
         ) from error
 
 
@@ -123,7 +147,7 @@ def _checked(row: Any, where: str) -> Row:
         content = {"messages": _messages(row["messages"], where)}
     else:
         for key, value in content.items():
-            _check_text(value, key, where, may_be_empty=key == "prompt")
+            check_text(value, key, where, may_be_empty=key == "prompt")
     return Row(where, form[0], content)
 
 
@@ -135,8 +159,8 @@ def _messages(messages: Any, where: str) -> list[dict[str, str]]:
         name = f"messages[{index}]"
         if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
             raise DataError(f"{where}: {name} is {turn!r:.80}; expected an object with 'role' and 'content'.")
-        _check_text(turn["role"], f"{name}.role", where, may_be_empty=False)
-        _check_text(turn["content"], f"{name}.content", where, may_be_empty=turn["role"] != "assistant")
+        check_text(turn["role"], f"{name}.role", where, may_be_empty=False)
+        check_text(turn["content"], f"{name}.content", where, may_be_empty=turn["role"] != "assistant")
         turns.append({"role": turn["role"], "content": turn["content"]})
     if not any(turn["role"] == "assistant" for turn in turns):
         roles = ", ".join(turn["role"] for turn in turns)
@@ -146,7 +170,18 @@ def _messages(messages: Any, where: str) -> list[dict[str, str]]:
     return turns
 
 
-def _check_text(value: Any, key: str, where: str, *, may_be_empty: bool) -> None:
+def check_text(value: Any, key: str, where: str, *, may_be_empty: bool) -> None:
+    """Refuse a value that is no text.
+
+    Args:
+        value: The value.
+        key: Its name in the row.
+        where: The row, for the message.
+        may_be_empty: Whether the empty string will do.
+
+    Raises:
+        DataError: With the row's place and the value.
+    """
     if not isinstance(value, str):
         raise DataError(f"{where}: {key!r} is {value!r:.80}, a {type(value).__name__}; expected a string.")
     if not value and not may_be_empty:

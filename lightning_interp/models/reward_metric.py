@@ -1,0 +1,113 @@
+"""How well a model orders pairs of texts, or predicts ratings, over many batches and processes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+
+__all__ = ["PairScores", "PointScores", "bradley_terry_loss"]
+
+
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
+    r"""Negative log likelihood of each preference under the Bradley-Terry model.
+
+    .. math:: -\log \sigma(r_{chosen} - r_{rejected} - m)
+
+    The margin is that of Touvron et al. 2023 ("Llama 2", equation 2); without one it is the loss of Ouyang et al. 2022
+    ("Training language models to follow instructions with human feedback", equation 1). Computed in float32.
+
+    Args:
+        chosen: Rewards of the preferred texts, ``[n]``.
+        rejected: Rewards of the others, ``[n]``.
+        margin: By how much a preferred text should be ahead.
+
+    Returns:
+        The loss of each pair, ``[n]``.
+
+    Example:
+        >>> bradley_terry_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0])).tolist()
+        [0.3132616877555847, 0.6931471824645996]
+    """
+    return -F.logsigmoid(chosen.float() - rejected.float() - margin)
+
+
+class PairScores(Metric):
+    """Mean loss and share of pairs in the right order; every pair weighs the same, whatever batch it was in.
+
+    Two equal rewards are half right.
+
+    Example:
+        >>> scores = PairScores()
+        >>> scores.update(torch.tensor([2.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 3.0]), torch.tensor([0.5, 0.5, 2.0]))
+        >>> {name: float(value) for name, value in scores.compute().items()}
+        {'loss': 1.0, 'accuracy': 0.5, 'pairs': 3.0}
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    loss: Tensor
+    right: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, dtype in (("loss", torch.float32), ("right", torch.float32), ("count", torch.int64)):
+            self.add_state(name, default=torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
+
+    def update(self, chosen: Tensor, rejected: Tensor, loss: Tensor, real: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            chosen: Rewards of the preferred texts, ``[n]``.
+            rejected: Rewards of the others, ``[n]``.
+            loss: Loss of each pair, ``[n]``.
+            real: False for pairs that do not count, ``[n]``.
+        """
+        weight = torch.ones_like(loss) if real is None else real.to(loss)
+        right = (chosen > rejected).to(loss) + 0.5 * (chosen == rejected).to(loss)
+        # Not in place: a reset inside validate() leaves inference tensors, which the next fit() may not change.
+        self.loss = self.loss + (loss.detach() * weight).sum()
+        self.right = self.right + (right * weight).sum()
+        self.count = self.count + weight.sum().long()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return ``loss``, ``accuracy`` and the number of ``pairs``; NaN for the first two if there is none."""
+        return {"loss": self.loss / self.count, "accuracy": self.right / self.count, "pairs": self.count}
+
+
+class PointScores(Metric):
+    """Mean squared error of predicted rewards; every text weighs the same, whatever batch it was in.
+
+    Example:
+        >>> scores = PointScores()
+        >>> scores.update(torch.tensor([1.0, 4.0]), torch.tensor([True, True]))
+        >>> {name: float(value) for name, value in scores.compute().items()}
+        {'loss': 2.5, 'texts': 2.0}
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    loss: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, dtype in (("loss", torch.float32), ("count", torch.int64)):
+            self.add_state(name, default=torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, real: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            loss: Squared error of each text, ``[n]``.
+            real: False for texts that do not count, ``[n]``.
+        """
+        weight = torch.ones_like(loss) if real is None else real.to(loss)
+        self.loss = self.loss + (loss.detach() * weight).sum()
+        self.count = self.count + weight.sum().long()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return ``loss`` and the number of ``texts``; NaN for the first if there is none."""
+        return {"loss": self.loss / self.count, "texts": self.count}
