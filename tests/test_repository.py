@@ -106,7 +106,7 @@ def test_make_test_checks_everything_in_order():
     assert places == sorted(places)
 
 
-def test_installing_takes_the_exact_set_and_only_the_model_without_dependencies(tmp_path):
+def test_installing_takes_the_exact_set_and_only_carriers_of_data_without_dependencies(tmp_path):
     plan = make("--dry-run", "install", f"VENV={tmp_path}/new").stdout
     installs = [line for line in plan.splitlines() if "pip --disable-pip-version-check install" in line]
     assert len(installs) == 3

@@ -1,0 +1,329 @@
+"""What a rewrite store holds: units, records of rewrites, and the keys by which a rewrite is found again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+from lightning_interp.errors import DataError
+
+__all__ = [
+    "FORMAT",
+    "RewriteRecord",
+    "RewriteResult",
+    "RewriterId",
+    "Status",
+    "Unit",
+    "check_units",
+    "rewrite_key",
+    "shown_ids",
+    "text_sha",
+]
+
+FORMAT = 1
+Status = Literal["ok", "empty", "refused", "error", "truncated"]
+_SHOWN = 10  # ids that a message lists
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """One text that is to be rewritten: a response to a prompt, with the value of the attribute.
+
+    Args:
+        id: Name of the unit; no other unit of the attribute has it.
+        text: The original response.
+        w: 1 if the text has the attribute, 0 if not, None if nobody knows.
+        prompt: What the text answers; the reward model sees it too.
+        cluster: What units that are not independent share, such as the id of their prompt.
+
+    Raises:
+        DataError: If a value is of the wrong type, or ``w`` is not 0, 1 or None.
+
+    Example:
+        >>> Unit(id="r1", text="A fine film.", w=True).w
+        1
+    """
+
+    id: str
+    text: str
+    w: int | None
+    prompt: str = ""
+    cluster: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("id", self.id), ("text", self.text), ("prompt", self.prompt)):
+            if not isinstance(value, str):
+                raise DataError(f"Unit {self.id!r}: {name} is {value!r:.80}; expected a string.")
+        if self.cluster is not None and not isinstance(self.cluster, str):
+            raise DataError(f"Unit {self.id!r}: cluster is {self.cluster!r:.80}; expected a string or None.")
+        object.__setattr__(self, "w", _label(self.w, self.id))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as it is written; a unit without a cluster has no such key."""
+        row = {"id": self.id, "prompt": self.prompt, "text": self.text, "w": self.w}
+        return row if self.cluster is None else {**row, "cluster": self.cluster}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewriteResult:
+    """What a rewriter gave back for one text.
+
+    Args:
+        text: The rewrite; None if there is none.
+        status: ``"ok"``; or why it cannot be used. A text that is blank becomes ``"empty"`` by itself.
+        error: What went wrong.
+        tokens_in: Tokens read, if known.
+        tokens_out: Tokens written, if known.
+
+    Raises:
+        DataError: If the status is unknown, or ``"ok"`` comes without a text.
+
+    Example:
+        >>> RewriteResult(text="  ").status
+        'empty'
+    """
+
+    text: str | None
+    status: Status = "ok"
+    error: str | None = None
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.status not in get_args(Status):
+            raise DataError(f"A rewrite has the status {self.status!r}; expected one of {', '.join(get_args(Status))}.")
+        if self.text is not None and not isinstance(self.text, str):
+            raise DataError(f"A rewrite is {self.text!r:.80}, a {type(self.text).__name__}; expected a string or None.")
+        if self.status == "ok" and self.text is None:
+            raise DataError("A rewrite with the status 'ok' has text None. Give its text, or the status 'error'.")
+        if self.status == "ok" and self.text is not None and not self.text.strip():
+            object.__setattr__(self, "status", "empty")
+
+
+class RewriterId(NamedTuple):
+    """Who wrote, and how it was asked: texts of two such are never mixed.
+
+    Args:
+        rewriter: The rewriter's name.
+        params_sha: Digest of its settings.
+        instruction_sha: Digest of its instruction, with the template's version.
+    """
+
+    rewriter: str
+    params_sha: str
+    instruction_sha: str
+
+    def __str__(self) -> str:
+        return f"{self.rewriter} (settings {self.params_sha[:8]}, instruction {self.instruction_sha[:8]})"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewriteRecord:
+    """One line of ``rewrites.jsonl``.
+
+    Args:
+        id: The first unit that asked for it; units with the same content share a record.
+        attr: Name of the attribute.
+        number: 1 for a rewrite of the original, 2 for a rewrite of that, 3 for one more.
+        draw: Number of the draw, from 0.
+        w_target: Value of the attribute that was asked for.
+        src_sha: Digest of the text that was rewritten.
+        prompt_sha: Digest of the unit's prompt.
+        by: Who wrote it.
+        result: What came back.
+        flags: What looked wrong, such as ``"identical"``.
+        time: When it was written, ISO 8601.
+    """
+
+    id: str
+    attr: str
+    number: int
+    draw: int
+    w_target: int
+    src_sha: str
+    prompt_sha: str
+    by: RewriterId
+    result: RewriteResult
+    flags: tuple[str, ...] = ()
+    time: str = ""
+
+    @property
+    def key(self) -> str:
+        """By which it is found again; see :func:`rewrite_key`."""
+        return rewrite_key(
+            attr=self.attr,
+            w_target=self.w_target,
+            src_sha=self.src_sha,
+            prompt_sha=self.prompt_sha,
+            draw=self.draw,
+            by=self.by,
+        )
+
+    @property
+    def usable(self) -> bool:
+        """Whether the text may be scored and rewritten again."""
+        return self.result.status == "ok"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as it is written."""
+        return {
+            "v": FORMAT,
+            "id": self.id,
+            "attr": self.attr,
+            "pass": self.number,
+            "draw": self.draw,
+            "w_target": self.w_target,
+            "src_sha": self.src_sha,
+            "prompt_sha": self.prompt_sha,
+            "text": self.result.text,
+            "status": self.result.status,
+            "error": self.result.error,
+            **self.by._asdict(),
+            "tokens_in": self.result.tokens_in,
+            "tokens_out": self.result.tokens_out,
+            "flags": list(self.flags),
+            "t": self.time,
+        }
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any], where: str) -> RewriteRecord:
+        """Read a line back.
+
+        Args:
+            row: The line.
+            where: File and line, for messages.
+
+        Returns:
+            The record.
+
+        Raises:
+            DataError: If a key is missing or of the wrong type, or the line is of another version.
+        """
+        if not isinstance(row, Mapping) or row.get("v") != FORMAT:
+            found = row.get("v") if isinstance(row, Mapping) else row
+            raise DataError(f"{where}: version {found!r:.80}; expected a record of version {FORMAT}.")
+        for key, kind in _FIELDS.items():
+            if key not in row or not isinstance(row[key], kind) or (kind is int and isinstance(row[key], bool)):
+                raise DataError(
+                    f"{where}: {key!r} is {row.get(key)!r:.80}; expected {getattr(kind, '__name__', kind)}. "
+                    "Delete the line (its rewrite is asked for again) or restore the file."
+                )
+        counts = {name: row.get(name) for name in ("error", "tokens_in", "tokens_out")}
+        try:
+            result = RewriteResult(text=row["text"], status=row["status"], **counts)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        return cls(
+            id=row["id"],
+            attr=row["attr"],
+            number=row["pass"],
+            draw=row["draw"],
+            w_target=row["w_target"],
+            src_sha=row["src_sha"],
+            prompt_sha=row["prompt_sha"],
+            by=RewriterId(row["rewriter"], row["params_sha"], row["instruction_sha"]),
+            result=result,
+            flags=tuple(row.get("flags", ())),
+            time=row.get("t", ""),
+        )
+
+
+_FIELDS: dict[str, Any] = {
+    **dict.fromkeys(
+        ("id", "attr", "src_sha", "prompt_sha", "status", "rewriter", "params_sha", "instruction_sha"), str
+    ),
+    **dict.fromkeys(("pass", "draw", "w_target"), int),
+    "text": str | None,
+}
+
+
+def rewrite_key(*, attr: str, w_target: int, src_sha: str, prompt_sha: str, draw: int, by: RewriterId) -> str:
+    """Digest of everything that decides what is written; the same key is never asked for twice.
+
+    The number of the pass is no part of it: what decides is the text.
+
+    Args:
+        attr: Name of the attribute.
+        w_target: Value of the attribute that is asked for.
+        src_sha: Digest of the text that is rewritten.
+        prompt_sha: Digest of its prompt.
+        draw: Number of the draw.
+        by: Who writes, with its settings and instruction.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    parts = (attr, str(w_target), src_sha, prompt_sha, str(draw), *by)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def text_sha(text: str) -> str:
+    """SHA-256 of a text in UTF-8, in hexadecimal.
+
+    Args:
+        text: The text; half characters (lone surrogates) are allowed.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Example:
+        >>> text_sha("abc")[:8]
+        'ba7816bf'
+    """
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def check_units(units: Iterable[Unit], where: str) -> list[Unit]:
+    """Make a list of units that belong together.
+
+    Args:
+        units: The units.
+        where: What they are, for messages.
+
+    Returns:
+        The same units.
+
+    Raises:
+        DataError: If there is none, two have one id, or some have a cluster and others not.
+    """
+    found = list(units)
+    if not found:
+        raise DataError(f"{where} holds no units. Give at least one text.")
+    seen: set[str] = set()
+    twice = [unit.id for unit in found if unit.id in seen or seen.add(unit.id)]  # type: ignore[func-returns-value]
+    if twice:
+        raise DataError(
+            f"{where}: {len(twice)} ids occur more than once, such as {shown_ids(twice)}. Give every unit its own id."
+        )
+    lone = [unit.id for unit in found if unit.cluster is None]
+    if lone and len(lone) < len(found):
+        raise DataError(
+            f"{where}: {len(lone)} of {len(found)} units have no cluster, such as {shown_ids(lone)}. "
+            "Give every unit one, or none of them."
+        )
+    return found
+
+
+def shown_ids(ids: Iterable[str]) -> str:
+    """The first ids of a list, for messages.
+
+    Example:
+        >>> shown_ids(["a", "b"])
+        "'a', 'b'"
+    """
+    different = list(dict.fromkeys(ids))
+    rest = f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
+    return ", ".join(repr(one) for one in different[:_SHOWN]) + rest
+
+
+def _label(value: Any, name: str) -> int | None:
+    if value is None:
+        return None
+    if callable(getattr(value, "item", None)):  # NumPy and torch scalars
+        value = value.item()
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return int(value)
+    raise DataError(f"Unit {name!r}: w is {value!r:.80}; expected 0 or 1, or None if it is not known.")
