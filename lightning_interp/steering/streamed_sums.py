@@ -1,0 +1,60 @@
+"""Count, sum and scatter of vectors that come in batches and from several processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["StreamedSums"]
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedSums:
+    """Count and sums of vectors; adding two gives those of both.
+
+    The scatter (sum of outer products) is taken about the vectors' own mean and merged as Chan, Golub and LeVeque
+    (1979) do, so that it loses no digits where the mean is large.
+
+    Args:
+        count: Vectors.
+        total: Their sum ``[w]``.
+        scatter: Scatter of the first ``d`` columns ``[d, d]``, or None.
+
+    Example:
+        >>> rows = torch.tensor([[1.0, 2.0], [3.0, 6.0]], dtype=torch.float64)
+        >>> one = StreamedSums.of(rows, square=2)
+        >>> one.count, one.mean.tolist(), one.scatter.tolist()
+        (2, [2.0, 4.0], [[2.0, 4.0], [4.0, 8.0]])
+    """
+
+    count: int
+    total: torch.Tensor
+    scatter: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: torch.Tensor, *, square: int = 0) -> StreamedSums:
+        """Sums of some vectors.
+
+        Args:
+            rows: ``[n, w]``; ``n`` may be 0.
+            square: Columns that the scatter covers; 0 for none.
+        """
+        inside = rows[:, :square]
+        centred = inside - inside.mean(0) if len(rows) else inside
+        return cls(len(rows), rows.sum(0), centred.T @ centred if square else None)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean vector ``[w]``; NaN without vectors."""
+        return self.total / self.count if self.count else torch.full_like(self.total, torch.nan)
+
+    def __add__(self, other: StreamedSums) -> StreamedSums:
+        if self.count == 0 or other.count == 0:
+            return other if self.count == 0 else self
+        total, scatter = self.total + other.total, None
+        if self.scatter is not None and other.scatter is not None:
+            gap = (other.mean - self.mean)[: len(self.scatter)]
+            weight = self.count * other.count / (self.count + other.count)
+            scatter = self.scatter + other.scatter + weight * torch.outer(gap, gap)
+        return StreamedSums(self.count + other.count, total, scatter)
