@@ -28,7 +28,6 @@ __all__ = [
     "read_facts",
     "read_prompts",
     "write_jsonl",
-    "write_scalars",
 ]
 
 
@@ -92,21 +91,6 @@ def _prompt(line: str, where: str) -> GraftPrompt:
     if wrong := [key for key, part in spans.items() if not isinstance(part, str)]:
         raise DataError(f"{where}: the span {wrong[0]!r} is {spans[wrong[0]]!r}; expected a piece of the text.")
     return GraftPrompt(row["text"], row["target"], spans, str(row.get("unit", "")), row.get("form", ""))
-
-
-def write_scalars(folder: Path, tag: str, values: Sequence[float]) -> None:
-    """Write a curve for TensorBoard.
-
-    Args:
-        folder: Of the events.
-        tag: Name of the curve.
-        values: One a step.
-    """
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder)) as writer:
-        for step, value in enumerate(values):
-            writer.add_scalar(tag, value, step)
 
 
 def finetune(

@@ -217,14 +217,14 @@ def score_rows(
 def _batches(lengths: Sequence[int], token_budget: int, one_length: bool) -> list[list[int]]:
     """Indices of the longest rows first (a batch that does not fit into memory fails at once).
 
-    A batch that has a sixteenth of the budget ends before a row that would be padded by more than a third.
+    A batch that has a sixteenth of the budget ends before a row that would be padded by more than a seventh.
     """
     batches: list[list[int]] = []
     longest = 0
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         used = len(batches[-1]) * longest if batches else 0
         fits = batches and used + longest <= token_budget
-        wasteful = 4 * lengths[index] < 3 * longest and 16 * used >= token_budget
+        wasteful = 8 * lengths[index] < 7 * longest and 16 * used >= token_budget
         if not fits or wasteful or (one_length and lengths[index] != longest):
             batches.append([])
             longest = lengths[index]

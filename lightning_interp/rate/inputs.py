@@ -76,6 +76,11 @@ def prepare(raw: Raw, *, missing: str = "raise", identical: str = "keep") -> Pre
     Raises:
         DataError: If the inputs do not fit together, a value cannot be used, or no unit is left.
         RecipeError: If a policy needs texts and there are none.
+
+    Example:
+        >>> found = prepare(Raw([1, None, 0], None, [0.0, 1.0, 2.0], [1.0, 1.0, 1.0], ids=["c", "b", "a"]))
+        >>> found.units.ids, found.counts.dropped
+        (('a', 'c'), {'unlabelled': 1})
     """
     if identical != "keep" and raw.texts is None:
         raise RecipeError(
@@ -141,8 +146,14 @@ def _beside(raw: Raw) -> list[tuple[str, Any]]:
 
 def _check_lengths(n: int, named: Iterable[tuple[str, Any]]) -> None:
     for name, values in named:
-        if len(values) != n:
-            raise DataError(f"{name} has {len(values)} values, but w has {n}; expected one value a unit in each.")
+        try:
+            count = len(values)
+        except TypeError as error:
+            raise DataError(
+                f"{name} is {values!r:.80}; expected a list, array or tensor of one value a unit."
+            ) from error
+        if count != n:
+            raise DataError(f"{name} has {count} values, but w has {n}; expected one value a unit in each.")
 
 
 def _give_reasons(table: Table, raw: Raw, columns: Columns) -> None:

@@ -60,9 +60,9 @@ class Table:
         self.reasons[where & self.keep] = reason
         self.keep &= ~where
 
-    def why(self) -> str:
-        """The reasons with their counts, for messages."""
-        counts = Counter(reason for reason in self.reasons if reason is not None)
+    def why(self, *, labelled: bool = False) -> str:
+        """The reasons with their counts, for messages; with ``labelled`` only of labelled units."""
+        counts = Counter(self.reasons[~self.keep & ~(self.unlabelled & labelled)].tolist())
         return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
 
 
@@ -75,7 +75,7 @@ def refuse_incomplete(table: Table) -> None:
     wrong = np.flatnonzero(~table.keep & (table.reasons != "unlabelled"))
     if wrong.size:
         raise DataError(
-            f"{wrong.size} of {table.w.size} units are incomplete ({table.why()}): "
+            f"{wrong.size} of {table.w.size} units are incomplete ({table.why(labelled=True)}): "
             f"{shown(table.ids[i] for i in wrong)}. Complete them, or pass missing='drop' to leave them out of every "
             "estimator."
         )

@@ -117,10 +117,10 @@ class RewriteTreatmentEffect(Metric):
             w: Whether the unit's original has the attribute, 0 or 1, ``[n]``, whatever the stage.
 
         Raises:
-            DataError: If the lengths differ, or an id, stage or label cannot be used.
+            DataError: If the shapes differ, or an id, stage or label cannot be used.
         """
-        values = torch.as_tensor(rewards).detach().to("cpu", torch.float64)
-        labels = torch.as_tensor(w).detach().to("cpu", torch.float64)
+        values = torch.as_tensor(rewards).detach().cpu().double()
+        labels = torch.as_tensor(w).detach().cpu().double()
         names = ids.tolist() if hasattr(ids, "tolist") else [getattr(one, "item", lambda one=one: one)() for one in ids]
         stages = [stage] * len(names) if isinstance(stage, str) else list(stage)
         _check(names, stages, values, labels)
@@ -179,6 +179,9 @@ class RewriteTreatmentEffect(Metric):
 
 
 def _check(names: Sequence[Any], stages: Sequence[str], values: Tensor, labels: Tensor) -> None:
+    for name, tensor in (("rewards", values), ("w", labels)):
+        if tensor.ndim != 1:
+            raise DataError(f"{name} has the shape {list(tensor.shape)}; expected one axis, one value a text.")
     for name, count in (("stage", len(stages)), ("rewards", values.numel()), ("w", labels.numel())):
         if count != len(names):
             raise DataError(

@@ -170,6 +170,12 @@ class RateResult:
         units: The used units themselves.
         settings: How the errors and intervals were made.
         warnings: What was warned of.
+
+    Example:
+        >>> from lightning_interp.rate import rate_effects
+        >>> result = rate_effects([1, 1, 0, 0], [1.0, 2.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0], [1.0, 2.0, 0.0, 0.0])
+        >>> result.rate.att.value, result.naive.value, result.counts.n1
+        (1.5, 1.0, 2)
     """
 
     raw: EffectTable

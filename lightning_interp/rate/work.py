@@ -57,10 +57,7 @@ class Budget:
             return "max_calls"
         price = self._prices.cost(*self._estimate(request)) if self._prices is not None else 0.0
         aside = price * self._factor
-        if (
-            self._max_cost is not None
-            and self.spent + sum(b for _, b in self._reserved.values()) + aside > self._max_cost
-        ):
+        if self._max_cost is not None and self.spent + self._under_way() + aside > self._max_cost:
             return "max_cost"
         self.calls += 1
         self._reserved[request.key] = (price, aside)

@@ -6,7 +6,7 @@ activations, ``vectors`` and ``gguf_vectors`` are directions with what is known 
 from contrasting texts, and ``callback`` carries steering through a Lightning run.
 
 The softmax's information geometry is in ``head``, ``geometry``, ``newton`` and ``curve``; ``dual`` steers with it,
-``euclidean`` is the ordinary way at the same targets, ``algorithm1`` the stepwise path, ``dual_intervention`` the hook
+``euclidean`` is the ordinary way at the same targets, ``stepwise`` the authors' path, ``dual_intervention`` the hook
 at the head and ``dual_callback`` its callback.
 """
 
@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_interp.steering.affine import AffineMap
-    from lightning_interp.steering.algorithm1 import StepwisePath, algorithm1
     from lightning_interp.steering.callback import SteeringCallback
+    from lightning_interp.steering.class_reader import ClassReader, PredictedSide
     from lightning_interp.steering.curve import DualCurve, SolverOptions
     from lightning_interp.steering.directions import METHODS, direction_between, extract_vector
     from lightning_interp.steering.dual import combine, dual_steer
     from lightning_interp.steering.dual_callback import DualSteeringCallback
     from lightning_interp.steering.dual_intervention import DualSteering, dual_steering
+    from lightning_interp.steering.effects import SteeringResult
     from lightning_interp.steering.euclidean import euclidean_steer
     from lightning_interp.steering.family import ClampDirection, ProjectOut
     from lightning_interp.steering.features import text_features
+    from lightning_interp.steering.figures import path_figure, steering_figure
     from lightning_interp.steering.fingerprint import check_fingerprint, model_fingerprint
     from lightning_interp.steering.geometry import SoftmaxGeometry
     from lightning_interp.steering.gguf_vectors import load_control_vector, save_control_vector
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from lightning_interp.steering.intervention import AddDirection, Steering
     from lightning_interp.steering.meter import SteeringMeter
     from lightning_interp.steering.metric import SteeringMetrics
+    from lightning_interp.steering.metrics import score_distributions, score_path
     from lightning_interp.steering.moments import ClassMoments
     from lightning_interp.steering.pairs import CounterfactualPairs
     from lightning_interp.steering.probe_callback import ProbeCallback
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
     from lightning_interp.steering.result import SteerResult
     from lightning_interp.steering.schedule import LinearDecay, Schedule, StepFactors, WarmUp
     from lightning_interp.steering.selectors import bind_positions, describe_positions
+    from lightning_interp.steering.stepwise import StepwisePath, algorithm1
+    from lightning_interp.steering.text_quality import perplexity, repetition
     from lightning_interp.steering.vectors import SteeringVector
     from lightning_interp.steering.vocabulary import pairs_from_vocabulary
     from lightning_interp.steering.where import Gate, ProbeGate
@@ -51,16 +56,18 @@ if TYPE_CHECKING:
 # One line a module; __all__ below and the imports above name the same things.
 _MODULES: dict[str, tuple[str, ...]] = {
     "affine": ("AffineMap",),
-    "algorithm1": ("StepwisePath", "algorithm1"),
     "callback": ("SteeringCallback",),
+    "class_reader": ("ClassReader", "PredictedSide"),
     "curve": ("DualCurve", "SolverOptions"),
     "directions": ("METHODS", "direction_between", "extract_vector"),
     "dual": ("combine", "dual_steer"),
     "dual_callback": ("DualSteeringCallback",),
     "dual_intervention": ("DualSteering", "dual_steering"),
+    "effects": ("SteeringResult",),
     "euclidean": ("euclidean_steer",),
     "family": ("ClampDirection", "ProjectOut"),
     "features": ("text_features",),
+    "figures": ("path_figure", "steering_figure"),
     "fingerprint": ("check_fingerprint", "model_fingerprint"),
     "geometry": ("SoftmaxGeometry",),
     "gguf_vectors": ("load_control_vector", "save_control_vector"),
@@ -70,6 +77,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "intervention": ("AddDirection", "Steering"),
     "meter": ("SteeringMeter",),
     "metric": ("SteeringMetrics",),
+    "metrics": ("score_distributions", "score_path"),
     "moments": ("ClassMoments",),
     "pairs": ("CounterfactualPairs",),
     "probe_callback": ("ProbeCallback",),
@@ -78,6 +86,8 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "result": ("SteerResult",),
     "schedule": ("LinearDecay", "Schedule", "StepFactors", "WarmUp"),
     "selectors": ("bind_positions", "describe_positions"),
+    "stepwise": ("StepwisePath", "algorithm1"),
+    "text_quality": ("perplexity", "repetition"),
     "vectors": ("SteeringVector",),
     "vocabulary": ("pairs_from_vocabulary",),
     "where": ("Gate", "ProbeGate"),
@@ -90,6 +100,7 @@ __all__ = [
     "AffineMap",
     "ClampDirection",
     "ClassMoments",
+    "ClassReader",
     "ConceptProbe",
     "CounterfactualPairs",
     "DualCurve",
@@ -99,6 +110,7 @@ __all__ = [
     "Gate",
     "LinearDecay",
     "PairMassGate",
+    "PredictedSide",
     "ProbeCallback",
     "ProbeGate",
     "ProjectOut",
@@ -111,6 +123,7 @@ __all__ = [
     "SteeringCallback",
     "SteeringMeter",
     "SteeringMetrics",
+    "SteeringResult",
     "SteeringVector",
     "StepFactors",
     "StepwisePath",
@@ -130,8 +143,14 @@ __all__ = [
     "load_control_vector",
     "model_fingerprint",
     "pairs_from_vocabulary",
+    "path_figure",
+    "perplexity",
     "read_head",
+    "repetition",
     "save_control_vector",
+    "score_distributions",
+    "score_path",
+    "steering_figure",
     "text_features",
 ]
 

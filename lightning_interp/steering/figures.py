@@ -24,6 +24,7 @@ LABELS = {
 }
 """Names of scores on axes."""
 
+_SIGNED = ("probe_value", "alignment")
 _PANELS = ("off_target_kl", "pair_mass", "rank_difference")
 _COLOURS = ("#3b6ea5", "#c8743c", "#5b9a68", "#8d6bab", "#a04e5e", "#6b6b6b")
 _MARKERS = "osD^vP"
@@ -62,9 +63,9 @@ def steering_figure(
         for m, method in enumerate(shown):
             _line(axis, result.curve(method, score, bins=bins), m, (names or {}).get(method, method))
         axis.set_xlim(-0.02, 1.02)
-        axis.set_ylim(bottom=0.0 if score != "probe_value" and score != "alignment" else None)
-        if score == "pair_mass":
-            axis.set_ylim(0.0, 1.05)
+        if score not in _SIGNED:
+            top = 1.05 if score == "pair_mass" else axis.get_ylim()[1]
+            axis.set_ylim(-0.02 * top, top)  # a line at 0 stays whole
         _dress(axis, LABELS["target_prob"], LABELS.get(score, score))
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=max(1, min(4, len(shown))))

@@ -59,7 +59,8 @@ class GraftPair(Recipe):
         """Load both models and score every plan."""
         from lightning_interp import GraftEvaluator, load_causal_lm
         from lightning_interp.grafting.generate import complete
-        from lightning_interp.grafting.study import read_prompts, write_scalars
+        from lightning_interp.grafting.study import read_prompts
+        from lightning_interp.running.curves import write_scalars
 
         prompts = read_prompts(self.prompts_file(folder))
         loaded = load_causal_lm(self.source, quantization=self.quantization)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import numpy as np
@@ -56,6 +57,12 @@ class TestShape:
     def test_a_single_value(self, value):
         with pytest.raises(DataError, match="r_rw is a single value; expected one axis, one value a unit"):
             golden(r_rw=value)
+
+    @pytest.mark.parametrize("name", ["ids", "cluster"])
+    @pytest.mark.parametrize("value", [5, torch.tensor(3)])
+    def test_no_column(self, name, value):
+        with pytest.raises(DataError, match=rf"{name} is {re.escape(repr(value))}; expected a list, array or tensor"):
+            golden(**{name: value})
 
     def test_ragged(self):
         with pytest.raises(DataError, match=r"r_rw\[1\] is \[1, 2\], which is no real number"):
@@ -159,6 +166,10 @@ class TestMissing:
             found = golden(incomplete=why, missing="drop")
         assert found.counts.dropped == {"error": 1, "refused": 2}
         assert found.counts.dropped_by_arm == {"w1": {"refused": 1}, "w0": {"error": 1, "refused": 1}}
+
+    def test_unlabelled_units_are_not_incomplete(self):
+        with pytest.raises(DataError, match=r"1 of 7 units are incomplete \(1 nonfinite\): 't1'"):
+            golden(w=[1, None, 1, 0, 0, 0, 0], **changed("r_rw", 0, float("nan")))
 
     def test_no_unit_left(self):
         with pytest.raises(DataError, match="None of the 7 units can be used: 7 nonfinite"):

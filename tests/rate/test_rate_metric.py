@@ -166,6 +166,12 @@ class TestErrors:
         with pytest.raises(DataError, match=f"{name} has 1 values, but ids has 2"):
             RewriteTreatmentEffect().update(**{**given, name: given[name][:1]})
 
+    @pytest.mark.parametrize("name", ["rewards", "w"])
+    def test_two_axes(self, name):
+        given = {"ids": [0, 1], "stage": "rewrite", "rewards": torch.zeros(2), "w": torch.ones(2)}
+        with pytest.raises(DataError, match=rf"{name} has the shape \[2, 1\]; expected one axis"):
+            RewriteTreatmentEffect().update(**{**given, name: given[name][:, None]})
+
     def test_an_update_that_fails_leaves_nothing(self):
         metric = RewriteTreatmentEffect()
         with pytest.raises(DataError):
