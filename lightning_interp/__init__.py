@@ -41,8 +41,17 @@ if TYPE_CHECKING:
         locate_entity,
         paper_plans,
     )
-    from lightning_interp.models import CausalLM, LoraSettings, TextDataModule, load_causal_lm
+    from lightning_interp.models import CausalLM, LoraSettings, RewardModel, TextDataModule, load_causal_lm
+    from lightning_interp.rate import RewardAttributeEffect
     from lightning_interp.recipe import Recipe, RecipeResult
+    from lightning_interp.steering import (
+        AddDirection,
+        CounterfactualPairs,
+        DualSteering,
+        DualSteeringCallback,
+        SteeringCallback,
+        SteeringVector,
+    )
 
 __version__ = "0.1.0"
 
@@ -78,19 +87,32 @@ _MODULES = {
         "locate_entity",
         "paper_plans",
     ),
-    "models": ("CausalLM", "LoraSettings", "TextDataModule", "load_causal_lm"),
+    "models": ("CausalLM", "LoraSettings", "RewardModel", "TextDataModule", "load_causal_lm"),
+    "rate": ("RewardAttributeEffect",),
     "recipe": ("Recipe", "RecipeResult"),
+    "steering": (
+        "AddDirection",
+        "CounterfactualPairs",
+        "DualSteering",
+        "DualSteeringCallback",
+        "SteeringCallback",
+        "SteeringVector",
+    ),
 }
 _HOMES = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "ActivationCapture",
+    "AddDirection",
     "All",
     "Attachment",
     "CaptureCallback",
     "CausalLM",
     "ChatTemplate",
     "Compose",
+    "CounterfactualPairs",
+    "DualSteering",
+    "DualSteeringCallback",
     "FromBatch",
     "Generated",
     "GenerationSteps",
@@ -109,9 +131,13 @@ __all__ = [
     "Prompt",
     "Recipe",
     "RecipeResult",
+    "RewardAttributeEffect",
+    "RewardModel",
     "RunManifest",
     "Site",
     "Span",
+    "SteeringCallback",
+    "SteeringVector",
     "StepContext",
     "Substring",
     "TextDataModule",

@@ -23,17 +23,17 @@ class DualVersusEuclidean(Recipe):
     """Kind of token pairs (capitalised, number_digit, verb_ing, verb_past, verb_third, letters), or a JSON file."""
     texts: str = ""
     """File with one text a line, or JSONL with text; by default the model writes its own."""
-    count: int = 96
+    count: int = 48
     """Texts that the model writes."""
-    length: int = 64
+    length: int = 48
     """Tokens of each."""
     top: int = 2
     """So many likeliest tokens must all be of one side; the paper takes 3."""
     mass: float = 0.5
     """And hold this much probability together; the paper takes 0.7."""
-    contexts: int = 16
+    contexts: int = 12
     """Held-out base contexts that are steered; the unit of every interval."""
-    grid: list[float] = field(default_factory=lambda: [0.05, 0.15, 0.3, 0.5, 0.7, 0.85, 0.95])
+    grid: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
     """Concept probabilities that every path visits."""
     match: float = 0.5
     """Concept probability at which the methods are compared."""
