@@ -149,16 +149,20 @@ class ProbeCallback(InterventionCallback):
         folder = None if self.folder is None else Path(self.folder) / stage
         if folder is not None:
             total.save(folder / _MOMENTS)
+        failed: dict[str, InterpError] = {}
         for kind in kinds:
             try:
                 probe = ConceptProbe.from_moments(total, kind)
-            except InterpError as error:  # no reason to end somebody's run
-                warnings.warn(f"ProbeCallback made no {kind} probe of {stage}: {error}", stacklevel=2)
+            except InterpError as error:
+                failed[kind] = error
                 if folder is not None:  # what an earlier run left there would pass for this one's
                     (folder / f"{kind}.safetensors").unlink(missing_ok=True)
                 continue
             if folder is not None:
                 probe.save(folder / f"{kind}.safetensors")
+        if failed:  # no reason to end somebody's run
+            made_none, reason = " or ".join(failed), next(iter(failed.values()))
+            warnings.warn(f"ProbeCallback made no {made_none} probe of {stage}: {reason}", stacklevel=2)
 
     def _held(self) -> dict[str, ClassMoments]:
         """Moments by stage; of forked processes, which leave no attribute here, from the folder."""

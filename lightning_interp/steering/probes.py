@@ -157,7 +157,7 @@ class ConceptProbe:
         model_map.module(self.site)
         name = type(model_map.model).__name__
         width = model_map.config_value("hidden_size")
-        if width is not None and int(width) != self.width:
+        if self.site.component is None and width is not None and int(width) != self.width:
             raise IncompatibleModelError(
                 f"This {self.kind} probe has width {self.width}, but {name} has states of width {width}. Use it on the "
                 "model that it was made for."

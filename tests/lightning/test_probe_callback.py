@@ -311,7 +311,7 @@ def test_a_class_without_contexts_warns_and_says_so_when_asked(tmp_path):
     callback = ProbeCallback("concept", tmp_path / "probes")
     trainer(tmp_path, callback).predict(Module(), loader(Rows()))
     assert (folder / "dual_md.safetensors").exists()
-    with pytest.warns(UserWarning, match=r"made no dual_md probe of predict: There is no target state"):
+    with pytest.warns(UserWarning, match=r"made no primal_md or dual_md probe of predict: There is no target state"):
         trainer(tmp_path, callback).predict(Module(), loader(OneSided()))
     assert [p.name for p in folder.iterdir()] == ["moments.safetensors"]  # no probe of the run before
     with pytest.raises(DataError, match=r"There is no target state, .*: \d+ base and 0 target"):
@@ -391,8 +391,18 @@ class TestErrors:
         with pytest.raises(RecipeError, match="no moments of stage 'test'"):
             callback.probe(stage="test")
         assert callback.probe(stage="validate").kind == "dual_md"
-        with pytest.warns(UserWarning, match="no dual_md probe of predict: There is no base state"):
+        with pytest.warns(UserWarning, match="or dual_md probe of predict: There is no base state"):
             self.predict(tmp_path, ProbeCallback(PredictedSide(PAIRS, min_mass=0.999)))
+
+    def test_a_module_that_does_not_run_its_model(self, tmp_path):
+        class Idle(Module):
+            def run(self, batch):
+                pass
+
+        callback = ProbeCallback("concept")
+        with pytest.warns(UserWarning, match="read no token during predict"):
+            trainer(tmp_path, callback).predict(Idle(), loader(Rows()))
+        assert callback.moments == {}
 
     def test_models_that_have_no_such_state(self, tmp_path):
         with pytest.raises(IncompatibleModelError, match="caps its logits"):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from scipy import optimize
 
 from lightning_interp.core.sites import Site
-from lightning_interp.errors import DataError, IncompatibleModelError, ManifestError, RecipeError
+from lightning_interp.errors import DataError, IncompatibleModelError, ManifestError, RecipeError, SiteError
 from lightning_interp.steering.fingerprint import model_fingerprint
 from lightning_interp.steering.geometry import SoftmaxGeometry
 from lightning_interp.steering.moments import ClassMoments
@@ -194,6 +194,13 @@ class TestUse:
             probe.check(tiny_model("llama", seed=1))
         with pytest.raises(IncompatibleModelError, match=r"probe has width 16, but LlamaForCausalLM has .* width 32"):
             ConceptProbe(torch.ones(16)).check(model)
+
+    def test_a_probe_inside_a_block_has_the_width_of_its_site(self):
+        model = tiny_model("llama")
+        width = model.model.layers[1].mlp.up_proj.out_features
+        ConceptProbe(torch.ones(width), site=Site("linear:up", 1)).check(model)
+        with pytest.raises(SiteError, match="layer 7"):
+            ConceptProbe(torch.ones(32), site=Site("resid_post", 7)).check(model)
 
     def test_fit_with_a_model(self):
         model = tiny_model("llama").double()
