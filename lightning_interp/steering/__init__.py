@@ -8,6 +8,10 @@ from contrasting texts, and ``callback`` carries steering through a Lightning ru
 The softmax's information geometry is in ``head``, ``geometry``, ``newton`` and ``curve``; ``dual`` steers with it,
 ``euclidean`` is the ordinary way at the same targets, ``stepwise`` the authors' path, ``dual_intervention`` the hook
 at the head and ``dual_callback`` its callback.
+
+``pairs`` and ``vocabulary`` are the counterfactual tokens of a concept; ``moments``, ``probes``, ``class_reader`` and
+``probe_callback`` make its probe; ``metrics``, ``effects``, ``metric`` and ``text_quality`` say what steering did, and
+``figures`` draws it.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ FILES = sorted(path for path in ROOT.rglob("*") if path.suffix in (".yaml", ".ym
 NAMES = [path.relative_to(ROOT).with_suffix("").as_posix() for path in FILES]
 # Grows with the package: a recipe that is not collected is not tested.
 EXPECTED = {f"grafting/{name}" for name in ("components", "facts", "hybrid", "pair", "reproduce_tiny")} | {
-    f"steering/{name}" for name in ("calibrate", "dual_vs_euclidean", "generate")
+    f"steering/{name}" for name in ("calibrate", "dual_vs_euclidean", "generate", "vectors")
 }
 
 recipes = pytest.mark.parametrize("name", NAMES)
