@@ -26,7 +26,7 @@ from lightning_interp.steering import AddDirection, SteeringVector, extract_vect
 from lightning_interp.testing import byte_tokenizer
 from lightning_interp.testing.marks import missing_bundled
 
-STRENGTH, ROWS, T, NEW = 4.0, 4, 32, 24
+STRENGTH, ROWS, T = 4.0, 4, 32
 SWEEP = [-8.0, -4.0, -2.0, -1.0, 1.0, 2.0, 4.0, 8.0]
 TARGET = 1.05
 PEERS = {"steering-vectors": "steering_vectors", "nnsight": "nnsight"}
@@ -47,6 +47,7 @@ class Subject:
         self.ids = torch.randint(5, vocabulary, (ROWS, T), generator=generator).to(chosen.device)
         self.mask = torch.ones_like(self.ids)
         self.direction = torch.randn(self.width, generator=generator).to(chosen.device)
+        self.new = 8 if chosen.quick else 24  # tokens of a generation
         self.unit = "GPU s" if chosen.device == "cuda" else "CPU s"
 
     def twin(self) -> Any:
@@ -98,7 +99,7 @@ def forward(subject: Subject, model: Any, *, masked: bool) -> Callable[[], torch
 
 def generate(subject: Subject, model: Any) -> Callable[[], torch.Tensor]:
     """Greedy generation of a batch with a cache."""
-    how = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    how = {"max_new_tokens": subject.new, "min_new_tokens": subject.new, "do_sample": False, "pad_token_id": 0}
 
     def run() -> torch.Tensor:
         written: torch.Tensor = model.generate(subject.ids, attention_mask=subject.mask, **how)
@@ -111,13 +112,13 @@ def costs(subject: Subject, repeats: int) -> list[dict[str, Any]]:
     """Forward passes and generation, with one layer steered and with every one."""
     rows, target = [], TARGET if subject.name.startswith("SmolLM2") else None
     middle, every = [len(subject.blocks) // 2], list(range(len(subject.blocks)))
-    decoded = ROWS * (T + NEW - 1)
+    decoded = ROWS * (T + subject.new - 1)
     cases: list[tuple[str, list[int], Callable[[Any], Callable[[], torch.Tensor]], int, int]] = [
         ("forward", middle, lambda m: forward(subject, m, masked=False), ROWS * T, repeats),
         ("forward with a mask", middle, lambda m: forward(subject, m, masked=True), ROWS * T, repeats),
         ("forward, every layer", every, lambda m: forward(subject, m, masked=True), ROWS * T, repeats),
-        (f"generate {NEW}", middle, lambda m: generate(subject, m), decoded, max(3, repeats // 2)),
-        (f"generate {NEW}, every layer", every, lambda m: generate(subject, m), decoded, max(3, repeats // 2)),
+        (f"generate {subject.new}", middle, lambda m: generate(subject, m), decoded, max(3, repeats // 2)),
+        (f"generate {subject.new}, every layer", every, lambda m: generate(subject, m), decoded, max(3, repeats // 2)),
     ]  # fmt: skip
     for name, layers, make, tokens, count in cases:
         models = subject.variants(layers)
@@ -301,7 +302,7 @@ def traced(subject: Subject) -> Callable[[], torch.Tensor]:
 
 def subjects(chosen: argparse.Namespace) -> Iterator[tuple[Subject, int]]:
     """A tiny model, on which a hook weighs most, and the bundled one, on which the target holds."""
-    for size, repeats in (("tiny 0.2M", 15), ("28M", 5)) if chosen.quick else (("tiny 0.2M", 80),):
+    for size, repeats in (("tiny 0.2M", 7), ("28M", 3)) if chosen.quick else (("tiny 0.2M", 80),):
         yield Subject(size, build(size, chosen.device), byte_tokenizer(), chosen), repeats
     if not chosen.quick and missing_bundled() is None:
         loaded = load_causal_lm("smollm2-135m-instruct")

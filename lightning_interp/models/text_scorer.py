@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_interp.errors import IncompatibleModelError, RecipeError
@@ -19,7 +20,7 @@ from lightning_interp.models.reward_text import Prompt, RewardEncoder, Scores, l
 from lightning_interp.models.score_head import DecoderWithScore, label_index, needs_score_head, scoring_model
 from lightning_interp.models.undisturbed import undisturbed
 
-__all__ = ["Scorer", "TextScorer", "read_scores", "settle_text"]
+__all__ = ["Scorer", "TextScorer", "read_scores", "settle_text", "weights_digest"]
 
 
 class Scorer(ABC):
@@ -188,9 +189,9 @@ class TextScorer(Scorer):
         return Scores(reward, torch.tensor([text.truncated for text in encoded], dtype=torch.bool))
 
     def identity(self) -> dict[str, Any]:
-        """Name, output, type of the weights, and how texts are written."""
-        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
-        return {"name": self.name, "label": self.label, "dtype": dtype, **self.encoder.settings()}
+        """Name, output, weights as they are now, and how texts are written."""
+        weights = weights_digest(self.model)
+        return {"name": self.name, "label": self.label, "weights": weights, **self.encoder.settings()}
 
 
 def read_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, label: int) -> Tensor:
@@ -211,6 +212,30 @@ def read_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tenso
     if score is None:
         score = output.logits[:, label]
     return score.reshape(len(input_ids)).float()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Digest of a sample of every parameter, by which two stages of a training are told apart.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Hexadecimal digits: of names, types, shapes, and up to 64 evenly spaced values of each parameter, bit by bit.
+        It is quick for any size of model, and does not see a change that leaves all these values as they were.
+
+    Example:
+        >>> one, other = nn.Linear(3, 3), nn.Linear(3, 3)
+        >>> weights_digest(one) == weights_digest(one), weights_digest(one) == weights_digest(other)
+        (True, False)
+    """
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)].cpu().contiguous().view(torch.uint8)
+        found.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} ".encode())
+        found.update(sample.numpy().tobytes())
+    return found.hexdigest()
 
 
 def settle_text(

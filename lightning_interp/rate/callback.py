@@ -13,7 +13,9 @@ from torch import Tensor
 
 from lightning_interp.core.checks import check_strategy
 from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.models.reward_text import Scores
 from lightning_interp.models.undisturbed import undisturbed
+from lightning_interp.rate.estimators import Settings
 from lightning_interp.rate.result import RateResult
 from lightning_interp.rate.scoring import TripleScores, checked_rewards
 from lightning_interp.rate.store import RewriteStore
@@ -48,7 +50,8 @@ class RewardAttributeEffect(L.Callback):
 
     Attributes:
         history: One entry a scoring: ``epoch``, ``step``, what is logged, ``att_se``, ``atu_se``, ``reward_std`` of
-            the original rewards, ``n`` and ``dropped``. Saved in checkpoints.
+            the original rewards, ``n``, ``dropped``, and ``truncated``, the share of texts that were cut (if the
+            module says so, as a RewardModel does). Saved in checkpoints.
         result: Everything about the last scoring; None before the first.
 
     Raises:
@@ -80,6 +83,7 @@ class RewardAttributeEffect(L.Callback):
                 raise RecipeError(f"RewardAttributeEffect({key}={value!r}): expected at least 1.")
         if nonfinite not in ("drop", "raise"):
             raise RecipeError(f"RewardAttributeEffect(nonfinite={nonfinite!r}): expected 'drop' or 'raise'.")
+        Settings(se=se)  # an unknown error is refused before training
         self.store, self.attribute, self.score = store, attribute, score
         self.every_n_validations, self.batch_size = every_n_validations, batch_size
         self.missing, self.nonfinite, self.se = missing, nonfinite, se
@@ -116,6 +120,11 @@ class RewardAttributeEffect(L.Callback):
         check_strategy(trainer.strategy, reads_weights=False, purpose=type(self).__name__)
         if self._triples is None:
             self._triples = self._read()
+        if self.se == "cluster" and self._triples.cluster is None:
+            raise RecipeError(
+                f"RewardAttributeEffect({self._label!r}, se='cluster') needs the cluster of every unit, and the store "
+                "knows of none. Add units with a cluster, or use se='paired'."
+            )
         if self.score is None and not callable(getattr(pl_module, "score", None)):
             raise RecipeError(
                 f"RewardAttributeEffect({self._label!r}) has nothing to score with: {type(pl_module).__name__} has no "
@@ -176,6 +185,7 @@ class RewardAttributeEffect(L.Callback):
                 "reward_std": float("nan") if result.reward_std is None else result.reward_std,
                 "n": float(result.counts.n),
                 "dropped": float(len(set(triples.ids)) - result.counts.n),
+                "truncated": sum(scores.truncation().values()) / len(scores.truncated),
             }
         )
         # Every process holds the same reduced numbers, so nothing is left to synchronise.
@@ -197,21 +207,33 @@ class RewardAttributeEffect(L.Callback):
         rank, world = (0, 1) if _sharded(trainer) else (trainer.global_rank, trainer.world_size)
         own = self._score_share(trainer, pl_module, unique[rank::world])
         gathered = own[None] if world == 1 else _gather(trainer, pl_module, own, -(-len(unique) // world))
-        reward = {pair: gathered[place % world, place // world] for place, pair in enumerate(unique)}
-        rewards = torch.stack([reward[pair] for pair in texts]).chunk(3)
-        flags = torch.zeros(len(triples), dtype=torch.bool)
-        return TripleScores(self._label, dict(zip(stages, rewards, strict=True)), dict.fromkeys(stages, flags))
+        column = {pair: gathered[place % world, :, place // world] for place, pair in enumerate(unique)}
+        reward, cut = torch.stack([column[pair] for pair in texts], dim=1)
+        return TripleScores(
+            self._label,
+            dict(zip(stages, reward.chunk(3), strict=True)),
+            dict(zip(stages, cut.bool().chunk(3), strict=True)),
+        )
 
     def _score_share(self, trainer: Any, pl_module: Any, pairs: Sequence[tuple[str, str]]) -> Tensor:
-        found = [torch.zeros(0, dtype=torch.float64)]
+        """Rewards and whether the text was cut, ``[2, share]``."""
+        found = [torch.zeros(2, 0, dtype=torch.float64)]
         precision = trainer.strategy.precision_plugin
         with undisturbed(pl_module), precision.forward_context():
             for start in range(0, len(pairs), self.batch_size):
                 batch = pairs[start : start + self.batch_size]
-                prompts, texts = [prompt for prompt, _ in batch], [text for _, text in batch]
-                score = pl_module.score(prompts, texts) if self.score is None else self.score(pl_module, prompts, texts)
-                found.append(checked_rewards(score, len(batch), f"score= of {self._label!r}").double())
-        return torch.cat(found)
+                given, cut = self._asked(pl_module, [prompt for prompt, _ in batch], [text for _, text in batch])
+                reward = checked_rewards(given, len(batch), f"score= of {self._label!r}").double()
+                found.append(torch.stack([reward, torch.zeros_like(reward) if cut is None else cut.double()]))
+        return torch.cat(found, dim=1)
+
+    def _asked(self, pl_module: Any, prompts: list[str], texts: list[str]) -> tuple[Any, Tensor | None]:
+        if self.score is not None:
+            return self.score(pl_module, prompts, texts), None
+        if callable(getattr(pl_module, "scores", None)):
+            scores: Scores = pl_module.scores(prompts, texts)
+            return scores.reward, scores.truncated
+        return pl_module.score(prompts, texts), None
 
     @property
     def _ready(self) -> RewriteTriples:
@@ -226,9 +248,9 @@ def _sharded(trainer: Any) -> bool:
 
 
 def _gather(trainer: Any, pl_module: Any, own: Tensor, size: int) -> Tensor:
-    """The rewards of all processes, ``[world, size]``; shorter shares are filled up."""
+    """The columns of all processes, ``[world, 2, size]``; shorter shares are filled up."""
     kind = torch.float32 if pl_module.device.type == "mps" else torch.float64
-    padded = torch.full((size,), float("nan"), dtype=kind)
-    padded[: len(own)] = own
+    padded = torch.full((2, size), float("nan"), dtype=kind)
+    padded[:, : own.shape[1]] = own
     gathered: Tensor = trainer.strategy.all_gather(padded.to(pl_module.device))
-    return gathered.reshape(-1, size).cpu().double()
+    return gathered.reshape(-1, 2, size).cpu().double()

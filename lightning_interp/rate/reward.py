@@ -56,7 +56,7 @@ class RewardScorer(L.LightningModule):
         name: What to call a scorer that has no name.
 
     Raises:
-        RecipeError: If ``chunk`` is below 1.
+        RecipeError: If ``chunk`` is below 1, or the scorer is a lambda without a name.
         DataError: If the scorer cannot score texts, or a unit occurs twice.
 
     Example:
@@ -83,6 +83,11 @@ class RewardScorer(L.LightningModule):
         if chunk < 1:
             raise RecipeError(f"RewardScorer(chunk={chunk!r}): expected at least 1 text a step.")
         self.scorer, self.triples, self.path, self.chunk = as_scorer(scorer, name=name), triples, Path(path), chunk
+        if self.scorer.name == "<lambda>":
+            raise RecipeError(
+                "RewardScorer got a lambda, and stored rewards are known by their scorer's name. Pass name=, another "
+                "one for each function."
+            )
         self.rows = rows_of(triples)
         model = getattr(self.scorer, "model", None)
         if isinstance(model, nn.Module):
@@ -91,14 +96,21 @@ class RewardScorer(L.LightningModule):
         self._writer: JsonlWriter | None = None
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies under which a model cannot score on its own.
+        """Refuse a Trainer under which a model cannot score on its own, or gives other rewards.
 
         Args:
             stage: Lightning's stage.
 
         Raises:
             UnsupportedStrategyError: If the strategy is FSDP1 or DeepSpeed, or keeps weights in shards.
+            RecipeError: If the Trainer changes the precision: rewards would not be those of the scorer.
         """
+        if self.trainer.precision != "32-true":
+            raise RecipeError(
+                f"RewardScorer of {self.scorer.name!r} cannot use Trainer(precision={self.trainer.precision!r}): its "
+                "rewards would be others than the scorer gives. Load the model in that type instead, as "
+                "TextScorer.load(..., dtype='bfloat16') does."
+            )
         check_strategy(self.trainer.strategy, reads_weights=True, purpose=f"RewardScorer of {self.scorer.name!r}")
 
     def predict_dataloader(self) -> Steps:

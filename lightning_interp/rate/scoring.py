@@ -33,7 +33,7 @@ class CallableScorer(Scorer):
     Args:
         function: Called with prompts and texts, and gives one number each; with ``each=True`` it is called with one
             text and gives its number.
-        name: What to call it.
+        name: What to call it; stored rewards are known by it, so change it when the function changes.
         each: Whether it takes one text at a time, without the prompt.
 
     Example:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import lightning as L
 import peft
@@ -313,6 +317,42 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path, lora):
     assert metrics(pair)["val/pairs"] == metrics(run)["val/pairs"] == 7
     assert metrics(pair)["val/accuracy"] == pytest.approx(metrics(run)["val/accuracy"])
     assert metrics(pair)["val/loss"] == pytest.approx(metrics(run)["val/loss"], rel=1e-4)
+
+
+SHARDED = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(1)
+from test_reward_model import LORA, SAME_LENGTH, VAL, RewardModel, data, trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+for name, lora in (("lora", LORA), ("full", None)):
+    module = RewardModel("tiny:llama", lora=lora, lr=1e-3, chat=False)
+    strategy = ModelParallelStrategy(
+        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
+    run = trainer(sys.argv[2], devices=2, strategy=strategy)
+    run.fit(module, data(module, SAME_LENGTH, val=VAL, batch_size=2))
+    found = run.callback_metrics
+    if run.global_rank == 0:
+        print("RESULT", name, *(float(found[f"val/{key}"]) for key in ("loss", "accuracy", "pairs")), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_sharded_training_equals_that_of_one_process(tmp_path):
+    (tmp_path / "script.py").write_text(SHARDED)
+    command = [sys.executable, str(tmp_path / "script.py"), str(Path(__file__).parent), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    results = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert len(results) == 2, done.stderr[-3000:]
+    for (name, loss, accuracy, pairs), lora in zip(results, (LORA, None), strict=True):
+        alone = RewardModel("tiny:llama", lora=lora, lr=1e-3, chat=False)
+        run = trainer(tmp_path)
+        run.fit(alone, data(alone, SAME_LENGTH, val=VAL, batch_size=4))
+        assert float(loss) == pytest.approx(metrics(run)["val/loss"], rel=1e-4), name
+        assert float(accuracy) == pytest.approx(metrics(run)["val/accuracy"]), name
+        assert float(pairs) == 7
 
 
 def test_strategies_that_cannot_train_it_are_refused(tmp_path):

@@ -142,6 +142,17 @@ def test_nothing_is_scored_twice_and_changes_are_scored_anew(tmp_path):
     assert equal(table.scores(units(), scorer), scores)
 
 
+def test_a_model_that_was_trained_since_is_scored_anew(tmp_path):
+    module, path = RewardModel("tiny:llama", chat=False), tmp_path / "rewards.jsonl"
+    before = RewardScorer(module, units(), path).run(**QUIET)
+    with torch.no_grad():
+        module.model.score.weight.add_(0.1)
+    after = RewardScorer(module, units(), path).run(**QUIET)
+    assert not equal(before, after)
+    assert equal(after, score_triples(module, units()))
+    assert len(read_rewards(path)) == 42
+
+
 def test_a_run_cut_short_says_so_and_can_be_finished(tmp_path):
     _, scorer = counted(tmp_path)
     job = RewardScorer(scorer, units(), tmp_path / "rewards.jsonl", chunk=4)
@@ -179,7 +190,11 @@ def test_what_it_refuses(tmp_path):
     _, scorer = counted(tmp_path)
     with pytest.raises(RecipeError, match="chunk=0"):
         RewardScorer(scorer, units(), tmp_path / "r.jsonl", chunk=0)
+    with pytest.raises(RecipeError, match="got a lambda"):
+        RewardScorer(lambda prompts, texts: texts, units(), tmp_path / "r.jsonl")
     job = RewardScorer(scorer, units(), tmp_path / "r.jsonl")
+    with pytest.raises(RecipeError, match=r"'length' cannot use Trainer\(precision='bf16-mixed'\)"):
+        job.run(**QUIET, precision="bf16-mixed")
     with pytest.raises(DataError, match=r"'length' writes rewards in Trainer.predict only"):
         job.predict_step([], 0)
     with pytest.raises(DataError, match=r"r.jsonl cannot be read"):

@@ -134,7 +134,7 @@ def test_the_effect_grows_with_the_weight(tmp_path, folder):
     assert [entry["ate"] for entry in callback.history] == pytest.approx([1.0, 2.0, 3.0])
     assert [entry["ate_se"] for entry in callback.history] == pytest.approx([0, 0, 0], abs=1e-7)
     assert set(logged(run)) == NAMES
-    assert all(entry["n"] == 9 and entry["dropped"] == 0 for entry in callback.history)
+    assert all((entry["n"], entry["dropped"], entry["truncated"]) == (9, 0, 0) for entry in callback.history)
     last = callback.history[-1]
     assert {name: last[name] for name in NAMES} == pytest.approx(logged(run), abs=1e-6)
     assert abs(last["single"] - 3.0) > 0.01  # blemishes go where a rewrite goes
@@ -394,6 +394,43 @@ def test_a_module_that_cannot_score_needs_a_function(tmp_path, folder):
         trainer(tmp_path, RewardAttributeEffect(folder)).fit(Simple())
 
 
+def test_clusters_are_asked_for_before_training(tmp_path, folder):
+    with pytest.raises(RecipeError, match=r"'marks', se='cluster'\) needs the cluster of every unit"):
+        trainer(tmp_path, RewardAttributeEffect(folder, score=score, se="cluster")).fit(Simple())
+    whole = RewriteStore.open(folder).triples("marks")
+    grouped = RewriteTriples(**{**vars(whole), "cluster": [f"c{i // 2}" for i in range(9)]})
+    callback = RewardAttributeEffect(grouped, score=score, se="cluster")
+    trainer(tmp_path, callback, max_epochs=1).fit(Simple())
+    assert "cluster" in callback.result.rate.ate.method
+
+
+@pytest.mark.parametrize("options", [{}, DDP], ids=["one", "two"])
+def test_cut_texts_are_reported(tmp_path, folder, options):
+    module = RewardModel("tiny:llama", chat=False, add_eos=False, max_length=9)
+    triples = RewriteStore.open(folder).triples("marks")
+    flags = [
+        len(p) + len(t) > 9 for s in triples.stages for p, t in zip(triples.prompts, triples.texts(s), strict=True)
+    ]
+    assert 0 < sum(flags) < 27
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}] * 2
+    data = PreferenceDataModule(rows, encoder=module.encoder, val=rows, batch_size=1)
+    callback = RewardAttributeEffect(folder)
+    run = trainer(tmp_path, [callback, Writes(tmp_path, callback)], **options)
+    run.validate(module, data, verbose=False)
+    assert float((tmp_path / "truncated").read_text()) == pytest.approx(sum(flags) / 27)
+
+
+class Writes(L.Callback):
+    """Writes the share of cut texts to a file, which outlives a forked process."""
+
+    def __init__(self, folder, callback):
+        self.folder, self.callback = folder, callback
+
+    def on_validation_end(self, trainer, pl_module):
+        if trainer.is_global_zero:
+            (self.folder / "truncated").write_text(str(self.callback.history[-1]["truncated"]))
+
+
 def test_what_is_no_reward_a_text_is_refused(tmp_path, folder):
     callback = RewardAttributeEffect(folder, score=lambda *_: torch.zeros(3, 2))
     with pytest.raises(DataError, match=r"score= of 'marks' gave torch.float32 of shape \(3, 2\) for \d+ texts"):
@@ -406,6 +443,7 @@ def test_what_is_no_reward_a_text_is_refused(tmp_path, folder):
         ({"every_n_validations": 0}, "every_n_validations=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"nonfinite": "hide"}, "nonfinite='hide'"),
+        ({"se": "robust"}, "se='robust' is unknown"),
     ],
 )
 def test_wrong_arguments(folder, options, match):

@@ -191,7 +191,8 @@ def test_settings_of_a_folder_hold_unless_others_are_given(tmp_path):
     assert TextScorer.load(tmp_path / "out").encoder.max_length == 33
     scorer = TextScorer.load(tmp_path / "out", max_length=11, name="short", device="cpu", dtype="bfloat16")
     assert (scorer.encoder.max_length, scorer.encoder.chat, scorer.name) == (11, False, "short")
-    assert scorer.identity()["dtype"] == "bfloat16"
+    assert next(scorer.model.parameters()).dtype == torch.bfloat16
+    assert scorer_sha(scorer) != scorer_sha(TextScorer.load(tmp_path / "out", max_length=11, name="short"))
 
 
 class Analyser:
