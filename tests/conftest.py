@@ -58,6 +58,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(reason)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _environment_of_the_module() -> Iterator[None]:
+    """Put back what a fixture wider than a test wrote: a recipe that runs once for its module's tests seeds Lightning."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
     """Give the test a free port; put the environment back afterwards and fail a test that changed it."""

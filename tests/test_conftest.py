@@ -36,14 +36,25 @@ def test_bundled(): pass
 """
 
 
+WIDE = """
+import os
+import pytest
+
+@pytest.fixture(scope="module")
+def wide(): os.environ["PL_GLOBAL_SEED"] = "1"
+def test_wide(wide): pass
+"""
+
+
 def run(folder, *, ci, bundled):
+    (folder / "test_before.py").write_text(WIDE)
     (folder / "test_leaky.py").write_text(LEAKY)
     source = (ROOT / "tests" / "conftest.py").read_text()
     (folder / "conftest.py").write_text(
         f"{source}\nfrom lightning_interp.testing import marks\n"
         f"marks.find_spec = lambda name: object() if {bundled} else None\n"
     )
-    environment = {k: v for k, v in os.environ.items() if k not in {"CI", "PYTEST_ADDOPTS"}}
+    environment = {k: v for k, v in os.environ.items() if k not in {"CI", "PYTEST_ADDOPTS", "PL_GLOBAL_SEED"}}
     environment |= {"PYTHONPATH": str(ROOT)} | ({"CI": "true"} if ci else {})
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-rA", "-q", "-p", "no:cacheprovider", "--rootdir", folder, folder],
