@@ -134,7 +134,7 @@ def of_size(size: str, chosen: argparse.Namespace) -> list[dict[str, Any]]:
     target = 1 / 0.95
     result = [
         one(size, chosen, times, len(texts), gaps, "scorer", "plain batches by length", target),
-        one(size, chosen, times, len(texts), gaps, "bulk scoring onto disk", "plain batches by length", None),
+        one(size, chosen, times, len(texts), gaps, "bulk scoring onto disk", "plain batches by length", target),
     ]
     others = list(functions)[3:]
     return result + [one(size, chosen, times, len(texts), gaps, "scorer", peer, None) for peer in others]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
 __all__ = ["exact_arithmetic", "working_dtype"]
+
+_EXACT = ("none", "ieee")
 
 
 def working_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
@@ -26,7 +28,7 @@ def working_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
 
 @contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """Turn autocast and TF32 off inside the block, and back to what they were after it.
+    """Turn autocast, TF32 and bfloat16 products off inside the block, and back to what they were after it.
 
     A direction ``(H + alpha I)^-1 beta`` that is worked out in bfloat16 throughout is wrong by most of its length.
 
@@ -38,13 +40,18 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
         ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
         torch.float32
     """
-    with torch.autocast(device.type, enabled=False):
-        if device.type != "cuda":
-            yield
-            return
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
+    cast = torch.is_autocast_enabled(device.type)
+    # Read and set by backend: the global setting cannot be asked where somebody has set one backend's own.
+    rounded = [
+        (backend.matmul, backend.matmul.fp32_precision)
+        for backend in (torch.backends.cuda, torch.backends.mkldnn)
+        if backend.matmul.fp32_precision not in _EXACT
+    ]
+    with torch.autocast(device.type, enabled=False) if cast else nullcontext():
+        for products, _ in rounded:
+            products.fp32_precision = "ieee"
         try:
             yield
         finally:
-            torch.set_float32_matmul_precision(before)
+            for products, before in rounded:
+                products.fp32_precision = before
