@@ -52,6 +52,7 @@ class DualCurve:
         family: Over the whole vocabulary or some of it.
         lam0: Starts ``[B, d]``.
         beta: Directions ``[B, d]``, as given (not normalised).
+        z0: The family's logits at the starts ``[B, K]``.
         phi0: Dual coordinates of the starts in this family ``[B, d]``.
         alpha: Regularisation.
         options: How exact.
@@ -60,22 +61,31 @@ class DualCurve:
     family: Family
     lam0: torch.Tensor
     beta: torch.Tensor
+    z0: torch.Tensor
     phi0: torch.Tensor
     alpha: float
     options: SolverOptions
 
     @classmethod
     def of(
-        cls, family: Family, lam0: torch.Tensor, beta: torch.Tensor, alpha: float, options: SolverOptions
+        cls,
+        family: Family,
+        lam0: torch.Tensor,
+        beta: torch.Tensor,
+        alpha: float,
+        options: SolverOptions,
+        z0: torch.Tensor | None = None,
     ) -> DualCurve:
-        """The curves of a family."""
-        return cls(family, lam0, beta, family.mean(family.logits(lam0).softmax(-1)), alpha, options)
+        """The curves of a family; ``z0`` are its logits at the starts, where they are known."""
+        z0 = family.logits(lam0) if z0 is None else z0
+        return cls(family, lam0, beta, z0, family.mean(z0.softmax(-1)), alpha, options)
 
     def rows(self, index: torch.Tensor) -> DualCurve:
         """The same for some of the rows."""
         take = getattr(self.family, "rows", None)
         family = self.family if take is None else take(index)
-        return replace(self, family=family, lam0=self.lam0[index], beta=self.beta[index], phi0=self.phi0[index])
+        names = ("lam0", "beta", "z0", "phi0")
+        return replace(self, family=family, **{name: getattr(self, name)[index] for name in names})
 
     def point(self, t: torch.Tensor, start: torch.Tensor | None = None) -> NewtonResult:
         """The points at dual steps ``t`` ``[B]``: minima of ``A + alpha/2 |lam - lam0|^2 - (phi0 + t beta) . lam``."""
@@ -99,9 +109,9 @@ class DualCurve:
         found = self._minimise(potential, onto, tolerance)
         return found, (found.gradient * self.beta).sum(-1) / length[:, 0].square()
 
-    def tangent(self, lam: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``d lam / d t = (H + alpha I)^-1 beta`` at points of the curves, and the products it took."""
-        p = self.family.logits(lam).softmax(-1)
+    def tangent(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``d lam / d t = (H + alpha I)^-1 beta`` at points of the curves by their logits, and the products it took."""
+        p = z.softmax(-1)
         potential = Potential(self.family, self.phi0, self.lam0, self.alpha)
         return conjugate_gradient(
             lambda v: potential.curvature(p, v),

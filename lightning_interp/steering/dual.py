@@ -131,7 +131,8 @@ def _restricted(request: SteerRequest, size: int) -> tuple[RestrictedFamily, tor
 def _reach(
     request: SteerRequest, family: Family, index: torch.Tensor | None
 ) -> tuple[NewtonResult, torch.Tensor, torch.Tensor]:
-    curve = DualCurve.of(family, request.lam, request.beta, request.alpha, request.options)
+    z0 = request.z if index is None else request.z.gather(-1, index)
+    curve = DualCurve.of(family, request.lam, request.beta, request.alpha, request.options, z0)
     start = None if request.warm is None else request.warm[0]
     if request.kind == "t":
         point = curve.point(request.goal, start)
@@ -162,17 +163,18 @@ def _odds(request: SteerRequest, index: torch.Tensor | None) -> OddsMeasure:
 def _examined(
     request: SteerRequest, point: NewtonResult, t: torch.Tensor, met: torch.Tensor, index: torch.Tensor | None
 ) -> SteerResult:
-    """Diagnostics over the whole vocabulary: two products with the unembedding beside those of the start."""
+    """Diagnostics over the whole vocabulary: three products with the unembedding."""
     geometry, lam = request.geometry, point.lam
     still = t == 0  # nothing moves: the very same values
     lam = torch.where(still[:, None], request.lam, lam)
-    p = geometry.logits(lam).softmax(-1)
+    z = geometry.logits(lam)  # anew: the certificate takes nothing over from the descent
+    p = z.softmax(-1)
     gap = geometry.mean(p - request.z.softmax(-1)) + request.alpha * (lam - request.lam) - t[:, None] * request.beta
     length = t.abs() * request.beta.norm(dim=-1)
     resid = torch.where(length > 0, gap.norm(dim=-1) / length.clamp_min(1e-30), torch.zeros_like(length))
     covered = torch.ones_like(t) if index is None else p.gather(-1, index).sum(-1).clamp_max(1.0)
     point.lam = lam
-    return described(request, point, t, met, resid, covered)
+    return described(request, point, z, t, met, resid, covered)
 
 
 def _patched(result: SteerResult, better: SteerResult, rows: torch.Tensor) -> SteerResult:

@@ -109,7 +109,8 @@ def _walk_straight(request: SteerRequest) -> SteerResult:
     met = _met_on_line(request, push, t)
     point = NewtonResult.empty(lam)
     point.reason[:] = 0
-    return described(request, point, t, met, torch.full_like(t, torch.nan), torch.ones_like(t))
+    z = request.geometry.logits(lam)
+    return described(request, point, z, t, met, torch.full_like(t, torch.nan), torch.ones_like(t))
 
 
 def _measure_on_line(request: SteerRequest, push: torch.Tensor) -> Any:

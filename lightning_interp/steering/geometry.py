@@ -182,8 +182,11 @@ class SoftmaxGeometry:
 
     def model_log_probs(self, lam: torch.Tensor) -> torch.Tensor:
         """Log-probabilities that the model itself gives, capped where it caps, ``[..., V]``."""
-        z = self.logits(lam)
-        return (z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)).log_softmax(-1)
+        return self.capped(self.logits(lam)).log_softmax(-1)
+
+    def capped(self, z: torch.Tensor) -> torch.Tensor:
+        """The model's logits from the family's, which are the same unless it caps them, ``[..., V]``."""
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def log_norm(self, lam: torch.Tensor) -> torch.Tensor:
         """Log-normaliser ``A(lam)``, ``[...]``."""
@@ -214,13 +217,11 @@ class SoftmaxGeometry:
 
     def kl(self, lam0: torch.Tensor, lam1: torch.Tensor) -> torch.Tensor:
         """``KL(P_lam0 || P_lam1)`` in nats of the model's own (capped) distributions, ``[...]``."""
-        first, second = self.model_log_probs(lam0), self.model_log_probs(lam1)
-        return (first.exp() * (first - second)).sum(-1).clamp_min(0)
+        return divergence(self.model_log_probs(lam0), self.model_log_probs(lam1))
 
     def entropy(self, lam: torch.Tensor) -> torch.Tensor:
         """Entropy of the model's own distribution in nats, ``[...]``."""
-        logp = self.model_log_probs(lam)
-        return -(logp.exp() * logp).sum(-1)
+        return entropy(self.model_log_probs(lam))
 
     # Back from dual coordinates
 
@@ -321,6 +322,16 @@ class SoftmaxGeometry:
                 f"{what} of {self.name}, which caps its logits at {self.softcap:g}: a capped head has no dual "
                 "coordinate. Use on_softcap='ignore', or the stepwise path (algorithm1)."
             )
+
+
+def divergence(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """``KL(P || Q)`` in nats of log-probabilities ``[..., V]``, ``[...]``."""
+    return (first.exp() * (first - second)).sum(-1).clamp_min(0)
+
+
+def entropy(log_probs: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of log-probabilities ``[..., V]``, ``[...]``."""
+    return -(log_probs.exp() * log_probs).sum(-1)
 
 
 def centred(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

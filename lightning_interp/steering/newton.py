@@ -9,7 +9,7 @@ the image alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, Self
 
 import torch
@@ -92,6 +92,7 @@ class NewtonResult:
         reason: Index into ``REASONS`` ``[B]``.
         newton: Iterations ``[B]``.
         hvps: Hessian-vector products ``[B]``.
+        z: The family's logits at the minimisers ``[B, K]``, as the descent kept them; not copied by :meth:`put`.
     """
 
     lam: torch.Tensor
@@ -100,6 +101,7 @@ class NewtonResult:
     reason: torch.Tensor
     newton: torch.Tensor
     hvps: torch.Tensor
+    z: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
     def converged(self) -> torch.Tensor:
@@ -175,10 +177,12 @@ class _Descent:
         self.here = NewtonResult.empty(start)
         self.rows = torch.arange(len(start), device=start.device)
         self.z = potential.family.logits(start)
+        self.found.z = self.z.clone()
         self.first = start.new_zeros(len(start))
         self.unsure = torch.zeros(len(start), dtype=torch.bool, device=start.device)
         self.before = start.new_full((len(start),), float("inf"))
         self.kept: dict[str, torch.Tensor] = {}
+        self.kept_z = self.z
 
     def run(self) -> NewtonResult:
         for iteration in range(self.max_newton + 1):
@@ -218,12 +222,15 @@ class _Descent:
         for name, old in self.kept.items():
             now = getattr(self.here, name)
             setattr(self.here, name, torch.where(worse[:, None] if now.dim() > 1 else worse, old, now))
+        if self.kept:
+            self.z = torch.where(worse[:, None], self.kept_z, self.z)
 
     def _release(self, done: torch.Tensor) -> None:
         if not bool(done.any()):
             return
         index = done.nonzero().flatten()
         self.found.put(self.rows[index], self.here, index)
+        self.found.z[self.rows[index]] = self.z[index]
         keep = (~done).nonzero().flatten()
         self.rows, self.z, self.first = self.rows[keep], self.z[keep], self.first[keep]
         self.unsure, self.before, self.kept = self.unsure[keep], self.before[keep], {}
@@ -234,11 +241,11 @@ class _Descent:
 
     def _step(self, p: torch.Tensor) -> None:
         here, potential = self.here, self.potential
-        self.kept = {name: getattr(here, name) for name in ("lam", "gradient", "residual")}
+        self.kept, self.kept_z = {name: getattr(here, name) for name in ("lam", "gradient", "residual")}, self.z
         r = potential.allowed(here.gradient)
         # Tighter than this, the linear solve would chase rounding, which on a hyperplane has no curvature to stop it.
         loose = (here.residual / self.first.clamp_min(torch.finfo(r.dtype).tiny)).sqrt()
-        loose = loose.clamp(min=torch.finfo(r.dtype).eps ** 0.4, max=0.05)
+        loose = loose.clamp(min=torch.finfo(r.dtype).eps ** 0.4, max=0.1)
         limit = self.cg_max if self.hvp_budget is None else min(self.cg_max, self.hvp_budget)
         step, used = conjugate_gradient(
             lambda v: potential.curvature(p, v), r, tolerance=loose * here.residual, max_iterations=limit

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 
+from lightning_interp.steering.geometry import divergence, entropy
 from lightning_interp.steering.newton import NewtonResult
 from lightning_interp.steering.request import SteerRequest
 
@@ -82,6 +83,7 @@ class SteerResult:
 def described(
     request: SteerRequest,
     point: NewtonResult,
+    z: torch.Tensor,
     t: torch.Tensor,
     met: torch.Tensor,
     resid: torch.Tensor,
@@ -92,12 +94,14 @@ def described(
     Args:
         request: What was asked for.
         point: The steered states and what they took.
+        z: Logits of the steered states ``[B, V]``.
         t: Steps ``[B]``.
         met: Whether the target is met ``[B]``.
         resid: Relative error of the dual coordinate ``[B]``.
         covered: Probability that the support covers ``[B]``.
     """
-    geometry, beta, lam = request.geometry, request.beta, point.lam
+    beta, lam = request.beta, point.lam
+    first, second = (request.geometry.capped(logits).log_softmax(-1) for logits in (request.z, z))
     reason = [
         "unreachable" if name == "converged" and not ok else name
         for name, ok in zip(point.reasons(), met.tolist(), strict=True)
@@ -111,9 +115,9 @@ def described(
         hvps=point.hvps,
         probe_before=(beta * request.lam).sum(-1),
         probe_after=(beta * lam).sum(-1),
-        kl=geometry.kl(request.lam, lam),
-        entropy_before=geometry.entropy(request.lam),
-        entropy_after=geometry.entropy(lam),
+        kl=divergence(first, second),
+        entropy_before=entropy(first),
+        entropy_after=entropy(second),
         rel_resid=resid,
         covered=covered,
         certified=resid <= max(CERTIFIED, 10 * request.options.accepted(lam.dtype)),

@@ -22,19 +22,18 @@ __all__ = ["KlMeasure", "Measure", "OddsMeasure", "SearchResult", "search_step"]
 class Measure(Protocol):
     """A number of a state, and its gradient; rows are those of the curve."""
 
-    def at(self, curve: DualCurve, lam: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Value ``[B]`` and gradient ``[B, d]``."""
+    def at(self, curve: DualCurve, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Value ``[B]`` and gradient ``[B, d]`` where the family's logits are ``z`` ``[B, K]``."""
 
 
 class KlMeasure:
     """Square root of ``KL(P_start || P_lam)``: nearly linear in the step where the step is short."""
 
-    def at(self, curve: DualCurve, lam: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def at(self, curve: DualCurve, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`Measure`. At the start the gradient is that of the Fisher length along the tangent."""
-        first, z = curve.family.logits(curve.lam0).log_softmax(-1), curve.family.logits(lam)
-        p = z.softmax(-1)
+        first = curve.z0.log_softmax(-1)
         root = (first.exp() * (first - z.log_softmax(-1))).sum(-1).clamp_min(0).sqrt()
-        slope = (curve.family.mean(p) - curve.phi0) / (2 * root[:, None]).clamp_min(1e-12)
+        slope = (curve.family.mean(z.softmax(-1)) - curve.phi0) / (2 * root[:, None]).clamp_min(1e-12)
         return root, slope
 
 
@@ -54,9 +53,8 @@ class OddsMeasure:
         """The same for some of the rows."""
         return self if self.base.dim() == 1 else OddsMeasure(self.base[index], self.target[index])
 
-    def at(self, curve: DualCurve, lam: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def at(self, curve: DualCurve, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`Measure`."""
-        z = curve.family.logits(lam)
         base, target = z.masked_fill(~self.base, -torch.inf), z.masked_fill(~self.target, -torch.inf)
         slope = curve.family.mean(target.softmax(-1) - base.softmax(-1))
         return target.logsumexp(-1) - base.logsumexp(-1), slope
@@ -119,8 +117,8 @@ class _Search:
         self.rows = torch.arange(len(lam0), device=lam0.device)
         self.best = NewtonResult.empty(lam0)
         self.best.reason[:] = 0
-        self.t, self.lam = torch.zeros_like(goal), lam0.clone()
-        self.value, self.slope = self._measured(lam0)
+        self.t, self.lam, self.z = torch.zeros_like(goal), lam0.clone(), curve.z0
+        self.value, self.slope = measure.at(curve, self.z)
         self.low, self.high = torch.full_like(goal, -torch.inf), torch.full_like(goal, torch.inf)
         self.best_t, self.best_value = torch.zeros_like(goal), self.value.clone()
         self.hvps, self.newton = self.best.hvps.clone(), self.best.newton.clone()
@@ -130,7 +128,7 @@ class _Search:
 
     def advance(self) -> None:
         """Propose a step from slope and bracket, solve there, and look."""
-        ahead, used = self.curve.tangent(self.lam)
+        ahead, used = self.curve.tangent(self.z)
         self.hvps[self.rows] += used
         step = self._proposed(ahead)
         self.move(step, self.lam + (step - self.t)[:, None] * ahead)
@@ -140,10 +138,10 @@ class _Search:
         if len(self.rows) != len(step):  # a warm start names all rows, also those that have left
             step, guess = step[self.rows], guess[self.rows]
         found = self.curve.point(step, guess)
-        self.t, self.lam = step, found.lam
+        self.t, self.lam, self.z = step, found.lam, found.z
         self.hvps[self.rows] += found.hvps
         self.newton[self.rows] += found.newton
-        self.value, self.slope = self._measured(found.lam)
+        self.value, self.slope = self.measure.at(self.curve, self.z)
         self._bracket()
         self._remember(found)
         near = (self.value - self.goal).abs() <= self.accepted
@@ -172,13 +170,10 @@ class _Search:
         """At the start the root of the KL grows by half the tangent's Fisher length squared, under the root."""
         if not isinstance(self.measure, KlMeasure):
             return rise
-        p = self.curve.family.logits(self.lam).softmax(-1)
+        p = self.z.softmax(-1)
         u = self.curve.family.logits_change(ahead)
         variance = (p * (u - (p * u).sum(-1, keepdim=True)).square()).sum(-1)
         return (0.5 * variance).sqrt()
-
-    def _measured(self, lam: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.measure.at(self.curve, lam)
 
     def _bracket(self) -> None:
         below = self.value < self.goal
@@ -196,7 +191,7 @@ class _Search:
         if not bool(done.any()):
             return
         keep = (~done).nonzero().flatten()
-        for name in ("rows", "t", "lam", "value", "slope", "low", "high", "goal", "accepted"):
+        for name in ("rows", "t", "lam", "z", "value", "slope", "low", "high", "goal", "accepted"):
             setattr(self, name, getattr(self, name)[keep])
         if len(keep):
             self.curve = self.curve.rows(keep)

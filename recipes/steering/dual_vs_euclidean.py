@@ -23,13 +23,13 @@ class DualVersusEuclidean(Recipe):
     """Kind of token pairs (capitalised, number_digit, verb_ing, verb_past, verb_third, letters), or a JSON file."""
     texts: str = ""
     """File with one text a line, or JSONL with text; by default the model writes its own."""
-    count: int = 48
+    count: int = 96
     """Texts that the model writes."""
     length: int = 48
     """Tokens of each."""
-    top: int = 2
+    top: int = 1
     """So many likeliest tokens must all be of one side; the paper takes 3."""
-    mass: float = 0.5
+    mass: float = 0.3
     """And hold this much probability together; the paper takes 0.7."""
     contexts: int = 12
     """Held-out base contexts that are steered; the unit of every interval."""
@@ -39,7 +39,7 @@ class DualVersusEuclidean(Recipe):
     """Concept probability at which the methods are compared."""
     alpha: float | None = None
     """Regularisation of dual steering; by default five times the unembedding's mean variance."""
-    alphas: list[float] = field(default_factory=lambda: [0.1, 10.0])
+    alphas: list[float] = field(default_factory=lambda: [0.1, 4.0])
     """Factors of alpha for the sensitivity table, which costs one grid point each."""
 
     def __post_init__(self) -> None:
