@@ -23,7 +23,7 @@ from lightning_interp.steering.metrics import score_path
 from lightning_interp.steering.pairs import CounterfactualPairs
 from lightning_interp.steering.vocabulary import pairs_from_vocabulary
 
-__all__ = ["concept_pairs", "read_texts", "sample_texts", "sides_of_texts", "steered_paths"]
+__all__ = ["concept_pairs", "read_texts", "sample_texts", "sides_of_texts", "steered_paths", "texts_or_samples"]
 
 OPENINGS = (
     "The", "It was", "In the morning", "She said that", "There are", "When I was", "One of the", "They want to",
@@ -117,6 +117,32 @@ def sample_texts(
         written += tokenizer.batch_decode(out, skip_special_tokens=True)
         advance(len(opened))
     return written
+
+
+def texts_or_samples(
+    source: str, path: str, *, count: int, length: int, seed: int, progress: Callable[..., Any]
+) -> list[str]:
+    """The texts of a file, or else as many as wanted that the model writes itself.
+
+    Args:
+        source: Of the model, as :func:`~lightning_interp.models.load_causal_lm` takes it.
+        path: For :func:`read_texts`; empty to let the model write.
+        count: As in :func:`sample_texts`.
+        length: As in :func:`sample_texts`.
+        seed: As in :func:`sample_texts`.
+        progress: A recipe run's ``progress``.
+
+    Returns:
+        The texts.
+    """
+    from lightning_interp.models.sources import load_causal_lm
+
+    if path:
+        return read_texts(path)
+    loaded = load_causal_lm(source)
+    loaded.tokenizer.padding_side = "left"
+    with progress("writing texts", total=count) as bar:
+        return sample_texts(loaded.model, loaded.tokenizer, count=count, length=length, seed=seed, advance=bar.advance)
 
 
 def sides_of_texts(

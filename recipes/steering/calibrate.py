@@ -48,28 +48,16 @@ class CalibrateSteering(Recipe):
 
     def study(self, run: RunFolder) -> RecipeResult:
         """Write prompts, sweep, choose, confirm."""
-        prompts = run.phase("prompts", lambda folder: self.write(run, folder))
+        prompts = run.phase("prompts", lambda folder: self.write(run))
         swept = run.phase("sweep", lambda folder: self.sweep(run, folder, prompts))
         return self.result(run, swept)
 
-    def write(self, run: RunFolder, folder: Path) -> list[str]:
+    def write(self, run: RunFolder) -> list[str]:
         """The prompts."""
-        from lightning_interp import load_causal_lm
-        from lightning_interp.steering.study import read_texts, sample_texts
+        from lightning_interp.steering.study import texts_or_samples
 
-        if self.prompts:
-            return read_texts(self.prompts)
-        loaded = load_causal_lm(self.source)
-        loaded.tokenizer.padding_side = "left"
-        with run.progress("writing prompts", total=self.count) as bar:
-            return sample_texts(
-                loaded.model,
-                loaded.tokenizer,
-                count=self.count,
-                length=self.length,
-                seed=self.seed,
-                advance=bar.advance,
-            )
+        sizes = {"count": self.count, "length": self.length, "seed": self.seed}
+        return texts_or_samples(self.source, self.prompts, **sizes, progress=run.progress)
 
     def sweep(self, run: RunFolder, folder: Path, prompts: list[str]) -> dict[str, Any]:
         """Every strength on the validation half, the chosen one on the other half."""

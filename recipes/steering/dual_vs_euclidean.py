@@ -54,28 +54,16 @@ class DualVersusEuclidean(Recipe):
 
     def study(self, run: RunFolder) -> RecipeResult:
         """Write texts, find contexts, steer, compare."""
-        texts = run.phase("texts", lambda folder: self.write(run, folder))
+        texts = run.phase("texts", lambda folder: self.write(run))
         scored = run.phase("paths", lambda folder: self.paths(run, folder, texts))
         return self.result(run, scored)
 
-    def write(self, run: RunFolder, folder: Path) -> list[str]:
+    def write(self, run: RunFolder) -> list[str]:
         """The texts."""
-        from lightning_interp import load_causal_lm
-        from lightning_interp.steering.study import read_texts, sample_texts
+        from lightning_interp.steering.study import texts_or_samples
 
-        if self.texts:
-            return read_texts(self.texts)
-        loaded = load_causal_lm(self.source)
-        loaded.tokenizer.padding_side = "left"
-        with run.progress("writing texts", total=self.count) as bar:
-            return sample_texts(
-                loaded.model,
-                loaded.tokenizer,
-                count=self.count,
-                length=self.length,
-                seed=self.seed,
-                advance=bar.advance,
-            )
+        sizes = {"count": self.count, "length": self.length, "seed": self.seed}
+        return texts_or_samples(self.source, self.texts, **sizes, progress=run.progress)
 
     def paths(self, run: RunFolder, folder: Path, texts: list[str]) -> dict[str, Any]:
         """Contexts, probes, paths and the sensitivity to alpha."""
