@@ -33,7 +33,9 @@ BARE = {"", "errors"}
 LIGHT = {"recipe", "cli", "__main__"}
 CLI_MAY = {"jsonargparse", "omegaconf", "rich"}
 # Modules that are Lightning classes: all callbacks, these by the last part of their name, whole packages of them.
-LIGHTNING_FILES = {"distributed", "causal_lm", "data", "finetuning", "preferences", "dpo", "reward", "contract"}
+LIGHTNING_FILES = {
+    *("bag_of_words", "causal_lm", "contract", "data", "distributed", "dpo", "finetuning", "preferences", "reward"),
+}
 LIGHTNING_PACKAGES = {"cycles"}
 
 # What a method package may import beside errors, core, testing and models.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_interp.models.bag_of_words import BagOfWords
     from lightning_interp.models.causal_lm import CausalLM
     from lightning_interp.models.data import TextDataModule
     from lightning_interp.models.gguf_files import convert_gguf
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
     from lightning_interp.models.sources import LoadedModel, load_causal_lm
     from lightning_interp.models.text_scorer import Scorer, TextScorer
     from lightning_interp.models.tokenizers import check_same_tokenizer
+    from lightning_interp.models.words import word_tokenizer
 
 __all__ = [
+    "BagOfWords",
     "CausalLM",
     "LoadedModel",
     "LoadedReward",
@@ -33,9 +36,11 @@ __all__ = [
     "convert_gguf",
     "load_causal_lm",
     "load_reward_model",
+    "word_tokenizer",
 ]
 
 _HOMES = {
+    "BagOfWords": "bag_of_words",
     "CausalLM": "causal_lm",
     "LoadedModel": "sources",
     "LoadedReward": "reward_sources",
@@ -51,6 +56,7 @@ _HOMES = {
     "convert_gguf": "gguf_files",
     "load_causal_lm": "sources",
     "load_reward_model": "reward_sources",
+    "word_tokenizer": "words",
 }
 
 

@@ -35,10 +35,11 @@ if TYPE_CHECKING:
     from lightning_interp.rate.endpoint import OpenAICompatibleRewriter
     from lightning_interp.rate.estimators import rate_effects
     from lightning_interp.rate.export import export_records, export_units, to_dataset
-    from lightning_interp.rate.figures import effects_figure, overlay_figure, sensitivity_figure
+    from lightning_interp.rate.figures import effects_figure, overlay_figure, sensitivity_figure, trend_figure
     from lightning_interp.rate.local_model import LocalRewriter
     from lightning_interp.rate.metric import RewriteTreatmentEffect
     from lightning_interp.rate.off_target import text_changes
+    from lightning_interp.rate.package_texts import Review, Tweet, read_reviews, read_tweets
     from lightning_interp.rate.placebo import dummy_outcome_check, permutation_check
     from lightning_interp.rate.plan import Prices, RewritePlan
     from lightning_interp.rate.readers import read_batch, read_effects, read_rewrites
@@ -57,9 +58,12 @@ if TYPE_CHECKING:
     )
     from lightning_interp.rate.scoring import CallableScorer, TripleScores, as_scorer, score_triples, vader_scorer
     from lightning_interp.rate.store import RewriteStore
+    from lightning_interp.rate.study import EffectStudy, study_effects
+    from lightning_interp.rate.study_files import read_triples, write_effects, write_triples
+    from lightning_interp.rate.study_tables import effects_rows
     from lightning_interp.rate.templates import RewriteTemplate, rewrite_template
     from lightning_interp.rate.triples import RewriteTriples
-    from lightning_interp.rate.words import word_counts
+    from lightning_interp.rate.words import Fluency, fluency_scorer, word_counts
 
 # One line a module: its public names. ``__all__`` and the lazy look-up follow from it.
 _MODULES = {
@@ -81,10 +85,11 @@ _MODULES = {
     "endpoint": ("OpenAICompatibleRewriter",),
     "estimators": ("rate_effects",),
     "export": ("export_records", "export_units", "to_dataset"),
-    "figures": ("effects_figure", "overlay_figure", "sensitivity_figure"),
+    "figures": ("effects_figure", "overlay_figure", "sensitivity_figure", "trend_figure"),
     "local_model": ("LocalRewriter",),
     "metric": ("RewriteTreatmentEffect",),
     "off_target": ("text_changes",),
+    "package_texts": ("Review", "Tweet", "read_reviews", "read_tweets"),
     "placebo": ("dummy_outcome_check", "permutation_check"),
     "plan": ("Prices", "RewritePlan"),
     "readers": ("read_batch", "read_effects", "read_rewrites"),
@@ -96,9 +101,12 @@ _MODULES = {
     "rules": ("Drop", "MarkToggle", "OpenerToggle", "RepairTranspositions", "RuleRewriter", "swap_letters"),
     "scoring": ("CallableScorer", "TripleScores", "as_scorer", "score_triples", "vader_scorer"),
     "store": ("RewriteStore",),
+    "study": ("EffectStudy", "study_effects"),
+    "study_files": ("read_triples", "write_effects", "write_triples"),
+    "study_tables": ("effects_rows",),
     "templates": ("RewriteTemplate", "rewrite_template"),
     "triples": ("RewriteTriples",),
-    "words": ("word_counts",),
+    "words": ("Fluency", "fluency_scorer", "word_counts"),
 }
 
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -109,6 +117,8 @@ __all__ = [
     "Contains",
     "Drop",
     "Effect",
+    "EffectStudy",
+    "Fluency",
     "Lexicon",
     "LocalRewriter",
     "LongerThan",
@@ -119,6 +129,7 @@ __all__ = [
     "RateResult",
     "RepairTranspositions",
     "ReplayRewriter",
+    "Review",
     "RewardAttributeEffect",
     "RewardScorer",
     "RewardTable",
@@ -135,6 +146,7 @@ __all__ = [
     "ScoreAbove",
     "StartsWithVowel",
     "TripleScores",
+    "Tweet",
     "Unit",
     "as_scorer",
     "asymmetry_line",
@@ -143,9 +155,11 @@ __all__ = [
     "compliance_rates",
     "dummy_outcome_check",
     "effects_figure",
+    "effects_rows",
     "export_batch",
     "export_records",
     "export_units",
+    "fluency_scorer",
     "import_batch",
     "label_units",
     "overlay_figure",
@@ -153,18 +167,25 @@ __all__ = [
     "rate_effects",
     "read_batch",
     "read_effects",
+    "read_reviews",
     "read_rewards",
     "read_rewrites",
+    "read_triples",
+    "read_tweets",
     "rewrite_template",
     "score_triples",
     "sensitivity_figure",
+    "study_effects",
     "swap_letters",
     "text_changes",
     "third_rewrite_check",
     "to_dataset",
+    "trend_figure",
     "vader_labeller",
     "vader_scorer",
     "word_counts",
+    "write_effects",
+    "write_triples",
 ]
 
 

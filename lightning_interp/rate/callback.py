@@ -49,9 +49,9 @@ class RewardAttributeEffect(L.Callback):
         name: Between ``rate/`` and the estimate in what is logged, and in the state key; the attribute if None.
 
     Attributes:
-        history: One entry a scoring: ``epoch``, ``step``, what is logged, ``att_se``, ``atu_se``, ``reward_std`` of
-            the original rewards, ``n``, ``dropped``, and ``truncated``, the share of texts that were cut (if the
-            module says so, as a RewardModel does). Saved in checkpoints.
+        history: One entry a scoring: ``epoch``, ``step``, what is logged, ``att_se``, ``atu_se``, ``naive_se``,
+            ``single_se``, ``reward_std`` of the original rewards, ``n``, ``dropped``, and ``truncated``, the share of
+            texts that were cut (if the module says so, as a RewardModel does). Saved in checkpoints.
         result: Everything about the last scoring; None before the first.
 
     Raises:
@@ -182,6 +182,8 @@ class RewardAttributeEffect(L.Callback):
                 **logged,
                 "att_se": result.rate.att.se,
                 "atu_se": result.rate.atu.se,
+                "naive_se": float("nan") if result.naive is None else result.naive.se,
+                "single_se": float("nan") if result.single is None else result.single.ate.se,
                 "reward_std": float("nan") if result.reward_std is None else result.reward_std,
                 "n": float(result.counts.n),
                 "dropped": float(len(set(triples.ids)) - result.counts.n),

@@ -13,7 +13,7 @@ from lightning_interp.rate.diagnostics import SensitivityLine
 from lightning_interp.rate.result import Effect, EffectTable, RateResult
 from lightning_interp.rate.standard_errors import Vector
 
-__all__ = ["effects_figure", "overlay_figure", "sensitivity_figure"]
+__all__ = ["effects_figure", "overlay_figure", "sensitivity_figure", "trend_figure"]
 
 _COLOURS = {"naive": "#9a9a9a", "single": "#c8743c", "rate": "#3b6ea5"}
 _LABELS = {"naive": "naive (originals of the two arms)", "single": "single rewrite", "rate": "double rewrite (RATE)"}
@@ -175,4 +175,61 @@ def sensitivity_figure(line: SensitivityLine, *, title: str = "") -> Any:
     axis.spines[["top", "right"]].set_visible(False)
     beyond = "" if line.possible else f"zero at D = {line.zero:.2g}, beyond any possible asymmetry"
     axis.set_title("\n".join(part for part in (title, beyond) if part), fontsize=10)
+    return figure
+
+
+def trend_figure(
+    results: Mapping[float, RateResult],
+    *,
+    across: str,
+    estimand: str = "ate",
+    standardized: bool = True,
+    truth: float | None = None,
+    title: str = "",
+) -> Any:
+    """Naive, single-rewrite and double-rewrite effects against a number, with bands for the intervals.
+
+    Args:
+        results: By that number, such as the share of misspelt words.
+        across: What the number is.
+        estimand: ``"ate"``, ``"att"`` or ``"atu"`` for the two rewrite estimators.
+        standardized: In standard deviations of the original rewards.
+        truth: The true effect in reward units, where it is known; in standard deviations it is drawn in those of the
+            first number.
+        title: Above the panel.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        RecipeError: If there is no result, the estimand is unknown, or a result holds no standardised effects.
+    """
+    from matplotlib.figure import Figure
+
+    if not results or estimand not in ("ate", "att", "atu"):
+        raise RecipeError(
+            f"trend_figure() got {len(results)} results and estimand={estimand!r}; expected at least one result, and "
+            "'ate', 'att' or 'atu'."
+        )
+    places = sorted(results)
+    tables = [_three(_scale(f"{place:g}", results[place], standardized), estimand) for place in places]
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axis = figure.subplots()
+    for estimator, colour in _COLOURS.items():
+        line = [(place, table[estimator]) for place, table in zip(places, tables, strict=True) if estimator in table]
+        if line:
+            at, effects = zip(*line, strict=True)
+            axis.plot(at, [e.value for e in effects], "o-", color=colour, label=_LABELS[estimator], markersize=4)
+            axis.fill_between(at, [e.low for e in effects], [e.high for e in effects], color=colour, alpha=0.2)
+    axis.axhline(0, color="#333333", linewidth=0.8)
+    if truth is not None:
+        unit = (results[places[0]].reward_std or math.nan) if standardized else 1.0
+        axis.axhline(truth / unit, color="#111111", linewidth=1, linestyle=":", label="true effect")
+    axis.set_xlabel(across)
+    axis.set_ylabel(f"effect on the reward ({'standard deviations' if standardized else 'reward units'})")
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axis.get_legend_handles_labels(), frameon=False, loc="outside lower center", fontsize=8, ncols=2)
+    level = 100 * next(iter(tables[0].values())).level
+    figure.suptitle(f"{title}\n{estimand.upper()}; bands: {level:g} % intervals".strip(), fontsize=10)
     return figure

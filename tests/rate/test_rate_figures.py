@@ -9,7 +9,14 @@ import pytest
 from rate_oracle import GOLDEN, random_units
 
 from lightning_interp.errors import RecipeError
-from lightning_interp.rate import asymmetry_line, effects_figure, overlay_figure, rate_effects, sensitivity_figure
+from lightning_interp.rate import (
+    asymmetry_line,
+    effects_figure,
+    overlay_figure,
+    rate_effects,
+    sensitivity_figure,
+    trend_figure,
+)
 
 
 def drawn(figure):
@@ -108,3 +115,40 @@ def test_errors():
         RecipeError, match=r"overlay_figure\(\) compares with the original rewards, but r_orig was None"
     ):
         overlay_figure(rate_effects(GOLDEN["w"], None, GOLDEN["r_rw"], GOLDEN["r_rw2"]))
+
+
+def test_lines_over_a_number_are_the_estimates_and_bands_the_intervals():
+    results = {20.0: rate_effects(*random_units(60, 1)), 0.0: rate_effects(*random_units(90, 2))}
+    figure = trend_figure(results, across="typos (%)", truth=0.3, title="Typos")
+    axis = figure.axes[0]
+    lines = {line.get_label(): line for line in axis.lines}
+    for name, of in (
+        ("single rewrite", lambda t: t.single.ate),
+        ("naive (originals of the two arms)", lambda t: t.naive),
+    ):
+        effects = [of(results[at].standardized) for at in (0.0, 20.0)]
+        assert lines[name].get_xdata().tolist() == [0.0, 20.0]
+        assert lines[name].get_ydata() == pytest.approx([effect.value for effect in effects])
+    effects = [results[at].standardized.rate.ate for at in (0.0, 20.0)]
+    corners = axis.collections[-1].get_paths()[0].vertices
+    assert corners[:, 1].min() == pytest.approx(min(effect.low for effect in effects))
+    assert corners[:, 1].max() == pytest.approx(max(effect.high for effect in effects))
+    assert lines["true effect"].get_ydata()[0] == pytest.approx(0.3 / results[0.0].reward_std)
+    assert (axis.get_xlabel(), figure.get_suptitle()) == ("typos (%)", "Typos\nATE; bands: 95 % intervals")
+    assert drawn(figure)
+
+
+def test_lines_without_originals_and_wrong_settings():
+    bare = rate_effects(GOLDEN["w"], None, GOLDEN["r_rw"], GOLDEN["r_rw2"])
+    axis = trend_figure({0.0: bare, 1.0: bare}, across="x", standardized=False, truth=0.5).axes[0]
+    assert [line.get_label() for line in axis.lines if line.get_label()[0] != "_"] == [
+        "double rewrite (RATE)",
+        "true effect",
+    ]
+    assert axis.lines[-1].get_ydata()[0] == 0.5
+    with pytest.raises(RecipeError, match="got 0 results and estimand='ate'"):
+        trend_figure({}, across="x")
+    with pytest.raises(RecipeError, match="got 1 results and estimand='late'"):
+        trend_figure({0.0: bare}, across="x", estimand="late")
+    with pytest.raises(RecipeError, match=r"Result '2\.5' holds no standardised effects"):
+        trend_figure({2.5: bare}, across="x")

@@ -154,6 +154,7 @@ def test_numbers_are_those_of_the_estimator(tmp_path, folder):
     assert entry["naive"] == pytest.approx(expected.naive.value)
     assert entry["reward_std"] == pytest.approx(expected.reward_std)
     assert (entry["att"], entry["atu"]) == pytest.approx((expected.rate.att.value, expected.rate.atu.value))
+    assert (entry["naive_se"], entry["single_se"]) == pytest.approx((expected.naive.se, expected.single.ate.se))
 
 
 @pytest.mark.parametrize(("every", "epochs"), [(1, [0, 1, 2, 3]), (2, [0, 2]), (5, [0])])

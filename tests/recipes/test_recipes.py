@@ -20,9 +20,11 @@ ROOT = recipes_dir()
 FILES = sorted(path for path in ROOT.rglob("*") if path.suffix in (".yaml", ".yml"))
 NAMES = [path.relative_to(ROOT).with_suffix("").as_posix() for path in FILES]
 # Grows with the package: a recipe that is not collected is not tested.
-EXPECTED = {f"grafting/{name}" for name in ("components", "facts", "hybrid", "pair", "reproduce_tiny")} | {
-    f"steering/{name}" for name in ("calibrate", "dual_vs_euclidean", "generate", "vectors")
-}
+EXPECTED = (
+    {f"grafting/{name}" for name in ("components", "facts", "hybrid", "pair", "reproduce_tiny")}
+    | {f"steering/{name}" for name in ("calibrate", "dual_vs_euclidean", "generate", "vectors")}
+    | {f"rate/{name}" for name in ("audit", "llm_rewriter", "train_reward", "typos")}
+)
 
 recipes = pytest.mark.parametrize("name", NAMES)
 finetuning = pytest.mark.parametrize(

@@ -1,0 +1,343 @@
+"""Bring your own texts and reward: how much does the reward change because of one attribute?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning_interp.recipe import Recipe, RecipeResult, RunFolder
+
+# Settings that only some rewriters use: elsewhere they would be ignored, so they are refused.
+_LANGUAGE = ("local", "endpoint")
+_USED_BY = {
+    "model": _LANGUAGE,
+    "toggle": ("rules",),
+    "always": ("rules",),
+    "template": _LANGUAGE,
+    "kind": _LANGUAGE,
+    "temperature": _LANGUAGE,
+    "base_url": ("endpoint",),
+    "max_calls": _LANGUAGE,
+    "max_cost": ("endpoint",),
+    "price_read": ("endpoint",),
+    "price_written": ("endpoint",),
+    "requests_per_minute": ("endpoint",),
+    "whose": ("replay",),
+    "store": ("rules", "replay", *_LANGUAGE),
+    "draws": _LANGUAGE,
+    "passes": ("rules", "replay", *_LANGUAGE),
+}
+_NEEDS = {"rules": ("data", "toggle"), "replay": ("store",), "local": ("data", "template"),
+          "endpoint": ("data", "template", "model")}  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class RateAudit(Recipe):
+    """Estimate the effect of one attribute of your texts on your reward, with all checks that they allow.
+
+    Texts are JSONL: `text`, and if you like `prompt`, `w` (1 if the text has the attribute, 0 if not), `id`, `cluster`;
+    `rewrite` and `rewrite2`, if they are rewritten already; `reward`, `reward_rewrite` and `reward_rewrite2`, if they
+    are scored. The layouts of the paper's authors are read too. Without texts an example with a known answer is run.
+    """
+
+    model: str = "smollm2-135m-instruct"
+    """The language model that rewrites: a source for rewriter=local, its name at the endpoint for rewriter=endpoint."""
+    data: str = ""
+    """JSONL of your own, or .json and .jsonl of the paper's authors; by default an example made of real reviews."""
+    attribute: str = "attribute"
+    """What to call the attribute; for rewriter=replay the name that it has in the store."""
+    label: str = ""
+    """Label the texts by vowel, length, length:200, words:40, contains:PATTERN or vader; by default the column w."""
+    check: str = ""
+    """Look by such a labeller whether rewrites have the value asked for; by default the one that labels."""
+    rewriter: Literal["", "rules", "replay", "local", "endpoint"] = ""
+    """Nobody (the rewrites are in the file), rules, a finished store, a model of this machine, or an endpoint."""
+    toggle: str = ""
+    """For rules: mark:!!! or opener:Well,|Also, (for 0 and for 1)."""
+    always: list[str] = field(default_factory=list)
+    """For rules, done whichever way the attribute goes: mentions, links, markup, typos, phrase:WORDS."""
+    template: str = ""
+    """For a language model: sentiment, length, complexity, helpfulness, vowel, or a JSON file with your wording."""
+    kind: Literal["text", "chat", "question"] = "text"
+    """For a language model: what is rewritten."""
+    temperature: float = 0.7
+    """For a language model: of the sampling."""
+    base_url: str = ""
+    """For an endpoint: its address, such as http://localhost:8000/v1; OpenAI's own by default."""
+    max_calls: int | None = None
+    """For a language model: texts to ask for at most; an endpoint is called only with this or max_cost."""
+    max_cost: float | None = None
+    """For an endpoint: most that may be spent; needs both prices."""
+    price_read: float | None = None
+    """For an endpoint: price of a million tokens read."""
+    price_written: float | None = None
+    """For an endpoint: price of a million tokens written."""
+    requests_per_minute: float | None = None
+    """For an endpoint: its limit."""
+    store: str = ""
+    """Folder of the rewrites; by default in the run folder. What is there is not asked for again."""
+    whose: str = ""
+    """For replay: the rewriter's name, if several wrote."""
+    passes: int = 2
+    """3 for a third rewrite too, which can show that the assumptions fail."""
+    draws: int = 1
+    """For a language model: rewrites of each text, averaged inside it."""
+    reward: str = "vader"
+    """vader, fluency, columns (of the file), a model of the authors' file, or a reward model: id, folder, .ckpt."""
+    dtype: str = "float32"
+    """Type of a reward model's weights."""
+    max_length: int | None = None
+    """Most tokens of a text for a reward model; its own limit by default."""
+    drop_truncated: bool = False
+    """Leave out units of which a text was cut."""
+    missing: Literal["raise", "drop"] = "raise"
+    """What to do with units that lack a text or a finite reward."""
+    identical: Literal["keep", "drop", "raise"] = "keep"
+    """What to do with rewrites that say the same as their source; dropping them selects on the outcome."""
+    se: Literal["paired", "stratified", "cluster", "unpaired"] | None = None
+    """Errors; by default for whole clusters where the texts have them, else paired."""
+    ci: Literal["auto", "normal", "t", "bootstrap"] = "auto"
+    """Intervals."""
+    beta: float = 1.0
+    """For the sensitivity line: reward of an off-target feature, in standard deviations."""
+
+    def __post_init__(self) -> None:
+        from lightning_interp.errors import RecipeError
+
+        super().__post_init__()
+        defaults = {name: entry.default for name, entry in type(self).__dataclass_fields__.items()}
+        defaults |= {"always": [], "model": self.model if self.model == self.smoke_model else defaults["model"]}
+        for name, users in _USED_BY.items():
+            if self.rewriter not in users and getattr(self, name) != defaults[name]:
+                raise RecipeError(
+                    f"{name}={getattr(self, name)!r} has no use with rewriter={self.rewriter!r}: it is for "
+                    f"{' and '.join(users)}. Leave it out, or choose the rewriter."
+                )
+        needs = [name for name in _NEEDS.get(self.rewriter, ()) if getattr(self, name) == defaults[name]]
+        if needs and not (self.smoke and needs == ["model"]):
+            raise RecipeError(
+                f"rewriter={self.rewriter!r} needs {', '.join(f'--{name}=...' for name in needs)}; see --help."
+            )
+        if not self.data and self.rewriter != "replay" and (self.label or self.reward == "columns"):
+            raise RecipeError(
+                f"label={self.label!r} and reward={self.reward!r} are of a file, and no data is given. Give --data=..."
+            )
+        self.check_numbers()
+
+    def check_numbers(self) -> None:
+        """Refuse numbers that cannot be used."""
+        from lightning_interp.errors import RecipeError
+
+        if self.passes not in (2, 3) or self.draws < 1:
+            raise RecipeError(f"passes={self.passes}, draws={self.draws}: expected 2 or 3 passes and at least 1 draw.")
+        if (self.price_read is None) != (self.price_written is None) or (self.max_cost and self.price_read is None):
+            raise RecipeError(
+                f"max_cost={self.max_cost}, price_read={self.price_read}, price_written={self.price_written}: expected "
+                "both prices, for a million tokens each."
+            )
+
+    def study(self, run: RunFolder) -> RecipeResult:
+        """Rewrite, score, estimate."""
+        texts = run.phase("rewrite", lambda folder: self.rewrite(run, folder))
+        scored = run.phase("score", lambda folder: self.score(run, folder), every_rank=True)
+        return self.result(run, texts, scored)
+
+    @property
+    def example(self) -> bool:
+        """Whether the worked example is run."""
+        return not self.data and self.rewriter == ""
+
+    def given(self) -> Any:
+        """The user's texts, labelled."""
+        from lightning_interp.rate.audit_study import labelled, read_any
+        from lightning_interp.rate.named import named_labeller
+
+        read = read_any(self.data)
+        texts = [unit.text for unit in read.units]
+        return labelled(read, named_labeller(self.label, texts) if self.label else None)
+
+    def rewrite(self, run: RunFolder, folder: Path) -> dict[str, Any]:
+        """The three texts of every complete unit."""
+        from lightning_interp.rate import write_triples
+
+        how: dict[str, Any] = {"missing": self.missing, "identical": self.identical}
+        plan, calls = "", 0
+        if self.rewriter == "" and not self.example:
+            triples = self.given().triples(self.attribute, **how)
+        else:
+            store, by, plan, calls = self.stored(run, folder)
+            triples = store.triples(self.attribute, rewriter=by, passes=self.passes, **how)
+        write_triples(folder, triples)
+        return {"plan": plan, "calls": calls, "rows": len(triples)}
+
+    def stored(self, run: RunFolder, folder: Path) -> tuple[Any, Any, str, int]:
+        """The store, who wrote, what was planned and how often was asked; the plan is shown before that."""
+        from lightning_interp.rate import Prices, RewriteRun, RewriteStore
+        from lightning_interp.rate.audit_study import agreed, rewrite_all
+        from lightning_interp.rate.emphasis_study import emphatic_units
+
+        if self.rewriter == "replay":
+            return RewriteStore.open(self.store), self.whose or None, "", 0
+        units = emphatic_units(self.reviews(), seed=self.seed) if self.example else self.given().units
+        store = RewriteStore.create(self.store or folder / "store", units, attr=self.attribute)
+        prices = None
+        if self.price_read is not None and self.price_written is not None:
+            prices = Prices(self.price_read, self.price_written)
+        job = RewriteRun(
+            store, self.writer(), attr=self.attribute, passes=self.passes, draws=self.draws,
+            max_calls=self.max_calls, max_cost=self.max_cost, prices=prices,
+        )  # fmt: skip
+        asks = self.rewriter == "endpoint"
+        plan = agreed(job, max_calls=self.max_calls, max_cost=self.max_cost) if asks else str(job.plan())
+        print(plan)
+        with run.progress("rewriting", total=job.plan().total_calls) as bar:
+            report = rewrite_all(job, bar.advance)
+        return store, job.by, plan, report.calls
+
+    def reviews(self) -> list[Any]:
+        """Reviews of the example; made up in a smoke run."""
+        from lightning_interp.rate import read_reviews
+        from lightning_interp.rate.typo_study import made_up_reviews
+
+        return made_up_reviews() if self.smoke else read_reviews()
+
+    def writer(self) -> Any:
+        """Who rewrites."""
+        from lightning_interp.rate import LocalRewriter, OpenAICompatibleRewriter, RuleRewriter
+        from lightning_interp.rate.emphasis_study import emphasis_rewriter
+        from lightning_interp.rate.named import named_rule, named_template, named_toggle
+
+        if self.example:
+            return emphasis_rewriter()
+        if self.rewriter == "rules":
+            return RuleRewriter(named_toggle(self.toggle), always=[named_rule(rule) for rule in self.always])
+        template = named_template(self.template, self.kind)
+        if self.rewriter == "local":
+            return LocalRewriter(self.source, template, temperature=self.temperature, seed=self.seed)
+        return OpenAICompatibleRewriter(
+            self.model, template, base_url=self.base_url or None, temperature=self.temperature, seed=self.seed,
+            requests_per_minute=self.requests_per_minute,
+        )  # fmt: skip
+
+    def triples(self, run: RunFolder) -> Any:
+        """The texts."""
+        from lightning_interp.rate import read_triples
+
+        return read_triples(run.folder("rewrite") / "triples.json")
+
+    def finished(self, triples: Any) -> dict[str, list[float]] | None:
+        """Rewards that are in the file, if those are asked for."""
+        from lightning_interp.errors import DataError
+        from lightning_interp.rate.own_files import OWN_REWARDS
+
+        if self.example or self.rewriter:
+            if self.reward == OWN_REWARDS:
+                raise DataError(
+                    f"reward={self.reward!r}, but rewriter={self.rewriter!r} makes texts that the file has no rewards "
+                    "of. Name a reward that can score them."
+                )
+            return None
+        given = self.given()
+        if self.reward != OWN_REWARDS and self.reward not in given.rewards:
+            return None
+        found: dict[str, list[float]] = given.scores(self.reward, triples)
+        return found
+
+    def score(self, run: RunFolder, folder: Path) -> dict[str, Any]:
+        """Rewards of all texts; those of a model are written text by text, so that a killed run goes on."""
+        from lightning_interp.rate import RewardScorer
+        from lightning_interp.rate.emphasis_study import exact_effects, made_up_scorer
+        from lightning_interp.rate.named import named_scorer
+
+        triples = self.triples(run)
+        finished = self.finished(triples)
+        if finished is not None:
+            return {"scorer": self.reward, "rewards": finished, "truth": None}
+        made_up = self.example and self.smoke and self.reward == "vader"
+        scorer = (
+            made_up_scorer() if made_up else named_scorer(self.reward, dtype=self.dtype, max_length=self.max_length)
+        )
+        settings = self.trainer_kwargs(run, logger=False, enable_checkpointing=False)
+        RewardScorer(scorer, triples, folder / "rewards.jsonl").run(**settings)
+        return {
+            "scorer": scorer.name,
+            "rewards": None,
+            "truth": exact_effects(triples, scorer) if self.example else None,
+        }
+
+    def effects(self, run: RunFolder, scored: dict[str, Any]) -> Any:
+        """The effects with all checks."""
+        import torch
+
+        from lightning_interp.rate import TripleScores, read_rewards, study_effects
+        from lightning_interp.rate.named import named_labeller
+
+        triples = self.triples(run)
+        if scored["rewards"] is None:
+            scores = read_rewards(run.folder("score") / "rewards.jsonl").scores(triples, scored["scorer"])
+        else:
+            reward = {stage: torch.tensor(row, dtype=torch.float64) for stage, row in scored["rewards"].items()}
+            whole = {stage: torch.zeros(len(row), dtype=torch.bool) for stage, row in reward.items()}
+            scores = TripleScores(scored["scorer"], reward, whole)
+        name = "contains:!" if self.example else self.check or self.label
+        clustered = "paired" if triples.cluster is None else "cluster"
+        options: dict[str, Any] = {"se": self.se or clustered, "ci": self.ci, "missing": self.missing}
+        return study_effects(
+            triples, scores, labeller=named_labeller(name, triples.original) if name else None, beta=self.beta,
+            seed=self.seed, drop_truncated=self.drop_truncated, changes_length=name.startswith(("length", "words")),
+            **options,
+        )  # fmt: skip
+
+    def result(self, run: RunFolder, texts: dict[str, Any], scored: dict[str, Any]) -> RecipeResult:
+        """Tables, figures, and what speaks against the numbers."""
+        from lightning_interp.rate.audit_study import running_estimates
+        from lightning_interp.rate.study_files import write_effects
+        from lightning_interp.running.curves import write_scalars
+
+        study = self.effects(run, scored)
+        run.phase("effects", lambda folder: {"file": write_effects(folder, study, seed=self.seed).name})
+        settling = running_estimates(study.result, seed=self.seed)
+        for name in ("naive", "single", "rate"):
+            values = [float(row[name]) for row in settling if row[name] == row[name]]
+            write_scalars(run.path / "tensorboard" / "effects", f"rate/{self.attribute}/{name}", values)
+        title = f"{self.named}, {scored['scorer']}"
+        return RecipeResult(
+            metrics={**study.metrics(), "truth": scored["truth"], "calls": texts["calls"], "plan": texts["plan"]},
+            tables={**study.tables(), "by_units": settling, **self.truths(scored, study)},
+            figures=study.figures(title),
+            artifacts={"effects": run.folder("effects") / "effects.json"},
+            question=f"How much does the reward {scored['scorer']} change because of {self.named}?",
+            caveats=[*self.about(), *study.caveats()],
+            summary="effects",
+        )
+
+    @property
+    def named(self) -> str:
+        """The attribute, as it is shown."""
+        return "three exclamation marks" if self.example else self.attribute
+
+    def truths(self, scored: dict[str, Any], study: Any) -> dict[str, list[dict[str, Any]]]:
+        """The known answer of the example beside what was estimated."""
+        if not scored["truth"]:
+            return {}
+        table = study.result.raw
+        found = {"naive": table.naive, "single rewrite": table.single.ate, "double rewrite (RATE)": table.rate.ate}
+        exact = {f"exact edits, {name}": value for name, value in scored["truth"].items()}
+        return {
+            "truth": [
+                *({"of": name, "reward units": value, "interval": ""} for name, value in exact.items()),
+                *({"of": name, "reward units": e.value, "interval": str(e)} for name, e in found.items()),
+            ]
+        }
+
+    def about(self) -> list[str]:
+        """What the texts are."""
+        if not self.example:
+            return (
+                []
+                if self.check or self.label
+                else ["No labeller: nobody looked whether rewrites comply. Give --check."]
+            )
+        kind = "The reviews are made up: the numbers mean nothing." if self.smoke else "Real reviews of films."
+        return [f"{kind} The marks and a kind opening were added by coins, so that the answer is known."]
