@@ -144,13 +144,14 @@ def decoder(quick: bool, device: str) -> tuple[Any, str]:
 def token_rows(quick: bool, device: str) -> list[dict[str, Any]]:
     """CPU (or GPU) seconds of a generated token under a KL budget, against plain decoding."""
     model, label = decoder(quick, device)
+    new = NEW_TOKENS // 2 if quick else NEW_TOKENS
     weight = model.get_output_embeddings().weight
     ids = torch.arange(1000, 1016, device=device)[None]
     beta = (weight[2000:2064].mean(0) - weight[3000:3064].mean(0)).detach()
     variants = {f"support {s or 'whole'}": DualSteering(beta, kl_budget=0.5, support=s) for s in (4096, None)}
 
     def generate() -> None:
-        model.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+        model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
 
     def steered(steer: DualSteering) -> Callable[[], None]:
         def run() -> None:
@@ -167,7 +168,7 @@ def token_rows(quick: bool, device: str) -> list[dict[str, Any]]:
         floor = {"floor_bytes_per_hvp": 2 * vocabulary * width * 4, "floor_flops_per_hvp": 4 * vocabulary * width}
         if steer.support:
             floor = {key: value * steer.support // vocabulary for key, value in floor.items()}
-        detail = {"model": label, "new_tokens": NEW_TOKENS, **{k: measured[k] for k in measured}, **floor}
+        detail = {"model": label, "new_tokens": new, **{k: measured[k] for k in measured}, **floor}
         unit = "GPU s" if device == "cuda" else "CPU s"
         rows.append(compare(f"generation, KL budget 0.5, {name}", times, name, "plain", unit=unit, detail=detail))
     return rows

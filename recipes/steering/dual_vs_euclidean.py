@@ -19,7 +19,7 @@ class DualVersusEuclidean(Recipe):
     Probes come from one part of them; paths start at the rest.
     """
 
-    concept: str = "capitalised"
+    concept: str = "verb_third"
     """Kind of token pairs (capitalised, number_digit, verb_ing, verb_past, verb_third, letters), or a JSON file."""
     texts: str = ""
     """File with one text a line, or JSONL with text; by default the model writes its own."""
