@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lightning_interp.steering.linear_solvers import conjugate_gradient
 from lightning_interp.steering.newton import Family, NewtonResult, Potential, Tolerance, minimise
 
 __all__ = ["DualCurve", "SolverOptions"]
@@ -34,7 +33,7 @@ class SolverOptions:
 
     rtol: float | None = None
     target_rtol: float = 1e-3
-    max_newton: int = 40
+    max_newton: int = 100
     cg_max: int = 50
     hvp_budget: int | None = None
     max_search: int = 30
@@ -113,12 +112,8 @@ class DualCurve:
         """``d lam / d t = (H + alpha I)^-1 beta`` at points of the curves by their logits, and the products it took."""
         p = z.softmax(-1)
         potential = Potential(self.family, self.phi0, self.lam0, self.alpha)
-        return conjugate_gradient(
-            lambda v: potential.curvature(p, v),
-            self.beta,
-            tolerance=0.05 * self.beta.norm(dim=-1),
-            max_iterations=self.options.cg_max,
-        )
+        accepted = 0.05 * self.beta.norm(dim=-1)
+        return potential.solve(p, self.beta, tolerance=accepted, max_iterations=self.options.cg_max)
 
     def _minimise(self, potential: Potential, start: torch.Tensor, tolerance: Tolerance) -> NewtonResult:
         options = self.options

@@ -172,6 +172,10 @@ class SoftmaxGeometry:
         with exact_arithmetic(weights.device):
             return self.scale * (weights @ self._rows(weights))
 
+    def gradients(self, index: torch.Tensor) -> torch.Tensor:
+        """Gradients of the logits of some tokens, ``[...] -> [..., d]``."""
+        return self.scale * self.weight[index].to(self._dtype())
+
     def log_probs(self, lam: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the family, ``[..., V]``."""
         return self.logits(lam).log_softmax(-1)

@@ -15,7 +15,7 @@ from lightning_interp.steering.arithmetic import exact_arithmetic
 from lightning_interp.steering.curve import SolverOptions
 from lightning_interp.steering.dual import dual_steer
 from lightning_interp.steering.geometry import SoftmaxGeometry
-from lightning_interp.steering.linear_solvers import conjugate_gradient
+from lightning_interp.steering.newton import Potential
 
 __all__ = ["dual_step"]
 
@@ -89,8 +89,9 @@ class _DualStep(torch.autograd.Function):
         wanted = ctx.rtol if ctx.rtol is not None else (1e-10 if lam.dtype == torch.float64 else 1e-4)
         with exact_arithmetic(lam.device):
             size = incoming.norm(dim=-1)
-            solved, _ = conjugate_gradient(
-                lambda v: geometry.hvp(lam, v) + alpha * v, incoming, tolerance=wanted * size, max_iterations=ctx.cg_max
+            potential = Potential(geometry, torch.zeros_like(lam), torch.zeros_like(lam), alpha)
+            solved, _ = potential.solve(
+                geometry.probs(lam), incoming, tolerance=wanted * size, max_iterations=ctx.cg_max
             )
             left = (geometry.hvp(lam, solved) + alpha * solved - incoming).norm(dim=-1)
             if bool((left > 10 * wanted * size + 1e-30).any()):

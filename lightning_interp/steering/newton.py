@@ -15,7 +15,7 @@ from typing import Protocol, Self
 import torch
 
 from lightning_interp.steering.arithmetic import exact_arithmetic
-from lightning_interp.steering.linear_solvers import conjugate_gradient
+from lightning_interp.steering.linear_solvers import Map, conjugate_gradient, likely_inverse
 
 __all__ = ["REASONS", "Family", "NewtonResult", "Potential", "Tolerance", "minimise"]
 
@@ -23,6 +23,7 @@ REASONS = ("converged", "stalled", "max_iter", "budget")
 """Why a row stopped, by code."""
 _CONVERGED, _STALLED, _MAX_ITER, _BUDGET = range(4)
 _ARMIJO, _FLAT, _SEARCHES = 1e-4, 0.1, 30
+_LIKELY = 64  # tokens of which the curvature is inverted exactly, to precondition; that costs about one product
 Tolerance = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -37,6 +38,9 @@ class Family(Protocol):
 
     def mean(self, weights: torch.Tensor) -> torch.Tensor:
         """Its transpose, ``[B, K] -> [B, d]``."""
+
+    def gradients(self, index: torch.Tensor) -> torch.Tensor:
+        """Gradients of the logits in columns ``index`` ``[B, k]``: ``[B, k, d]``."""
 
 
 @dataclass
@@ -79,6 +83,22 @@ class Potential:
             return self.allowed(own(p, v)) + self.alpha * v
         u = self.family.logits_change(v)
         return self.allowed(self.family.mean(p * (u - (p * u).sum(-1, keepdim=True)))) + self.alpha * v
+
+    def solve(
+        self, p: torch.Tensor, b: torch.Tensor, *, tolerance: torch.Tensor, max_iterations: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The allowed move whose product with the Hessian is ``b`` ``[B, d]``, and the products it took."""
+        return conjugate_gradient(
+            lambda v: self.curvature(p, v),
+            b,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            inverse=self._nearly_inverse(p),
+        )
+
+    def _nearly_inverse(self, p: torch.Tensor) -> Map | None:
+        likely = p.topk(min(_LIKELY, p.shape[-1]), dim=-1)
+        return likely_inverse(self.family.gradients(likely.indices), likely.values, self.alpha, self.normal)
 
 
 @dataclass
@@ -247,9 +267,7 @@ class _Descent:
         loose = (here.residual / self.first.clamp_min(torch.finfo(r.dtype).tiny)).sqrt()
         loose = loose.clamp(min=torch.finfo(r.dtype).eps ** 0.4, max=0.1)
         limit = self.cg_max if self.hvp_budget is None else min(self.cg_max, self.hvp_budget)
-        step, used = conjugate_gradient(
-            lambda v: potential.curvature(p, v), r, tolerance=loose * here.residual, max_iterations=limit
-        )
+        step, used = potential.solve(p, r, tolerance=loose * here.residual, max_iterations=limit)
         here.hvps += used
         image = potential.family.logits_change(step)
         length, self.unsure = _line_search(potential, here.lam, self.z, step, image, (r * step).sum(-1))

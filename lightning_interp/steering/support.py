@@ -45,6 +45,10 @@ class RestrictedFamily:
         with exact_arithmetic(weights.device):
             return self.scale * torch.bmm(weights[:, None, :], self.weight)[:, 0]
 
+    def gradients(self, index: torch.Tensor) -> torch.Tensor:
+        """Gradients of the logits in columns ``index`` ``[B, k]``: ``[B, k, d]``."""
+        return self.scale * self.weight.take_along_dim(index[..., None], dim=1)
+
     def rows(self, index: torch.Tensor) -> Self:
         """The same for some of the rows."""
         bias = None if self.bias is None else self.bias[index]
@@ -81,6 +85,10 @@ class PolishedFamily:
         """Hessian-vector product with the support's share of the probabilities ``p`` ``[B, V]``; ``[B, d]``."""
         inside, u = p.gather(-1, self.part.index), self.part.logits_change(v)
         return self.part.mean(inside * (u - (inside * u).sum(-1, keepdim=True)))
+
+    def gradients(self, index: torch.Tensor) -> torch.Tensor:
+        """Gradients of the logits of tokens ``index`` ``[B, k]``: ``[B, k, d]``."""
+        return self.whole.gradients(index)
 
     def rows(self, index: torch.Tensor) -> PolishedFamily:
         """The same for some of the rows."""

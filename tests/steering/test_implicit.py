@@ -53,7 +53,7 @@ def test_one_shift_for_all_rows():
 
 
 def test_a_gradient_that_does_not_converge_is_an_error():
-    geometry, lam = SoftmaxGeometry(draw(60, 20)), draw(1, 20, seed=1).requires_grad_()
+    geometry, lam = SoftmaxGeometry(draw(600, 20)), 0.1 * draw(1, 20, seed=1).requires_grad_()
     end = dual_step(geometry, lam, 0.1 * draw(20, seed=2), alpha=1e-6, cg_max=1)
     with pytest.raises(IncompatibleModelError, match=r"relative residual of .* after 1 products"):
         end.sum().backward()
