@@ -60,7 +60,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _environment_of_the_module() -> Iterator[None]:
-    """Put back what a fixture wider than a test wrote: a recipe that runs once for its module's tests seeds Lightning."""
+    """Put back what a fixture wider than a test wrote, such as a recipe that runs once and seeds Lightning."""
     before = dict(os.environ)
     yield
     os.environ.clear()

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lightning_interp.rate.local_model import LocalRewriter
     from lightning_interp.rate.metric import RewriteTreatmentEffect
     from lightning_interp.rate.off_target import text_changes
+    from lightning_interp.rate.own_files import read_own
     from lightning_interp.rate.package_texts import Review, Tweet, read_reviews, read_tweets
     from lightning_interp.rate.placebo import dummy_outcome_check, permutation_check
     from lightning_interp.rate.plan import Prices, RewritePlan
@@ -89,6 +90,7 @@ _MODULES = {
     "local_model": ("LocalRewriter",),
     "metric": ("RewriteTreatmentEffect",),
     "off_target": ("text_changes",),
+    "own_files": ("read_own",),
     "package_texts": ("Review", "Tweet", "read_reviews", "read_tweets"),
     "placebo": ("dummy_outcome_check", "permutation_check"),
     "plan": ("Prices", "RewritePlan"),
@@ -167,6 +169,7 @@ __all__ = [
     "rate_effects",
     "read_batch",
     "read_effects",
+    "read_own",
     "read_reviews",
     "read_rewards",
     "read_rewrites",

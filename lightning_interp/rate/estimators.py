@@ -295,7 +295,7 @@ def _notes(units: Units, settings: Settings, sd: float | None) -> list[str]:
             )
         elif count == 1:
             notes.append(f"One unit has w={value}, so {name} has neither an error nor an interval.")
-    if sd is not None and not sd > 0 and not notes:
+    if sd is not None and not 0 < sd < math.inf and not notes:
         notes.append(
             f"The original rewards' standard deviation within arms is {sd:g}, so standardised effects are NaN."
         )

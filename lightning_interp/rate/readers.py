@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from lightning_interp.errors import DataError
 from lightning_interp.rate.batch_files import read_batch_answers
 from lightning_interp.rate.chain import Request
 from lightning_interp.rate.records import RewriteRecord, RewriteResult, RewriterId, Unit, check_units, shown_ids
+from lightning_interp.rate.rewards import MissingRewardError
 from lightning_interp.rate.store import RewriteStore
 from lightning_interp.rate.store_files import json_lines, json_object
 from lightning_interp.rate.triples import Identical, Missing, RewriteTriples, assemble
@@ -77,10 +78,10 @@ class ForeignRewrites:
             For each stage one reward a row.
 
         Raises:
-            DataError: If the file has no such model, or the model lacks a reward of a unit; names both.
+            MissingRewardError: If the file has no such model, or the model lacks a reward of a unit; names both.
         """
         if model not in self.rewards:
-            raise DataError(
+            raise MissingRewardError(
                 f"{self.source} has no rewards of {model!r}; it has those of {', '.join(self.rewards) or 'no model'}. "
                 "Name one of these."
             )
@@ -88,7 +89,7 @@ class ForeignRewrites:
         for name in triples.ids:
             lacking = [stage for stage in _TEXTS if stage not in found.get(name, {})]
             if lacking:
-                raise DataError(
+                raise MissingRewardError(
                     f"{self.source}: {model!r} has no reward of unit {name!r} for {', '.join(lacking)}. Score it, or "
                     "leave the unit out."
                 )
@@ -248,7 +249,7 @@ def read_batch(
     for where, row in json_lines(requests):
         name, body = row.get("custom_id"), row.get("body")
         messages = body.get("messages") if isinstance(body, Mapping) else None
-        if not isinstance(name, str) or not isinstance(messages, Sequence) or not messages:
+        if not isinstance(name, str) or not isinstance(messages, list) or not _are_messages(messages):
             raise DataError(f"{where}: custom_id is {name!r:.80}; expected a request with custom_id and body.messages.")
         if name in asked:
             raise DataError(f"{where}: custom_id {name!r} occurs above. Remove one of the lines.")
@@ -263,6 +264,10 @@ def read_batch(
             "the answers of this batch."
         )
     return {name: (text, found.get(name)) for name, text in asked.items()}
+
+
+def _are_messages(messages: list[Any]) -> bool:
+    return bool(messages) and all(isinstance(message, Mapping) for message in messages)
 
 
 def read_effects(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -211,6 +211,9 @@ class RewriteRecord:
                     f"{where}: {key!r} is {row.get(key)!r:.80}; expected {getattr(kind, '__name__', kind)}. "
                     "Delete the line (its rewrite is asked for again) or restore the file."
                 )
+        flags = row.get("flags", [])
+        if not isinstance(flags, list) or not all(isinstance(flag, str) for flag in flags):
+            raise DataError(f"{where}: 'flags' is {flags!r:.80}; expected a list of words. Delete the line.")
         counts = {name: row.get(name) for name in ("error", "tokens_in", "tokens_out")}
         try:
             result = RewriteResult(text=row["text"], status=row["status"], **counts)
@@ -226,7 +229,7 @@ class RewriteRecord:
             prompt_sha=row["prompt_sha"],
             by=RewriterId(row["rewriter"], row["params_sha"], row["instruction_sha"]),
             result=result,
-            flags=tuple(row.get("flags", ())),
+            flags=tuple(flags),
             time=row.get("t", ""),
         )
 

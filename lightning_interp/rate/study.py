@@ -119,6 +119,10 @@ class EffectStudy:
             found["sensitivity"] = sensitivity_figure(self.line, title=title)
         return {f"{prefix}{name}": figure for name, figure in found.items()}
 
+    def _hint(self) -> str:
+        factor = float("nan") if self.attenuation is None else self.attenuation.factor["ate"]
+        return f"{factor:.2f}"
+
     def caveats(self) -> list[str]:
         """What the numbers may not be used for, and what was seen that speaks against them."""
         counts = self.result.counts
@@ -131,7 +135,10 @@ class EffectStudy:
         low = [row for row in self.compliance if row.share.value < _LOW_COMPLIANCE]
         if low:
             shares = ", ".join(f"{row.share} to {row.target} in {row.stage}" for row in low)
-            notes.append(f"Rewrites that have the value asked for: {shares}. Failed ones pull the effect towards zero.")
+            notes.append(
+                f"Rewrites that have the value asked for: {shares}. Failed ones pull the effect towards zero; if they "
+                f"changed nothing and all else were perfect, the ATE would be {self._hint()} times as large."
+            )
         gap = None if self.third is None else self.third.difference
         if gap is not None and (gap.low > 0 or gap.high < 0):
             notes.append(f"A third rewrite gives another effect: the difference of the two is {gap}.")

@@ -323,13 +323,9 @@ class RateAudit(Recipe):
             return {}
         table = study.result.raw
         found = {"naive": table.naive, "single rewrite": table.single.ate, "double rewrite (RATE)": table.rate.ate}
-        exact = {f"exact edits, {name}": value for name, value in scored["truth"].items()}
-        return {
-            "truth": [
-                *({"of": name, "reward units": value, "interval": ""} for name, value in exact.items()),
-                *({"of": name, "reward units": e.value, "interval": str(e)} for name, e in found.items()),
-            ]
-        }
+        estimates = [(name, e.value, f"[{e.low:.4f}, {e.high:.4f}]") for name, e in found.items()]
+        rows = [*((f"exact edits, {name}", value, "") for name, value in scored["truth"].items()), *estimates]
+        return {"truth": [{"of": name, "reward units": value, "interval": ends} for name, value, ends in rows]}
 
     def about(self) -> list[str]:
         """What the texts are."""

@@ -284,6 +284,13 @@ class TestThinArms:
         assert np.isnan([found.standardized.rate.ate.value, found.standardized.naive.se]).all()
         assert found.rate.ate.value == pytest.approx(0.9285714286)
 
+    @pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
+    def test_a_spread_beyond_all_numbers(self):
+        with pytest.warns(UserWarning, match="standard deviation within arms is inf, so standardised effects are NaN"):
+            found = golden(r_orig=[1e200, -1e200, 0, 1, 0, 2, 1])
+        assert np.isnan(found.standardized.rate.ate.value)
+        assert found.rate.ate.value == pytest.approx(0.9285714286)
+
 
 class TestDraws:
     def test_lengths(self):

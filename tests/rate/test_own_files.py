@@ -62,7 +62,7 @@ def test_a_missing_reward_names_its_unit(tmp_path):
         ({"text": "a", "rewrite": ["b"]}, r"line 2: 'rewrite' is \['b'\]; expected a string"),
         ({"text": "a", "reward": "high"}, r"line 2: 'reward' is 'high'; expected a number"),
         ({"text": "a", "reward": True}, r"line 2: 'reward' is True; expected a number"),
-        ({"text": "a", "rewirte": "b"}, r"line 2: there is a key 'rewirte'; is 'rewrite' meant\?"),
+        ({"text": "a", "rewrites": "b"}, r"line 2: there is a key 'rewrites'; is 'rewrite' meant\?"),
         ({"text": "a", "prompts": "b"}, r"line 2: there is a key 'prompts'; is 'prompt' meant\?"),
     ],
 )

@@ -87,8 +87,9 @@ class TestRewrites:
     def test_a_reward_that_is_missing_or_null(self, tmp_path):
         content = {"a": row(1, A={"original": 1.0, "rewrite": None}), "b": row(0)}
         found = read_rewrites(write(tmp_path / "s.json", content))
-        with pytest.raises(DataError, match="'A' has no reward of unit 'a' for rewrite, rewrite2"):
-            found.scores("A", found.triples("s"))
+        for kind in (KeyError, DataError):
+            with pytest.raises(kind, match="'A' has no reward of unit 'a' for rewrite, rewrite2"):
+                found.scores("A", found.triples("s"))
 
     def test_rewards_that_are_not_finite_are_left_to_the_estimator(self, tmp_path):
         path = tmp_path / "s.json"
@@ -243,6 +244,8 @@ class TestBatch:
         [
             (asked("1"), r"q\.jsonl, line 2: custom_id '1' occurs above"),
             ({"custom_id": 3}, r"q\.jsonl, line 2: custom_id is 3; expected a request"),
+            ({"custom_id": "a", "body": {"messages": "hi"}}, r"line 2: custom_id is 'a'; expected a request"),
+            ({"custom_id": "a", "body": {"messages": ["hi"]}}, r"line 2: custom_id is 'a'; expected a request"),
             ({"custom_id": "a", "body": {"messages": []}}, r"q\.jsonl, line 2: custom_id is 'a'; expected a request"),
             ("{", r"q\.jsonl, line 2: no valid JSON"),
         ],

@@ -254,6 +254,8 @@ class TestRecords:
             ({"draw": True}, "line 1: 'draw' is True; expected int"),
             ({"text": 4}, r"line 1: 'text' is 4; expected str \| None"),
             ({"status": "odd"}, "line 1: A rewrite has the status 'odd'"),
+            ({"flags": "length"}, "line 1: 'flags' is 'length'; expected a list of words"),
+            ({"flags": [1]}, r"line 1: 'flags' is \[1\]; expected a list of words"),
         ],
     )
     def test_a_record_of_another_kind_is_named(self, tmp_path, change, message):
