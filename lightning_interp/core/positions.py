@@ -1,21 +1,20 @@
 """Which tokens: frozen selectors with one pure method, ``mask(step) -> bool [B, T]``.
 
 Selectors combine with ``~``, ``&`` and ``|`` and round-trip through plain data (JSON, YAML). Positions are those of
-real
-tokens, so a prompt selects the same tokens with and without padding, and with and without a KV cache.
+real tokens, so a prompt selects the same tokens with and without padding, and with and without a KV cache.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from lightning_interp.core.step import StepContext
-from lightning_interp.core.text import PARTS, find_occurrence, template_mask, token_spans
+from lightning_interp.core.text import PARTS, find_occurrence, ids_of, mask_by_text, template_mask, token_spans
 from lightning_interp.errors import PositionError
 
 __all__ = [
@@ -280,7 +279,7 @@ class Tokens(Positions):
 
     def mask(self, step: StepContext) -> torch.Tensor:
         """See :meth:`Positions.mask`."""
-        ids = _input_ids(step, self)
+        ids = ids_of(step, self)
         return step.valid & torch.isin(ids, torch.tensor(self.ids, device=ids.device, dtype=ids.dtype))
 
 
@@ -308,7 +307,7 @@ class Substring(Positions):
 
     def mask(self, step: StepContext) -> torch.Tensor:
         """See :meth:`Positions.mask`."""
-        return _by_text(step, self, lambda tokenizer, ids, row: self._find(tokenizer, ids, step.row_number(row)))
+        return mask_by_text(step, self, lambda tokenizer, ids, row: self._find(tokenizer, ids, step.row_number(row)))
 
     def _find(self, tokenizer: Any, ids: list[int], row: int) -> torch.Tensor:
         text, spans = token_spans(tokenizer, ids)
@@ -338,7 +337,7 @@ class ChatTemplate(Positions):
 
     def mask(self, step: StepContext) -> torch.Tensor:
         """See :meth:`Positions.mask`."""
-        return _by_text(step, self, lambda tokenizer, ids, _: template_mask(tokenizer, ids, self.part))
+        return mask_by_text(step, self, lambda tokenizer, ids, _: template_mask(tokenizer, ids, self.part))
 
 
 @dataclass(frozen=True)
@@ -381,35 +380,6 @@ def _check_parts(selector: Positions, *parts: Any) -> None:
     for part in parts:
         if not isinstance(part, Positions):
             raise PositionError(f"{type(selector).__name__} combines positions, but got {part!r}.")
-
-
-def _by_text(
-    step: StepContext, selector: Positions, choose: Callable[[Any, list[int], int], torch.Tensor]
-) -> torch.Tensor:
-    """A mask that is worked out row by row from the prompt's text; once a pass, however many sites ask for it."""
-    if selector not in step.cache:
-        chosen = torch.zeros(step.batch_size, step.length, dtype=torch.bool)
-        if step.past == 0:
-            ids, valid, tokenizer = _input_ids(step, selector).cpu(), step.valid.cpu(), _tokenizer(step, selector)
-            for row in range(step.batch_size):
-                columns = valid[row].nonzero().flatten()
-                chosen[row, columns] = choose(tokenizer, ids[row, columns].tolist(), row)
-        step.cache[selector] = chosen.to(step.device)
-    found: torch.Tensor = step.cache[selector]
-    return found
-
-
-def _input_ids(step: StepContext, selector: Positions) -> torch.Tensor:
-    if step.input_ids is None:
-        raise PositionError(f"{selector} reads token ids, but the model was called with inputs_embeds. Pass input_ids.")
-    return step.input_ids
-
-
-def _tokenizer(step: StepContext, selector: Positions) -> Any:
-    tokenizer = step.find_tokenizer()
-    if tokenizer is None:
-        raise PositionError(f"{selector} reads text, which needs a tokenizer. Pass attach(model, tokenizer=...).")
-    return tokenizer
 
 
 def _subclasses(cls: Any) -> Iterator[Any]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from lightning_interp.errors import PositionError
 
-__all__ = ["PARTS", "find_occurrence", "template_mask", "token_spans"]
+if TYPE_CHECKING:
+    from lightning_interp.core.step import StepContext
+
+__all__ = ["PARTS", "find_occurrence", "ids_of", "mask_by_text", "template_mask", "token_spans"]
 
 PARTS = ("user", "assistant", "system", "template")
 """What a token of a templated conversation can belong to."""
@@ -170,3 +173,49 @@ def _turns(text: str, marks: Sequence[Mark]) -> list[tuple[str, int, int]]:
         end = len(text) if end < 0 else end
         turns.append((mark.role, begin, end))
         at = end
+
+
+def mask_by_text(
+    step: StepContext, selector: Hashable, choose: Callable[[Any, list[int], int], torch.Tensor]
+) -> torch.Tensor:
+    """A mask that is worked out row by row from the prompt's text; once a pass, however many sites ask for it.
+
+    Args:
+        step: The forward pass.
+        selector: Who asks, for the pass's cache and for errors.
+        choose: Which of a row's tokens, from the tokenizer, their ids and the row, bool ``[n]``.
+
+    Returns:
+        Bool ``[B, T]``.
+
+    Raises:
+        PositionError: If the pass has no token ids or no tokenizer.
+    """
+    if selector not in step.cache:
+        chosen = torch.zeros(step.batch_size, step.length, dtype=torch.bool)
+        if step.past == 0:
+            ids, valid, tokenizer = ids_of(step, selector).cpu(), step.valid.cpu(), _tokenizer(step, selector)
+            for row in range(step.batch_size):
+                columns = valid[row].nonzero().flatten()
+                chosen[row, columns] = choose(tokenizer, ids[row, columns].tolist(), row)
+        step.cache[selector] = chosen.to(step.device)
+    found: torch.Tensor = step.cache[selector]
+    return found
+
+
+def ids_of(step: StepContext, selector: object) -> torch.Tensor:
+    """The token ids of a pass ``[B, T]``.
+
+    Raises:
+        PositionError: If the model was called with embeddings.
+    """
+    if step.input_ids is None:
+        raise PositionError(f"{selector} reads token ids, but the model was called with inputs_embeds. Pass input_ids.")
+    return step.input_ids
+
+
+def _tokenizer(step: StepContext, selector: object) -> Any:
+    tokenizer = step.find_tokenizer()
+    if tokenizer is None:
+        raise PositionError(f"{selector} reads text, which needs a tokenizer. Pass attach(model, tokenizer=...).")
+    return tokenizer
