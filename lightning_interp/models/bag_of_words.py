@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from lightning_interp.core.checks import check_strategy
 from lightning_interp.errors import DataError, IncompatibleModelError, RecipeError
 from lightning_interp.models.folders import atomic_folder, check_weight_files
-from lightning_interp.models.optimisation import Schedule, adamw, check_optimisation, schedule_of
+from lightning_interp.models.optimisation import Schedule, check_optimisation, configured
 from lightning_interp.models.reward_metric import PairScores, PointScores, bradley_terry_loss
 from lightning_interp.models.reward_text import Prompt, RewardEncoder, Scores, score_rows
 from lightning_interp.models.text_scorer import Scorer
@@ -184,12 +184,7 @@ class BagOfWords(L.LightningModule):
         Raises:
             RecipeError: If the learning rate is to fall by the end of a run that has none.
         """
-        optimizer = adamw(self.parameters(), lr=self.lr, weight_decay=self.weight_decay, betas=self.betas)
-        steps = float("inf") if self.schedule == "constant" else self.trainer.estimated_stepping_batches
-        scheduler = schedule_of(optimizer, self.schedule, warmup_steps=self.warmup_steps, total_steps=steps)
-        if scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return configured(self)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss of a batch.

@@ -18,7 +18,7 @@ from lightning_interp.models.adapters import adapter_base, has_adapter, is_adapt
 from lightning_interp.models.bundled import ALIASES
 from lightning_interp.models.folders import atomic_folder
 from lightning_interp.models.lora import LoraSettings, inject_lora, train_adapter
-from lightning_interp.models.optimisation import Schedule, adamw, check_optimisation, schedule_of
+from lightning_interp.models.optimisation import Schedule, check_optimisation, configured
 from lightning_interp.models.pretrained import quiet_bars
 from lightning_interp.models.state import check_state, saved_names
 
@@ -119,12 +119,7 @@ class Finetuned(L.LightningModule):
         Raises:
             RecipeError: If the learning rate is to fall by the end of a run that has none.
         """
-        optimizer = adamw(self.parameters(), lr=self.lr, weight_decay=self.weight_decay, betas=self.betas)
-        steps = float("inf") if self.schedule == "constant" else self.trainer.estimated_stepping_batches
-        scheduler = schedule_of(optimizer, self.schedule, warmup_steps=self.warmup_steps, total_steps=steps)
-        if scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return configured(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the frozen base out of a checkpoint, but for two kinds that are read back whole or not at all.

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_interp.errors import RecipeError
 
-__all__ = ["Schedule", "adamw", "check_optimisation", "schedule_of"]
+__all__ = ["Schedule", "adamw", "check_optimisation", "configured", "schedule_of"]
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -92,3 +92,23 @@ def schedule_of(optimizer: AdamW, schedule: Schedule, *, warmup_steps: int, tota
     steps = None if math.isinf(total_steps) else int(total_steps)
     scheduler: LRScheduler = get_scheduler(name, optimizer, warmup_steps, steps)
     return scheduler
+
+
+def configured(module: Any) -> Any:
+    """Make what a LightningModule's ``configure_optimizers`` returns: AdamW over everything trained, and its schedule.
+
+    Args:
+        module: Has ``lr``, ``weight_decay``, ``betas``, ``warmup_steps`` and ``schedule``.
+
+    Returns:
+        The optimizer, or a dict of it and a schedule that moves every step.
+
+    Raises:
+        RecipeError: If the learning rate is to fall by the end of a run that has none.
+    """
+    optimizer = adamw(module.parameters(), lr=module.lr, weight_decay=module.weight_decay, betas=module.betas)
+    steps = float("inf") if module.schedule == "constant" else module.trainer.estimated_stepping_batches
+    scheduler = schedule_of(optimizer, module.schedule, warmup_steps=module.warmup_steps, total_steps=steps)
+    if scheduler is None:
+        return optimizer
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

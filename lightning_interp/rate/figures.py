@@ -15,8 +15,8 @@ from lightning_interp.rate.standard_errors import Vector
 
 __all__ = ["effects_figure", "overlay_figure", "sensitivity_figure", "trend_figure"]
 
-_COLOURS = {"naive": "#9a9a9a", "single": "#c8743c", "rate": "#3b6ea5"}
-_LABELS = {"naive": "naive (originals of the two arms)", "single": "single rewrite", "rate": "double rewrite (RATE)"}
+COLOURS = {"naive": "#9a9a9a", "single": "#c8743c", "rate": "#3b6ea5"}
+LABELS = {"naive": "naive (originals of the two arms)", "single": "single rewrite", "rate": "double rewrite (RATE)"}
 _ARMS = ("#3b6ea5", "#c8743c")
 
 
@@ -48,7 +48,7 @@ def effects_figure(
     effects = [_three(_scale(name, result, standardized), estimand) for name, result in named.items()]
     figure = Figure(figsize=(max(4.2, 1.6 + 1.5 * len(named)), 4.2), layout="constrained")
     axis = figure.subplots()
-    for place, estimator in enumerate(_COLOURS):
+    for place, estimator in enumerate(COLOURS):
         at = [g + 0.27 * (place - 1) for g, one in enumerate(effects) if estimator in one]
         if at:
             _bars(axis, estimator, at, [one[estimator] for one in effects if estimator in one])
@@ -85,7 +85,7 @@ def _bars(axis: Any, estimator: str, at: list[float], effects: list[Effect]) -> 
     values = [effect.value for effect in effects]
     below = [0.0 if math.isnan(e.low) else max(0.0, e.value - e.low) for e in effects]
     above = [0.0 if math.isnan(e.high) else max(0.0, e.high - e.value) for e in effects]
-    axis.bar(at, values, width=0.25, color=_COLOURS[estimator], alpha=0.9, label=_LABELS[estimator])
+    axis.bar(at, values, width=0.25, color=COLOURS[estimator], alpha=0.9, label=LABELS[estimator])
     axis.errorbar(at, values, yerr=[below, above], fmt="none", ecolor="#222222", elinewidth=1, capsize=3)
 
 
@@ -161,13 +161,13 @@ def sensitivity_figure(line: SensitivityLine, *, title: str = "") -> Any:
     figure = Figure(figsize=(5.4, 3.8), layout="constrained")
     axis = figure.subplots()
     values, low, high = ([getattr(e, end) for e in line.effect] for end in ("value", "low", "high"))
-    axis.plot(line.asymmetry, values, color=_COLOURS["rate"])
+    axis.plot(line.asymmetry, values, color=COLOURS["rate"])
     if not any(math.isnan(end) for end in low):
-        axis.fill_between(line.asymmetry, low, high, color=_COLOURS["rate"], alpha=0.2, linewidth=0)
+        axis.fill_between(line.asymmetry, low, high, color=COLOURS["rate"], alpha=0.2, linewidth=0)
     axis.axhline(0, color="#333333", linewidth=0.8)
     inside = min(line.asymmetry, default=0) <= line.zero <= max(line.asymmetry, default=0)
     if inside:
-        axis.plot([line.zero], [0], "o", color=_COLOURS["single"], label=f"zero at D = {line.zero:.2g}")
+        axis.plot([line.zero], [0], "o", color=COLOURS["single"], label=f"zero at D = {line.zero:.2g}")
         axis.legend(frameon=False)
     axis.set_xlabel(f"asymmetry D of an off-target feature worth {line.beta:.3g}")
     axis.set_ylabel("ATE - beta D")
@@ -215,11 +215,11 @@ def trend_figure(
     tables = [_three(_scale(f"{place:g}", results[place], standardized), estimand) for place in places]
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axis = figure.subplots()
-    for estimator, colour in _COLOURS.items():
+    for estimator, colour in COLOURS.items():
         line = [(place, table[estimator]) for place, table in zip(places, tables, strict=True) if estimator in table]
         if line:
             at, effects = zip(*line, strict=True)
-            axis.plot(at, [e.value for e in effects], "o-", color=colour, label=_LABELS[estimator], markersize=4)
+            axis.plot(at, [e.value for e in effects], "o-", color=colour, label=LABELS[estimator], markersize=4)
             axis.fill_between(at, [e.low for e in effects], [e.high for e in effects], color=colour, alpha=0.2)
     axis.axhline(0, color="#333333", linewidth=0.8)
     if truth is not None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_interp.errors import RecipeError
-from lightning_interp.rate.figures import _COLOURS, _LABELS, effects_figure
+from lightning_interp.rate.figures import COLOURS, LABELS, effects_figure
 from lightning_interp.rate.result import Effect, RateResult
 
 __all__ = ["training_figure", "truth_figure"]
@@ -63,8 +63,8 @@ def _band(axis: Any, history: History, key: str, estimator: str) -> None:
     steps, values = _scaled(history, key)
     reach = [_Z * se for se in _scaled(history, _ERRORS[key])[1]]
     low, high = ([v + sign * r for v, r in zip(values, reach, strict=True)] for sign in (-1, 1))
-    axis.plot(steps, values, color=_COLOURS[estimator], marker="o", markersize=3, label=_LABELS[estimator])
-    axis.fill_between(steps, low, high, color=_COLOURS[estimator], alpha=0.2, linewidth=0)
+    axis.plot(steps, values, color=COLOURS[estimator], marker="o", markersize=3, label=LABELS[estimator])
+    axis.fill_between(steps, low, high, color=COLOURS[estimator], alpha=0.2, linewidth=0)
 
 
 def _scaled(history: History, key: str) -> tuple[list[float], list[float]]:
