@@ -20,6 +20,7 @@ from _measure import PeakMemory, alternate, arguments, compare, finish, row, sec
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_interp import FromBatch, Graft, GraftPlan, Last, ModelMap, paper_plans
+from lightning_interp.core.kv_cache import cache_argument
 from lightning_interp.grafting.donors import make_donors
 
 T = 14
@@ -105,7 +106,7 @@ class Sequential:
                 source = 0 if outside else int(chosen)
                 if source or self.reuse:  # a fresh copy is the recipient already
                     parameter.copy_(self.sources[source][name])
-            output = model(input_ids=self.ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+            output = model(input_ids=self.ids[:, t : t + 1], **cache_argument(model, cache), use_cache=True)
         logits: torch.Tensor = output.logits[0, -1]
         return logits
 

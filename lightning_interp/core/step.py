@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lightning_interp.core.kv_cache import cache_in, installed_versions
 from lightning_interp.errors import PositionError
 
 if TYPE_CHECKING:
@@ -259,13 +260,20 @@ def step_reader(backbone: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any
             raise PositionError(
                 f"{type(backbone).__name__} was called without input_ids or inputs_embeds of shape [B, T]."
             )
-        cache = argument("past_key_values", args, kwargs)
+        cache = cache_in(args, kwargs)
         past = int(cache.get_seq_length()) if cache is not None else 0
         mask = argument("attention_mask", args, kwargs)
         if isinstance(mask, dict):
             raise PositionError(
                 f"{type(backbone).__name__} was given a dict of attention masks; expected one of shape [B, T]. "
                 "Use a dynamic cache (static caches prepare their own masks)."
+            )
+        if cache is None and isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] > tokens.shape[1]:
+            raise PositionError(
+                f"{type(backbone).__name__} was called with {tokens.shape[1]} tokens and an attention_mask of "
+                f"{mask.shape[1]}, but without a cache that tells how many tokens came before, so the positions of "
+                f"these are not known (with {installed_versions()}). Generate with a cache of transformers' own "
+                "(get_seq_length()), or with use_cache=False."
             )
         return StepContext(int(tokens.shape[0]), int(tokens.shape[1]), past, tokens.device, ids, mask)
 

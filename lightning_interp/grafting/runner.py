@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_interp.core.kv_cache import cache_argument, cache_of
 from lightning_interp.core.model_map import ModelMap
 from lightning_interp.errors import UnsupportedStrategyError
 from lightning_interp.grafting.intervention import Graft
@@ -66,7 +67,7 @@ def last_logits(model_map: ModelMap, graft: Graft, rows: Rows, tree: PrefixTree,
                 continue
             children = torch.isin(tree.intervals[level + 1].parents, part).nonzero()[:, 0]
             _check_cache(model_map.model, output)
-            descend(level + 1, children, output.past_key_values, {row: i for i, row in enumerate(part.tolist())})
+            descend(level + 1, children, cache_of(output), {row: i for i, row in enumerate(part.tolist())})
 
     try:
         descend(0, torch.arange(len(tree.intervals[0].rows)), None, {})
@@ -98,7 +99,7 @@ def _pass(
     inputs = model_inputs(model_map.model, rows.ids[chosen, :stop], rows.valid[chosen, :stop], start=start)
     inputs["use_cache"] = not last or past is not None
     if past is not None:
-        inputs["past_key_values"] = past
+        inputs |= cache_argument(model_map.model, past)
     graft.given = rows.codes[chosen, start:stop]
     return model_map.model(**inputs)
 
@@ -139,7 +140,7 @@ def _picked(cache: Any, rows: list[int]) -> Any:
 
 
 def _check_cache(model: nn.Module, output: Any) -> None:
-    cache = getattr(output, "past_key_values", None)
+    cache = cache_of(output)
     if not (hasattr(cache, "layers") and hasattr(cache, "batch_select_indices")):
         raise UnsupportedStrategyError(
             f"{type(model).__name__} returned {type(cache).__name__} as its cache, whose rows cannot be shared. Pass "

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lightning_interp.core.intervention import Attachment, Compose, Intervention
+from lightning_interp.core.kv_cache import cache_argument, cache_of
 from lightning_interp.core.model_map import ModelMap
 from lightning_interp.core.sites import Site
 from lightning_interp.core.step import StepContext
@@ -377,8 +378,8 @@ def _decode(model: nn.Module, batch: Batch, *, prompt: int) -> torch.Tensor:
         step = {name: values[:, start:end] for name, values in batch.items()}
         step["attention_mask"] = batch["attention_mask"][:, :end]
         with torch.no_grad():
-            output = model(**step, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+            output = model(**step, **cache_argument(model, cache), use_cache=True)
+        cache = cache_of(output)
         logits.append(output.logits)
     return torch.cat(logits, dim=1)
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_interp.core.intervention import Intervention
+from lightning_interp.core.kv_cache import cache_argument, cache_of
 from lightning_interp.core.model_map import ModelMap
 from lightning_interp.core.sites import Site
 from lightning_interp.core.step import StepContext, step_reader
@@ -135,7 +136,7 @@ def test_right_padding_and_a_cache():
     with probe.attach(model), torch.no_grad():
         out = model(PROMPT[:, :3], attention_mask=mask, use_cache=True)
         longer = torch.cat([mask, torch.ones(2, 2).long()], 1)
-        model(PROMPT[:, 3:], attention_mask=longer, past_key_values=out.past_key_values)
+        model(PROMPT[:, 3:], attention_mask=longer, **cache_argument(model, cache_of(out)))
     assert probe.steps[0].positions.tolist() == [[0, 1, -1], [0, 1, 2]]
     assert probe.steps[1].positions.tolist() == [[2, 3], [3, 4]]
     assert probe.steps[1].is_prefill  # a chunk of a prompt
@@ -215,3 +216,46 @@ def test_rows_of_a_mask_of_another_size():
     step = StepContext(2, 3, batch={"m": torch.ones(5, 3)})
     with pytest.raises(PositionError, match=r"Mask 'm' is \(5, 3\); expected a tensor \[B, T\] with B=2"):
         _ = step.rows([0]).batch["m"]
+
+
+class Renamed:
+    """A cache that somebody passes under another name, or by place."""
+
+    def get_seq_length(self):
+        return 4
+
+
+@pytest.mark.parametrize("how", ["cache", "past_key_values", "kv", "by place"])
+def test_a_cache_is_known_by_what_it_is(how):
+    class Decoder(torch.nn.Module):
+        def forward(self, input_ids, attention_mask=None, anything=None, **more):
+            return input_ids
+
+    ids, cache = torch.zeros(2, 1, dtype=torch.long), Renamed()
+    read = step_reader(Decoder())
+    step = read((ids, None, cache), {}) if how == "by place" else read((ids,), {how: cache})
+    assert (step.past, step.is_prefill, step.positions.tolist()) == (4, False, [[4], [4]])
+
+
+def test_a_pass_that_cannot_be_placed_is_refused():
+    model, probe = tiny_model("llama"), Probe()
+    with (
+        probe.attach(model),
+        pytest.raises(PositionError, match=r"1 tokens and an attention_mask of 3.*transformers \d.*use_cache=False"),
+    ):
+        model(PROMPT[:, :1], attention_mask=torch.ones(2, 3).long())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_is_one_pass_over_its_text(family):
+    """Positions, validity and the prompt's length of every decoding step, whatever the cache argument is called."""
+    model, probe = tiny_model(family), Probe()
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with probe.attach(model):
+        model.generate(PROMPT, attention_mask=MASK, **settings)
+    assert [(step.past, step.length) for step in probe.steps] == [(0, 5), (5, 1), (6, 1), (7, 1)]
+    found = torch.cat([step.positions for step in probe.steps], dim=1)
+    expected = torch.cat([MASK, torch.ones(2, 3, dtype=torch.long)], 1).cumsum(1) - 1
+    real = found >= 0
+    assert torch.equal(found[real], expected[real])
+    assert [step.prompt_lengths.tolist() for step in probe.steps] == 4 * [MASK.sum(1).tolist()]

@@ -7,6 +7,7 @@ the families, so that a wrong entry in the package's own table shows as a differ
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -262,8 +263,9 @@ class Oracle:
         cache, rows = DynamicCache(config=self.config), []
         for t, (token, row) in enumerate(zip(ids, table, strict=True)):
             model = self.assemble(row)
+            cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
             where = {} if self.family == "bloom" else {"position_ids": torch.tensor([[t]])}
-            output = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True, **where)
+            output = model(torch.tensor([[token]]), **{cache_name: cache}, use_cache=True, **where)
             rows.append(output.logits[0, -1])
         return torch.stack(rows)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from oracle import Oracle, Rule, all_cells, assignment, cells_of
 
+from lightning_interp.core.kv_cache import cache_argument, cache_of
 from lightning_interp.core.positions import All, FromBatch, Last, Span
 from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.plan import GraftPlan, GraftRule
@@ -210,5 +211,5 @@ def test_a_prompt_in_two_pieces(family, pairs, agree):
     with Graft(donor, plan).attach(recipient), torch.no_grad():
         once = run(recipient, ids)
         first = recipient(ids[:, :5], use_cache=True)
-        rest = recipient(ids[:, 5:], past_key_values=first.past_key_values).logits
+        rest = recipient(ids[:, 5:], **cache_argument(recipient, cache_of(first))).logits
     agree(torch.cat([first.logits, rest], dim=1), once, f"13 pieces, {family}")

@@ -10,6 +10,7 @@ import torch
 from draws import batch_masks, draw
 from oracle import FUSED, TIED, Oracle, Rule, all_cells, assignment, cells_of, layer_components, shared_components
 
+from lightning_interp.core.kv_cache import cache_of
 from lightning_interp.core.model_map import ModelMap
 from lightning_interp.core.positions import All, FromBatch, Last, Span
 from lightning_interp.grafting.intervention import Graft
@@ -50,7 +51,7 @@ def grafted(recipient, donor, plan, ids, *, masks=None, execution="auto", **kwar
 
 
 def caches(output):
-    return [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+    return [(layer.keys, layer.values) for layer in cache_of(output).layers]
 
 
 @pytest.mark.parametrize("family", EVERY)

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from lightning_interp.core.intervention import Hook
+from lightning_interp.core.kv_cache import cache_argument
 from lightning_interp.core.positions import All, Last
 from lightning_interp.errors import IncompatibleModelError, QuantizedModelError, UnsupportedStrategyError
 from lightning_interp.grafting.intervention import Graft
@@ -329,7 +330,9 @@ class ByToggling:
             for path, layer in self.layers.items():
                 layer._disable_adapters = path not in on
             where = torch.tensor([[t]])
-            output = self.model(torch.tensor([[token]]), past_key_values=cache, use_cache=True, position_ids=where)
+            output = self.model(
+                torch.tensor([[token]]), **cache_argument(self.model, cache), use_cache=True, position_ids=where
+            )
             rows.append(output.logits[0, -1])
         for layer in self.layers.values():
             layer._disable_adapters = False

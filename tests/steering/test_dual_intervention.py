@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_interp import All, Generated, GenerationSteps, Last, Site, Tokens
+from lightning_interp.core.kv_cache import cache_of
 from lightning_interp.errors import (
     CompiledModelError,
     IncompatibleModelError,
@@ -89,9 +90,9 @@ def test_no_step_generates_the_very_same_tokens(family):
 @torch.no_grad()
 def test_the_cache_is_the_same_to_the_bit():
     model = tiny_model("llama")
-    plain = model(IDS, use_cache=True).past_key_values
+    plain = cache_of(model(IDS, use_cache=True))
     with dual_steering(model, direction(), kl_budget=1.0, alpha=0.5, positions=All()):
-        steered = model(IDS, use_cache=True).past_key_values
+        steered = cache_of(model(IDS, use_cache=True))
     for one, other in zip(plain.layers, steered.layers, strict=True):
         assert torch.equal(one.keys, other.keys)
         assert torch.equal(one.values, other.values)

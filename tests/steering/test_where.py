@@ -24,6 +24,7 @@ from lightning_interp import (
     StepContext,
     Tokens,
 )
+from lightning_interp.core.kv_cache import cache_argument, cache_of
 from lightning_interp.errors import DataError, IncompatibleModelError, PositionError, RecipeError, SiteError
 from lightning_interp.steering import (
     AddDirection,
@@ -399,12 +400,12 @@ def test_a_gate_that_would_read_too_late_says_so(model):
 def test_a_held_gate_needs_to_see_the_prompt(model):
     gate = ProbeGate(vector(), above=0.0, site="resid_post.0", hold=True)
     with torch.no_grad():
-        cache = model(input_ids=TOKENS, use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=TOKENS, use_cache=True))
     with (
         AddDirection(vector(), site=SITE, positions=gate).attach(model),
         pytest.raises(PositionError, match=r"prompt of this decoding step \(3 rows\) was not seen"),
     ):
-        model(input_ids=TOKENS[:, :1], past_key_values=cache)
+        model(input_ids=TOKENS[:, :1], **cache_argument(model, cache))
 
 
 def test_gates_are_asked_at_a_site_and_head_gates_when_attached():

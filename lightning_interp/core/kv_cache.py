@@ -1,0 +1,79 @@
+"""The KV cache of a forward pass, under whatever name a version of transformers gives it.
+
+Up to transformers 5.23 a decoder's ``forward`` takes ``past_key_values``; from 5.24 on it takes ``cache``, and the old
+name warns. What a cache is tells more than what it is called: it knows how many tokens it holds.
+"""
+
+from __future__ import annotations
+
+import inspect
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from torch import nn
+
+__all__ = ["cache_argument", "cache_in", "cache_of", "installed_versions"]
+
+_NAMES = ("cache", "past_key_values")
+
+
+def cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
+    """The cache among the arguments of a call, by what it is; None without one.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+
+    Example:
+        >>> from transformers import DynamicCache
+        >>> cache = DynamicCache()
+        >>> cache_in((None,), {"anything": cache}) is cache, cache_in((None,), {"cache": None})
+        (True, None)
+    """
+    return next((value for value in (*kwargs.values(), *args) if hasattr(value, "get_seq_length")), None)
+
+
+def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """A cache as the keyword argument that a model's ``forward`` takes it by.
+
+    Args:
+        model: A Hugging Face decoder, also inside a PEFT wrapper.
+        cache: What an earlier pass returned.
+
+    Returns:
+        ``{"cache": cache}``, or ``{"past_key_values": cache}`` where the model has the older name.
+
+    Example:
+        >>> from lightning_interp.testing import tiny_model
+        >>> import torch
+        >>> model, ids = tiny_model("llama"), torch.arange(5)[None]
+        >>> first = model(ids[:, :4], use_cache=True)
+        >>> again = model(ids[:, 4:], **cache_argument(model, cache_of(first))).logits[:, -1]
+        >>> torch.allclose(again, model(ids).logits[:, -1], atol=1e-5)
+        True
+    """
+    base = getattr(model, "get_base_model", None)
+    accepted = inspect.signature((base() if base is not None else model).forward).parameters
+    return {next((name for name in _NAMES if name in accepted), _NAMES[-1]): cache}
+
+
+def cache_of(output: Any) -> Any | None:
+    """The cache that a model's output carries; None without one.
+
+    Args:
+        output: What the model returned.
+    """
+    # By key where there are keys: reading an older name as an attribute may warn.
+    read = output.get if hasattr(output, "get") else lambda name: getattr(output, name, None)
+    return next((cache for name in _NAMES if (cache := read(name)) is not None), None)
+
+
+def installed_versions() -> str:
+    """Versions of torch, transformers and peft, for messages about what an installation does unexpectedly."""
+    found = []
+    for package in ("torch", "transformers", "peft"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"{package} not installed")
+    return ", ".join(found)
