@@ -63,9 +63,9 @@ def cache_of(output: Any) -> Any | None:
     Args:
         output: What the model returned.
     """
-    # By key where there are keys: reading an older name as an attribute may warn.
-    read = output.get if hasattr(output, "get") else lambda name: getattr(output, name, None)
-    return next((cache for name in _NAMES if (cache := read(name)) is not None), None)
+    # A name that the output does not have is not asked for: an older one may warn.
+    names = [name for name in _NAMES if not hasattr(output, "keys") or name in output]
+    return next((cache for name in names if (cache := getattr(output, name, None)) is not None), None)
 
 
 def installed_versions() -> str:
