@@ -46,7 +46,7 @@ class Map:
 
     @torch.no_grad()
     def __call__(self) -> torch.Tensor:
-        from lightning_interp.core.step import StepContext
+        from lightning_interp.core.tokens.step import StepContext
 
         graft = Graft(self.donors, self.plans)
         schedule = graft.schedule(self.map)

@@ -20,7 +20,7 @@ from _measure import PeakMemory, alternate, arguments, compare, finish, row, sec
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_interp import FromBatch, Graft, GraftPlan, Last, ModelMap, paper_plans
-from lightning_interp.core.kv_cache import cache_argument
+from lightning_interp.core.tokens.kv_cache import cache_argument
 from lightning_interp.grafting.donors import make_donors
 
 T = 14

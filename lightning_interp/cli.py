@@ -187,7 +187,7 @@ def _list(parsed: argparse.Namespace) -> int:
 
 
 def _show(parsed: argparse.Namespace) -> int:
-    from lightning_interp.core.run_lock import is_in_use
+    from lightning_interp.core.storage.run_lock import is_in_use
     from lightning_interp.running.results import read_run
     from lightning_interp.running.terminal import print_table
 
@@ -210,7 +210,7 @@ def _show(parsed: argparse.Namespace) -> int:
 
 
 def _copy(parsed: argparse.Namespace) -> int:
-    from lightning_interp.core.files import atomic_write_text
+    from lightning_interp.core.storage.files import atomic_write_text
     from lightning_interp.running.catalog import find_recipe
 
     with _settings_are_usage():
@@ -237,7 +237,7 @@ def _report(parsed: argparse.Namespace) -> int:
 
 
 def _stopped(why: str, command_line: Sequence[str], code: int) -> int:
-    from lightning_interp.core.distributed import is_rank_zero
+    from lightning_interp.core.storage.distributed import is_rank_zero
 
     if not is_rank_zero():
         return code
@@ -278,7 +278,7 @@ def _terminable() -> Iterator[None]:
 @contextmanager
 def _phase_lines() -> Iterator[None]:
     """Print one line when a phase begins and ends."""
-    from lightning_interp.core.distributed import is_rank_zero
+    from lightning_interp.core.storage.distributed import is_rank_zero
 
     logger, handler = logging.getLogger("lightning_interp"), logging.StreamHandler()
     level = logger.level

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lightning_interp.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
-    from lightning_interp.core.manifest import RunManifest
+    from lightning_interp.core.storage.manifest import RunManifest
     from lightning_interp.running.terminal import ProgressBar
 
 __all__ = ["Recipe", "RecipeResult", "RunFolder"]
@@ -101,7 +101,7 @@ class RunFolder:
         return self._manifest.folder(name)
 
     def phase(self, name: str, fn: Callable[[Path], Any], *, inputs: Any = None, every_rank: bool = False) -> Any:
-        """Run a phase once and remember its result; see :meth:`~lightning_interp.core.manifest.RunManifest.phase`.
+        """Run a phase once and remember its result; see ``RunManifest.phase``.
 
         Args:
             name: The phase's name, unique in the run.
@@ -137,7 +137,7 @@ class RunFolder:
     @property
     def writes(self) -> bool:
         """Whether this process is the rank that writes and prints."""
-        from lightning_interp.core.distributed import is_rank_zero
+        from lightning_interp.core.storage.distributed import is_rank_zero
 
         return is_rank_zero()
 
@@ -211,7 +211,7 @@ class Recipe(ABC):
 
     def config(self) -> dict[str, Any]:
         """Return the fields as plain values; an object in ``trainer`` stands as the name of its class."""
-        from lightning_interp.core.files import jsonable
+        from lightning_interp.core.storage.files import jsonable
 
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         values["trainer"] = {key: _plain(value) for key, value in self.trainer.items()}
@@ -264,7 +264,7 @@ class Recipe(ABC):
             RecipeError: If a setting cannot be used.
             KeyboardInterrupt: After Ctrl-C; the run can go on.
         """
-        from lightning_interp.core.manifest import RunManifest
+        from lightning_interp.core.storage.manifest import RunManifest
         from lightning_interp.running.results import OUTPUTS
         from lightning_interp.running.settings import trainer_arguments
 
@@ -304,7 +304,7 @@ class Recipe(ABC):
     def _write_config(self) -> None:
         import yaml
 
-        from lightning_interp.core.files import atomic_write_text
+        from lightning_interp.core.storage.files import atomic_write_text
         from lightning_interp.running.settings import literal
 
         values = {"recipe": self._key()} | self.config() | {"run_dir": str(self.run_path)}
@@ -367,7 +367,7 @@ def _about(cls: type[Recipe]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    from lightning_interp.core.files import jsonable
+    from lightning_interp.core.storage.files import jsonable
 
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]

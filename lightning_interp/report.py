@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_interp.core.files import atomic_write_text
+from lightning_interp.core.storage.files import atomic_write_text
 from lightning_interp.errors import ManifestError
 from lightning_interp.running.results import StoredRun, read_run
 from lightning_interp.running.terminal import columns, shown, shown_rows

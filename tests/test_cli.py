@@ -12,9 +12,9 @@ import yaml
 
 from lightning_interp import cli
 from lightning_interp.cli import main
-from lightning_interp.core.files import atomic_write_text
-from lightning_interp.core.manifest import RunManifest
-from lightning_interp.core.manifest_file import read_manifest
+from lightning_interp.core.storage.files import atomic_write_text
+from lightning_interp.core.storage.manifest import RunManifest
+from lightning_interp.core.storage.manifest_file import read_manifest
 from lightning_interp.running import catalog
 
 ROOT = Path(__file__).parents[1]

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lightning_interp.core.files import atomic_write_text
-from lightning_interp.core.manifest_file import read_manifest
+from lightning_interp.core.storage.files import atomic_write_text
+from lightning_interp.core.storage.manifest_file import read_manifest
 
 ROOT = Path(__file__).parents[1]
 

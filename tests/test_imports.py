@@ -7,6 +7,7 @@ carry something for Lightning) is there a list, and it is short.
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import subprocess
@@ -29,12 +30,22 @@ LIGHTNING = {"lightning", "pytorch_lightning", "torchmetrics", "peft"}
 TORCH = {"torch", "transformers", "tokenizers", "numpy", "scipy", "safetensors"}
 
 # The light modules: `import lightning_interp` and `lightning-interp --help` must not wait for torch.
-BARE = {"", "errors"}
+BARE = {"", "errors", "lazy_names"}
 LIGHT = {"recipe", "cli", "__main__"}
 CLI_MAY = {"jsonargparse", "omegaconf", "rich"}
 # Modules that are Lightning classes: all callbacks, these by the last part of their name, whole packages of them.
 LIGHTNING_FILES = {
-    *("bag_of_words", "causal_lm", "contract", "data", "distributed", "dpo", "finetuning", "preferences", "reward"),
+    *(
+        "bag_of_words",
+        "causal_lm",
+        "contract",
+        "text_data",
+        "distributed",
+        "dpo",
+        "finetuning",
+        "preferences",
+        "reward",
+    ),
 }
 LIGHTNING_PACKAGES = {"cycles"}
 
@@ -132,7 +143,7 @@ def found():
 
 def test_discovery_sees_the_package():
     names = set(MODULES)
-    assert {"", "errors", "core", "core.sites", "core.intervention", "testing.tiny"} <= names
+    assert {"", "errors", "core", "core.model.sites", "core.hooks.intervention", "testing.tiny"} <= names
     assert len(names) > 12
 
 
@@ -165,12 +176,12 @@ def allowed(name):
     first = name.partition(".")[0]
     if name in ASSEMBLERS:
         return None
-    below = {"errors": set(), "core": {"errors", "core"}}
+    below = {"errors": set(), "lazy_names": set(), "core": {"errors", "core"}}
     if first in below:
         return below[first]
     if first in {"models", "testing"}:
-        return {"errors", "core", "models", "testing"}
-    return {"errors", "core", "models", first} | CROSSINGS.get(first, set())
+        return {"errors", "lazy_names", "core", "models", "testing"}
+    return {"errors", "lazy_names", "core", "models", first} | CROSSINGS.get(first, set())
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -195,24 +206,28 @@ def test_core_does_not_depend_on_lightning_in_functions_either():
 def test_lazy_names_resolve(name):
     value = getattr(lightning_interp, name)
     assert getattr(value, "__name__", name).split(".")[-1] == name
-    home = lightning_interp._HOMES[name]
-    assert name in sys.modules[home].__all__
+    home = stub_names("")[name]
+    defined_in = sys.modules[value.__module__] if home.count(".") == 1 and home != "lightning_interp.recipe" else None
     assert value is getattr(sys.modules[home], name)
+    assert name in (defined_in or sys.modules[home]).__all__
 
 
-def test_lazy_table_matches_all_and_the_type_checkers_view():
-    assert set(lightning_interp._HOMES) == set(lightning_interp.__all__) - {"__version__"}
-    assert sorted(lightning_interp.__all__) == list(lightning_interp.__all__)
-    tree = ast.parse(Path(lightning_interp.__file__).read_text(encoding="utf-8"))
-    typed = {
-        alias.name: node.module
-        for block in tree.body
-        if isinstance(block, ast.If)
-        for node in block.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
-    assert typed == lightning_interp._HOMES
+def stub_names(package):
+    """Name -> module, as the stub of a package tells type checkers."""
+    stub = PACKAGE / package / "__init__.pyi"
+    nodes = [n for n in ast.parse(stub.read_text(encoding="utf-8")).body if isinstance(n, ast.ImportFrom)]
+    assert all(alias.asname == alias.name for node in nodes for alias in node.names), "a re-export says its name twice"
+    return {alias.name: node.module for node in nodes for alias in node.names}
+
+
+@pytest.mark.parametrize("package", ["", "grafting", "models", "rate", "steering", "testing"])
+def test_a_package_offers_what_its_stub_tells_type_checkers(package):
+    module = importlib.import_module(f"lightning_interp.{package}".rstrip("."))
+    assert sorted(module.__all__) == list(module.__all__)
+    assert set(module.__all__) - {"__version__"} == set(stub_names(package))
+    assert set(module.__all__) <= set(dir(module))
+    with pytest.raises(AttributeError, match=rf"{module.__name__}' has no attribute 'nothing'; its names are "):
+        _ = module.nothing
 
 
 def test_unknown_name_lists_the_names():

@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
 from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
-from lightning_interp.core.manifest import RunManifest
-from lightning_interp.core.manifest_file import read_manifest
+from lightning_interp.core.storage.manifest import RunManifest
+from lightning_interp.core.storage.manifest_file import read_manifest
 from lightning_interp.errors import DataError, ManifestError, RecipeError
 from lightning_interp.recipe import Recipe, RecipeResult, RunFolder
 

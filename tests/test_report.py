@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import pytest
 from matplotlib.figure import Figure
 
-from lightning_interp.core.manifest import RunManifest
+from lightning_interp.core.storage.manifest import RunManifest
 from lightning_interp.errors import ManifestError
 from lightning_interp.report import write_report
 from lightning_interp.running.results import write_results

@@ -10,10 +10,10 @@ import lightning as L
 import torch
 from torch import nn
 
-from lightning_interp.core.checks import check_hookable, check_strategy
-from lightning_interp.core.model_map import ModelMap
+from lightning_interp.core.hooks.checks import check_hookable, check_strategy
+from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.errors import IncompatibleModelError, RecipeError
-from lightning_interp.grafting.adapters import adapted_layers
+from lightning_interp.grafting.adapter_donor import adapted_layers
 from lightning_interp.grafting.evaluate import GraftEvaluator, GraftPrompt
 from lightning_interp.grafting.metrics import METRICS, GraftScores
 from lightning_interp.grafting.plan import GraftPlan

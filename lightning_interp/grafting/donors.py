@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lightning_interp.core.checks import check_dense, check_weights, quantized_modules
-from lightning_interp.core.components import Part
-from lightning_interp.core.intervention import split_output
-from lightning_interp.core.model_map import ModelMap
+from lightning_interp.core.hooks.checks import check_dense, check_weights, quantized_modules
+from lightning_interp.core.hooks.intervention import split_output
+from lightning_interp.core.model.components import Part
+from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.errors import IncompatibleModelError, QuantizedModelError, RecipeError
-from lightning_interp.grafting.adapters import AdapterDonor, Donor
+from lightning_interp.grafting.adapter_donor import AdapterDonor, Donor
 
 __all__ = ["AdapterDonor", "AnyDonor", "Donor", "ModelDonor", "check_same_shapes", "make_donors", "moved"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lightning_interp.core.intervention import split_output
+from lightning_interp.core.hooks.intervention import split_output
 from lightning_interp.errors import RecipeError
 from lightning_interp.grafting.dropout import Cell
 from lightning_interp.grafting.plan import GraftRule

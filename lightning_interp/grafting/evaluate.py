@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_interp.core.masked_linear import Execution
-from lightning_interp.core.model_map import ModelMap
+from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.weights.masked_linear import Execution
 from lightning_interp.errors import PositionError, RecipeError
 from lightning_interp.grafting.donors import AnyDonor, Donor, ModelDonor, make_donors
 from lightning_interp.grafting.experiments import paper_plans
@@ -40,7 +40,7 @@ class GraftEvaluator:
         token_budget: Most tokens (rows x columns, cached ones counted) of one forward pass.
         missing: ``raise`` when a prompt lacks a span that a plan names, or the span does not occur in it; or ``drop``
             the prompt and count it.
-        execution: See :func:`~lightning_interp.core.masked_linear.masked_rows`.
+        execution: See :func:`~lightning_interp.core.weights.masked_linear.masked_rows`.
         share_prefixes: Compute tokens that several plans treat alike once; exact, up to floating-point order.
 
     Attributes:

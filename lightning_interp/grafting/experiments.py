@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from lightning_interp.core.positions import All, FromBatch, Last, Positions
+from lightning_interp.core.tokens.positions import All, FromBatch, Last, Positions
 from lightning_interp.errors import RecipeError
 from lightning_interp.grafting.dropout import GraftDropout
 from lightning_interp.grafting.layers import Layers

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lightning_interp.core.model_map import ModelMap
-from lightning_interp.core.statistics import Estimate, proportion_interval
+from lightning_interp.core.measure.statistics import Estimate, proportion_interval
+from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.errors import RecipeError
 from lightning_interp.grafting.donors import AnyDonor, ModelDonor, make_donors
 from lightning_interp.grafting.intervention import Decode, Graft, decode_name

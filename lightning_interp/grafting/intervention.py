@@ -17,18 +17,18 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lightning_interp.core.components import Part, mixing_modules
-from lightning_interp.core.intervention import Attachment, Hook, Intervention
-from lightning_interp.core.masked_linear import Execution, MaskedMap, RowMask, attach_masked
-from lightning_interp.core.model_map import ModelMap
-from lightning_interp.core.sites import Site
-from lightning_interp.core.step import StepContext
+from lightning_interp.core.hooks.intervention import Attachment, Hook, Intervention
+from lightning_interp.core.model.components import Part, mixing_modules
+from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.model.sites import Site
+from lightning_interp.core.tokens.step import StepContext
+from lightning_interp.core.weights.masked_linear import Execution, MaskedMap, RowMask, attach_masked
 from lightning_interp.errors import PositionError, RecipeError, SiteError, UnsupportedStrategyError
-from lightning_interp.grafting.adapters import AdapterDonor, adapted_layers, own_map, takes_empty
+from lightning_interp.grafting.adapter_donor import AdapterDonor, adapted_layers, own_map, takes_empty
+from lightning_interp.grafting.compiled_plan import EVERYWHERE, NOWHERE, Schedule, Signature, without_padding
 from lightning_interp.grafting.donors import AnyDonor, ModelDonor, make_donors
 from lightning_interp.grafting.dose import Doses, check_doses, dosed, dosed_delta
 from lightning_interp.grafting.plan import GraftPlan
-from lightning_interp.grafting.schedule import EVERYWHERE, NOWHERE, Schedule, Signature, without_padding
 
 __all__ = ["DECODE", "Decode", "DecodePolicy", "Graft", "decode_name"]
 
@@ -46,10 +46,10 @@ class Graft(Intervention):
         donor: A finetuned model of the same architecture, the name of a LoRA adapter on the recipient, or several of
             these by name (rules say which with ``source``).
         plan: One plan for every row of the batch, or one plan for each row.
-        execution: How mixed masks are computed (see :func:`~lightning_interp.core.masked_linear.masked_rows`).
+        execution: How mixed masks are computed (see :func:`~lightning_interp.core.weights.masked_linear.masked_rows`).
         decode: Weights of generated tokens: the ``recipient``'s; the ``donor``'s; ``like_last`` treats each like the
             last prompt token; ``outside`` like prompt positions that no located selector names; or a function of the
-            :class:`~lightning_interp.core.step.StepContext` that returns one of these names, or a mask ``[B, T]`` of
+            ``StepContext`` that returns one of these names, or a mask ``[B, T]`` of
             the tokens that are the donor's. Cached keys and values stay. The beams of a beam search have their
             prompt's plan, so reordering them changes nothing.
         doses: Tensors that rules name with ``dose="name"``: a scalar, or one value a layer ``[L]``. Gradients reach

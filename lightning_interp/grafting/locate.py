@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_interp.core.text import find_occurrence
+from lightning_interp.core.tokens.text import find_occurrence
 from lightning_interp.errors import PositionError
 
 __all__ = ["encode_prompt", "first_target_token", "locate_entity"]

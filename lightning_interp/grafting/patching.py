@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from lightning_interp.core.capture import ActivationCapture
-from lightning_interp.core.intervention import Intervention
-from lightning_interp.core.model_map import ModelMap
-from lightning_interp.core.positions import Positions
-from lightning_interp.core.sites import Site
-from lightning_interp.core.step import StepContext
+from lightning_interp.core.hooks.capture import ActivationCapture
+from lightning_interp.core.hooks.intervention import Intervention
+from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.model.sites import Site
+from lightning_interp.core.tokens.positions import Positions
+from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import RecipeError
-from lightning_interp.grafting.adapters import Donor
+from lightning_interp.grafting.adapter_donor import Donor
 from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.layers import Layers, resolve_layers
 from lightning_interp.grafting.plan import GraftPlan, Policy

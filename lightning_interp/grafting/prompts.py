@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from lightning_interp.core.positions import FromBatch, Positions
-from lightning_interp.core.step import StepContext
+from lightning_interp.core.tokens.positions import FromBatch, Positions
+from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import PositionError
 from lightning_interp.grafting.locate import encode_prompt, first_target_token, locate_entity
 

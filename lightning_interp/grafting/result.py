@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_interp.core.statistics import (
+from lightning_interp.core.measure.statistics import (
     Estimate,
     mean_interval,
     median_interval,

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_interp.core.kv_cache import cache_argument, cache_of
-from lightning_interp.core.model_map import ModelMap
+from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.tokens.kv_cache import cache_argument, cache_of
 from lightning_interp.errors import UnsupportedStrategyError
 from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.prefixes import PrefixTree

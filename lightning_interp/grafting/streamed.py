@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_interp.core.components import Part
+from lightning_interp.core.model.components import Part
 from lightning_interp.errors import IncompatibleModelError
 from lightning_interp.grafting.donors import ModelDonor, moved
 

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_interp.core.files import atomic_write_text
-from lightning_interp.core.statistics import Estimate, mean_interval
+from lightning_interp.core.measure.statistics import Estimate, mean_interval
+from lightning_interp.core.storage.files import atomic_write_text
 from lightning_interp.errors import DataError
 from lightning_interp.grafting.facts import Fact
 from lightning_interp.grafting.metrics import METRICS

@@ -11,15 +11,15 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_interp.core.checks import check_strategy
+from lightning_interp.core.hooks.checks import check_strategy
+from lightning_interp.core.measure.undisturbed import undisturbed
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.models.reward_text import Scores
-from lightning_interp.models.undisturbed import undisturbed
-from lightning_interp.rate.estimators import Settings
-from lightning_interp.rate.result import RateResult
-from lightning_interp.rate.scoring import TripleScores, checked_rewards
-from lightning_interp.rate.store import RewriteStore
-from lightning_interp.rate.triples import Missing, RewriteTriples
+from lightning_interp.models.scoring.reward_text import Scores
+from lightning_interp.rate.estimators.effects import Settings
+from lightning_interp.rate.estimators.result import RateResult
+from lightning_interp.rate.estimators.triples import Missing, RewriteTriples
+from lightning_interp.rate.rewriting.store import RewriteStore
+from lightning_interp.rate.scoring.scores import TripleScores, checked_rewards
 
 __all__ = ["RewardAttributeEffect"]
 
@@ -45,7 +45,7 @@ class RewardAttributeEffect(L.Callback):
         missing: What to do, before training, with units that lack a text: ``"raise"`` or ``"drop"``.
         nonfinite: What to do with units of which a reward is NaN or infinite: ``"drop"`` them from all estimates,
             with a warning and counted, or ``"raise"``, which ends the training.
-        se: Kind of standard error; see :func:`~lightning_interp.rate.estimators.rate_effects`.
+        se: Kind of standard error; see :func:`~lightning_interp.rate.estimators.effects.rate_effects`.
         name: Between ``rate/`` and the estimate in what is logged, and in the state key; the attribute if None.
 
     Attributes:

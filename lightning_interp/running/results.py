@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_interp.core.files import atomic_write_bytes, atomic_write_json, atomic_write_text, jsonable
-from lightning_interp.core.manifest_file import read_manifest
+from lightning_interp.core.storage.files import atomic_write_bytes, atomic_write_json, atomic_write_text, jsonable
+from lightning_interp.core.storage.manifest_file import read_manifest
 from lightning_interp.errors import ManifestError, RecipeError
 from lightning_interp.running.terminal import columns
 

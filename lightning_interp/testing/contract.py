@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_interp.core.intervention import Attachment, Compose, Intervention
-from lightning_interp.core.kv_cache import cache_argument, cache_of
-from lightning_interp.core.model_map import ModelMap
-from lightning_interp.core.sites import Site
-from lightning_interp.core.step import StepContext
+from lightning_interp.core.hooks.intervention import Attachment, Compose, Intervention
+from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.model.sites import Site
+from lightning_interp.core.tokens.kv_cache import cache_argument, cache_of
+from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import CompiledModelError
 from lightning_interp.testing.snapshot import Snapshot, snapshot
 from lightning_interp.testing.tiny import FAMILIES, byte_tokenizer, tiny_model
@@ -45,7 +45,7 @@ class _Affine(Intervention):
 
 
 class InterventionContract:
-    """Tests that every :class:`~lightning_interp.core.intervention.Intervention` must pass.
+    """Tests that every :class:`~lightning_interp.core.hooks.intervention.Intervention` must pass.
 
     Subclass it in a test module under a name that pytest collects, and say how to make the intervention.
 

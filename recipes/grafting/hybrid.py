@@ -82,7 +82,7 @@ class GraftHybrid(Recipe):
     def graft(self, run: RunFolder, folder: Path) -> dict[str, Any]:
         """Put both adapters on one base and score every plan."""
         from lightning_interp import GraftEvaluator, load_causal_lm
-        from lightning_interp.models.adapters import attach_adapter_folder
+        from lightning_interp.models.sources.adapters import attach_adapter_folder
 
         base = load_causal_lm(self.source)
         for name in ("one", "both"):

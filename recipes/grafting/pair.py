@@ -88,8 +88,8 @@ class GraftPair(Recipe):
         from lightning_interp.errors import RecipeError
         from lightning_interp.grafting import CheckpointDonor, ModelDonor
         from lightning_interp.models import check_same_tokenizer
-        from lightning_interp.models.adapters import attach_adapter_folder, is_adapter_folder
-        from lightning_interp.models.pretrained import LoadOptions, load_tokenizer_files
+        from lightning_interp.models.sources.adapters import attach_adapter_folder, is_adapter_folder
+        from lightning_interp.models.sources.pretrained import LoadOptions, load_tokenizer_files
 
         source = self.donor or (str(self.example_donor(folder)) if self.smoke else "")
         if not source:

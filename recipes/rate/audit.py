@@ -150,8 +150,8 @@ class RateAudit(Recipe):
 
     def given(self) -> Any:
         """The user's texts, labelled."""
-        from lightning_interp.rate.audit_study import labelled, read_any
-        from lightning_interp.rate.named import named_labeller
+        from lightning_interp.rate.report.audit_study import labelled, read_any
+        from lightning_interp.rate.scoring.named import named_labeller
 
         read = read_any(self.data)
         texts = [unit.text for unit in read.units]
@@ -174,8 +174,8 @@ class RateAudit(Recipe):
     def stored(self, run: RunFolder, folder: Path) -> tuple[Any, Any, str, int]:
         """The store, who wrote, what was planned and how often was asked; the plan is shown before that."""
         from lightning_interp.rate import Prices, RewriteRun, RewriteStore
-        from lightning_interp.rate.audit_study import agreed, rewrite_all
-        from lightning_interp.rate.emphasis_study import emphatic_units
+        from lightning_interp.rate.report.audit_study import agreed, rewrite_all
+        from lightning_interp.rate.report.emphasis_study import emphatic_units
 
         if self.rewriter == "replay":
             return RewriteStore.open(self.store), self.whose or None, "", 0
@@ -198,15 +198,15 @@ class RateAudit(Recipe):
     def reviews(self) -> list[Any]:
         """Reviews of the example; made up in a smoke run."""
         from lightning_interp.rate import read_reviews
-        from lightning_interp.rate.typo_study import made_up_reviews
+        from lightning_interp.rate.report.typo_study import made_up_reviews
 
         return made_up_reviews() if self.smoke else read_reviews()
 
     def writer(self) -> Any:
         """Who rewrites."""
         from lightning_interp.rate import LocalRewriter, OpenAICompatibleRewriter, RuleRewriter
-        from lightning_interp.rate.emphasis_study import emphasis_rewriter
-        from lightning_interp.rate.named import named_rule, named_template, named_toggle
+        from lightning_interp.rate.report.emphasis_study import emphasis_rewriter
+        from lightning_interp.rate.scoring.named import named_rule, named_template, named_toggle
 
         if self.example:
             return emphasis_rewriter()
@@ -229,7 +229,7 @@ class RateAudit(Recipe):
     def finished(self, triples: Any) -> dict[str, list[float]] | None:
         """Rewards that are in the file, if those are asked for."""
         from lightning_interp.errors import DataError
-        from lightning_interp.rate.own_files import OWN_REWARDS
+        from lightning_interp.rate.texts.own_files import OWN_REWARDS
 
         if self.example or self.rewriter:
             if self.reward == OWN_REWARDS:
@@ -247,8 +247,8 @@ class RateAudit(Recipe):
     def score(self, run: RunFolder, folder: Path) -> dict[str, Any]:
         """Rewards of all texts; those of a model are written text by text, so that a killed run goes on."""
         from lightning_interp.rate import RewardScorer
-        from lightning_interp.rate.emphasis_study import exact_effects, made_up_scorer
-        from lightning_interp.rate.named import named_scorer
+        from lightning_interp.rate.report.emphasis_study import exact_effects, made_up_scorer
+        from lightning_interp.rate.scoring.named import named_scorer
 
         triples = self.triples(run)
         finished = self.finished(triples)
@@ -271,7 +271,7 @@ class RateAudit(Recipe):
         import torch
 
         from lightning_interp.rate import TripleScores, read_rewards, study_effects
-        from lightning_interp.rate.named import named_labeller
+        from lightning_interp.rate.scoring.named import named_labeller
 
         triples = self.triples(run)
         if scored["rewards"] is None:
@@ -291,8 +291,8 @@ class RateAudit(Recipe):
 
     def result(self, run: RunFolder, texts: dict[str, Any], scored: dict[str, Any]) -> RecipeResult:
         """Tables, figures, and what speaks against the numbers."""
-        from lightning_interp.rate.audit_study import running_estimates
-        from lightning_interp.rate.study_files import write_effects
+        from lightning_interp.rate.report.audit_study import running_estimates
+        from lightning_interp.rate.report.study_files import write_effects
         from lightning_interp.running.curves import write_scalars
 
         study = self.effects(run, scored)

@@ -87,9 +87,9 @@ class LanguageModelRewriter(Recipe):
 
     def choose(self, folder: Path) -> dict[str, Any]:
         """The units, with their labels."""
-        from lightning_interp.core.files import atomic_write_json
+        from lightning_interp.core.storage.files import atomic_write_json
         from lightning_interp.rate import read_reviews
-        from lightning_interp.rate.rewriter_study import made_up_reviews, review_units, units_of
+        from lightning_interp.rate.report.rewriter_study import made_up_reviews, review_units, units_of
 
         made_up = self.smoke and not self.texts
         if self.texts:
@@ -106,7 +106,7 @@ class LanguageModelRewriter(Recipe):
         """Say what it will cost, then ask for what is missing; the rules rewrite the same texts."""
         from lightning_interp.errors import RecipeError
         from lightning_interp.rate import Prices, RewriteRun, RewriteStore
-        from lightning_interp.rate.rewriters import rewriter_id
+        from lightning_interp.rate.rewriting.rewriters import rewriter_id
         from lightning_interp.running.curves import write_scalars
 
         units = self.units(run)
@@ -142,9 +142,9 @@ class LanguageModelRewriter(Recipe):
 
     def score(self, run: RunFolder, folder: Path, rewritten: dict[str, Any]) -> dict[str, int]:
         """Rewards of all texts of complete units, and the effects with their checks."""
-        from lightning_interp.core.files import atomic_write_json
+        from lightning_interp.core.storage.files import atomic_write_json
         from lightning_interp.rate import score_triples
-        from lightning_interp.rate.study_files import write_effects
+        from lightning_interp.rate.report.study_files import write_effects
 
         scorer, counts = self.scored_by(), {}
         for number, by in enumerate(rewritten["rewriters"]):
@@ -168,10 +168,10 @@ class LanguageModelRewriter(Recipe):
     def result(self, run: RunFolder, chosen: dict[str, Any], rewritten: dict[str, Any]) -> RecipeResult:
         """The report: what came back, what it is worth, and effects with and without selection."""
         from lightning_interp.rate import RewriteStore
-        from lightning_interp.rate.figures import effects_figure, overlay_figure
-        from lightning_interp.rate.rewriter_figures import quality_figure
-        from lightning_interp.rate.rewriter_study import answer_rows, described
-        from lightning_interp.rate.study_tables import effects_rows
+        from lightning_interp.rate.report.figures import effects_figure, overlay_figure
+        from lightning_interp.rate.report.rewriter_figures import quality_figure
+        from lightning_interp.rate.report.rewriter_study import answer_rows, described
+        from lightning_interp.rate.report.study_tables import effects_rows
 
         tried = self.tried([unit.text for unit in self.units(run)])
         store = RewriteStore.open(run.folder("rewrite") / "store")
@@ -218,8 +218,8 @@ class LanguageModelRewriter(Recipe):
 
     def findings(self, run: RunFolder, tried: Any, store: Any, rewriters: list[list[str]]) -> tuple[Any, ...]:
         """Of each rewriter the counts, the study, effects by which units, the third rewrite, and what is to be said."""
-        from lightning_interp.rate.records import RewriterId
-        from lightning_interp.rate.rewriter_quality import rewriter_quality, selected, verdict
+        from lightning_interp.rate.checks.rewriter_quality import rewriter_quality, selected, verdict
+        from lightning_interp.rate.rewriting.records import RewriterId
 
         qualities, studies, effects, thirds, notes = [], {}, {}, {}, []
         for number, by in enumerate(rewriters):
@@ -258,7 +258,7 @@ class LanguageModelRewriter(Recipe):
 
     def tried(self, texts: list[str]) -> Any:
         """The attribute; ``texts`` divide long from short."""
-        from lightning_interp.rate.rewriter_study import read_attribute
+        from lightning_interp.rate.report.rewriter_study import read_attribute
 
         return read_attribute(self.attribute, texts, made_up=self.smoke and not self.texts)
 
@@ -290,7 +290,7 @@ class LanguageModelRewriter(Recipe):
     def scored_by(self) -> Any:
         """The scorer."""
         from lightning_interp.rate import CallableScorer, as_scorer, fluency_scorer, vader_scorer
-        from lightning_interp.rate.rewriter_study import WORDS_OF_MOOD
+        from lightning_interp.rate.report.rewriter_study import WORDS_OF_MOOD
 
         if self.smoke and self.scorer == "vader":
             return CallableScorer(
@@ -309,7 +309,7 @@ class LanguageModelRewriter(Recipe):
         import warnings
 
         from lightning_interp.rate import RewriteStore
-        from lightning_interp.rate.records import RewriterId
+        from lightning_interp.rate.rewriting.records import RewriterId
 
         store, name = RewriteStore.open(run.folder("rewrite") / "store"), self.tried([""]).name
         with warnings.catch_warnings():
@@ -333,7 +333,7 @@ class LanguageModelRewriter(Recipe):
         import torch
 
         from lightning_interp.rate import TripleScores
-        from lightning_interp.rate.study import study_effects
+        from lightning_interp.rate.report.study import study_effects
 
         found = json.loads((run.folder("score") / f"rewards_{number}.json").read_text())
         scores = TripleScores(

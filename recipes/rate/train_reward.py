@@ -82,9 +82,9 @@ class TrainReward(Recipe):
 
     def read(self, folder: Path) -> dict[str, Any]:
         """Divide the tweets, and write rows to train on and units to ask about."""
-        from lightning_interp.core.files import atomic_write_json
+        from lightning_interp.core.storage.files import atomic_write_json
         from lightning_interp.rate import read_tweets
-        from lightning_interp.rate.reward_study import (
+        from lightning_interp.rate.report.reward_study import (
             ATTRIBUTES,
             judged_rows,
             made_up_tweets,
@@ -113,7 +113,7 @@ class TrainReward(Recipe):
     def rewrite(self, run: RunFolder, folder: Path) -> dict[str, Any]:
         """Rewrite every unit twice by rules, into a store."""
         from lightning_interp.rate import RewriteRun, RewriteStore
-        from lightning_interp.rate.reward_study import ATTRIBUTES, tweet_rewriter
+        from lightning_interp.rate.report.reward_study import ATTRIBUTES, tweet_rewriter
 
         calls = {}
         for name in ATTRIBUTES:
@@ -127,7 +127,7 @@ class TrainReward(Recipe):
         """Train with the effects watched; goes on at the last checkpoint."""
         from lightning_interp.models import PreferenceDataModule
         from lightning_interp.rate import RewardAttributeEffect
-        from lightning_interp.rate.reward_study import ATTRIBUTES, edited_exactly, train_reward
+        from lightning_interp.rate.report.reward_study import ATTRIBUTES, edited_exactly, train_reward
 
         module = self.module(run)
         rows = {name: json.loads((run.folder("tweets") / f"{name}.json").read_text()) for name in ("train", "val")}
@@ -154,10 +154,10 @@ class TrainReward(Recipe):
 
     def audit(self, run: RunFolder, folder: Path) -> dict[str, Any]:
         """Score originals, rewrites, exact edits and exactly edited rewrites with the trained model."""
-        from lightning_interp.core.files import atomic_write_json
+        from lightning_interp.core.storage.files import atomic_write_json
         from lightning_interp.rate import score_triples
-        from lightning_interp.rate.reward_study import ATTRIBUTES, edited_exactly, rewritten_exactly
-        from lightning_interp.rate.study_files import write_effects
+        from lightning_interp.rate.report.reward_study import ATTRIBUTES, edited_exactly, rewritten_exactly
+        from lightning_interp.rate.report.study_files import write_effects
 
         scorer = self.scorer(run.folder("train") / "model")
         with run.progress("scoring", total=3 * len(ATTRIBUTES)) as bar:
@@ -184,8 +184,8 @@ class TrainReward(Recipe):
         self, run: RunFolder, read: dict[str, Any], trained: dict[str, Any], audited: dict[str, Any]
     ) -> RecipeResult:
         """Effects beside the truth, over training and at the end."""
-        from lightning_interp.rate.reward_figures import training_figure, truth_figure
-        from lightning_interp.rate.reward_study import ATTRIBUTES, edited_exactly, rewritten_exactly, truth_rows
+        from lightning_interp.rate.report.reward_figures import training_figure, truth_figure
+        from lightning_interp.rate.report.reward_study import ATTRIBUTES, edited_exactly, rewritten_exactly, truth_rows
 
         studies, truths, on_rewrites = {}, {}, {}
         for name in ATTRIBUTES:
@@ -293,7 +293,7 @@ class TrainReward(Recipe):
     def triples(self, run: RunFolder, name: str, count: int = 0) -> Any:
         """The rewritten units of an attribute, or the first of them."""
         from lightning_interp.rate import RewriteStore
-        from lightning_interp.rate.reward_study import first_units
+        from lightning_interp.rate.report.reward_study import first_units
 
         triples = RewriteStore.open(run.folder("rewrite") / "store").triples(name, missing="drop")
         return first_units(triples, count)
@@ -301,8 +301,8 @@ class TrainReward(Recipe):
     def studied(self, run: RunFolder, name: str) -> Any:
         """Effects of an attribute with all checks."""
         from lightning_interp.rate import Contains
-        from lightning_interp.rate.reward_study import THANKS
-        from lightning_interp.rate.study import study_effects
+        from lightning_interp.rate.report.reward_study import THANKS
+        from lightning_interp.rate.report.study import study_effects
 
         labeller = {"exclamation": Contains("!"), "thanks": Contains(THANKS)}[name]
         scores = self.scores(run, name)["rewritten"]

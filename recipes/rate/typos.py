@@ -67,7 +67,7 @@ class RateTypos(Recipe):
     def texts(self) -> list[Any]:
         """The reviews."""
         from lightning_interp.rate import read_reviews
-        from lightning_interp.rate.typo_study import made_up_reviews, own_reviews
+        from lightning_interp.rate.report.typo_study import made_up_reviews, own_reviews
 
         if self.reviews:
             return own_reviews(self.reviews)
@@ -99,7 +99,7 @@ class RateTypos(Recipe):
     def rewrite(self, run: RunFolder, folder: Path) -> dict[str, Any]:
         """A store for every rate; one that a kill left unfinished is gone on with."""
         from lightning_interp.rate import RewriteRun, RewriteStore, write_triples
-        from lightning_interp.rate.typo_study import misspelt_units
+        from lightning_interp.rate.report.typo_study import misspelt_units
 
         reviews, rewriter, asked = self.texts(), self.rewriter(), {}
         units = {
@@ -117,7 +117,7 @@ class RateTypos(Recipe):
     def score(self, run: RunFolder, folder: Path) -> dict[str, Any]:
         """Rewards of all texts, and the answer by exact edits of the texts without typos."""
         from lightning_interp.rate import CallableScorer, OpenerToggle, score_triples
-        from lightning_interp.rate.typo_study import exact_effect, misspelt_units
+        from lightning_interp.rate.report.typo_study import exact_effect, misspelt_units
 
         scorer, rewards = CallableScorer(self.reward(), name=self.scorer, each=True), {}
         with run.progress("scoring", total=len(self.rates)) as bar:
@@ -139,7 +139,7 @@ class RateTypos(Recipe):
         import torch
 
         from lightning_interp.rate import Fluency, StartsWithVowel, TripleScores, study_effects
-        from lightning_interp.rate.off_target import MEASURES
+        from lightning_interp.rate.checks.off_target import MEASURES
 
         errors: dict[str, Any] = {"se": "cluster" if self.by_movie else "paired"}
         found = {}
@@ -168,7 +168,7 @@ class RateTypos(Recipe):
     def result(self, run: RunFolder, scored: dict[str, Any]) -> RecipeResult:
         """Effects by rate, their slopes, and the checks at the highest rate."""
         from lightning_interp.rate import effects_figure, effects_rows, trend_figure, write_effects
-        from lightning_interp.rate.typo_study import slope_rows
+        from lightning_interp.rate.report.typo_study import slope_rows
         from lightning_interp.running.curves import write_scalars
 
         results, study = self.studies(run, scored)

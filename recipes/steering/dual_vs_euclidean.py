@@ -60,7 +60,7 @@ class DualVersusEuclidean(Recipe):
 
     def write(self, run: RunFolder) -> list[str]:
         """The texts."""
-        from lightning_interp.steering.study import texts_or_samples
+        from lightning_interp.steering.effects.study import texts_or_samples
 
         sizes = {"count": self.count, "length": self.length, "seed": self.seed}
         return texts_or_samples(self.source, self.texts, **sizes, progress=run.progress)
@@ -70,7 +70,7 @@ class DualVersusEuclidean(Recipe):
         from lightning_interp import load_causal_lm
         from lightning_interp.running.curves import write_scalars
         from lightning_interp.steering import ConceptProbe, SoftmaxGeometry
-        from lightning_interp.steering.study import concept_pairs, sides_of_texts, steered_paths
+        from lightning_interp.steering.effects.study import concept_pairs, sides_of_texts, steered_paths
 
         loaded = load_causal_lm(self.source)
         geometry, pairs = SoftmaxGeometry.from_model(loaded.model), concept_pairs(loaded.tokenizer, self.concept)
@@ -112,8 +112,8 @@ class DualVersusEuclidean(Recipe):
         """Held-out starts and the states that probes are made from, by a seeded order."""
         import torch
 
+        from lightning_interp.core.measure.seeding import derived_seed
         from lightning_interp.errors import DataError
-        from lightning_interp.models.seeding import derived_seed
 
         if len(base) < 2 * self.contexts or len(target) < 2:
             raise DataError(
@@ -125,8 +125,8 @@ class DualVersusEuclidean(Recipe):
 
     def result(self, run: RunFolder, scored: dict[str, Any]) -> RecipeResult:
         """Tables, the three panels, and the comparison at equal effect."""
-        from lightning_interp.steering.effects import SteeringResult
-        from lightning_interp.steering.figures import steering_figure
+        from lightning_interp.steering.effects.figures import steering_figure
+        from lightning_interp.steering.effects.path_scores import SteeringResult
 
         result = SteeringResult.from_rows(scored["rows"])
         compared = [
@@ -169,7 +169,7 @@ class DualVersusEuclidean(Recipe):
 
 
 def _shown(estimate: dict[str, Any]) -> str:
-    from lightning_interp.core.statistics import Estimate
+    from lightning_interp.core.measure.statistics import Estimate
 
     values = {k: float("nan") if v is None and k != "method" else v for k, v in estimate.items()}
     return str(Estimate(**values))

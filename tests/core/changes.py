@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lightning_interp.core.intervention import Intervention
-from lightning_interp.core.positions import All
+from lightning_interp.core.hooks.intervention import Intervention
+from lightning_interp.core.tokens.positions import All
 
 IDS = torch.tensor([[5, 9, 14, 22, 31], [7, 50, 3, 12, 60]])
 VECTOR = torch.linspace(-1, 1, 32)

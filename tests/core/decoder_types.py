@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightning_interp.core.capture import ActivationCapture
+from lightning_interp.core.hooks.capture import ActivationCapture
 
 IDS = torch.tensor([[5, 9, 14, 22, 31, 8, 40], [7, 7, 50, 3, 12, 60, 11]])
 

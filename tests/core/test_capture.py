@@ -6,10 +6,10 @@ import pytest
 import torch
 from changes import IDS, Add, close, logits
 
-from lightning_interp.core.capture import ActivationCapture
-from lightning_interp.core.intervention import Compose
-from lightning_interp.core.positions import Last, Span
-from lightning_interp.core.sites import Site
+from lightning_interp.core.hooks.capture import ActivationCapture
+from lightning_interp.core.hooks.intervention import Compose
+from lightning_interp.core.model.sites import Site
+from lightning_interp.core.tokens.positions import Last, Span
 from lightning_interp.errors import RecipeError
 from lightning_interp.testing import FAMILIES, tiny_model
 

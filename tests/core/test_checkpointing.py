@@ -6,9 +6,9 @@ import pytest
 import torch
 from changes import IDS, Add, close, logits
 
-from lightning_interp.core.intervention import Compose
-from lightning_interp.core.positions import Last, Span
-from lightning_interp.core.sites import Site
+from lightning_interp.core.hooks.intervention import Compose
+from lightning_interp.core.model.sites import Site
+from lightning_interp.core.tokens.positions import Last, Span
 from lightning_interp.errors import PositionError, UnsupportedStrategyError
 from lightning_interp.testing import tiny_model
 

@@ -10,14 +10,14 @@ from changes import IDS, Add, close, logits
 from lightning.pytorch.utilities.compile import from_compiled
 from torch import nn
 
-from lightning_interp.core.checks import (
+from lightning_interp.core.hooks.checks import (
     check_dense,
     check_hookable,
     check_strategy,
     check_weights,
     quantized_modules,
 )
-from lightning_interp.core.sites import Site
+from lightning_interp.core.model.sites import Site
 from lightning_interp.errors import CompiledModelError, QuantizedModelError, UnsupportedStrategyError
 from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.plan import GraftPlan

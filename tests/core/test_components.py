@@ -7,8 +7,8 @@ import torch
 from decoder_types import IDS, build, capture
 from torch import nn
 
-from lightning_interp.core.model_map import ModelMap
-from lightning_interp.core.sites import Site
+from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.model.sites import Site
 from lightning_interp.errors import SiteError
 from lightning_interp.testing import FAMILIES, tiny_model
 

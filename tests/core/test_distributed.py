@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_interp.core.distributed import JsonlWriter, is_rank_zero, rank_and_world_size
-from lightning_interp.core.files import atomic_write_text
+from lightning_interp.core.storage.distributed import JsonlWriter, is_rank_zero, rank_and_world_size
+from lightning_interp.core.storage.files import atomic_write_text
 from lightning_interp.errors import DataError, ManifestError
 
 
@@ -119,7 +119,7 @@ class TestOneRank:
 
     def test_a_kill_in_the_middle_of_writing_loses_no_finished_batch(self, tmp_path):
         code = (
-            "import sys\nfrom lightning_interp.core.distributed import JsonlWriter\n"
+            "import sys\nfrom lightning_interp.core.storage.distributed import JsonlWriter\n"
             "writer = JsonlWriter(sys.argv[1])\n"
             "for start in range(0, 10**7, 20):\n"
             "    writer.write({'index': i, 'text': 'x' * 300} for i in range(start, start + 20))\n"

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_interp.core.content import delete_folder, fingerprint, hash_folder
-from lightning_interp.core.files import (
+from lightning_interp.core.storage.content import delete_folder, fingerprint, hash_folder
+from lightning_interp.core.storage.files import (
     atomic_write_bytes,
     atomic_write_json,
     atomic_write_text,
@@ -67,7 +67,7 @@ def test_an_error_about_another_file_inside_the_block_is_not_ours(tmp_path):
 def test_a_kill_before_the_rename_leaves_the_old_file(tmp_path):
     target = atomic_write_text(tmp_path / "x", "old")
     code = (
-        "import os, signal, sys\nfrom lightning_interp.core.files import atomic_writer\n"
+        "import os, signal, sys\nfrom lightning_interp.core.storage.files import atomic_writer\n"
         "with atomic_writer(sys.argv[1]) as file:\n"
         "    file.write(b'new' * 10**6); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
     )

@@ -11,8 +11,8 @@ import torch
 from changes import IDS, VECTOR, Add, close, logits
 from torch import nn
 
-from lightning_interp.core.capture import ActivationCapture
-from lightning_interp.core.intervention import (
+from lightning_interp.core.hooks.capture import ActivationCapture
+from lightning_interp.core.hooks.intervention import (
     Attachment,
     Compose,
     Hook,
@@ -21,9 +21,9 @@ from lightning_interp.core.intervention import (
     join_output,
     split_output,
 )
-from lightning_interp.core.model_map import ModelMap
-from lightning_interp.core.positions import Last, Span
-from lightning_interp.core.sites import Site
+from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.model.sites import Site
+from lightning_interp.core.tokens.positions import Last, Span
 from lightning_interp.errors import (
     IncompatibleModelError,
     PositionError,
@@ -191,7 +191,7 @@ def test_parts_act_in_order():
 
 
 def _step(x):
-    from lightning_interp.core.step import StepContext
+    from lightning_interp.core.tokens.step import StepContext
 
     return StepContext(*x.shape[:2])
 

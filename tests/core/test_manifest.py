@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_interp.core.files import atomic_write_text
-from lightning_interp.core.manifest import RunManifest, check_name
-from lightning_interp.core.manifest_file import config_difference, read_manifest
+from lightning_interp.core.storage.files import atomic_write_text
+from lightning_interp.core.storage.manifest import RunManifest, check_name
+from lightning_interp.core.storage.manifest_file import config_difference, read_manifest
 from lightning_interp.errors import DataError, ManifestError
 
 CONFIG = {"seed": 0, "trainer": {"max_epochs": 3}}

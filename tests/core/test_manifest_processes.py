@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_interp.core import manifest_follower
-from lightning_interp.core.manifest import RunManifest
-from lightning_interp.core.manifest_file import read_manifest
+from lightning_interp.core.storage import manifest_follower
+from lightning_interp.core.storage.manifest import RunManifest
+from lightning_interp.core.storage.manifest_file import read_manifest
 from lightning_interp.errors import ManifestError
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +20,7 @@ CONFIG = {"seed": 0}
 HEAD = """
 import os, sys, time, signal
 from pathlib import Path
-from lightning_interp.core.manifest import RunManifest
+from lightning_interp.core.storage.manifest import RunManifest
 """
 
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_interp.core.intervention import Attachment
-from lightning_interp.core.masked_linear import MaskedMap, RowMask, attach_masked, masked_rows
-from lightning_interp.core.model_map import ModelMap
+from lightning_interp.core.hooks.intervention import Attachment
+from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.weights.masked_linear import MaskedMap, RowMask, attach_masked, masked_rows
 from lightning_interp.errors import IncompatibleModelError, PositionError
 from lightning_interp.testing import tiny_model
 

@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lightning_interp.core.model_map import ModelMap, find_decoder
-from lightning_interp.core.sites import GLOBAL_KINDS, Site
+from lightning_interp.core.model.model_map import ModelMap, find_decoder
+from lightning_interp.core.model.sites import GLOBAL_KINDS, Site
 from lightning_interp.errors import SiteError
 from lightning_interp.testing import EXTRA_FAMILIES, FAMILIES, tiny_model
 

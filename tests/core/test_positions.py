@@ -11,8 +11,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_interp.core.intervention import Intervention
-from lightning_interp.core.positions import (
+from lightning_interp.core.hooks.intervention import Intervention
+from lightning_interp.core.model.sites import Site
+from lightning_interp.core.tokens.positions import (
     All,
     And,
     ChatTemplate,
@@ -26,7 +27,6 @@ from lightning_interp.core.positions import (
     Substring,
     Tokens,
 )
-from lightning_interp.core.sites import Site
 from lightning_interp.errors import PositionError
 from lightning_interp.testing import byte_tokenizer, tiny_model
 

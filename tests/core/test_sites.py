@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_interp.core.sites import GLOBAL_KINDS, LAYER_KINDS, Site
+from lightning_interp.core.model.sites import GLOBAL_KINDS, LAYER_KINDS, Site
 from lightning_interp.errors import SiteError
 
 LAYERS = st.integers(-200, 200)

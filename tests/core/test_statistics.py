@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_interp.core.statistics import (
+from lightning_interp.core.measure.statistics import (
     Estimate,
     bootstrap_interval,
     mean_interval,

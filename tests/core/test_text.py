@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lightning_interp.core.text import find_occurrence, template_mask, token_spans
+from lightning_interp.core.tokens.text import find_occurrence, template_mask, token_spans
 from lightning_interp.errors import PositionError
 from lightning_interp.testing import byte_tokenizer
 

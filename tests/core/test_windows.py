@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_interp.core.intervention import Intervention
-from lightning_interp.core.positions import All, Generated, GenerationSteps, Last, Prompt, Span, StepContext
-from lightning_interp.core.sites import Site
+from lightning_interp.core.hooks.intervention import Intervention
+from lightning_interp.core.model.sites import Site
+from lightning_interp.core.tokens.positions import All, Generated, GenerationSteps, Last, Prompt, Span, StepContext
 from lightning_interp.errors import PositionError
 from lightning_interp.testing import byte_tokenizer, tiny_model
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lightning_interp import cli, errors, paper_plans
-from lightning_interp.core.manifest_file import read_manifest
+from lightning_interp.core.storage.manifest_file import read_manifest
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

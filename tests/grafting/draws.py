@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from oracle import Cell, Rule, all_cells, assignment, cells_of, layer_components, shared_components
 
-from lightning_interp.core.positions import All, FromBatch, Last, Positions, Span, Tokens
+from lightning_interp.core.tokens.positions import All, FromBatch, Last, Positions, Span, Tokens
 from lightning_interp.grafting.plan import GraftPlan, GraftRule
 
 T = TypeVar("T")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import Oracle, cells_of
 
-from lightning_interp.core.positions import All, Last, Span
+from lightning_interp.core.tokens.positions import All, Last, Span
 from lightning_interp.errors import RecipeError
 from lightning_interp.grafting import Graft, GraftPlan, GraftRule
 from lightning_interp.testing.tiny import EXTRA_FAMILIES, FAMILIES, tiny_model

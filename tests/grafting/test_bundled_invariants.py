@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracle import Oracle, Rule, all_cells, assignment, cells_of
 
-from lightning_interp.core.positions import All, FromBatch, Last, Span
+from lightning_interp.core.tokens.positions import All, FromBatch, Last, Span
 from lightning_interp.grafting import Graft, GraftEvaluator, GraftPlan, GraftPrompt, GraftRule, component_grid
 from lightning_interp.grafting.metrics import METRICS
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from oracle import Oracle, Rule, all_cells, assignment, cells_of
 
-from lightning_interp.core.kv_cache import cache_argument, cache_of
-from lightning_interp.core.positions import All, FromBatch, Last, Span
+from lightning_interp.core.tokens.kv_cache import cache_argument, cache_of
+from lightning_interp.core.tokens.positions import All, FromBatch, Last, Span
 from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.plan import GraftPlan, GraftRule
 from lightning_interp.testing.tiny import FAMILIES

@@ -9,7 +9,7 @@ import torch
 from oracle import Oracle, Rule, assignment, cells_of, layer_components
 from peft import LoraConfig, inject_adapter_in_model
 
-from lightning_interp.core.positions import All, Last, Span
+from lightning_interp.core.tokens.positions import All, Last, Span
 from lightning_interp.errors import RecipeError
 from lightning_interp.grafting import Graft, GraftPlan, GraftRule
 from lightning_interp.testing.tiny import EXTRA_FAMILIES, FAMILIES, tiny_model

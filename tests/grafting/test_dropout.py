@@ -7,7 +7,7 @@ import torch
 from oracle import Oracle, Rule, assignment
 
 from lightning_interp import ModelMap
-from lightning_interp.core.positions import All, Span
+from lightning_interp.core.tokens.positions import All, Span
 from lightning_interp.errors import RecipeError
 from lightning_interp.grafting import Graft, GraftDropout, GraftPlan, GraftRule, dropout_plans
 from lightning_interp.grafting.dropout import DRAWS

@@ -13,7 +13,7 @@ from lightning_interp.errors import IncompatibleModelError, PositionError, Recip
 from lightning_interp.grafting import GraftEvaluator, GraftPrompt
 from lightning_interp.grafting.metrics import METRICS, score_logits
 from lightning_interp.models import LoraSettings
-from lightning_interp.models.lora import inject_lora
+from lightning_interp.models.training.lora import inject_lora
 from lightning_interp.testing import byte_tokenizer, tiny_model, tiny_pair
 
 TOKENIZER = byte_tokenizer()

@@ -7,7 +7,7 @@ import torch
 from oracle import Oracle, cells_of
 
 from lightning_interp import ModelMap
-from lightning_interp.core.positions import FromBatch, Last, Span
+from lightning_interp.core.tokens.positions import FromBatch, Last, Span
 from lightning_interp.errors import RecipeError
 from lightning_interp.grafting import (
     EXPERIMENTS,

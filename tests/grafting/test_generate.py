@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_interp.core.positions import FromBatch, Last, Span
+from lightning_interp.core.tokens.positions import FromBatch, Last, Span
 from lightning_interp.errors import PositionError, RecipeError
 from lightning_interp.grafting import Graft, GraftEvaluator, GraftPlan, GraftPrompt, PatchPlan
 from lightning_interp.grafting.generate import complete, exact_match

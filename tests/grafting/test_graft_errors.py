@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_interp.core.positions import FromBatch, Last, Span, Substring
+from lightning_interp.core.tokens.positions import FromBatch, Last, Span, Substring
 from lightning_interp.errors import (
     CompiledModelError,
     IncompatibleModelError,

@@ -10,9 +10,9 @@ import torch
 from draws import batch_masks, draw
 from oracle import FUSED, TIED, Oracle, Rule, all_cells, assignment, cells_of, layer_components, shared_components
 
-from lightning_interp.core.kv_cache import cache_of
-from lightning_interp.core.model_map import ModelMap
-from lightning_interp.core.positions import All, FromBatch, Last, Span
+from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.tokens.kv_cache import cache_of
+from lightning_interp.core.tokens.positions import All, FromBatch, Last, Span
 from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.plan import GraftPlan, GraftRule
 from lightning_interp.testing.tiny import EXTRA_FAMILIES, FAMILIES, tiny_pair

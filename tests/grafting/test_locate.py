@@ -20,7 +20,7 @@ class Slow:
 
 @pytest.fixture(scope="module")
 def trained():
-    from lightning_interp.models.bundled import ALIASES, bundled_folder
+    from lightning_interp.models.sources.bundled import ALIASES, bundled_folder
 
     return AutoTokenizer.from_pretrained(bundled_folder(ALIASES["smollm2-135m-instruct"])[0])
 

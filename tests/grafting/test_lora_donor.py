@@ -13,9 +13,9 @@ from oracle import Oracle, cells_of
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
-from lightning_interp.core.intervention import Hook
-from lightning_interp.core.kv_cache import cache_argument
-from lightning_interp.core.positions import All, Last
+from lightning_interp.core.hooks.intervention import Hook
+from lightning_interp.core.tokens.kv_cache import cache_argument
+from lightning_interp.core.tokens.positions import All, Last
 from lightning_interp.errors import IncompatibleModelError, QuantizedModelError, UnsupportedStrategyError
 from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.plan import GraftPlan

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
 
-from lightning_interp.core.positions import All, FromBatch, Last
+from lightning_interp.core.tokens.positions import All, FromBatch, Last
 from lightning_interp.errors import UnsupportedStrategyError
 from lightning_interp.grafting import (
     GraftEvaluator,

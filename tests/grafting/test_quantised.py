@@ -9,8 +9,8 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
-from lightning_interp.core.model_map import ModelMap
-from lightning_interp.core.positions import Last, Span
+from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.tokens.positions import Last, Span
 from lightning_interp.errors import QuantizedModelError, RecipeError
 from lightning_interp.grafting import Graft, GraftEvaluator, GraftPlan, GraftPrompt, ModelDonor
 from lightning_interp.testing.tiny import byte_tokenizer, tiny_model, tiny_pair

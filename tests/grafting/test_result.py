@@ -7,7 +7,7 @@ import math
 import pytest
 
 from lightning_interp import paper_plans
-from lightning_interp.core.statistics import mean_interval, median_interval, proportion_interval
+from lightning_interp.core.measure.statistics import mean_interval, median_interval, proportion_interval
 from lightning_interp.errors import RecipeError
 from lightning_interp.grafting import GraftEvaluator, GraftPrompt, GraftResult
 from lightning_interp.grafting.metrics import METRICS

@@ -9,7 +9,7 @@ import torch
 from oracle import Oracle, Rule, assignment, cells_of
 from peft import LoraConfig, inject_adapter_in_model
 
-from lightning_interp.core.positions import All, Last, Span
+from lightning_interp.core.tokens.positions import All, Last, Span
 from lightning_interp.errors import IncompatibleModelError
 from lightning_interp.grafting import AdapterDonor, Graft, GraftPlan, GraftRule
 from lightning_interp.testing.tiny import tiny_model

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lightning_interp import CaptureCallback, Last, Site
-from lightning_interp.core.capture_callback import load_captures
+from lightning_interp.core.callbacks.capture_callback import load_captures
 from lightning_interp.errors import DataError
 from lightning_interp.testing import tiny_model
 

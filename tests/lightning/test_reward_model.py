@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lightning_interp.errors import DataError, IncompatibleModelError, UnsupportedStrategyError
 from lightning_interp.models import LoraSettings, PreferenceDataModule, RewardModel, load_reward_model
-from lightning_interp.models.score_head import scoring_model
+from lightning_interp.models.scoring.score_head import scoring_model
 from lightning_interp.testing import byte_tokenizer, tiny_model
 
 LORA = LoraSettings(r=4, alpha=8)

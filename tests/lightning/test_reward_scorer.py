@@ -10,10 +10,10 @@ import torch
 
 from lightning_interp.errors import DataError, RecipeError, UnsupportedStrategyError
 from lightning_interp.models import RewardModel
-from lightning_interp.rate.reward import RewardScorer
-from lightning_interp.rate.rewards import MissingRewardError, read_rewards
-from lightning_interp.rate.scoring import CallableScorer, score_triples
-from lightning_interp.rate.triples import RewriteTriples
+from lightning_interp.rate.estimators.triples import RewriteTriples
+from lightning_interp.rate.scoring.reward_scorer import RewardScorer
+from lightning_interp.rate.scoring.rewards import MissingRewardError, read_rewards
+from lightning_interp.rate.scoring.scores import CallableScorer, score_triples
 
 QUIET = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False}
 

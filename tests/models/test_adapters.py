@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_interp.errors import DataError, IncompatibleModelError, ManifestError, RecipeError
 from lightning_interp.models import load_causal_lm
-from lightning_interp.models.adapters import has_adapter, save_adapter
+from lightning_interp.models.sources.adapters import has_adapter, save_adapter
 from lightning_interp.testing import byte_tokenizer, tiny_model
 
 # 2026-11: PEFT 0.21's wrapping class (the independent writer and reader here) with transformers 5.23.

@@ -9,8 +9,8 @@ import torch
 
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.models import TextDataModule
-from lightning_interp.models.batching import Collator, EpochSampler, ResumableLoader, TokenDataset
-from lightning_interp.models.encoding import EncodedRow
+from lightning_interp.models.data.batching import Collator, EpochSampler, ResumableLoader, TokenDataset
+from lightning_interp.models.data.encoding import EncodedRow
 from lightning_interp.testing import byte_tokenizer
 
 ROWS = [{"prompt": "p" * (i + 1), "completion": "c" * (1 + i % 3)} for i in range(11)]

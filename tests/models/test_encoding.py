@@ -6,8 +6,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_interp.errors import DataError
 from lightning_interp.models import load_causal_lm
-from lightning_interp.models.encoding import Encoder
-from lightning_interp.models.rows import read_rows
+from lightning_interp.models.data.encoding import Encoder
+from lightning_interp.models.data.rows import read_rows
 from lightning_interp.testing import byte_tokenizer
 
 QUESTION = {"role": "user", "content": "q?"}

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_interp.errors import DataError, ManifestError
-from lightning_interp.models.folders import atomic_folder, check_safetensors, check_weight_files, remove_stale
+from lightning_interp.models.sources.folders import atomic_folder, check_safetensors, check_weight_files, remove_stale
 
 
 def names(folder):

@@ -9,8 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_interp.errors import IncompatibleModelError, RecipeError
 from lightning_interp.models import LoraSettings
-from lightning_interp.models.adapters import ADAPTER
-from lightning_interp.models.lora import adapter_parameters, inject_lora, train_adapter
+from lightning_interp.models.sources.adapters import ADAPTER
+from lightning_interp.models.training.lora import adapter_parameters, inject_lora, train_adapter
 from lightning_interp.testing import FAMILIES, tiny_model
 
 IDS = torch.arange(40).view(2, 20)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_interp.errors import DataError
-from lightning_interp.models.metric import TokenLoss, completion_loss
+from lightning_interp.models.training.metric import TokenLoss, completion_loss
 
 
 def slow(logits, labels):

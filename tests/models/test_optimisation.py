@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_interp.errors import RecipeError
-from lightning_interp.models.optimisation import adamw, check_optimisation, schedule_of
+from lightning_interp.models.training.optimisation import adamw, check_optimisation, schedule_of
 
 
 def rates(schedule, warmup, total, steps):

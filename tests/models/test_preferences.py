@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.models import PreferenceDataModule, RewardEncoder
-from lightning_interp.models.pairs import Judged, PairCollator, read_judged
-from lightning_interp.models.reward_metric import PairScores, PointScores, bradley_terry_loss
+from lightning_interp.models.data.preference_pairs import Judged, PairCollator, read_judged
+from lightning_interp.models.training.reward_metric import PairScores, PointScores, bradley_terry_loss
 from lightning_interp.testing import byte_tokenizer
 
 PAIRS = [{"prompt": f"q{i}", "chosen": "c" * (1 + i % 3), "rejected": "r" * (1 + i % 4)} for i in range(11)]

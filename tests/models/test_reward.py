@@ -22,11 +22,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lightning_interp.core.model_map import ModelMap
+from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.errors import DataError, IncompatibleModelError, QuantizedModelError, RecipeError
 from lightning_interp.models import LoraSettings, RewardModel, load_reward_model
-from lightning_interp.models.reward_text import RewardEncoder, length_limit, score_rows
-from lightning_interp.models.score_head import DecoderWithScore, align_left, label_index, scoring_model
+from lightning_interp.models.scoring.reward_text import RewardEncoder, length_limit, score_rows
+from lightning_interp.models.scoring.score_head import DecoderWithScore, align_left, label_index, scoring_model
 from lightning_interp.testing import EXTRA_FAMILIES, FAMILIES, byte_tokenizer, tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "core"))

@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from lightning_interp.errors import DataError
-from lightning_interp.models.rows import Row, read_rows
+from lightning_interp.models.data.rows import Row, read_rows
 
 GOOD = {"prompt": "a", "completion": "b"}
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_interp.errors import DataError, QuantizedModelError, RecipeError
 from lightning_interp.models import convert_gguf, load_causal_lm
-from lightning_interp.models.gguf_files import precision_label
+from lightning_interp.models.sources.gguf_files import precision_label
 from lightning_interp.testing import FAMILIES, byte_tokenizer, tiny_model
 
 

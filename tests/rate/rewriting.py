@@ -6,8 +6,8 @@ import threading
 import time
 from collections import Counter
 
-from lightning_interp.rate.records import RewriteResult, Unit
-from lightning_interp.rate.store import RewriteStore
+from lightning_interp.rate.rewriting.records import RewriteResult, Unit
+from lightning_interp.rate.rewriting.store import RewriteStore
 
 ATTR = "mark"
 
@@ -66,7 +66,7 @@ class KilledError(BaseException):
 
 def kill_after(monkeypatch, records):
     """Let the process die when so many records are on disk."""
-    from lightning_interp.rate.store import StoreWriter
+    from lightning_interp.rate.rewriting.store import StoreWriter
 
     append, left = StoreWriter.append, [records]
 

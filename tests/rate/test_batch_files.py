@@ -7,12 +7,12 @@ from rewriting import ATTR, Counting, store_of
 from served import completion
 
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.rate.batch_files import export_batch, import_batch, read_batch_answers
-from lightning_interp.rate.driver import RewriteRun
-from lightning_interp.rate.endpoint import OpenAICompatibleRewriter
-from lightning_interp.rate.plan import Prices
-from lightning_interp.rate.records import RewriteResult
-from lightning_interp.rate.templates import RewriteTemplate
+from lightning_interp.rate.rewriting.batch_files import export_batch, import_batch, read_batch_answers
+from lightning_interp.rate.rewriting.driver import RewriteRun
+from lightning_interp.rate.rewriting.endpoint import OpenAICompatibleRewriter
+from lightning_interp.rate.rewriting.records import RewriteResult
+from lightning_interp.rate.rewriting.rewriting_plan import Prices
+from lightning_interp.rate.rewriting.templates import RewriteTemplate
 
 PLAIN = RewriteTemplate(name="plain", version=1, body="{phrase}: {text}", phrases=("no", "yes"))
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from rate_oracle import GOLDEN, random_units, slow
 
-from lightning_interp.models.seeding import derived_seed
+from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.rate import rate_effects
-from lightning_interp.rate.bootstrap import bootstrap_effects, bootstrap_interval, draw_counts
-from lightning_interp.rate.inputs import Raw, prepare
+from lightning_interp.rate.estimators.bootstrap import bootstrap_effects, bootstrap_interval, draw_counts
+from lightning_interp.rate.texts.inputs import Raw, prepare
 
 NAMES = ["rate/ate", "rate/att", "rate/atu", "single/ate", "single/att", "single/atu", "naive", "b1", "b0"]
 

@@ -5,9 +5,9 @@ import types
 
 import pytest
 
-from lightning_interp.core.statistics import proportion_interval
+from lightning_interp.core.measure.statistics import proportion_interval
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.rate.compliance import (
+from lightning_interp.rate.checks.compliance import (
     Contains,
     Lexicon,
     LongerThan,
@@ -18,8 +18,8 @@ from lightning_interp.rate.compliance import (
     labels,
     vader_labeller,
 )
-from lightning_interp.rate.records import Unit
-from lightning_interp.rate.triples import RewriteTriples
+from lightning_interp.rate.estimators.triples import RewriteTriples
+from lightning_interp.rate.rewriting.records import Unit
 
 
 def label(labeller, *texts):

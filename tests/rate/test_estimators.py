@@ -10,8 +10,8 @@ from scipy import stats
 
 from lightning_interp.errors import RecipeError
 from lightning_interp.rate import rate_effects
-from lightning_interp.rate.estimators import point_interval
-from lightning_interp.rate.standard_errors import Point
+from lightning_interp.rate.estimators.effects import point_interval
+from lightning_interp.rate.estimators.standard_errors import Point
 
 EXACT = 1e-9
 

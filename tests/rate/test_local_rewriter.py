@@ -7,13 +7,13 @@ import pytest
 import torch
 from rewriting import ATTR, store_of
 
+from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.models.seeding import derived_seed
-from lightning_interp.rate.driver import RewriteRun
-from lightning_interp.rate.local_model import LocalRewriter
-from lightning_interp.rate.records import text_sha
-from lightning_interp.rate.rewriters import rewriter_id
-from lightning_interp.rate.templates import RewriteTemplate, rewrite_template
+from lightning_interp.rate.rewriting.driver import RewriteRun
+from lightning_interp.rate.rewriting.local_model import LocalRewriter
+from lightning_interp.rate.rewriting.records import text_sha
+from lightning_interp.rate.rewriting.rewriters import rewriter_id
+from lightning_interp.rate.rewriting.templates import RewriteTemplate, rewrite_template
 from lightning_interp.testing import byte_tokenizer, needs, tiny_model
 
 PLAIN = RewriteTemplate(name="plain", version=1, body="{phrase}: {text}{prompt}", phrases=("no", "yes"))
@@ -219,7 +219,7 @@ class TestLeftAsFound:
 class TestSources:
     def test_a_name_is_loaded_when_it_is_needed(self, monkeypatch):
         loaded = []
-        from lightning_interp.rate import local_model
+        from lightning_interp.rate.rewriting import local_model
 
         real = local_model.load_causal_lm
         monkeypatch.setattr(local_model, "load_causal_lm", lambda *a, **k: loaded.append(a) or real(*a, **k))

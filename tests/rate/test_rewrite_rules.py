@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.rate.compliance import Contains, StartsWithVowel
-from lightning_interp.rate.rewriters import rewriter_id
-from lightning_interp.rate.rules import (
+from lightning_interp.rate.checks.compliance import Contains, StartsWithVowel
+from lightning_interp.rate.rewriting.rewriters import rewriter_id
+from lightning_interp.rate.rewriting.rules import (
     Drop,
     MarkToggle,
     OpenerToggle,
@@ -19,7 +19,7 @@ from lightning_interp.rate.rules import (
     RuleRewriter,
     swap_letters,
 )
-from lightning_interp.rate.words import word_counts
+from lightning_interp.rate.texts.words import word_counts
 
 WORDS = {"velvet": 900, "film": 90, "garden": 50, "angel": 70, "angle": 400, "tower": 300}
 LETTERS = st.text(alphabet="abcdefg XYZ.,!'\n", max_size=60)
@@ -225,6 +225,6 @@ class TestWords:
         assert word_counts() == {"a": 21155}
 
     def test_without_the_package(self, monkeypatch):
-        monkeypatch.setattr("lightning_interp.rate.words.find_spec", lambda name: None)
+        monkeypatch.setattr("lightning_interp.rate.texts.words.find_spec", lambda name: None)
         with pytest.raises(RecipeError, match="package textblob, which is not installed"):
             word_counts()

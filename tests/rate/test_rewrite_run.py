@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from rewriting import ATTR, Counting, KilledError, kill_after, store_of, units
 
 from lightning_interp.errors import DataError, ManifestError, RecipeError
-from lightning_interp.rate.driver import RewriteRun
-from lightning_interp.rate.export import export_records
-from lightning_interp.rate.plan import Prices
-from lightning_interp.rate.records import RewriteResult, Unit
-from lightning_interp.rate.store import RewriteStore
+from lightning_interp.rate.rewriting.driver import RewriteRun
+from lightning_interp.rate.rewriting.export import export_records
+from lightning_interp.rate.rewriting.records import RewriteResult, Unit
+from lightning_interp.rate.rewriting.rewriting_plan import Prices
+from lightning_interp.rate.rewriting.store import RewriteStore
 
 FAILED = RewriteResult(text=None, status="error", error="no luck", tokens_in=0, tokens_out=0)
 
@@ -148,8 +148,8 @@ class TestInterrupted:
         code = (
             "import os, signal, sys\n"
             "from rewriting import ATTR, Counting\n"
-            "from lightning_interp.rate.driver import RewriteRun\n"
-            "from lightning_interp.rate.store import RewriteStore\n"
+            "from lightning_interp.rate.rewriting.driver import RewriteRun\n"
+            "from lightning_interp.rate.rewriting.store import RewriteStore\n"
             "class Logged(Counting):\n"
             "    def rewrite(self, texts, prompts, w_target, draws):\n"
             "        if sum(self.asked.values()) == int(sys.argv[2]):\n"
@@ -202,7 +202,7 @@ class TestInterrupted:
         assert stopped == [True]
 
     def test_a_full_disk_ends_the_run_and_says_so(self, tmp_path, monkeypatch):
-        from lightning_interp.rate.store import StoreWriter
+        from lightning_interp.rate.rewriting.store import StoreWriter
 
         def full(self, records):
             raise ManifestError("Cannot write 'rewrites.jsonl': No space left on device.")

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 from lightning_interp.errors import RecipeError
-from lightning_interp.rate.templates import ATTRIBUTES, Kind, RewriteTemplate, rewrite_template
+from lightning_interp.rate.rewriting.templates import ATTRIBUTES, Kind, RewriteTemplate, rewrite_template
 
 BODY = "{text}\n{phrase}"
 

@@ -6,12 +6,12 @@ import pytest
 from rewriting import ATTR, Counting, rewritten, store_of
 
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.rate.chain import Request
-from lightning_interp.rate.driver import RewriteRun
-from lightning_interp.rate.flags import FLAGS, rewrite_flags
-from lightning_interp.rate.records import RewriteResult, RewriterId, Unit
-from lightning_interp.rate.rewriters import CallableRewriter, ReplayRewriter, Rewriter, ask, rewriter_id
-from lightning_interp.rate.rules import OpenerToggle, RuleRewriter
+from lightning_interp.rate.rewriting.chain import Request
+from lightning_interp.rate.rewriting.driver import RewriteRun
+from lightning_interp.rate.rewriting.flags import FLAGS, rewrite_flags
+from lightning_interp.rate.rewriting.records import RewriteResult, RewriterId, Unit
+from lightning_interp.rate.rewriting.rewriters import CallableRewriter, ReplayRewriter, Rewriter, ask, rewriter_id
+from lightning_interp.rate.rewriting.rules import OpenerToggle, RuleRewriter
 
 
 def requests(*texts, target=1, draw=0):

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from lightning_interp.errors import DataError, IncompatibleModelError, RecipeError
 from lightning_interp.models import RewardModel
-from lightning_interp.models.score_head import scoring_model
-from lightning_interp.models.text_scorer import Scorer, TextScorer
+from lightning_interp.models.scoring.score_head import scoring_model
+from lightning_interp.models.scoring.text_scorer import Scorer, TextScorer
 from lightning_interp.rate import rate_effects
-from lightning_interp.rate.rewards import (
+from lightning_interp.rate.estimators.triples import RewriteTriples
+from lightning_interp.rate.scoring.rewards import (
     MissingRewardError,
     RewardTable,
     read_rewards,
@@ -26,8 +27,7 @@ from lightning_interp.rate.rewards import (
     rows_of,
     scorer_sha,
 )
-from lightning_interp.rate.scoring import CallableScorer, as_scorer, checked_rewards, score_triples, vader_scorer
-from lightning_interp.rate.triples import RewriteTriples
+from lightning_interp.rate.scoring.scores import CallableScorer, as_scorer, checked_rewards, score_triples, vader_scorer
 from lightning_interp.testing import byte_tokenizer, tiny_model
 
 
@@ -400,7 +400,7 @@ def test_units_that_occur_twice_are_refused():
 
 @given(st.lists(st.tuples(st.text(max_size=5), st.text(max_size=5)), min_size=1, max_size=6, unique=True))
 def test_keys_differ_where_anything_differs(pairs):
-    from lightning_interp.rate.rewards import ScoreRow
+    from lightning_interp.rate.scoring.rewards import ScoreRow
 
     rows = [
         ScoreRow("u", "a", stage, draw, p, t) for p, t in pairs for stage in ("original", "rewrite") for draw in (0, 1)

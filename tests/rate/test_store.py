@@ -8,12 +8,19 @@ import threading
 import pytest
 from rewriting import ATTR, Counting, store_of, units
 
-from lightning_interp.core.files import atomic_write_text
+from lightning_interp.core.storage.files import atomic_write_text
 from lightning_interp.errors import DataError, ManifestError
-from lightning_interp.rate.chain import Request
-from lightning_interp.rate.driver import RewriteRun
-from lightning_interp.rate.records import RewriteRecord, RewriteResult, RewriterId, Unit, rewrite_key, text_sha
-from lightning_interp.rate.store import RewriteStore
+from lightning_interp.rate.rewriting.chain import Request
+from lightning_interp.rate.rewriting.driver import RewriteRun
+from lightning_interp.rate.rewriting.records import (
+    RewriteRecord,
+    RewriteResult,
+    RewriterId,
+    Unit,
+    rewrite_key,
+    text_sha,
+)
+from lightning_interp.rate.rewriting.store import RewriteStore
 
 BY = RewriterId("somebody", "p", "i")
 UNIT = Unit(id="a", text="oh!", w=1)
@@ -336,7 +343,7 @@ class TestWriter:
                 pass
             writer.append([record("oh")])
             code = (
-                "from lightning_interp.rate.store import RewriteStore\n"
+                "from lightning_interp.rate.rewriting.store import RewriteStore\n"
                 f"RewriteStore.open({str(tmp_path)!r}).writer().__enter__()"
             )
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from rewriting import ATTR, Counting, rewritten, store_of, units
 
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.rate.driver import RewriteRun
-from lightning_interp.rate.records import RewriteResult, Unit
-from lightning_interp.rate.store import RewriteStore
-from lightning_interp.rate.triples import RewriteTriples, same_text
+from lightning_interp.rate.estimators.triples import RewriteTriples, same_text
+from lightning_interp.rate.rewriting.driver import RewriteRun
+from lightning_interp.rate.rewriting.records import RewriteResult, Unit
+from lightning_interp.rate.rewriting.store import RewriteStore
 
 REFUSED = RewriteResult(text=None, status="refused")
 SAME_FIRST = {("text 1", 0): RewriteResult(text="  text\n 1")}

@@ -18,7 +18,7 @@ from lightning_interp.rate import (
     fluency_scorer,
     rate_effects,
 )
-from lightning_interp.rate.typo_study import (
+from lightning_interp.rate.report.typo_study import (
     exact_effect,
     made_up_reviews,
     misspelt_units,

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lightning_interp import cli, paper_plans
-from lightning_interp.core.manifest_file import read_manifest
+from lightning_interp.core.storage.manifest_file import read_manifest
 from lightning_interp.grafting.facts import FORMS, HELD_OUT
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import pytest
 
 from lightning_interp import cli
-from lightning_interp.core.manifest_file import read_manifest
+from lightning_interp.core.storage.manifest_file import read_manifest
 from lightning_interp.errors import RecipeError
 
 

@@ -15,7 +15,7 @@ import torch
 from lightning_interp import cli
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.rate import MarkToggle, RewriteRun, RewriteStore, RuleRewriter, Unit, rate_effects
-from lightning_interp.rate.store import StoreWriter
+from lightning_interp.rate.rewriting.store import StoreWriter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "rate"))
 from served import completion, serving
@@ -188,7 +188,7 @@ def expected(rows):
 @pytest.fixture(scope="module")
 def reward_folder(tmp_path_factory):
     """A small reward model on disk."""
-    from lightning_interp.models.score_head import scoring_model
+    from lightning_interp.models.scoring.score_head import scoring_model
     from lightning_interp.testing import byte_tokenizer, tiny_model
 
     folder = tmp_path_factory.mktemp("models") / "reward"
@@ -277,7 +277,7 @@ class TestAudit:
     def test_a_checkpoint_of_a_reward_model(self, tmp_path):
         from lightning.pytorch import Trainer
 
-        from lightning_interp.models.reward import RewardModel
+        from lightning_interp.models.training.reward_model import RewardModel
 
         module = RewardModel("tiny:llama", seed=3)
         trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
@@ -350,7 +350,7 @@ class TestEndpoint:
                 recipe("audit", **ask, max_calls=5, run_dir=str(tmp_path / "b")).run()
             assert len(served.bodies) == 5
             (tmp_path / "words.txt").write_text("text 4\nnumber 3\n")
-            monkeypatch.setattr("lightning_interp.rate.words._of_textblob", lambda: tmp_path / "words.txt")
+            monkeypatch.setattr("lightning_interp.rate.texts.words._of_textblob", lambda: tmp_path / "words.txt")
             result = recipe("audit", **ask, max_calls=100, run_dir=str(tmp_path / "c")).run()
         assert len(served.bodies) == 12
         asked = [body["messages"][-1]["content"] for body in served.bodies]
@@ -368,7 +368,7 @@ class TestEndpoint:
                 recipe("audit", **ask).run()
             before = len(served.bodies)
             (tmp_path / "words.txt").write_text("text 4\nnumber 3\n")
-            monkeypatch.setattr("lightning_interp.rate.words._of_textblob", lambda: tmp_path / "words.txt")
+            monkeypatch.setattr("lightning_interp.rate.texts.words._of_textblob", lambda: tmp_path / "words.txt")
             recipe("audit", **ask).run()
             assert len(served.bodies) == before + 2
 
@@ -436,7 +436,7 @@ class TestWrongSettings:
 
         with pytest.MonkeyPatch.context() as patch:
             marks = CallableScorer(lambda text: text.count("!"), name="marks", each=True)
-            patch.setattr("lightning_interp.rate.named.vader_scorer", lambda: marks)
+            patch.setattr("lightning_interp.rate.scoring.named.vader_scorer", lambda: marks)
             result = recipe("audit", **ask, whose="two", run_dir=str(tmp_path / "b")).run()
         assert result.metrics["effects"]["raw"]["rate"]["ate"]["estimate"] == 1.0
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from lightning_interp import cli
-from lightning_interp.core.manifest_file import read_manifest
+from lightning_interp.core.storage.manifest_file import read_manifest
 from lightning_interp.running.catalog import header, recipes_dir
 
 ROOT = recipes_dir()

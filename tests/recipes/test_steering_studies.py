@@ -11,9 +11,15 @@ import torch
 from lightning_interp import cli, load_causal_lm
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.steering import SoftmaxGeometry, dual_steer
-from lightning_interp.steering.calibration import chosen_strength, strength_effects, summarised
-from lightning_interp.steering.generation import PROMPTS, concept_direction, measured_generation
-from lightning_interp.steering.study import concept_pairs, read_texts, sample_texts, sides_of_texts, steered_paths
+from lightning_interp.steering.effects.calibration import chosen_strength, strength_effects, summarised
+from lightning_interp.steering.effects.generation import PROMPTS, concept_direction, measured_generation
+from lightning_interp.steering.effects.study import (
+    concept_pairs,
+    read_texts,
+    sample_texts,
+    sides_of_texts,
+    steered_paths,
+)
 
 MODEL = "tiny:llama"
 
@@ -131,7 +137,7 @@ def test_both_methods_spend_the_budget(tmp_path):
 def test_a_stopped_run_goes_on_to_the_same_result(tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert cli.main(["run", "steering/calibrate", "--smoke=true", f"--run_dir={whole}"]) == 0
-    from lightning_interp.steering import calibration
+    from lightning_interp.steering.effects import calibration
 
     original = calibration.chosen_strength
 

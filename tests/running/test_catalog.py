@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_interp.core.files import atomic_write_text
+from lightning_interp.core.storage.files import atomic_write_text
 from lightning_interp.errors import RecipeError
 from lightning_interp.recipe import Recipe
 from lightning_interp.running import catalog

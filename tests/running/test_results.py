@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from lightning_interp.core.files import atomic_write_text
-from lightning_interp.core.manifest import RunManifest
+from lightning_interp.core.storage.files import atomic_write_text
+from lightning_interp.core.storage.manifest import RunManifest
 from lightning_interp.errors import DataError, ManifestError, RecipeError
 from lightning_interp.running.results import (
     check_output_name,

@@ -4,7 +4,7 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from lightning_interp.core.files import atomic_write_text
+from lightning_interp.core.storage.files import atomic_write_text
 from lightning_interp.errors import RecipeError
 from lightning_interp.running.catalog import RecipeSource
 from lightning_interp.running.settings import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_interp.steering.arithmetic import exact_arithmetic, working_dtype
+from lightning_interp.steering.softmax.arithmetic import exact_arithmetic, working_dtype
 
 BACKENDS = (torch.backends.cuda, torch.backends.mkldnn)
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ import torch
 
 from lightning_interp import All, ModelMap, Site, load_causal_lm
 from lightning_interp.steering import AddDirection, extract_vector
-from lightning_interp.steering.contrast import read_contrasts, split_contrasts
-from lightning_interp.steering.vector_study import encode_items, preferences, score_sweep
+from lightning_interp.steering.effects.vector_study import encode_items, preferences, score_sweep
+from lightning_interp.steering.vectors.contrast import read_contrasts, split_contrasts
 from lightning_interp.testing import needs
 
 STRENGTHS = [-2.0, 0.0, 2.0]

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.steering.contrast import ContrastItem, read_contrasts, split_contrasts
-from lightning_interp.steering.contrast_sets import NEUTRAL, OPENINGS, SETS
+from lightning_interp.steering.vectors.contrast import ContrastItem, read_contrasts, split_contrasts
+from lightning_interp.steering.vectors.contrast_sets import NEUTRAL, OPENINGS, SETS
 
 GOOD = {"prompt": "The day was", "positive": " good.", "negative": " bad."}
 

@@ -31,7 +31,7 @@ from lightning_interp.steering import (
     model_fingerprint,
     text_features,
 )
-from lightning_interp.steering.features import pack_rows
+from lightning_interp.steering.vectors.features import pack_rows
 from lightning_interp.testing import byte_tokenizer, tiny_model
 from lightning_interp.testing.snapshot import snapshot
 

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_interp.errors import IncompatibleModelError, RecipeError
-from lightning_interp.steering.curve import SolverOptions
-from lightning_interp.steering.dual import combine, dual_steer
-from lightning_interp.steering.euclidean import euclidean_steer, line_step
-from lightning_interp.steering.geometry import SoftmaxGeometry
-from lightning_interp.steering.pairs import CounterfactualPairs
-from lightning_interp.steering.probes import ConceptProbe
-from lightning_interp.steering.request import Target
+from lightning_interp.steering.concepts.pairs import CounterfactualPairs
+from lightning_interp.steering.concepts.probes import ConceptProbe
+from lightning_interp.steering.softmax.curve import SolverOptions
+from lightning_interp.steering.softmax.dual import combine, dual_steer
+from lightning_interp.steering.softmax.euclidean import euclidean_steer, line_step
+from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
+from lightning_interp.steering.softmax.request import Target
 
 EXACT = SolverOptions(rtol=1e-13)
 ROWS = torch.tensor([[1, 0.5], [-1, 0.5], [0.5, -1], [0.25, 1.5], [-0.75, -0.5]], dtype=torch.float64)

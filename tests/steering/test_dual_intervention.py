@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_interp import All, Generated, GenerationSteps, Last, Site, Tokens
-from lightning_interp.core.kv_cache import cache_of
+from lightning_interp.core.tokens.kv_cache import cache_of
 from lightning_interp.errors import (
     CompiledModelError,
     IncompatibleModelError,
@@ -14,10 +14,10 @@ from lightning_interp.errors import (
     RecipeError,
 )
 from lightning_interp.steering import ConceptProbe, CounterfactualPairs, DualSteering, PairMassGate, dual_steering
-from lightning_interp.steering.curve import SolverOptions
-from lightning_interp.steering.dual import dual_steer
-from lightning_interp.steering.fingerprint import model_fingerprint
-from lightning_interp.steering.geometry import SoftmaxGeometry
+from lightning_interp.steering.softmax.curve import SolverOptions
+from lightning_interp.steering.softmax.dual import dual_steer
+from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
+from lightning_interp.steering.vectors.fingerprint import model_fingerprint
 from lightning_interp.testing import InterventionContract, byte_tokenizer, tiny_model
 
 IDS = torch.arange(5, 13).view(1, 8)

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_interp.errors import IncompatibleModelError
-from lightning_interp.steering.geometry import SoftmaxGeometry
-from lightning_interp.steering.linear_solvers import conjugate_gradient, solve_dense, solve_woodbury
+from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
+from lightning_interp.steering.softmax.linear_solvers import conjugate_gradient, solve_dense, solve_woodbury
 
 GOLDEN = torch.tensor([[1, 0.5], [-1, 0.5], [0.5, -1], [0.25, 1.5], [-0.75, -0.5]], dtype=torch.float64)
 LAM = torch.tensor([0.3, -0.2], dtype=torch.float64)

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from lightning_interp.core.sites import Site
+from lightning_interp.core.model.sites import Site
 from lightning_interp.errors import DataError, IncompatibleModelError, ManifestError, RecipeError
-from lightning_interp.steering.moments import ClassMoments
-from lightning_interp.steering.streamed_sums import StreamedSums
+from lightning_interp.steering.concepts.moments import ClassMoments
+from lightning_interp.steering.concepts.streamed_sums import StreamedSums
 
 WIDTH = 5
 

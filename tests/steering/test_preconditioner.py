@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_interp.steering import SoftmaxGeometry, dual_steer, newton
-from lightning_interp.steering.linear_solvers import conjugate_gradient, likely_inverse
+from lightning_interp.steering import SoftmaxGeometry, dual_steer
+from lightning_interp.steering.softmax import newton
+from lightning_interp.steering.softmax.linear_solvers import conjugate_gradient, likely_inverse
 
 
 def draw(*shape, seed=0, dtype=torch.float64):

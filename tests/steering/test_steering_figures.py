@@ -9,11 +9,11 @@ import torch
 from matplotlib.figure import Figure
 
 from lightning_interp.errors import RecipeError
-from lightning_interp.steering.effects import SteeringResult
-from lightning_interp.steering.figures import LABELS, path_figure, steering_figure
-from lightning_interp.steering.geometry import SoftmaxGeometry
-from lightning_interp.steering.metrics import SCORES, score_path
-from lightning_interp.steering.pairs import CounterfactualPairs
+from lightning_interp.steering.concepts.pairs import CounterfactualPairs
+from lightning_interp.steering.effects.figures import LABELS, path_figure, steering_figure
+from lightning_interp.steering.effects.metrics import SCORES, score_path
+from lightning_interp.steering.effects.path_scores import SteeringResult
+from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
 
 
 def leak(contexts=9, seed=3):

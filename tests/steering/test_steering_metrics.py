@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lightning_interp.errors import DataError, IncompatibleModelError, RecipeError
-from lightning_interp.steering.effects import SteeringResult, bin_path, value_at_effect
-from lightning_interp.steering.geometry import SoftmaxGeometry
-from lightning_interp.steering.metrics import (
+from lightning_interp.steering.concepts.pairs import CounterfactualPairs
+from lightning_interp.steering.concepts.probes import ConceptProbe
+from lightning_interp.steering.effects.metrics import (
     SCORES,
     covering_tokens,
     dual_alignment,
@@ -26,9 +26,15 @@ from lightning_interp.steering.metrics import (
     score_distributions,
     score_path,
 )
-from lightning_interp.steering.pairs import CounterfactualPairs
-from lightning_interp.steering.probes import ConceptProbe
-from lightning_interp.steering.text_quality import distinct_n, loop_period, perplexity, repeated_share, repetition
+from lightning_interp.steering.effects.path_scores import SteeringResult, bin_path, value_at_effect
+from lightning_interp.steering.effects.text_quality import (
+    distinct_n,
+    loop_period,
+    perplexity,
+    repeated_share,
+    repetition,
+)
+from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
 
 V, D = 30, 6
 PAIRS = CounterfactualPairs([(0, 10), (1, 11), (2, 12), (3, 12)])

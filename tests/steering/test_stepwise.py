@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from lightning_interp.errors import IncompatibleModelError, RecipeError
-from lightning_interp.steering.curve import SolverOptions
-from lightning_interp.steering.dual import dual_steer
-from lightning_interp.steering.geometry import SoftmaxGeometry
-from lightning_interp.steering.pairs import CounterfactualPairs
-from lightning_interp.steering.stepwise import algorithm1
+from lightning_interp.steering.concepts.pairs import CounterfactualPairs
+from lightning_interp.steering.softmax.curve import SolverOptions
+from lightning_interp.steering.softmax.dual import dual_steer
+from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
+from lightning_interp.steering.softmax.stepwise import algorithm1
 
 
 def draw(*shape, seed=0):

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from lightning_interp import ModelMap, Site
-from lightning_interp.core.statistics import Estimate
+from lightning_interp.core.measure.statistics import Estimate
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.steering import AddDirection, SteeringVector
-from lightning_interp.steering.contrast import ContrastItem
-from lightning_interp.steering.vector_figures import layer_figure, sweep_figure
-from lightning_interp.steering.vector_study import (
+from lightning_interp.steering.effects.vector_figures import layer_figure, sweep_figure
+from lightning_interp.steering.effects.vector_study import (
     Cell,
     ScoredText,
     TextProbe,
@@ -25,6 +24,7 @@ from lightning_interp.steering.vector_study import (
     spread_layers,
     write_sweep,
 )
+from lightning_interp.steering.vectors.contrast import ContrastItem
 from lightning_interp.testing import byte_tokenizer, tiny_model
 from lightning_interp.testing.snapshot import snapshot
 

@@ -24,7 +24,7 @@ from lightning_interp import (
     StepContext,
     Tokens,
 )
-from lightning_interp.core.kv_cache import cache_argument, cache_of
+from lightning_interp.core.tokens.kv_cache import cache_argument, cache_of
 from lightning_interp.errors import DataError, IncompatibleModelError, PositionError, RecipeError, SiteError
 from lightning_interp.steering import (
     AddDirection,
@@ -37,9 +37,9 @@ from lightning_interp.steering import (
     describe_positions,
     model_fingerprint,
 )
-from lightning_interp.steering.probes import ConceptProbe
-from lightning_interp.steering.selectors import bind_positions, same_at_every_site
-from lightning_interp.steering.where import spread_columns
+from lightning_interp.steering.activation.selectors import bind_positions, same_at_every_site
+from lightning_interp.steering.activation.where import spread_columns
+from lightning_interp.steering.concepts.probes import ConceptProbe
 from lightning_interp.testing import byte_tokenizer, tiny_model
 
 WIDTH = 32

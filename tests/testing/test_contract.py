@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 
-from lightning_interp.core.capture import ActivationCapture
-from lightning_interp.core.intervention import Compose, Intervention
-from lightning_interp.core.positions import All, Last, Span, Substring
-from lightning_interp.core.sites import Site
+from lightning_interp.core.hooks.capture import ActivationCapture
+from lightning_interp.core.hooks.intervention import Compose, Intervention
+from lightning_interp.core.model.sites import Site
+from lightning_interp.core.tokens.positions import All, Last, Span, Substring
 from lightning_interp.errors import IncompatibleModelError
 from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.plan import GraftPlan

@@ -8,12 +8,12 @@ import lightning as L
 import pytest
 import torch
 
-from lightning_interp.core.callback import InterventionCallback
-from lightning_interp.core.capture import ActivationCapture
-from lightning_interp.core.capture_callback import CaptureCallback
-from lightning_interp.core.intervention import Intervention
-from lightning_interp.core.positions import FromBatch, Last, Substring
-from lightning_interp.core.sites import Site
+from lightning_interp.core.callbacks.capture_callback import CaptureCallback
+from lightning_interp.core.callbacks.intervention_callback import InterventionCallback
+from lightning_interp.core.hooks.capture import ActivationCapture
+from lightning_interp.core.hooks.intervention import Intervention
+from lightning_interp.core.model.sites import Site
+from lightning_interp.core.tokens.positions import FromBatch, Last, Substring
 from lightning_interp.grafting import GraftCallback, GraftPrompt
 from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.plan import GraftPlan

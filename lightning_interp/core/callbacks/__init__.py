@@ -1,0 +1,1 @@
+"""Interventions and captures in a Lightning run."""

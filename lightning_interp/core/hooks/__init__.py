@@ -1,0 +1,1 @@
+"""What is done to activations, and that it comes off again."""

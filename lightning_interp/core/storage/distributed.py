@@ -1,0 +1,275 @@
+"""Ranks, and JSONL files that many ranks write and a killed run continues.
+
+Nothing here starts a process group: it reads the one that Lightning (or ``torchrun``, or SLURM) made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from io import FileIO
+from pathlib import Path
+from typing import Any, Self
+
+from lightning_interp.core.storage.files import atomic_writer, json_bytes, jsonable, write_error
+from lightning_interp.errors import DataError, ManifestError
+
+__all__ = ["JsonlWriter", "append_bytes", "cut_torn_line", "is_rank_zero", "rank_and_world_size"]
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Return this process's global rank and the number of processes.
+
+    A process group that is up decides. Before that, the variables of the launcher do: those of ``torchrun``, of
+    SLURM's ``srun`` (not of an interactive shell), or Lightning's ``LOCAL_RANK`` and ``NODE_RANK`` (with those, ranks
+    of several nodes are distinct but may have gaps until the process group is up). Without any of them, this is the
+    only process.
+
+    Returns:
+        ``(rank, world_size)``.
+
+    Example:
+        >>> rank_and_world_size()
+        (0, 1)
+    """
+    torch = sys.modules.get("torch")  # without torch there is no process group, and this stays a light import
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    env = os.environ
+    if "RANK" in env:
+        return int(env["RANK"]), int(env.get("WORLD_SIZE", "1"))
+    if "SLURM_PROCID" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        return int(env["SLURM_PROCID"]), int(env.get("SLURM_NTASKS", "1"))
+    local, node = int(env.get("LOCAL_RANK", "0")), int(env.get("NODE_RANK", "0"))
+    world = int(env.get("WORLD_SIZE", str(local + 1)))
+    return node * world + local, world
+
+
+def is_rank_zero() -> bool:
+    """Return whether this process is the one that writes files and prints.
+
+    Example:
+        >>> is_rank_zero()
+        True
+    """
+    return rank_and_world_size()[0] == 0
+
+
+class JsonlWriter:
+    """Writes rows of JSON from many ranks, survives a kill at any byte, and ends as one ordered file.
+
+    Each rank appends to a part file of its own beside ``path``; :meth:`write` returns when the rows are on disk. A
+    last line that a kill tore apart is cut off when the rank comes back. Every row carries an integer ``index`` which
+    says where it belongs; :meth:`merge` orders by it and keeps one row for each.
+
+    Args:
+        path: The final file.
+        rank: This process's global rank; found by :func:`rank_and_world_size` if None.
+        world_size: The number of processes; found likewise.
+
+    Raises:
+        ManifestError: If the folder cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "answers.jsonl"
+        >>> with JsonlWriter(path) as writer:
+        ...     writer.write([{"index": 1, "text": "b"}, {"index": 0, "text": "a"}])
+        ...     missing = [index for index in range(3) if index not in writer.written()]
+        ...     writer.write({"index": index, "text": "c"} for index in missing)
+        ...     writer.merge().read_text().splitlines()
+        ['{"index": 0, "text": "a"}', '{"index": 1, "text": "b"}', '{"index": 2, "text": "c"}']
+    """
+
+    def __init__(self, path: str | os.PathLike[str], rank: int | None = None, world_size: int | None = None) -> None:
+        found_rank, found_world = rank_and_world_size()
+        self.path = Path(path)
+        self.rank = found_rank if rank is None else rank
+        self.world_size = found_world if world_size is None else world_size
+        self.part = self.path.with_name(f"{self.path.name}.rank{self.rank:05d}.part")
+        self._file: FileIO | None = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            cut_torn_line(self.part)
+        except OSError as error:
+            raise write_error(self.part, error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append a batch of rows and return when they are on disk.
+
+        Args:
+            rows: Plain dicts with an integer ``index``.
+
+        Raises:
+            DataError: If a row has no integer ``index`` or a value without a JSON form; nothing is written then.
+            ManifestError: If the disk is full or the folder cannot be written.
+        """
+        lines = [json_bytes(_checked(row)) for row in rows]
+        if not lines:
+            return
+        try:
+            if self._file is None:
+                self._file = open(self.part, "ab", buffering=0)  # noqa: SIM115 - lives as long as the writer
+            append_bytes(self._file, b"\n".join(lines) + b"\n")
+        except OSError as error:
+            raise write_error(self.part, error) from error
+
+    def written(self) -> set[int]:
+        """Return the indices on disk, of every rank and of earlier attempts, also with another number of ranks.
+
+        Raises:
+            DataError: If a file holds a line that is not such a row.
+        """
+        return {index for source in self._sources() for index, _, _ in _lines(source)}
+
+    def merge(self, barrier: Callable[[], object] | None = None) -> Path:
+        """Wait for all ranks, write the final file on rank zero, and remove the part files.
+
+        Rows are ordered by ``index``; of several rows with one index the first is kept (the final file's, then the
+        lowest rank's). Every rank must call this.
+
+        Args:
+            barrier: Waits for all ranks, such as ``trainer.strategy.barrier``; that of the process group if None.
+
+        Returns:
+            The final file, complete on every rank.
+
+        Raises:
+            DataError: If a part file holds a line that is not such a row.
+            ManifestError: If there are several ranks and no way to wait for them.
+        """
+        self.close()
+        wait = barrier or self._group_barrier()
+        wait()
+        if self.rank == 0:
+            sources = self._sources()
+            rows: dict[int, tuple[Path, int, int]] = {}
+            for source in sources:
+                for index, start, length in _lines(source):
+                    rows.setdefault(index, (source, start, length))
+            _copy_rows(rows, self.path)
+            for source in sources:
+                if source != self.path:
+                    source.unlink()
+        wait()
+        return self.path
+
+    def close(self) -> None:
+        """Close the part file; a later :meth:`write` opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _sources(self) -> list[Path]:
+        prefix, suffix = f"{self.path.name}.rank", ".part"
+        parts = sorted(
+            part for part in self.path.parent.iterdir() if part.name.startswith(prefix) and part.name.endswith(suffix)
+        )
+        return [*([self.path] if self.path.exists() else []), *parts]
+
+    def _group_barrier(self) -> Callable[[], object]:
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+            barrier: Callable[[], object] = torch.distributed.barrier
+            return barrier
+        if self.world_size > 1:
+            raise ManifestError(
+                f"Cannot merge {str(self.path)!r} from {self.world_size} ranks: no process group is up to wait for "
+                "them. Pass merge(barrier=trainer.strategy.barrier)."
+            )
+        return lambda: None
+
+
+def _checked(row: Mapping[str, Any]) -> dict[str, Any]:
+    index = row.get("index")
+    if not isinstance(index, int) or isinstance(index, bool):
+        raise DataError(f"A row has index {index!r}: expected an integer that no other row has. The row: {row!r:.200}")
+    plain: dict[str, Any] = jsonable(row)
+    return plain
+
+
+def _lines(path: Path) -> Iterator[tuple[int, int, int]]:
+    """Yield (index, start, length) of each complete line of a part or final file."""
+    start = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return  # torn by a kill; its own rank cuts it off when it comes back
+            yield _index(line, path, number), start, len(line)
+            start += len(line)
+
+
+def _index(line: bytes, path: Path, number: int) -> int:
+    try:
+        row = json.loads(line)
+        index = row["index"]
+    except (ValueError, KeyError, TypeError):
+        index = None
+    if not isinstance(index, int):
+        raise DataError(
+            f"{path}, line {number}: expected a JSON object with an integer 'index', got {line[:80]!r}. "
+            "Delete this line (its row is made again) or restore the file."
+        )
+    return index
+
+
+def _copy_rows(rows: Mapping[int, tuple[Path, int, int]], target: Path) -> None:
+    with ExitStack() as stack:
+        files = {
+            source: stack.enter_context(open(source, "rb")) for source in {source for source, _, _ in rows.values()}
+        }
+        out = stack.enter_context(atomic_writer(target))
+        for index in sorted(rows):
+            source, start, length = rows[index]
+            files[source].seek(start)
+            out.write(files[source].read(length))
+
+
+def append_bytes(file: FileIO, data: bytes) -> None:
+    """Append all of ``data`` and force it to disk, or leave the file as it was (a full disk takes a part).
+
+    Args:
+        file: Open for appending, without a buffer.
+        data: What to append.
+    """
+    size = os.fstat(file.fileno()).st_size
+    rest = memoryview(data)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+    except BaseException:
+        with suppress(OSError):
+            file.truncate(size)
+        raise
+
+
+def cut_torn_line(part: Path) -> None:
+    """Cut off what a kill left behind the last line end of a file; a file that is not there is no matter.
+
+    Args:
+        part: The file.
+    """
+    if not part.exists():
+        return
+    with open(part, "r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        position, tail = end, b""
+        while position > 0 and b"\n" not in tail:
+            step = min(65536, position)
+            position -= step
+            file.seek(position)
+            tail = file.read(step)
+        complete = position + tail.rfind(b"\n") + 1
+        if complete < end:
+            file.truncate(complete)
+            os.fsync(file.fileno())

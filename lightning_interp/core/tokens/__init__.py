@@ -1,0 +1,1 @@
+"""Which tokens: what a pass knows of its tokens, and selectors that choose among them."""

@@ -1,0 +1,221 @@
+"""From token ids back to characters: which token spells which part of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from lightning_interp.errors import PositionError
+
+if TYPE_CHECKING:
+    from lightning_interp.core.tokens.step import StepContext
+
+__all__ = ["PARTS", "find_occurrence", "ids_of", "mask_by_text", "template_mask", "token_spans"]
+
+PARTS = ("user", "assistant", "system", "template")
+"""What a token of a templated conversation can belong to."""
+
+_HALF = "\ufffd"  # a tokenizer's stand-in for the first bytes of an unfinished character
+
+
+class Mark(NamedTuple):
+    """How one role's turn opens and ends."""
+
+    role: str
+    header: str
+    end: str
+
+
+def token_spans(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
+    """Decode ids and find the characters of each token.
+
+    Two tokens that share the bytes of one character both span it.
+
+    Args:
+        tokenizer: Anything with a Hugging Face ``decode``.
+        ids: Real tokens of one row.
+
+    Returns:
+        The text, and one half-open span of character indices for each token.
+    """
+
+    def decode(part: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(part), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    text, spans = decode(ids), list[tuple[int, int]]()
+    start, fresh = 0, 0  # a window of tokens is decoded: those before `fresh` for context, text[:done] is theirs
+    done, begin, context, before = 0, 0, 0, ""
+    for n in range(1, len(ids) + 1):
+        window = decode(ids[start:n])
+        new = window[context:]
+        if new.endswith(_HALF) and new == before:
+            spans.append((spans[-1][1] - 1, spans[-1][1]))  # one more byte of the character that is not finished
+            continue
+        same = next((i for i, one in enumerate(new) if one != text[done + i : done + i + 1]), len(new))
+        spans.append((begin, done + same + (same < len(new))))
+        begin, before = done + same, new
+        if same == len(new) and not new.endswith(_HALF):
+            start, fresh, done, before = fresh, n, begin, ""
+            context = len(decode(ids[start:n]))
+    return text, spans
+
+
+def find_occurrence(text: str, part: str, which: str) -> list[tuple[int, int]]:
+    """Half-open character spans of the ``first``, ``last`` or ``all`` mentions of ``part`` in ``text``.
+
+    Example:
+        >>> find_occurrence("abcabc", "bc", "all")
+        [(1, 3), (4, 6)]
+    """
+    starts, at = [], text.find(part)
+    while at >= 0:
+        starts.append(at)
+        at = text.find(part, at + 1)
+    chosen = {"first": starts[:1], "last": starts[-1:], "all": starts}[which]
+    return [(start, start + len(part)) for start in chosen]
+
+
+def template_mask(tokenizer: Any, ids: Sequence[int], part: str) -> torch.Tensor:
+    """Tokens of one part of a templated conversation.
+
+    The headers and the end of each role's turn are read off the tokenizer's own template, and then looked for in the
+    decoded text. A system text that the template puts in by itself counts as the system's.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        ids: Real tokens of one row.
+        part: ``user``, ``assistant``, ``system`` or ``template``.
+
+    Returns:
+        bool ``[T]``.
+
+    Raises:
+        PositionError: If there is no template, it cannot be read, or the part is unknown.
+    """
+    if part not in PARTS:
+        raise PositionError(f"Unknown part {part!r} of a chat template; expected one of {', '.join(PARTS)}.")
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise PositionError(f"ChatTemplate({part!r}) needs a tokenizer with a chat template, but this one has none.")
+    text, spans = token_spans(tokenizer, ids)
+    try:
+        marks = _marks(tokenizer)
+    except Exception as error:
+        raise PositionError(
+            f"Cannot tell how this tokenizer's chat template lays out turns: {error!r}. Mark positions with FromBatch."
+        ) from error
+    turns = _turns(text, marks)
+    if part == "template":
+        inside = [any(a >= begin and b <= end for _, begin, end in turns) for a, b in spans]
+        return ~torch.tensor(inside, dtype=torch.bool)
+    wanted = [(begin, end) for role, begin, end in turns if role == part]
+    return torch.tensor([any(a >= begin and b <= end for begin, end in wanted) for a, b in spans], dtype=torch.bool)
+
+
+def _marks(tokenizer: Any) -> list[Mark]:
+    """How turns open and end: contents that are easy to find again are put through the tokenizer's own template."""
+
+    def render(*roles: str, ask: bool = False) -> list[str]:
+        chat = [{"role": role, "content": f"@{i}@"} for i, role in enumerate(roles)]
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=ask))
+        return [part for i in range(len(roles)) for part in _cut(text, i, len(roles))]
+
+    before, user_end = render("user")
+    _, to_assistant, to_user, _ = render("user", "assistant", "user")
+    _, _, assistant_end = render("user", "assistant")
+    user, assistant = _header(to_user, assistant_end), _header(to_assistant, user_end)
+    marks = [
+        Mark("user", user, _trim(user_end) or to_assistant),
+        Mark("assistant", assistant, _trim(assistant_end) or to_user),
+        Mark("assistant", _header(render("user", ask=True)[1], user_end), _trim(assistant_end) or to_user),
+    ]
+    try:
+        opening, gap, _ = render("system", "user")
+    except Exception:  # a template may refuse system turns with any error it likes
+        return marks
+    opening = opening.removeprefix(before.removesuffix(user)) if before.endswith(user) else opening
+    if gap.endswith(user):
+        return [*marks, Mark("system", opening, _trim(gap.removesuffix(user)) or gap)]
+    return [*marks, Mark("system", opening, gap), Mark("user", gap, marks[0].end)]
+
+
+def _cut(text: str, i: int, count: int) -> list[str]:
+    """The text before the i-th content, and behind the last one."""
+    start = text.index(f"@{i - 1}@") + len(f"@{i - 1}@") if i else 0
+    here = text.index(f"@{i}@")
+    return [text[start:here], text[here + len(f"@{i}@") :]] if i == count - 1 else [text[start:here]]
+
+
+def _header(transition: str, end: str) -> str:
+    """What opens a turn; where nothing but the end of the last turn does, that end."""
+    rest = transition.removeprefix(end)
+    return rest if rest.strip() else transition
+
+
+def _trim(end: str) -> str:
+    """Line breaks behind an end mark may be missing after the last turn."""
+    return end.rstrip("\n") or end
+
+
+def _turns(text: str, marks: Sequence[Mark]) -> list[tuple[str, int, int]]:
+    """(role, begin, end) of what each role said, by reading the text from left to right."""
+    turns: list[tuple[str, int, int]] = []
+    at = 0
+    while True:
+        found = [(text.find(mark.header, at), -len(mark.header), mark) for mark in marks if mark.header]
+        found = [place for place in found if place[0] >= 0]
+        if not found:
+            return turns
+        start, length, mark = min(found, key=lambda place: place[:2])
+        begin = start - length
+        end = text.find(mark.end, begin)
+        end = len(text) if end < 0 else end
+        turns.append((mark.role, begin, end))
+        at = end
+
+
+def mask_by_text(
+    step: StepContext, selector: Hashable, choose: Callable[[Any, list[int], int], torch.Tensor]
+) -> torch.Tensor:
+    """A mask that is worked out row by row from the prompt's text; once a pass, however many sites ask for it.
+
+    Args:
+        step: The forward pass.
+        selector: Who asks, for the pass's cache and for errors.
+        choose: Which of a row's tokens, from the tokenizer, their ids and the row, bool ``[n]``.
+
+    Returns:
+        Bool ``[B, T]``.
+
+    Raises:
+        PositionError: If the pass has no token ids or no tokenizer.
+    """
+    if selector not in step.cache:
+        chosen = torch.zeros(step.batch_size, step.length, dtype=torch.bool)
+        if step.past == 0:
+            ids, valid, tokenizer = ids_of(step, selector).cpu(), step.valid.cpu(), _tokenizer(step, selector)
+            for row in range(step.batch_size):
+                columns = valid[row].nonzero().flatten()
+                chosen[row, columns] = choose(tokenizer, ids[row, columns].tolist(), row)
+        step.cache[selector] = chosen.to(step.device)
+    found: torch.Tensor = step.cache[selector]
+    return found
+
+
+def ids_of(step: StepContext, selector: object) -> torch.Tensor:
+    """The token ids of a pass ``[B, T]``.
+
+    Raises:
+        PositionError: If the model was called with embeddings.
+    """
+    if step.input_ids is None:
+        raise PositionError(f"{selector} reads token ids, but the model was called with inputs_embeds. Pass input_ids.")
+    return step.input_ids
+
+
+def _tokenizer(step: StepContext, selector: object) -> Any:
+    tokenizer = step.find_tokenizer()
+    if tokenizer is None:
+        raise PositionError(f"{selector} reads text, which needs a tokenizer. Pass attach(model, tokenizer=...).")
+    return tokenizer

@@ -1,0 +1,1 @@
+"""Whose weights: rows of a module that come from another source."""

@@ -1,0 +1,374 @@
+"""The masked alternative map: some rows of a module come from another weight source.
+
+One primitive carries weight grafting, position-gated adapters and adapter selection. Every module it is used on treats
+rows (tokens) independently, so choosing the source row by row inside one ordinary forward pass equals running each
+token
+through weights assembled for it (Nief et al. 2025, arXiv 2506.20746, section 3; the row-wise identity is ours).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lightning_interp.core.hooks.intervention import Attachment, Hook, first_input, join_output, split_output
+from lightning_interp.errors import IncompatibleModelError, PositionError
+
+__all__ = ["Execution", "MaskedMap", "RowMask", "attach_masked", "masked_rows"]
+
+Execution = Literal["auto", "overwrite", "partition", "dense"]
+RowMap = Callable[..., Any]
+
+PARTITION_FROM = 0.3
+"""Share of rows away from source 0 above which ``auto`` computes every source on its own rows only."""
+
+
+class RowMask:
+    """Which weight source each row uses, with what every module needs of it worked out once.
+
+    Args:
+        source: int ``[B, T]``; 0 is the recipient, ``k`` the k-th donor.
+
+    Example:
+        >>> mask = RowMask(torch.tensor([[0, 1, 1], [0, 0, 0]]))
+        >>> mask.uniform is None, mask.rows(1).tolist(), round(mask.share, 2)
+        (True, [1, 2], 0.33)
+    """
+
+    def __init__(self, source: torch.Tensor) -> None:
+        self.source = source
+        self.shape = (int(source.shape[0]), int(source.shape[1]))
+        self._rows: dict[int, torch.Tensor] = {}
+        self._tails: dict[int, RowMask] = {}
+
+    @cached_property
+    def used(self) -> tuple[int, ...]:
+        """Sources that occur, in order."""
+        return tuple(int(k) for k in torch.bincount(self.source.flatten()).nonzero()[:, 0].tolist())
+
+    @property
+    def uniform(self) -> int | None:
+        """The only source, or None if there are several."""
+        return self.used[0] if len(self.used) == 1 else None
+
+    @cached_property
+    def share(self) -> float:
+        """Share of rows that do not use source 0."""
+        return int(torch.count_nonzero(self.source)) / self.source.numel()
+
+    def rows(self, source: int) -> torch.Tensor:
+        """Flat indices ``[n]`` of the rows that use a source."""
+        if source not in self._rows:
+            self._rows[source] = (self.source == source).flatten().nonzero().flatten()
+        return self._rows[source]
+
+    def tail(self, n: int) -> RowMask:
+        """The mask of the last ``n`` columns."""
+        if n == self.shape[1]:
+            return self
+        if n not in self._tails:
+            self._tails[n] = RowMask(self.source[:, -n:])
+        return self._tails[n]
+
+
+@dataclass(eq=False)
+class MaskedMap:
+    """One module and its alternatives.
+
+    Args:
+        module: The module of the recipient model that is hooked.
+        native: The source that the module itself computes (0 for a plain recipient; the adapter's for an adapted
+            layer).
+        alternatives: The other sources, as functions of the module's input.
+        deltas: Sources that are source 0 plus this function of the input (a low-rank adapter); used for mixed masks in
+            place of the whole map, at a fraction of its cost.
+        mask: Called in each pass; the mask for each group of output features (``None`` for all features).
+        execution: How mixed masks are computed.
+        per_call: Compare whole outputs instead of gathering rows (modules that are not fed one row a token).
+        takes_empty: Whether the module can be run on no rows at all.
+    """
+
+    module: nn.Module
+    native: int
+    alternatives: Mapping[int, RowMap]
+    mask: Callable[[], Sequence[tuple[torch.Tensor | None, RowMask]]]
+    execution: Execution = "auto"
+    per_call: bool = False
+    takes_empty: bool = True
+    deltas: Mapping[int, RowMap] = field(default_factory=dict)
+
+
+def masked_rows(
+    x: torch.Tensor,
+    maps: Mapping[int, RowMap],
+    mask: RowMask,
+    *,
+    execution: Execution = "auto",
+    deltas: Mapping[int, RowMap] | None = None,
+) -> torch.Tensor:
+    """Apply to each row of ``x`` the map that the mask names.
+
+    ``overwrite`` computes source 0 on all rows and writes the others over it (rows of source 0 stay bit-identical to a
+    run without donors; cost ``1 + share``). ``partition`` computes each source on its own rows (cost 1). ``dense``
+    computes every source on all rows and selects (static shapes). ``auto`` is ``overwrite`` up to a share of 0.3, then
+    ``partition``. A mask with one source runs that source alone on ``x`` as it is.
+
+    Args:
+        x: Input ``[B, T, ...]`` (or flat ``[B*T, ...]``, or heads first ``[B, H, T, d]``).
+        maps: Source index to its row-wise map.
+        mask: Source of each row.
+        execution: See above.
+        deltas: Sources that are source 0 plus a function of the input; if all others are, source 0 runs on all rows and
+            the differences are added to theirs.
+
+    Returns:
+        Output in the layout of ``x``.
+
+    Example:
+        >>> x = torch.ones(1, 3, 1)
+        >>> mask = RowMask(torch.tensor([[0, 1, 0]]))
+        >>> masked_rows(x, {0: lambda r: r, 1: lambda r: -r}, mask).flatten().tolist()
+        [1.0, -1.0, 1.0]
+    """
+    if mask.uniform is not None:
+        return _tensor(maps[mask.uniform](x))
+    layout = _Layout.of(x, mask)
+    if deltas and _all_deltas(mask, deltas) and execution == "auto":
+        return layout.restore(_add_deltas(layout.flatten(_fresh(maps[0](x), x)), x, deltas, mask, layout))
+    how = _choose(execution, mask)
+    if how == "dense":
+        outputs = {k: layout.flatten(_tensor(maps[k](x))) for k in mask.used}
+        return layout.restore(_select(outputs, mask))
+    rows = {k: layout.gather(x, mask.rows(k)) for k in mask.used if how == "partition" or k != 0}
+    outputs = {k: layout.scatter(_tensor(maps[k](r))) for k, r in rows.items()}
+    base = layout.flatten(_fresh(maps[0](x), x)) if how == "overwrite" else None
+    return layout.restore(_assemble(base, outputs, mask))
+
+
+def attach_masked(attachment: Attachment, masked: MaskedMap) -> None:
+    """Hook one module so that its rows follow a mask; the module's own weights are never touched.
+
+    Args:
+        attachment: Owns the handles.
+        masked: The module, its alternatives and its mask.
+
+    Raises:
+        IncompatibleModelError: If another masked map is already on the module.
+    """
+    hooks = masked.module._forward_pre_hooks.values()
+    if any(isinstance(hook, Hook) and isinstance(getattr(hook.function, "__self__", None), _Runner) for hook in hooks):
+        raise IncompatibleModelError(
+            f"{type(masked.module).__name__} already follows another masked map. Remove that attachment, or name "
+            "several sources in one plan."
+        )
+    runner = _Runner(masked)
+    handle = masked.module.register_forward_pre_hook(Hook(runner.before), with_kwargs=True)
+    runner.key = handle.id
+    attachment.add(handle)
+    attachment.add(masked.module.register_forward_hook(Hook(runner.after), with_kwargs=True, prepend=True))
+
+
+class _Runner:
+    """The two hooks of one module: hand it only the rows it computes, then put the others in their places."""
+
+    def __init__(self, masked: MaskedMap) -> None:
+        self.masked = masked
+        self.key = -1
+        self.pending: list[tuple[torch.Tensor, Sequence[tuple[torch.Tensor | None, RowMask]], str]] = []
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.pending.clear()
+        masks = [(columns, mask) for columns, mask in self.masked.mask()]
+        uniform = {mask.uniform for _, mask in masks}
+        if uniform == {self.masked.native}:
+            return None
+        x, put = first_input(args, kwargs)
+        shadowed = next(reversed(module._forward_pre_hooks)) != self.key  # a later pre-hook must see whole inputs
+        if self.masked.per_call or len(masks) > 1 or shadowed:
+            self.pending.append((x, masks, "all"))
+            return None
+        columns, mask = masks[0]
+        mask = _fit(mask, x)
+        native, how = self.masked.native, _choose(self.masked.execution, mask)
+        if mask.uniform is None and (how == "dense" or (how == "overwrite" and native == 0)):
+            self.pending.append((x, [(columns, mask)], "all"))
+            return None
+        self.pending.append((x, [(columns, mask)], "rows"))
+        return put(self._native_rows(x, mask, native))
+
+    def _by_delta(self, mask: RowMask) -> bool:
+        return mask.uniform is None and self.masked.execution == "auto" and _all_deltas(mask, self.masked.deltas)
+
+    def _native_rows(self, x: torch.Tensor, mask: RowMask, native: int) -> torch.Tensor:
+        rows = mask.rows(native)
+        if self._by_delta(mask):
+            rows = rows[:0]
+        if len(rows) == 0 and not self.masked.takes_empty:
+            rows = rows.new_zeros(1)
+        return _Layout.of(x, mask).gather(x, rows)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self.pending:
+            return None
+        x, masks, have = self.pending.pop()
+        own, rest = _fresh(output, x), split_output(output)[1]
+        if self.masked.per_call:
+            return join_output(self._whole(own, masks[0][1], args, kwargs), rest)
+        maps: dict[int, RowMap] = dict(self.masked.alternatives)
+        if have == "all":  # a later pre-hook may have changed the input
+            return join_output(self._over(first_input(args, kwargs)[0], own, masks), rest)
+        maps[self.masked.native] = lambda _: own
+        new = masked_rows(x, maps, masks[0][1], execution=self.masked.execution, deltas=self.masked.deltas)
+        return join_output(new, rest)
+
+    def _over(
+        self, x: torch.Tensor, own: torch.Tensor, masks: Sequence[tuple[torch.Tensor | None, RowMask]]
+    ) -> torch.Tensor:
+        """The module has run on all rows; write the other sources over it, feature group by feature group."""
+        for columns, wide in masks:
+            mask = _fit(wide, x)
+            layout = _Layout.of(x, mask)
+            flat = layout.flatten(own)
+            for k in mask.used:
+                if k == self.masked.native:
+                    continue
+                rows = mask.rows(k)
+                if mask.uniform is not None or self.masked.execution == "dense":
+                    new = layout.flatten(_tensor(self.masked.alternatives[k](x)))[rows]
+                else:
+                    new = layout.scatter(_tensor(self.masked.alternatives[k](layout.gather(x, rows))))
+                flat = _write(flat, rows, new, columns)
+            own = layout.restore(flat)
+        return own
+
+    def _whole(self, own: torch.Tensor, mask: RowMask, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """For modules with arguments of their own shape: run every source on the same call and select."""
+        source = mask.source[..., None]
+        for k in mask.used:
+            if k != self.masked.native:
+                own = torch.where(source == k, _tensor(self.masked.alternatives[k](*args, **kwargs)), own)
+        return own
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the rows of a tensor lie: ``[B, T, ...]``, flat ``[B*T, ...]``, or heads first ``[B, H, T, d]``."""
+
+    shape: tuple[int, int]
+    kind: str
+
+    @classmethod
+    def of(cls, x: torch.Tensor, mask: RowMask) -> _Layout:
+        batch, length = mask.shape
+        rows = x.dim() >= 2 and tuple(x.shape[:2]) == (batch, length)
+        heads = x.dim() == 4 and (x.shape[0], x.shape[2]) == (batch, length)
+        if rows and heads and x.shape[1] == x.shape[2]:
+            rows = x.stride(1) >= x.stride(2)  # a transposed view keeps the strides of [B, T, H, d]
+        if rows:
+            return cls(mask.shape, "rows")
+        if heads:
+            return cls(mask.shape, "heads")
+        if x.dim() >= 1 and x.shape[0] == batch * length:
+            return cls(mask.shape, "flat")
+        raise PositionError(
+            f"A masked module received a tensor of shape {tuple(x.shape)}, which has no row for each of the "
+            f"{batch} x {length} tokens of this pass."
+        )
+
+    def flatten(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "heads":
+            x = x.transpose(1, 2)
+        return x if self.kind == "flat" else x.reshape(self.shape[0] * self.shape[1], *x.shape[2:])
+
+    def restore(self, flat: torch.Tensor) -> torch.Tensor:
+        if self.kind == "flat":
+            return flat
+        out = flat.reshape(*self.shape, *flat.shape[1:])
+        return out.transpose(1, 2) if self.kind == "heads" else out
+
+    def gather(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Rows as a batch of one, ``[1, n, ...]`` (or ``[1, H, n, d]``), as the module knows its input."""
+        flat = self.flatten(x)
+        chosen = (flat.index_select(0, rows.to(x.device)) if len(rows) else flat[:0])[None]
+        return chosen.transpose(1, 2) if self.kind == "heads" else chosen
+
+    def scatter(self, out: torch.Tensor) -> torch.Tensor:
+        """What a module made of gathered rows, as ``[n, ...]``."""
+        if self.kind == "heads" and out.dim() == 4:
+            out = out.transpose(1, 2)
+        return out[0] if out.shape[0] == 1 else out.reshape(-1, *out.shape[2:])
+
+
+def _all_deltas(mask: RowMask, deltas: Mapping[int, RowMap]) -> bool:
+    return bool(deltas) and all(k == 0 or k in deltas for k in mask.used)
+
+
+def _add_deltas(
+    flat: torch.Tensor, x: torch.Tensor, deltas: Mapping[int, RowMap], mask: RowMask, layout: _Layout
+) -> torch.Tensor:
+    for k in mask.used:
+        if k != 0:
+            difference = layout.scatter(deltas[k](layout.gather(x, mask.rows(k)))).to(flat.dtype)
+            flat = _put(flat, mask.rows(k), difference, add=True)
+    return flat
+
+
+def _put(flat: torch.Tensor, rows: torch.Tensor, new: torch.Tensor, *, add: bool = False) -> torch.Tensor:
+    """Write (or add) rows; in place where autograd does not look, because the output is fresh and ours alone."""
+    if torch.is_grad_enabled() or flat.is_inference() != torch.is_inference_mode_enabled():
+        return flat.index_add(0, rows, new) if add else flat.index_copy(0, rows, new)
+    return flat.index_add_(0, rows, new) if add else flat.index_copy_(0, rows, new)
+
+
+def _choose(execution: Execution, mask: RowMask) -> str:
+    if execution != "auto":
+        return execution
+    return "overwrite" if mask.share <= PARTITION_FROM else "partition"
+
+
+def _fit(mask: RowMask, x: torch.Tensor) -> RowMask:
+    """A head may be fed the last columns only."""
+    batch, length = mask.shape
+    if x.dim() == 3 and x.shape[0] == batch and x.shape[1] < length:
+        return mask.tail(int(x.shape[1]))
+    return mask
+
+
+def _tensor(output: Any) -> torch.Tensor:
+    return split_output(output)[0]
+
+
+def _fresh(output: Any, x: torch.Tensor) -> torch.Tensor:
+    """A module's output, copied if it is (a view of) its input: rows may be written over it."""
+    own = _tensor(output)
+    return own.clone() if own.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else own
+
+
+def _select(outputs: Mapping[int, torch.Tensor], mask: RowMask) -> torch.Tensor:
+    source = mask.source.flatten()
+    chosen = outputs[mask.used[0]]
+    for k in mask.used[1:]:
+        chosen = torch.where((source == k).view(-1, *[1] * (chosen.dim() - 1)), outputs[k], chosen)
+    return chosen
+
+
+def _assemble(base: torch.Tensor | None, outputs: Mapping[int, torch.Tensor], mask: RowMask) -> torch.Tensor:
+    if base is None:
+        some = next(iter(outputs.values()))
+        base = some.new_empty(mask.shape[0] * mask.shape[1], *some.shape[1:])
+    for k, rows in outputs.items():
+        base = _put(base, mask.rows(k), rows.to(base.dtype))
+    return base
+
+
+def _write(flat: torch.Tensor, rows: torch.Tensor, new: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor:
+    new = new.to(flat.dtype)
+    if columns is None:
+        return _put(flat, rows, new)
+    columns = columns.to(flat.device)
+    return _put(flat, rows, flat.index_select(0, rows).index_copy(1, columns, new.index_select(1, columns)))

@@ -1,0 +1,230 @@
+"""Plans worked out for one model: which source each cell has at each token, as small integer codes.
+
+A token's *code* says which rules of its plan own it (and, under graft dropout, which draw). A *signature* says for one
+cell, code by code, which source its weights come from: 0 the recipient, then the donors, then donors at a dose. So a
+forward pass works out one code a token, and every module looks its own mask up in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.tokens.positions import Positions
+from lightning_interp.core.tokens.step import StepContext
+from lightning_interp.errors import RecipeError
+from lightning_interp.grafting.dropout import DRAWS, Cell
+from lightning_interp.grafting.plan import GraftPlan, GraftRule
+
+__all__ = ["EVERYWHERE", "NOWHERE", "Schedule", "Signature", "Source"]
+
+Signature = tuple[int, ...]
+
+NOWHERE, EVERYWHERE = 0, 1
+"""Local codes, at the start of each plan's block, of tokens that no rule owns and of those that are all donor's."""
+
+_MOST_STATES = 4096
+_SWITCHED = ("unembed", "final_norm")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A donor at a dose (1, a number between, or the name of a tensor)."""
+
+    donor: str
+    dose: float | str = 1.0
+
+
+class Schedule:
+    """Plans worked out for one model.
+
+    Args:
+        plans: Different plans.
+        donors: Names of the donors.
+        model_map: The recipient.
+        everywhere: Whether the code ``EVERYWHERE`` is ever used; else it is a second ``NOWHERE``.
+
+    Attributes:
+        sources: What the source indices 1, 2, ... mean.
+        offsets: First code of each plan.
+    """
+
+    def __init__(
+        self, plans: Sequence[GraftPlan], donors: Sequence[str], model_map: ModelMap, *, everywhere: bool = False
+    ) -> None:
+        self.plans = tuple(plans)
+        self.sources = [Source(name) for name in donors]
+        self._index = {source: i + 1 for i, source in enumerate(self.sources)}
+        self._states = [_states(tuple((r.adds, r.dropout is not None) for r in plan.rules)) for plan in self.plans]
+        ends = list(accumulate(states.size for states in self._states))
+        self.offsets = [0, *ends[:-1]]
+        self._tables: dict[Cell, list[int]] = {(n, layer): [0] * ends[-1] for n, layer, _ in model_map.cells()}
+        for plan, states, start in zip(self.plans, self._states, self.offsets, strict=True):
+            self._switches(plan, states, start, everywhere)
+            self._rules(plan, states, start, model_map)
+
+    def _switches(self, plan: GraftPlan, states: _States, start: int, everywhere: bool) -> None:
+        """Codes that do not come from rules: a head or norm that is the donor's, and tokens that are all donor's."""
+        first = self._source(Source(plan.sources[0])) if plan.sources else 1
+        for switch, name in ((plan.head, "unembed"), (plan.final_norm, "final_norm")):
+            if switch == "donor" and (name, None) in self._tables:
+                self._tables[name, None][start : start + states.size] = [first] * states.size
+        for (name, _), column in self._tables.items() if everywhere else ():
+            if {"unembed": plan.head, "final_norm": plan.final_norm}.get(name, "follow") == "follow":
+                column[start + EVERYWHERE] = first
+
+    def _rules(self, plan: GraftPlan, states: _States, start: int, model_map: ModelMap) -> None:
+        """Codes of every set of rules that can own a token."""
+        cells = [rule.cells(model_map) for rule in plan.rules]
+        follows = {"unembed": plan.head == "follow", "final_norm": plan.final_norm == "follow"}
+        for state, code in zip(states.states, states.codes, strict=True):
+            for draw in range(states.spread(state)):
+                for r in state:
+                    rule = plan.rules[r]
+                    kept = rule.dropout.keep(cells[r], draw) if rule.dropout else cells[r]
+                    source = self._of_rule(rule)
+                    for cell in kept:
+                        if follows.get(cell[0], True):
+                            self._tables[cell][start + code + draw] = source
+
+    def _of_rule(self, rule: GraftRule) -> int:
+        known = any(source.donor == rule.source for source in self.sources)
+        return self._source(Source(rule.source, rule.dose)) if known and rule.dose != 0 else 0
+
+    def _source(self, source: Source) -> int:
+        if source not in self._index:
+            self.sources.append(source)
+            self._index[source] = len(self.sources)
+        return self._index[source]
+
+    def signature(self, component: str, layer: int | None) -> Signature:
+        """Source of one cell for every code."""
+        return tuple(self._tables[component, layer])
+
+    @cached_property
+    def classes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes that mean the same share a class ``[codes]``: inside of the model, and with norm and head."""
+        inside = [column for (name, _), column in self._tables.items() if name not in _SWITCHED]
+        return _alike(inside), _alike(list(self._tables.values()))
+
+    def start(self, rows: Sequence[int], device: torch.device) -> torch.Tensor:
+        """First code of each row's plan, ``[B, 1]``."""
+        return torch.tensor([self.offsets[p] for p in rows], device=device)[:, None]
+
+    def codes(self, step: StepContext, rows: Sequence[int]) -> torch.Tensor:
+        """Which rules own each token.
+
+        Args:
+            step: The tokens ``[B, T]``.
+            rows: The plan of each row.
+
+        Returns:
+            Codes ``[B, T]``; padding has the code of its row's first real token.
+        """
+        of_plan: dict[int, list[int]] = {}
+        for row, p in enumerate(rows):
+            of_plan.setdefault(p, []).append(row)
+        asked: dict[Positions, list[int]] = {}
+        for p, mine in of_plan.items():
+            for positions in dict.fromkeys(rule.positions for rule in self.plans[p].rules):
+                asked.setdefault(positions, []).extend(mine)
+        masks = {positions: _mask_of(positions, step, sorted(mine)) for positions, mine in asked.items()}
+        codes = torch.zeros(step.batch_size, step.length, dtype=torch.long, device=step.device)
+        for p, mine in of_plan.items():
+            chosen = [masks[rule.positions][mine] for rule in self.plans[p].rules]
+            codes[mine] = self._states[p].owners(chosen, step.positions[mine]) + self.offsets[p]
+        return without_padding(codes, step.valid)
+
+    def all_codes(self, step: StepContext) -> torch.Tensor:
+        """Codes of every plan on every row, ``[plans, B, T]``."""
+        masks = {p: p.mask(step) for p in dict.fromkeys(rule.positions for plan in self.plans for rule in plan.rules)}
+        alike: dict[Any, list[int]] = {}  # plans that differ in what they graft, not in where
+        for p, plan in enumerate(self.plans):
+            alike.setdefault((self._states[p].kinds, *(rule.positions for rule in plan.rules)), []).append(p)
+        codes = torch.empty(len(self.plans), step.batch_size, step.length, dtype=torch.long, device=step.device)
+        for (_, *positions), mine in alike.items():
+            local = self._states[mine[0]].owners([masks[p] for p in positions], step.positions)
+            codes[mine] = (
+                without_padding(local, step.valid) + torch.tensor([self.offsets[p] for p in mine])[:, None, None]
+            )
+        return codes
+
+
+def _alike(columns: list[list[int]]) -> torch.Tensor:
+    """One number for each code, the same where all columns have the same source."""
+    known: dict[tuple[int, ...], int] = {}
+    return torch.tensor([known.setdefault(sources, len(known)) for sources in zip(*columns, strict=True)])
+
+
+class _States:
+    """Which sets of rules can own a token of one plan, as a machine that reads the rules in order.
+
+    Args:
+        kinds: Of each rule, whether it adds and whether it has graft dropout.
+    """
+
+    def __init__(self, kinds: tuple[tuple[bool, bool], ...]) -> None:
+        self.kinds = kinds
+        self.states: list[tuple[int, ...]] = [()]
+        self.transitions: list[list[int]] = []
+        for r, (adds, _) in enumerate(kinds):
+            after = [(*state, r) if adds else (r,) for state in self.states]
+            known = {state: i for i, state in enumerate(self.states)}
+            for state in after:
+                known.setdefault(state, len(known))
+            self.states = list(known)
+            if len(self.states) > _MOST_STATES:
+                raise RecipeError(
+                    f"A plan can own tokens by more than {_MOST_STATES} sets of its {len(kinds)} rules, because each "
+                    "rule that adds doubles them. Put cells of one source and position into one rule."
+                )
+            self.transitions.append([known[state] for state in after])
+        for row in self.transitions:
+            row += [0] * (len(self.states) - len(row))  # states that only later rules reach
+        self.codes, self.size = [NOWHERE], 2
+        for state in self.states[1:]:
+            self.codes.append(self.size)
+            self.size += self.spread(state)
+
+    def spread(self, state: tuple[int, ...]) -> int:
+        """Codes of a state: one, or one a draw of its graft dropout."""
+        return DRAWS if any(self.kinds[r][1] for r in state) else 1
+
+    def owners(self, masks: Sequence[torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+        """Local code of each token ``[B, T]``, from the mask of each rule and the token's position."""
+        state = torch.zeros_like(positions)
+        for mask, step_to in zip(masks, self.transitions, strict=True):
+            state = torch.where(mask, torch.tensor(step_to, device=state.device)[state], state)
+        code = torch.tensor(self.codes, device=state.device)[state]
+        drawn = torch.tensor([self.spread(each) > 1 for each in self.states], device=state.device)
+        return (
+            code + drawn[state] * (positions.clamp(min=0) % DRAWS)
+            if any(dropout for _, dropout in self.kinds)
+            else code
+        )
+
+
+@lru_cache(maxsize=256)
+def _states(kinds: tuple[tuple[bool, bool], ...]) -> _States:
+    return _States(kinds)
+
+
+def without_padding(codes: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Give padding the code of its row's first real token: it reaches none, and uniform masks stay uniform."""
+    first = valid.long().argmax(dim=1, keepdim=True)
+    return torch.where(valid, codes, codes.gather(1, first))
+
+
+def _mask_of(positions: Positions, step: StepContext, rows: list[int]) -> torch.Tensor:
+    """A selector asks only the rows whose plan names it: elsewhere its text or span need not exist."""
+    if len(rows) == step.batch_size:
+        return positions.mask(step)
+    mask = torch.zeros(step.batch_size, step.length, dtype=torch.bool, device=step.device)
+    mask[rows] = positions.mask(step.rows(rows))
+    return mask

@@ -1,0 +1,51 @@
+"""Packages whose names are imported when they are first asked for; each name is listed once, in the package's stub."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+__all__ = ["names_of_stub"]
+
+_LINE = re.compile(r"^from (?P<module>[\w.]+) import (?P<name>\w+) as (?P=name)$", re.MULTILINE)
+
+
+def names_of_stub(
+    package: str, file: str, *more: str
+) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
+    """What a package's ``__init__`` needs to offer the names that the ``.pyi`` file beside it lists.
+
+    Type checkers read the stub, and so does this function: a line ``from module import name as name`` a name.
+
+    Args:
+        package: ``__name__`` of the package.
+        file: ``__file__`` of the package.
+        *more: Names that the package defines itself.
+
+    Returns:
+        ``__all__``, ``__getattr__`` and ``__dir__``.
+
+    Example:
+        >>> import lightning_interp
+        >>> lightning_interp.Span.__module__, "Span" in dir(lightning_interp)
+        ('lightning_interp.core.tokens.positions', True)
+    """
+    stub = Path(file).with_suffix(".pyi").read_text(encoding="utf-8")
+    homes = {found["name"]: found["module"] for found in _LINE.finditer(stub)}
+    names = sorted({*homes, *more})
+
+    def getattr_of_package(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}; its names are {', '.join(names)}")
+        value = getattr(import_module(homes[name]), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    def dir_of_package() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *names})
+
+    return names, getattr_of_package, dir_of_package

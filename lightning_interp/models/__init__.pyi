@@ -1,0 +1,17 @@
+from lightning_interp.models.data.preferences import PreferenceDataModule as PreferenceDataModule
+from lightning_interp.models.data.text_data import TextDataModule as TextDataModule
+from lightning_interp.models.scoring.bag_of_words import BagOfWords as BagOfWords
+from lightning_interp.models.scoring.reward_sources import LoadedReward as LoadedReward
+from lightning_interp.models.scoring.reward_sources import load_reward_model as load_reward_model
+from lightning_interp.models.scoring.reward_text import RewardEncoder as RewardEncoder
+from lightning_interp.models.scoring.reward_text import Scores as Scores
+from lightning_interp.models.scoring.text_scorer import Scorer as Scorer
+from lightning_interp.models.scoring.text_scorer import TextScorer as TextScorer
+from lightning_interp.models.sources.gguf_files import convert_gguf as convert_gguf
+from lightning_interp.models.sources.loading import LoadedModel as LoadedModel
+from lightning_interp.models.sources.loading import load_causal_lm as load_causal_lm
+from lightning_interp.models.sources.tokenizers import check_same_tokenizer as check_same_tokenizer
+from lightning_interp.models.sources.words import word_tokenizer as word_tokenizer
+from lightning_interp.models.training.causal_lm import CausalLM as CausalLM
+from lightning_interp.models.training.lora import LoraSettings as LoraSettings
+from lightning_interp.models.training.reward_model import RewardModel as RewardModel

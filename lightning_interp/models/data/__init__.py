@@ -1,0 +1,1 @@
+"""Text and preferences for training, as rows, token ids and batches."""

@@ -1,0 +1,197 @@
+"""From a row of text to token ids and labels, with exact boundaries between prompt and completion.
+
+A prompt gets exactly the ids that it has alone: those that a model sees when it is asked. Where the ids of prompt and
+completion together begin with the prompt's ids, they are used as they are. Where a token would straddle the boundary
+(a prompt that ends in the middle of a word), the parts are tokenised one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from lightning_interp.errors import DataError
+from lightning_interp.models.data.rows import Row
+
+__all__ = ["EncodedRow", "Encoder"]
+
+
+class EncodedRow(NamedTuple):
+    """Token ids of a row.
+
+    Attributes:
+        ids: Token ids.
+        scored: Whether each token is part of the loss.
+        split: Whether the parts were tokenised one by one because a token would straddle their boundary.
+    """
+
+    ids: list[int]
+    scored: list[bool]
+    split: bool
+
+
+class _Part(NamedTuple):
+    text: str
+    scored: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Turns rows into token ids and labels.
+
+    Conversations go through the tokenizer's own chat template. Only the assistant's turns are scored: what the model
+    would write after the template's generation prompt, with the token that ends the turn.
+
+    Attributes:
+        tokenizer: The tokenizer.
+        chat: Whether prompt and completion become a user's and an assistant's turn.
+        system_prompt: System text put before conversations that have none; None leaves the template's own implicit
+            text, the empty string asks for an explicit empty one.
+        add_eos: Whether texts and completions end with the end token (conversations end as the template says).
+
+    Example:
+        >>> from lightning_interp.models.data.rows import read_rows
+        >>> from lightning_interp.testing import byte_tokenizer
+        >>> (row,) = read_rows([{"prompt": "2+2=", "completion": "4"}], name="train")
+        >>> tokenizer = byte_tokenizer()
+        >>> encoded = Encoder(tokenizer=tokenizer).encode(row)
+        >>> tokenizer.decode([i for i, scored in zip(encoded.ids, encoded.scored) if scored])
+        '4<eos>'
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    chat: bool = False
+    system_prompt: str | None = None
+    add_eos: bool = True
+
+    def __post_init__(self) -> None:
+        if self.chat and not self.tokenizer.chat_template:
+            raise DataError(f"chat=True needs a chat template, and {self._name()} has none. {_NO_TEMPLATE}")
+        if self.system_prompt is not None and not self.tokenizer.chat_template:
+            raise DataError(
+                f"system_prompt={self.system_prompt!r} needs a chat template, and {self._name()} has "
+                f"none. {_NO_TEMPLATE}"
+            )
+
+    def encode(self, row: Row) -> EncodedRow:
+        """Encode one row.
+
+        Args:
+            row: The row.
+
+        Returns:
+            Its token ids and which of them are scored.
+
+        Raises:
+            DataError: If the tokenizer lacks what the row needs; with the row's file and line.
+        """
+        content = row.content
+        if row.form == "messages":
+            return self._conversation(content["messages"], row.where)
+        if row.form == "prompt" and self.chat:
+            turns = [
+                {"role": "user", "content": content["prompt"]},
+                {"role": "assistant", "content": content["completion"]},
+            ]
+            return self._conversation(turns, row.where)
+        if row.form == "prompt":
+            parts = [_Part(content["prompt"], False), _Part(content["completion"], True)]
+        else:
+            parts = [_Part(content["text"], True)]
+        ids, scored, split = self._join(parts)
+        begin, end = self._begin, self._end(row.where)
+        if end and ids[-1:] == end:
+            end = []
+        scored_begin = [row.form == "text"] * len(begin)
+        return EncodedRow(begin + ids + end, scored_begin + scored + [True] * len(end), split)
+
+    def _join(self, parts: Sequence[_Part]) -> EncodedRow:
+        whole = self._bare("".join(part.text for part in parts))
+        ends, text = [], ""
+        for part in parts[:-1]:
+            text += part.text
+            ids = self._bare(text)
+            if whole[: len(ids)] != ids:
+                return self._one_by_one(parts)
+            ends.append(len(ids))
+        scored: list[bool] = []
+        for part, end in zip(parts, [*ends, len(whole)], strict=True):
+            scored += [part.scored] * (end - len(scored))
+        return EncodedRow(whole, scored, False)
+
+    def _one_by_one(self, parts: Sequence[_Part]) -> EncodedRow:
+        pieces = [(self._bare(part.text), part.scored) for part in parts]
+        ids = [index for piece, _ in pieces for index in piece]
+        return EncodedRow(ids, [scored for piece, scored in pieces for _ in piece], True)
+
+    def _conversation(self, turns: list[dict[str, str]], where: str) -> EncodedRow:
+        if not self.tokenizer.chat_template:
+            raise DataError(f"{where}: 'messages' needs a chat template, and {self._name()} has none. {_NO_TEMPLATE}")
+        if self.system_prompt is not None and turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": self.system_prompt}, *turns]
+        whole, parts, done = self._render(turns, where), list[_Part](), 0  # nothing follows the last scored part
+        for index, turn in enumerate(turns):
+            if turn["role"] != "assistant":
+                continue
+            before = self._render(turns[:index], where, ask=True)
+            after = self._render(turns[: index + 1], where)
+            if not (whole.startswith(after) and after.startswith(before) and len(before) >= done):
+                raise DataError(
+                    f"{where}: the chat template of {self._name()} does not keep the text before messages[{index}] as "
+                    "it is, so the assistant's part cannot be told apart. Split the conversation there, or use another "
+                    "template."
+                )
+            end = len(before) + len(self._turn(after[len(before) :]))
+            parts += [_Part(whole[done : len(before)], False), _Part(whole[len(before) : end], True)]
+            done = end
+        return self._join([part for part in parts if part.text])
+
+    def _turn(self, written: str) -> str:
+        """An assistant's turn without the white space that a template puts behind its end token."""
+        stripped = written.rstrip()
+        ends = tuple(token for token in self.tokenizer.all_special_tokens if token)
+        return stripped if stripped.endswith(ends) else written
+
+    def _render(self, turns: list[dict[str, str]], where: str, *, ask: bool = False) -> str:
+        if not turns and not ask:
+            return ""
+        try:
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask))
+        except Exception as error:  # templates are programs: they raise what they like
+            raise DataError(
+                f"{where}: the chat template of {self._name()} refuses the conversation ({error}). "
+                "Check its roles and their order."
+            ) from error
+
+    def _bare(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    @cached_property
+    def _begin(self) -> list[int]:
+        """What the tokenizer puts before a text by itself, such as a begin token."""
+        bare, full = self._bare("a"), self.tokenizer("a").input_ids
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return list(full[:start])
+        return []
+
+    def _end(self, where: str) -> list[int]:
+        if not self.add_eos:
+            return []
+        if self.tokenizer.eos_token_id is None:
+            raise DataError(
+                f"{where}: {self._name()} has no end token to put behind a completion. Set tokenizer.eos_token, or "
+                "pass add_eos=False."
+            )
+        return [self.tokenizer.eos_token_id]
+
+    def _name(self) -> Any:
+        return self.tokenizer.name_or_path or type(self.tokenizer).__name__
+
+
+_NO_TEMPLATE = "Use an instruction-tuned model's tokenizer, or set tokenizer.chat_template."

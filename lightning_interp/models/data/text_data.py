@@ -1,0 +1,219 @@
+"""The LightningDataModule for text: JSONL, lists or ``datasets`` in, padded batches with labels out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.models.data.batching import Collator, EpochSampler, ResumableLoader, TokenDataset
+from lightning_interp.models.data.encoding import EncodedRow, Encoder
+from lightning_interp.models.data.rows import Row, read_rows
+
+__all__ = ["TextDataModule"]
+
+TooLong = Literal["truncate", "error"]
+
+
+class TextDataModule(L.LightningDataModule):
+    """Text for :class:`CausalLM`, with labels on what the model should learn to write and nowhere else.
+
+    A row has one of three forms; other keys are ignored:
+
+    - ``{"text": ...}``: every token is scored;
+    - ``{"prompt": ..., "completion": ...}``: the completion is scored. The prompt keeps exactly the ids that it has
+      alone, as a model sees it when asked; a space between the two is yours to write;
+    - ``{"messages": [{"role": ..., "content": ...}, ...]}``: goes through the tokenizer's chat template, and the
+      assistant's turns are scored.
+
+    The order of training rows depends on seed and epoch alone, so a resumed run sees the batches that an
+    uninterrupted one sees, also from the middle of an epoch; with several processes the batches together are those
+    of one process with a larger batch.
+
+    Args:
+        train: A JSONL file, a folder of ``datasets``' ``save_to_disk``, a list of rows, or a ``datasets.Dataset``.
+        tokenizer: The model's tokenizer.
+        val: The same for validation; there is none if None.
+        batch_size: Rows a batch and process.
+        max_length: Tokens a row may have.
+        seed: Root seed of the order.
+        num_workers: Processes that make batches; the rows are in memory, so more than 0 seldom helps.
+        chat: Turn prompt and completion into a user's and an assistant's turn of the chat template.
+        system_prompt: System text for conversations without one; None keeps the template's own implicit text, the
+            empty string asks for an explicit empty one.
+        add_eos: Whether texts and completions end with the end token (conversations end as the template says).
+        too_long: Cut longer rows off at the end and count them, or raise. A row whose scored part is cut off whole is
+            left out and counted.
+
+    Attributes:
+        counts: After ``setup``, for each split: ``rows`` used, ``tokens``, ``scored`` tokens, ``truncated`` and
+            ``dropped`` rows, and ``split`` rows (whose parts were tokenised one by one).
+
+    Raises:
+        RecipeError: If an argument has a wrong value.
+        DataError: If the tokenizer lacks a chat template that is needed. ``setup`` raises it with file and line.
+
+    Example:
+        >>> from lightning_interp.testing import byte_tokenizer
+        >>> rows = [{"prompt": "2+2=", "completion": "4"}, {"prompt": "3+3=", "completion": "6"}]
+        >>> data = TextDataModule(rows, tokenizer=byte_tokenizer(), batch_size=2)
+        >>> data.setup("fit")
+        >>> data.counts["train"]["scored"], next(iter(data.train_dataloader()))["labels"].shape
+        (4, torch.Size([2, 6]))
+    """
+
+    def __init__(
+        self,
+        train: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | Any,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        val: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | Any | None = None,
+        batch_size: int = 16,
+        max_length: int = 1024,
+        seed: int = 0,
+        num_workers: int = 0,
+        chat: bool = False,
+        system_prompt: str | None = None,
+        add_eos: bool = True,
+        too_long: TooLong = "truncate",
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("max_length", max_length, 2),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise RecipeError(f"{type(self).__name__} cannot use {name}={value!r}: expected at least {least}.")
+        if too_long not in get_args(TooLong):
+            raise RecipeError(
+                f"{type(self).__name__} cannot use too_long={too_long!r}: expected one of "
+                f"{', '.join(get_args(TooLong))}."
+            )
+        self._sources = {"train": train, "val": val}
+        self._encoder = Encoder(tokenizer=tokenizer, chat=chat, system_prompt=system_prompt, add_eos=add_eos)
+        self._datasets: dict[str, Any] = {}  # what a subclass makes of rows
+        self.tokenizer = tokenizer
+        self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
+        self.num_workers, self.too_long = num_workers, too_long
+        self._train_loader: ResumableLoader | None = None
+        self._resume_at = 0
+        self.counts: dict[str, dict[str, int]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Read and encode what the stage needs; once read, rows are kept.
+
+        Args:
+            stage: Lightning's stage.
+
+        Raises:
+            DataError: With file and line of the first row that cannot be used.
+        """
+        self._resume_at = 0  # a checkpoint's state is loaded after this hook
+        for split in ("train", "val") if stage == "fit" else ("val",):
+            if self._sources[split] is not None and split not in self._datasets:
+                self._datasets[split] = self._encode(split)
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return the training batches of this process."""
+        loader = self._train_loader = self._loader("train")
+        loader.load_state_dict({"batches": self._resume_at})
+        self._resume_at = 0
+        if self.trainer is not None:
+            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
+            loader.processed = lambda: int(progress.current.processed)
+        return loader
+
+    def val_dataloader(self) -> ResumableLoader | list[Any]:
+        """Return the validation batches of this process; an empty list if there is no validation data."""
+        return [] if self._sources["val"] is None else self._loader("val")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Number of training batches that are done in this epoch.
+
+        Lightning keeps the loader's own state too, but does not restore it when the loader was needed early (to count
+        the steps of a learning rate schedule).
+        """
+        return {} if self._train_loader is None else dict(self._train_loader.state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next run's first epoch go on behind the batches of a checkpoint.
+
+        Args:
+            state_dict: What :meth:`state_dict` gave.
+        """
+        self._resume_at = int(state_dict.get("batches", 0))
+
+    def _encode(self, split: str) -> Any:
+        counts = dict.fromkeys(("rows", "tokens", "scored", "truncated", "dropped", "split"), 0)
+        kept = []
+        for row in read_rows(self._sources[split], name=split):
+            encoded = self._encoder.encode(row)
+            if len(encoded.ids) > self.max_length:
+                encoded = self._cut(encoded, row)
+                counts["truncated"] += 1
+            if not any(encoded.scored[1:]):
+                counts["dropped"] += 1
+                continue
+            kept.append(encoded)
+            counts["rows"] += 1
+            counts["tokens"] += len(encoded.ids)
+            counts["scored"] += sum(encoded.scored[1:])
+            counts["split"] += encoded.split
+        self.counts[split] = counts
+        self._report(split, counts)
+        return TokenDataset(kept)
+
+    def _cut(self, encoded: EncodedRow, row: Row) -> EncodedRow:
+        if self.too_long == "error":
+            raise DataError(
+                f"{row.where}: the row has {len(encoded.ids)} tokens, more than max_length={self.max_length}. "
+                "Shorten it, raise max_length, or pass too_long='truncate'."
+            )
+        return EncodedRow(encoded.ids[: self.max_length], encoded.scored[: self.max_length], encoded.split)
+
+    def _report(self, split: str, counts: dict[str, int]) -> None:
+        total = counts["rows"] + counts["dropped"]
+        if not counts["rows"]:
+            raise DataError(
+                f"None of the {total} rows of {split} has a scored token within max_length={self.max_length}: their "
+                "prompts alone are that long. Raise max_length."
+            )
+        if counts["truncated"] or counts["dropped"]:
+            rank_zero_warn(
+                f"{split}: {counts['truncated']} of {total} rows were cut to max_length={self.max_length} tokens, and "
+                f"{counts['dropped']} left out because nothing scored was left."
+            )
+
+    def _loader(self, split: str) -> ResumableLoader:
+        if split not in self._datasets:
+            self.setup("fit" if split == "train" else "validate")
+        dataset, trainer = self._datasets[split], self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        return ResumableLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=EpochSampler(
+                len(dataset), seed=self.seed, shuffle=split == "train", rank=rank, world_size=world_size
+            ),
+            collate_fn=self._collator(),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _collator(self) -> Callable[[Any], dict[str, Tensor]]:
+        return Collator(self._pad_id())
+
+    def _pad_id(self) -> int:
+        for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if candidate is not None:
+                return int(candidate)
+        return 0

@@ -1,0 +1,213 @@
+"""One function that loads a model which scores texts, from wherever it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.models.scoring.reward_files import read_text_settings
+from lightning_interp.models.scoring.score_head import DecoderWithScore, empty_score, scoring_model
+from lightning_interp.models.sources.adapters import ADAPTER, adapter_base, attach_adapter_folder, is_adapter_folder
+from lightning_interp.models.sources.bundled import ALIASES
+from lightning_interp.models.sources.folders import check_weight_files
+from lightning_interp.models.sources.loading import load_causal_lm
+from lightning_interp.models.sources.pretrained import (
+    LoadOptions,
+    Quantization,
+    load_model,
+    load_tokenizer_files,
+    named_dtype,
+)
+
+__all__ = ["LoadedReward", "load_reward_model"]
+
+_CLASSIFIER = "ForSequenceClassification"
+_AUTO = f"AutoModel{_CLASSIFIER}"
+_SCORE = "score.weight"
+
+
+class LoadedReward(NamedTuple):
+    """A model that scores texts, with what belongs to it.
+
+    Attributes:
+        model: The model, in evaluation mode; its output has ``logits`` of shape ``[batch, labels]``.
+        tokenizer: Its tokenizer.
+        label: What to call it in tables and reports; says so when weights were dequantised.
+        fresh: Whether the map to a score is random: the source is a language model, to be trained into a reward model.
+        text: How its texts are written and which output is the reward, if its folder says so.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    label: str
+    fresh: bool
+    text: Mapping[str, Any] = MappingProxyType({})
+
+
+def load_reward_model(
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    quantization: Quantization | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+) -> LoadedReward:
+    """Load a reward model, any other sequence classifier, or a language model with a fresh score head.
+
+    Args:
+        source: What :func:`~lightning_interp.models.load_causal_lm` takes, and beside that a folder or Hugging Face id
+            of a sequence classifier, and a PEFT adapter folder of one.
+        dtype: Type of the weights.
+        quantization: Quantise the linear maps with bitsandbytes: ``"4bit"`` (NF4) or ``"8bit"``.
+        revision: Branch, tag or commit of a Hugging Face id.
+        trust_remote_code: Run Python code that comes with the model.
+        cache_dir: Folder of converted models; the default one if None.
+        seed: Root seed of a fresh score head.
+
+    Returns:
+        ``LoadedReward(model, tokenizer, label, fresh, text)``.
+
+    Raises:
+        RecipeError: If the source is unknown or an argument has a wrong value.
+        DataError: If a model file is missing, damaged, cut short or pickled.
+        IncompatibleModelError: If an adapter does not fit its base, or the model cannot score a text.
+
+    Example:
+        >>> loaded = load_reward_model("tiny:llama")
+        >>> loaded.label, loaded.fresh, loaded.model.score
+        ('tiny:llama', True, Linear(in_features=32, out_features=1, bias=False))
+    """
+    name = os.fspath(source)
+    options = LoadOptions(
+        dtype=named_dtype(dtype),
+        quantization=quantization,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        cache_dir=cache_dir,
+    )
+    path = Path(name).expanduser()
+    if name.strip() and path.is_dir() and is_adapter_folder(path):
+        return _adapter(path, options, seed)
+    kind = _architecture(name, path, options)
+    if not kind.endswith(_CLASSIFIER) and kind != DecoderWithScore.__name__:
+        loaded = load_causal_lm(
+            name,
+            dtype=options.dtype,
+            quantization=quantization,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            cache_dir=cache_dir,
+        )
+        return LoadedReward(scoring_model(loaded.model, seed=seed), loaded.tokenizer, loaded.label, True)
+    where: str | Path = name
+    if path.is_dir():
+        _without_revision(path, options)
+        check_weight_files(path)
+        where = path
+    tokenizer = load_tokenizer_files(where, options)
+    if kind == DecoderWithScore.__name__:
+        model = _own_class(where, options)
+    else:
+        model = scoring_model(load_model(where, options, auto=AutoModelForSequenceClassification), seed=seed)
+    label = path.resolve().name if path.is_dir() else name if revision is None else f"{name}@{revision}"
+    return LoadedReward(model, tokenizer, label, False, read_text_settings(path))
+
+
+def _architecture(name: str, path: Path, options: LoadOptions) -> str:
+    """The class that a folder or hub id says it is; empty where that cannot be told, or it is something else."""
+    if name in ALIASES or not name.strip() or name.endswith(".gguf") or ":" in name:
+        return ""
+    try:
+        config = AutoConfig.from_pretrained(
+            path if path.is_dir() else name,
+            revision=options.revision or "main",
+            trust_remote_code=options.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError):
+        return ""  # loading it as a language model says what is wrong
+    if options.trust_remote_code and _AUTO in (getattr(config, "auto_map", None) or {}):
+        return _AUTO
+    return str((getattr(config, "architectures", None) or [""])[0])
+
+
+def _own_class(where: str | Path, options: LoadOptions) -> PreTrainedModel:
+    """What a family without a class of its own was saved as: the body, and the score head beside it."""
+    body = load_model(where, options, auto=AutoModel)
+    weight = _score_weight(Path(where))
+    score = empty_score(weight.shape[1], weight.shape[0], body.device)
+    score.load_state_dict({"weight": weight.float()})
+    return DecoderWithScore(body.config, body, score, prefix=body.base_model_prefix).eval()
+
+
+def _score_weight(folder: Path) -> Tensor:
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            if _SCORE in tensors.keys():  # noqa: SIM118 - the file is no dict
+                found: Tensor = tensors.get_tensor(_SCORE)
+                return found
+    raise DataError(
+        f"The weights in {str(folder)!r} lack {_SCORE!r}, the map from the decoder's last state to the score. Give the "
+        "local folder that RewardModel.export wrote, whole."
+    )
+
+
+def _adapter(folder: Path, options: LoadOptions, seed: int) -> LoadedReward:
+    _without_revision(folder, options)
+    base, revision = adapter_base(folder)
+    if (path := Path(base).expanduser()).is_dir() and is_adapter_folder(path):
+        raise RecipeError(
+            f"The adapter in {folder} names {base!r} as its base, which is an adapter itself. Merge that one into its "
+            "base and name the merged folder."
+        )
+    loaded = load_reward_model(
+        base,
+        dtype=options.dtype,
+        quantization=options.quantization,
+        revision=revision,
+        trust_remote_code=options.trust_remote_code,
+        cache_dir=options.cache_dir,
+        seed=seed,
+    )
+    attach_adapter_folder(loaded.model, folder)
+    trained = _unwrap_score(loaded.model)
+    tokenizer = loaded.tokenizer
+    if (folder / "tokenizer_config.json").exists():
+        tokenizer = load_tokenizer_files(folder, options)
+    label = f"{folder.resolve().name} on {loaded.label}"
+    text = read_text_settings(folder) or loaded.text
+    return LoadedReward(loaded.model.eval(), tokenizer, label, loaded.fresh and not trained, text)
+
+
+def _unwrap_score(model: Any) -> bool:
+    """Put the score head that an adapter brought in place of PEFT's wrapper around two; whether there was one."""
+    wrapped = getattr(getattr(model, "score", None), "modules_to_save", None)
+    if wrapped is None:
+        return False
+    model.score = wrapped[ADAPTER].float()
+    model.peft_config[ADAPTER].modules_to_save = None
+    return True
+
+
+def _without_revision(path: Path, options: LoadOptions) -> None:
+    if options.revision is not None:
+        raise RecipeError(
+            f"revision={options.revision!r} means nothing for {str(path)!r}: only Hugging Face ids have revisions. "
+            "Leave it out."
+        )

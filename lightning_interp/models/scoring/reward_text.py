@@ -1,0 +1,239 @@
+"""From prompts and texts to scores: one way of writing them, and batches that do not show in the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.models.data.encoding import Encoder
+
+__all__ = ["EncodedText", "Prompt", "RewardEncoder", "Scores", "length_limit", "score_rows"]
+
+Prompt = str | Sequence[Mapping[str, str]]
+"""What a text answers: a user's message, or the turns of a conversation that end with one."""
+
+
+class EncodedText(NamedTuple):
+    """Token ids of a prompt with its text.
+
+    Attributes:
+        ids: Token ids.
+        truncated: Whether they were cut to the greatest length.
+    """
+
+    ids: list[int]
+    truncated: bool
+
+
+class Scores(NamedTuple):
+    """Rewards of ``n`` texts.
+
+    Attributes:
+        reward: Float tensor ``[n]`` on the CPU.
+        truncated: Bool tensor ``[n]``: whether a text was longer than the scorer takes, and was cut.
+    """
+
+    reward: Tensor
+    truncated: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardEncoder(Encoder):
+    """Writes a prompt and a text as a reward model reads them, in training as in scoring.
+
+    As a chat, they are a user's and an assistant's turn of the tokenizer's own template, which writes every special
+    token itself: none is added, so none is doubled. Otherwise the text follows the prompt directly (a space between
+    them is yours to write), with the special tokens that the tokenizer puts around a text, and the end token if
+    ``add_eos``.
+
+    Attributes:
+        max_length: Most tokens of a text; longer ones are cut where the tokenizer's ``truncation_side`` says.
+
+    Raises:
+        RecipeError: If ``max_length`` is below 1.
+
+    Example:
+        >>> from lightning_interp.testing import byte_tokenizer
+        >>> encoder = RewardEncoder(tokenizer=byte_tokenizer(), max_length=6)
+        >>> encoder.encode_texts(["2+2=", "2+"], ["four", "4"])
+        [EncodedText(ids=[22, 15, 22, 33, 74, 2], truncated=True), EncodedText(ids=[22, 15, 24, 2], truncated=False)]
+    """
+
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_length is not None and self.max_length < 1:
+            raise RecipeError(f"Texts cannot be cut to max_length={self.max_length!r} tokens: expected at least 1.")
+
+    def settings(self) -> dict[str, Any]:
+        """How texts are written, as plain values: what two scorers must share to be the same scorer."""
+        names = ("chat", "system_prompt", "add_eos", "max_length")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def pad_id(self) -> int:
+        """An id for padding; what is padding is told by the mask alone."""
+        tokenizer = self.tokenizer
+        ids = (index for index in (tokenizer.pad_token_id, tokenizer.eos_token_id) if index is not None)
+        return int(next(ids, 0))
+
+    def encode_texts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[EncodedText]:
+        """Encode texts that answer prompts.
+
+        Args:
+            prompts: One a text.
+            texts: The texts.
+
+        Returns:
+            Token ids of each, in order.
+
+        Raises:
+            DataError: If their numbers differ, one is no text, or the template refuses one.
+        """
+        if len(prompts) != len(texts):
+            raise DataError(f"There are {len(prompts)} prompts for {len(texts)} texts; expected one prompt a text.")
+        pairs = zip(prompts, texts, strict=True)
+        written = [self._written(prompt, text, index) for index, (prompt, text) in enumerate(pairs)]
+        end = [] if self.chat else self._end("texts")
+        room = None if self.max_length is None else max(1, self.max_length - len(end))
+        found = []
+        for text, ids in zip(written, self._ids(written), strict=True):
+            cut = room is not None and len(ids) > room
+            if cut:
+                ids = self._ids([text], truncation=True, max_length=room)[0]
+            ids = ids if ids[-1:] == end else ids + end
+            found.append(EncodedText(ids, cut))
+        return found
+
+    def _ids(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
+        if not texts:
+            return []
+        special = not self.chat
+        encoded = self.tokenizer(
+            list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False, **options
+        )
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+    def _written(self, prompt: Prompt, text: Any, index: int) -> str:
+        where = f"text {index}"
+        if not isinstance(text, str):
+            raise DataError(f"{where} is {text!r:.80}, a {type(text).__name__}; expected a string.")
+        if self.chat:
+            asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            turns = [dict(turn) for turn in asked]
+            if self.system_prompt is not None and turns[:1] and turns[0].get("role") != "system":
+                turns = [{"role": "system", "content": self.system_prompt}, *turns]
+            return self._render([*turns, {"role": "assistant", "content": text}], where)
+        if not isinstance(prompt, str):
+            raise DataError(
+                f"The prompt of {where} is a {type(prompt).__name__} of turns, which only a chat template can write. "
+                "Pass chat=True, or a string."
+            )
+        return prompt + text
+
+
+def length_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Most tokens that a model and its tokenizer say they can take; None if neither says.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+
+    Example:
+        >>> from lightning_interp.testing import byte_tokenizer, tiny_model
+        >>> length_limit(tiny_model("llama"), byte_tokenizer())
+        1024
+    """
+    config: Any = model.config.get_text_config()
+    limits = (getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None))
+    known = [
+        int(limit) for limit in limits if limit is not None and 0 < limit < 10**9
+    ]  # tokenizers say 10**30 for none
+    return min(known, default=None)
+
+
+def score_rows(
+    forward: Callable[[Tensor, Tensor], Tensor],
+    rows: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    device: torch.device,
+    token_budget: int,
+    one_length: bool = False,
+) -> Tensor:
+    """Score rows of token ids in batches of rows of like length.
+
+    Equal rows are scored once, so they get the same score to the bit, however they are spread over batches.
+
+    Args:
+        forward: Gives the scores ``[batch]`` of ids and attention mask ``[batch, time]``.
+        rows: Token ids, at least one a row.
+        pad_id: The id of padding, which goes on the right.
+        device: Where ``forward`` wants its input.
+        token_budget: Most tokens of one batch, padding included; a longer row is a batch of its own.
+        one_length: Batch only rows of the same length: for models that see padding.
+
+    Returns:
+        Scores of shape ``[n]`` on the CPU, float32 (float64 if ``forward`` gives that).
+
+    Raises:
+        DataError: If a row is empty, or ``forward`` gives another shape.
+
+    Example:
+        >>> rows = [[1, 2, 3], [4], [5, 6]]
+        >>> total = lambda ids, mask: (ids * mask).sum(1).float()
+        >>> score_rows(total, rows, pad_id=9, device=torch.device("cpu"), token_budget=4).tolist()
+        [6.0, 4.0, 11.0]
+    """
+    if empty := [index for index, row in enumerate(rows) if not row]:
+        raise DataError(
+            f"Text {empty[0]} has no token ({len(empty)} of {len(rows)} texts), so there is nothing to score. Leave it "
+            "out, or use a chat template or an end token."
+        )
+    place: dict[tuple[int, ...], int] = {}
+    where = [place.setdefault(tuple(row), len(place)) for row in rows]
+    unique = list(place)
+    scores = torch.zeros(len(unique))
+    for batch in _batches([len(row) for row in unique], token_budget, one_length):
+        ids, mask = _padded([unique[index] for index in batch], pad_id)
+        found = forward(ids.to(device, non_blocking=True), mask.to(device, non_blocking=True))
+        if found.shape != (len(batch),):
+            raise DataError(f"A scorer gave scores of shape {tuple(found.shape)} for {len(batch)} texts; expected one.")
+        found = found.detach().cpu()
+        if found.dtype == torch.float64:
+            scores = scores.double()
+        scores[batch] = found.to(scores.dtype)
+    return scores[where]
+
+
+def _batches(lengths: Sequence[int], token_budget: int, one_length: bool) -> list[list[int]]:
+    """Indices of the longest rows first (a batch that does not fit into memory fails at once).
+
+    A batch that has a sixteenth of the budget ends before a row that would be padded by more than a seventh.
+    """
+    batches: list[list[int]] = []
+    longest = 0
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        used = len(batches[-1]) * longest if batches else 0
+        fits = batches and used + longest <= token_budget
+        wasteful = 8 * lengths[index] < 7 * longest and 16 * used >= token_budget
+        if not fits or wasteful or (one_length and lengths[index] != longest):
+            batches.append([])
+            longest = lengths[index]
+        batches[-1].append(index)
+    return batches
+
+
+def _padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    return ids, mask

@@ -1,0 +1,263 @@
+"""A decoder that scores a text: one linear map at its last token, whatever the padding."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from lightning_interp.core.measure.seeding import derived_seed
+from lightning_interp.errors import DataError, IncompatibleModelError
+
+__all__ = [
+    "DecoderWithScore",
+    "align_left",
+    "empty_score",
+    "has_score_head",
+    "is_own_code",
+    "label_index",
+    "needs_score_head",
+    "scoring_model",
+]
+
+_CLASSIFIER = "ForSequenceClassification"
+
+
+class DecoderWithScore(PreTrainedModel):
+    """A decoder and a linear map ``score`` that reads its last real token.
+
+    The classes of transformers look for the last token that is not the padding token, so a text that ends with the
+    token that also pads is read too early, and a model without a padding token takes no batches. Here the attention
+    mask alone says what is padding. Names of weights are those of transformers' classes for sequence classification.
+
+    Args:
+        config: The decoder's configuration.
+        body: The decoder without its language modelling head; it is used, not copied.
+        score: The linear map, ``[labels, d]``; one of another type than float32 is copied.
+        prefix: Name of the body in names of weights.
+
+    Example:
+        >>> from lightning_interp.testing import tiny_model
+        >>> model = scoring_model(tiny_model("gpt2"), seed=0)
+        >>> ids = torch.tensor([[9, 8, 7, 0, 0]])
+        >>> whole, cut = model(ids, torch.tensor([[1, 1, 1, 0, 0]])).logits, model(ids[:, :3]).logits
+        >>> whole.shape, bool(torch.allclose(whole, cut, atol=1e-6))
+        (torch.Size([1, 1]), True)
+    """
+
+    supports_gradient_checkpointing = True
+    # The body has checked its own attention; what it uses is in the configuration that both share.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, config: PreTrainedConfig, body: PreTrainedModel, score: nn.Linear, *, prefix: str) -> None:
+        super().__init__(config)
+        self.base_model_prefix = prefix or "model"
+        setattr(self, self.base_model_prefix, body)
+        # A map of another type stays as it is with its owner.
+        self.score = score if score.weight.dtype == torch.float32 else copy.deepcopy(score).float()
+        self.post_init()
+
+    def _check_and_adjust_experts_implementation(self, experts_implementation: str | None) -> str | None:
+        return experts_implementation  # the body's own choice, as for attention
+
+    def init_weights(self) -> None:
+        """Leave the weights alone: body and map come with theirs."""
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> SequenceClassifierOutput:
+        """Score a batch of texts.
+
+        Args:
+            input_ids: Token ids of shape ``[batch, time]``.
+            attention_mask: 1 for tokens and 0 for padding on either side, of the same shape.
+            **kwargs: Further arguments of the body.
+
+        Returns:
+            ``logits`` of shape ``[batch, labels]``, float32.
+
+        Raises:
+            DataError: If a row has no token.
+        """
+        input_ids, attention_mask = align_left(input_ids, attention_mask)
+        hidden = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
+        last = attention_mask.sum(dim=1) - 1
+        picked = hidden[torch.arange(len(hidden), device=hidden.device), last.to(hidden.device)]
+        with torch.autocast(picked.device.type, enabled=False):  # rewards differ by little
+            logits = self.score(picked.float())
+        return SequenceClassifierOutput(logits=logits)
+
+
+def align_left(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Move the padding of every row to its end; a batch that is so already is given back as it is.
+
+    A causal model then cannot see padding at all, so scores do not depend on the side that the caller padded.
+
+    Args:
+        input_ids: Token ids of shape ``[batch, time]``.
+        attention_mask: 1 for tokens and 0 for padding, of the same shape; all ones if None.
+
+    Returns:
+        Ids and mask of the same shape.
+
+    Raises:
+        DataError: If a row has no token.
+
+    Example:
+        >>> ids, mask = align_left(torch.tensor([[0, 5, 6]]), torch.tensor([[0, 1, 1]]))
+        >>> ids.tolist(), mask.tolist()
+        ([[5, 6, 0]], [[1, 1, 0]])
+    """
+    if attention_mask is None:
+        return input_ids, torch.ones_like(input_ids)
+    real = attention_mask != 0
+    if bool((real[:, 1:] & ~real[:, :-1]).any()):
+        order = real.int().argsort(dim=1, descending=True, stable=True)
+        input_ids, real = input_ids.gather(1, order), real.gather(1, order)
+    if not bool(real[:, 0].all()):
+        row = int((~real[:, 0]).int().argmax())
+        raise DataError(
+            f"Row {row} of a batch of shape {tuple(input_ids.shape)} has no token: its attention mask is all zeros, so "
+            "there is nothing to score. Give every text at least one token."
+        )
+    return input_ids, real.long()
+
+
+def has_score_head(model: nn.Module) -> bool:
+    """Whether a model reads scores off a decoder by a linear map called ``score``.
+
+    Args:
+        model: Any model.
+    """
+    return isinstance(getattr(model, "score", None), nn.Linear) and getattr(model, "base_model", model) is not model
+
+
+def needs_score_head(model: nn.Module) -> bool:
+    """Whether :func:`scoring_model` would put a fresh score head on a model.
+
+    Args:
+        model: Any model.
+    """
+    classifier = _CLASSIFIER in type(model).__name__ or is_own_code(model)
+    return not (isinstance(model, DecoderWithScore) or has_score_head(model) or classifier)
+
+
+def scoring_model(model: PreTrainedModel, *, seed: int) -> PreTrainedModel:
+    """Make a model that scores texts from any Hugging Face model; its modules are used, not copied.
+
+    - A decoder with a linear map ``score`` keeps it.
+    - A classifier that pools in another way (an encoder, or one that brings its own code) stays as it is.
+    - Any other decoder loses its language modelling head and gets a fresh map, whose standard deviation is
+      ``1 / sqrt(d + 1)`` (Stiennon et al. 2020, "Learning to summarize from human feedback").
+
+    Args:
+        model: The model.
+        seed: Root seed of a fresh map.
+
+    Returns:
+        A model whose output has ``logits`` of shape ``[batch, labels]``.
+
+    Raises:
+        IncompatibleModelError: If it has both an encoder and a decoder and is no classifier, or is no Hugging Face
+            model.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise IncompatibleModelError(
+            f"{type(model).__name__} is no transformers PreTrainedModel, so it cannot score texts. Give the model "
+            "itself; of a PEFT wrapper, what model.merge_and_unload() returns."
+        )
+    if isinstance(model, DecoderWithScore):
+        return model
+    prefix = model.base_model_prefix
+    if has_score_head(model):
+        scored = DecoderWithScore(model.config, model.base_model, model.score, prefix=prefix)
+    elif not needs_score_head(model):
+        return model
+    elif getattr(model.config, "is_encoder_decoder", False):
+        raise IncompatibleModelError(
+            f"{type(model).__name__} has an encoder and a decoder, so a text has no one last token to read. Use a "
+            "decoder, or a classifier that transformers has for this family."
+        )
+    else:
+        model.config.num_labels = 1
+        body = model.base_model
+        scored = DecoderWithScore(model.config, body, _fresh_score(body, seed), prefix=prefix)
+    for name in ("peft_config", "hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if name in model.__dict__:  # marks of what was done to the modules
+            setattr(scored, name, model.__dict__[name])
+    return scored.train(model.training)
+
+
+def is_own_code(model: nn.Module) -> bool:
+    """Whether a model runs Python code that came with its weights.
+
+    Args:
+        model: The model.
+    """
+    return type(model).__module__.partition(".")[0] == "transformers_modules"
+
+
+def label_index(model: PreTrainedModel, label: int | str | None) -> int:
+    """Which of a model's outputs is the reward.
+
+    Args:
+        model: The model.
+        label: Its index or its name; None if there is one output.
+
+    Returns:
+        The index.
+
+    Raises:
+        IncompatibleModelError: If there are several outputs and none was chosen, or there is no such output.
+
+    Example:
+        >>> from lightning_interp.testing import tiny_model
+        >>> label_index(scoring_model(tiny_model("llama"), seed=0), None)
+        0
+    """
+    config = model.config
+    names = {str(name): int(index) for index, name in (config.id2label or {}).items()}
+    listed = ", ".join(f"{index} ({name})" for name, index in names.items())
+    if label is None and (config.num_labels == 1 or is_own_code(model)):
+        return 0
+    if label is None:
+        raise IncompatibleModelError(
+            f"{type(model).__name__} has {config.num_labels} outputs: {listed}. Choose the reward with label=, by "
+            "index or by name."
+        )
+    index = names.get(label) if isinstance(label, str) else label
+    if index is None or not 0 <= index < config.num_labels:
+        raise IncompatibleModelError(f"{type(model).__name__} has no output label={label!r}; it has {listed}.")
+    return index
+
+
+def empty_score(width: int, labels: int, device: torch.device) -> nn.Linear:
+    """A linear map whose weights are not set yet; the global random state is not touched.
+
+    Args:
+        width: Size of what it reads.
+        labels: Number of outputs.
+        device: Where it is.
+    """
+    return nn.Linear(width, labels, bias=False, dtype=torch.float32, device="meta").to_empty(device=device)
+
+
+def _fresh_score(body: PreTrainedModel, seed: int) -> nn.Linear:
+    weight = next(p for p in body.parameters() if p.is_floating_point())
+    width = _width(body)
+    generator = torch.Generator().manual_seed(derived_seed(seed, "score-head"))
+    score = empty_score(width, 1, weight.device)
+    with torch.no_grad():
+        score.weight.copy_(torch.randn(1, width, generator=generator) / math.sqrt(width + 1))
+    return score
+
+
+def _width(body: PreTrainedModel) -> int:
+    """Size of the states that a body gives, which in some families is that of its embeddings."""
+    config: Any = body.config.get_text_config()
+    return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)

@@ -1,0 +1,1 @@
+"""Models from anywhere: hub, folders, adapters, .gguf files, Python packages."""

@@ -1,0 +1,166 @@
+"""PEFT adapter folders, read and written through PEFT's functional surface (no wrapping class)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from lightning_interp.core.measure.seeding import seeded_rng
+from lightning_interp.errors import DataError, IncompatibleModelError
+from lightning_interp.models.sources.folders import atomic_folder, check_safetensors
+
+__all__ = ["ADAPTER", "adapter_base", "attach_adapter_folder", "has_adapter", "is_adapter_folder", "save_adapter"]
+
+ADAPTER = "default"
+"""The name under which adapters are injected."""
+
+_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter.
+
+    Args:
+        folder: The folder.
+    """
+    return (folder / _CONFIG).is_file()
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether PEFT layers were injected into a model.
+
+    Args:
+        model: The model.
+    """
+    return bool(getattr(model, "peft_config", None))
+
+
+def adapter_base(folder: Path) -> tuple[str, str | None]:
+    """The source of the base model that an adapter folder names.
+
+    Args:
+        folder: The adapter folder.
+
+    Returns:
+        A hub id, an alias or a path (one relative to the adapter folder is made absolute), and the hub revision.
+
+    Raises:
+        DataError: If the configuration is damaged or names no base.
+    """
+    path = folder / _CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{path} is no adapter configuration ({error}). Copy or export it again.") from error
+    if not base or not isinstance(base, str):
+        raise DataError(
+            f"{path} names no base model (base_model_name_or_path is {base!r}). "
+            "Write the base's hub id or folder there."
+        )
+    nearby = folder / base
+    return str(nearby.resolve()) if base.startswith(".") and nearby.exists() else base, revision
+
+
+def attach_adapter_folder(model: nn.Module, folder: Path, *, name: str = ADAPTER) -> None:
+    """Inject the adapter of a PEFT folder into its base model, in place; its parameters are frozen.
+
+    Args:
+        model: The base model; adapters of other names on it stay.
+        folder: The adapter folder.
+        name: What to call the adapter.
+
+    Raises:
+        DataError: If the folder is damaged.
+        IncompatibleModelError: If the adapter does not fit the base.
+    """
+    from peft import PeftConfig
+    from peft.functional import inject_adapter_in_model, set_peft_model_state_dict
+
+    weights = _read_weights(folder)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = True
+        with seeded_rng(0):  # fresh weights are drawn first, and overwritten
+            inject_adapter_in_model(config, model, adapter_name=name)
+        result = set_peft_model_state_dict(model, weights, adapter_name=name)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise IncompatibleModelError(
+            f"The adapter in {folder} does not fit {type(model).__name__}: {' '.join(str(error).split())[:400]} "
+            "Load it with the base model that it was trained on."
+        ) from error
+    missing = [key for key in result.missing_keys if f".{name}" in key]
+    if missing or result.unexpected_keys:
+        key, what = (missing[0], "lacks") if missing else (result.unexpected_keys[0], "holds the unknown")
+        raise IncompatibleModelError(
+            f"The adapter in {folder} {what} tensor {key!r} for {type(model).__name__} "
+            f"({len(missing)} missing, {len(result.unexpected_keys)} unknown). "
+            "Load it with the base model that it was trained on."
+        )
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    base: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the injected adapter as a folder that ``PeftModel.from_pretrained`` reads.
+
+    Args:
+        model: The model that carries the adapter.
+        folder: The folder to make; it appears whole or not at all.
+        base: The base model's source, for the configuration.
+        tokenizer: Saved beside the adapter if given.
+        overwrite: Whether a folder that holds files may be replaced.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        ManifestError: If the folder holds files and ``overwrite`` is False, or cannot be written.
+    """
+    from peft.functional import get_peft_model_state_dict
+
+    adapter: Any = model
+    config = copy.deepcopy(adapter.peft_config[ADAPTER])
+    config.base_model_name_or_path = base
+    config.inference_mode = True
+    for name, value in vars(config).items():
+        if isinstance(value, set):  # sets would be written in an order that changes from run to run
+            setattr(config, name, sorted(value))
+    # Only the adapter: PEFT's own choice about embedding layers asks the hub.
+    found = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    weights: dict[str, Tensor] = {
+        f"{_PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in sorted(found.items())
+    }
+    with atomic_folder(folder, overwrite=overwrite) as temporary:
+        config.save_pretrained(str(temporary))
+        save_file(weights, temporary / _WEIGHTS, metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+    return Path(folder)
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / _WEIGHTS
+    if not path.exists():
+        found = ", ".join(sorted(file.name for file in folder.iterdir()))
+        raise DataError(
+            f"{folder} has no {_WEIGHTS}; it holds {found}. Pickled adapters (.bin) are not read: "
+            "load the adapter where it is trusted and save it again with safe_serialization=True."
+        )
+    check_safetensors(path)
+    # Without the prefix of PEFT's wrapping class: names as the model itself has them.
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}

@@ -1,0 +1,157 @@
+"""Models in ``.gguf`` files: checked, dequantised by transformers, and converted once into a normal folder."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+import warnings
+from collections import Counter
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_interp.errors import DataError, QuantizedModelError
+from lightning_interp.models.sources.folders import atomic_folder
+from lightning_interp.models.sources.pretrained import LoadOptions, load_model, quiet_bars
+
+__all__ = ["convert_gguf", "load_gguf", "precision_label", "write_converted"]
+
+
+def load_gguf(path: Path, options: LoadOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
+    """Load and dequantise a ``.gguf`` file.
+
+    The file is checked whole before anything is built. The model is an ordinary one afterwards: it can be
+    trained and saved.
+
+    Args:
+        path: The file.
+        options: How to load; quantising again is refused.
+
+    Returns:
+        The model in evaluation mode, its tokenizer, and what it was dequantised from (``"4-bit"``), None if the
+        file holds unquantised weights.
+
+    Raises:
+        DataError: If the file is damaged, cut short, or of an architecture that transformers cannot read.
+        QuantizedModelError: If ``options`` ask for quantisation.
+    """
+    if options.quantization is not None:
+        raise QuantizedModelError(
+            f"{path} cannot be loaded with quantization={options.quantization!r}: its weights are dequantised while "
+            "loading. Convert it once with lightning_interp.models.convert_gguf and load that folder instead."
+        )
+    label = precision_label(path)
+    return *_dequantise(path, options), label
+
+
+def convert_gguf(path: str | os.PathLike[str], folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Dequantise a ``.gguf`` file into a folder in Hugging Face format (float32 safetensors and tokenizer).
+
+    Loading the folder takes about a second where the ``.gguf`` file takes many, and gives the same weights.
+
+    Args:
+        path: The ``.gguf`` file.
+        folder: The folder to make; it appears whole or not at all.
+        overwrite: Whether a folder that holds files may be replaced.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        DataError: If the file is damaged, cut short, or of an architecture that transformers cannot read.
+        ManifestError: If the folder holds files and ``overwrite`` is False, or cannot be written.
+    """
+    with atomic_folder(folder, overwrite=overwrite) as temporary:
+        precision_label(Path(path))
+        write_converted(Path(path), temporary)
+    return Path(folder)
+
+
+def write_converted(path: Path, folder: Path) -> None:
+    """Write model and tokenizer of a ``.gguf`` file that is known to be whole into an existing folder.
+
+    Args:
+        path: The ``.gguf`` file.
+        folder: The folder.
+
+    Raises:
+        DataError: If it is of an architecture or tokenizer that transformers cannot read.
+    """
+    model, tokenizer = _dequantise(path, LoadOptions())
+    with quiet_bars():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def precision_label(path: Path) -> str | None:
+    """Read a ``.gguf`` file's table of tensors and say how most weights are stored.
+
+    Args:
+        path: The file.
+
+    Returns:
+        ``"4-bit"`` and the like, or None if most weights are floating point.
+
+    Raises:
+        DataError: If the file is damaged or cut short.
+    """
+    weights: Counter[str] = Counter()
+    for tensor in _read(path).tensors:
+        weights[tensor.tensor_type.name] += int(tensor.n_elements)
+    if not weights:
+        raise DataError(f"{path} holds no tensors, so it is no model. Copy or download it again.")
+    kind = weights.most_common(1)[0][0]
+    bits = re.match(r"(?:I?Q|TQ|MXFP|NVFP)(\d)", kind)
+    return f"{bits[1]}-bit" if bits else None
+
+
+def _read(path: Path) -> Any:
+    from gguf import GGUFReader
+
+    if not path.is_file():
+        raise DataError(f"{path} does not exist. Give the path of a .gguf file.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy warns about the overflow that a damaged header causes
+            return GGUFReader(path)
+    except Exception as error:  # whatever the parser trips over: the file is not a whole .gguf file
+        raise DataError(
+            f"{path} is damaged, cut short or no .gguf file ({path.stat().st_size} bytes; "
+            f"{' '.join(str(error).split())[:200]}). Copy or download it again."
+        ) from error
+
+
+def _dequantise(path: Path, options: LoadOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    # The bar of this loader knows no switch, so it gets a stream of its own where nobody watches.
+    watched = sys.stderr if sys.stderr.isatty() else io.StringIO()
+    with redirect_stderr(watched):
+        model = load_model(path.parent, options, gguf_file=path.name)
+    _forget_gguf(model, path)
+    return model, _load_tokenizer(path)
+
+
+def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # transformers raises many kinds for tokenizers that it cannot convert
+        raise DataError(
+            f"The tokenizer inside {path} cannot be converted: {' '.join(str(error).split())[:300]} "
+            "Use the model's folder in Hugging Face format instead."
+        ) from error
+
+
+def _forget_gguf(model: PreTrainedModel, path: Path) -> None:
+    """Make the dequantised model an ordinary one: transformers refuses to save it while these fields are there."""
+    for holder, name in (
+        (model.config, "quantization_config"),
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+    ):
+        if hasattr(holder, name):
+            delattr(holder, name)
+    model.is_quantized = False
+    model.config._name_or_path = str(path.resolve())

@@ -1,0 +1,251 @@
+"""Model folders and hub ids in Hugging Face format: safetensors only, complete, optionally quantised."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.models.sources.folders import check_weight_files
+
+__all__ = [
+    "LoadOptions",
+    "Quantization",
+    "load_folder",
+    "load_model",
+    "load_tokenizer_files",
+    "named_dtype",
+    "quiet_bars",
+]
+
+Quantization = Literal["4bit", "8bit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How a model is loaded, checked at construction.
+
+    Attributes:
+        dtype: Type of the weights.
+        quantization: Quantise the linear maps with bitsandbytes.
+        revision: Branch, tag or commit of a hub id.
+        trust_remote_code: Run Python code that comes with the model.
+        cache_dir: Folder of converted models; the default one if None.
+    """
+
+    dtype: torch.dtype = torch.float32
+    quantization: Quantization | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    cache_dir: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise RecipeError(
+                f"A model cannot be loaded with dtype {self.dtype!r}: expected torch.float32, torch.bfloat16 or "
+                "torch.float16."
+            )
+        if self.quantization not in (None, *get_args(Quantization)):
+            raise RecipeError(f"There is no quantization {self.quantization!r}; choose '4bit', '8bit' or None.")
+
+
+def named_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The type that a name stands for.
+
+    Args:
+        dtype: A torch type, or its name with or without ``torch.``.
+
+    Returns:
+        The type.
+
+    Raises:
+        RecipeError: If torch has no type of that name.
+
+    Example:
+        >>> named_dtype("bfloat16")
+        torch.bfloat16
+    """
+    if not isinstance(dtype, str):
+        return dtype
+    found: Any = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise RecipeError(f"There is no type {dtype!r} of weights; choose float32, bfloat16 or float16.")
+    return found
+
+
+@contextmanager
+def quiet_bars() -> Iterator[None]:
+    """Switch transformers' progress bars off while something loads, unless a person watches a terminal."""
+    if sys.stderr.isatty() or not hf_logging.is_progress_bar_enabled():
+        yield
+        return
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.enable_progress_bar()
+
+
+def load_folder(folder: Path, options: LoadOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer of a folder in Hugging Face format.
+
+    Args:
+        folder: The folder.
+        options: How to load.
+
+    Returns:
+        The model in evaluation mode, and its tokenizer.
+
+    Raises:
+        DataError: If a file is missing, damaged, or does not fit the others.
+    """
+    _check_config(folder / "config.json")
+    check_weight_files(folder)
+    tokenizer = load_tokenizer_files(folder, options)
+    return load_model(folder, options), tokenizer
+
+
+def load_model(
+    where: str | Path, options: LoadOptions, *, auto: Any = AutoModelForCausalLM, **more: Any
+) -> PreTrainedModel:
+    """Load the weights of a folder or hub id and make sure that none of them was left random.
+
+    Args:
+        where: The folder or hub id.
+        options: How to load.
+        auto: The class of transformers that says what kind of model it is.
+        **more: Further arguments of ``from_pretrained``.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        DataError: If weights are missing, damaged or of another shape than the configuration says.
+        OSError: If a hub id cannot be reached.
+    """
+    if options.quantization is not None:
+        more |= {"quantization_config": _bitsandbytes(options), "device_map": {"": _device()}}
+    try:
+        with quiet_bars():
+            model, found = auto.from_pretrained(
+                where,
+                dtype=options.dtype,
+                use_safetensors=True,
+                revision=options.revision or "main",
+                trust_remote_code=options.trust_remote_code,
+                output_loading_info=True,
+                **more,
+            )
+    except (ValueError, RuntimeError, SafetensorError, KeyError) as error:
+        raise DataError(
+            f"The model in {str(where)!r} cannot be loaded: {_short(error)} "
+            "Check its config.json and weights, or save it again."
+        ) from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise DataError(
+            f"The weights in {str(where)!r} lack {missing[0]!r} ({len(missing)} tensors of {type(model).__name__} "
+            "in all), which would be left random. Save the whole model again with save_pretrained."
+        )
+    if options.quantization == "4bit":
+        _warn_of_narrow_maps(model)
+    return model.eval()
+
+
+def _warn_of_narrow_maps(model: PreTrainedModel) -> None:
+    # The AVX-512 kernel of bitsandbytes starts its blocks anew in every row, the quantisation runs on: rows that are no
+    # whole number of blocks come out with the scales of others.
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and state.shape[-1] % state.blocksize and module.weight.device.type == "cpu":
+            warnings.warn(
+                f"{name!r} has rows of {state.shape[-1]} values, no multiple of the block of {state.blocksize}: some "
+                "CPUs compute such a 4-bit map with wrong scales. Use quantization='8bit' where values matter.",
+                stacklevel=4,
+            )
+            return
+
+
+def load_tokenizer_files(where: str | Path, options: LoadOptions) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder or hub id.
+
+    Args:
+        where: The folder or hub id.
+        options: How to load.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        DataError: If there is no tokenizer, or it cannot be read.
+        OSError: If a hub id cannot be reached.
+    """
+    folder = Path(where)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:12])
+        raise DataError(
+            f"{folder} has no tokenizer files; it holds {found}. Save the model's tokenizer beside it with "
+            "tokenizer.save_pretrained."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(
+            where, revision=options.revision or "main", trust_remote_code=options.trust_remote_code
+        )
+    except OSError:
+        if folder.is_dir():
+            raise DataError(
+                f"The tokenizer in {str(where)!r} cannot be read. Save it again with save_pretrained."
+            ) from None
+        raise
+    except Exception as error:  # the tokenizers library raises plain Exception on a damaged tokenizer.json
+        raise DataError(
+            f"The tokenizer in {str(where)!r} cannot be loaded: {_short(error)} Save it again with save_pretrained."
+        ) from error
+
+
+def _check_config(path: Path) -> None:
+    if not path.exists():
+        found = ", ".join(sorted(file.name for file in path.parent.iterdir())[:12]) or "nothing"
+        raise DataError(
+            f"{path.parent} is no model folder: it has no config.json, only {found}. Expected a folder written by "
+            "save_pretrained, or a PEFT adapter folder with an adapter_config.json."
+        )
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({_short(error)}). Copy or download it again.") from error
+
+
+def _bitsandbytes(options: LoadOptions) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if options.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=options.dtype,
+    )
+
+
+def _device() -> str:
+    # Under a launcher every process quantises onto the device that Lightning will give it.
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]} ..."

@@ -1,0 +1,1 @@
+"""LightningModules that finetune language models and train reward models."""

@@ -1,0 +1,191 @@
+"""The LightningModule that finetunes a causal language model, with an adapter or in full."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
+from lightning_interp.errors import DataError
+from lightning_interp.models.sources.loading import load_causal_lm
+from lightning_interp.models.sources.pretrained import Quantization
+from lightning_interp.models.training.finetuning import Finetuned, base_source
+from lightning_interp.models.training.lora import LoraSettings
+from lightning_interp.models.training.metric import IGNORED, TokenLoss, completion_loss
+from lightning_interp.models.training.optimisation import Schedule
+
+__all__ = ["CausalLM"]
+
+
+class CausalLM(Finetuned):
+    """Finetunes a causal language model on batches with ``input_ids``, ``attention_mask`` and ``labels``.
+
+    The loss is the mean cross entropy of the batch's labelled tokens (-100 marks the others; see
+    :class:`TextDataModule`). With an adapter only its weights are trained, saved in checkpoints and restored from
+    them; the base is loaded anew. Without one all weights are trained, as float32 master weights: reduced precision
+    comes from ``Trainer(precision="bf16-mixed")``. Dropout draws from a generator keyed by seed, step and rank, so a
+    resumed run equals an uninterrupted one, and ranks draw different masks.
+
+    Logs ``train/loss``, ``val/loss`` and ``val/perplexity`` (``test/...`` likewise). In validation every labelled
+    token weighs the same, across batches and processes.
+
+    Args:
+        model: A source for :func:`load_causal_lm`, or a loaded model, which is changed in place. A model that carries
+            an adapter goes on training that adapter.
+        tokenizer: Exported beside the model; taken from the source if that is a name.
+        lora: Put in an adapter and train it: settings, or the same as a dict.
+        lr: Learning rate after warm-up.
+        weight_decay: Decoupled decay of matrices (not of biases and norms).
+        betas: Decay rates of AdamW's two moments.
+        warmup_steps: Steps over which the learning rate rises from zero.
+        schedule: What the learning rate does afterwards: stay, or fall to zero by the last step.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        quantization: Load a named source with a ``"4bit"`` or ``"8bit"`` base; needs an adapter.
+        dtype: Type of a named source's frozen weights.
+        seed: Root seed of the adapter's start and of dropout.
+
+    Attributes:
+        model: The model.
+        source: Where its base came from: a name, or an absolute path.
+
+    Raises:
+        RecipeError: If an argument has a wrong value.
+        QuantizedModelError: If a quantised base is to be trained in full.
+        IncompatibleModelError: If the adapter does not fit the model.
+
+    Example:
+        >>> module = CausalLM("tiny:llama", lora=LoraSettings(r=2))
+        >>> sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        4096
+        >>> module.training, module.strict_loading
+        (True, False)
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        lora: LoraSettings | Mapping[str, Any] | None = None,
+        lr: float = 1e-4,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        warmup_steps: int = 0,
+        schedule: Schedule = "constant",
+        gradient_checkpointing: bool = False,
+        quantization: Quantization | None = None,
+        dtype: str = "float32",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        settings = LoraSettings(**lora) if isinstance(lora, Mapping) else lora
+        # Checkpoints are read with weights_only=True: plain values and nothing else.
+        self.save_hyperparameters(ignore=["model", "tokenizer", "lora", "betas"], logger=False)
+        self._keep_optimisation(
+            lora=settings, lr=lr, weight_decay=weight_decay, betas=betas, warmup_steps=warmup_steps, schedule=schedule
+        )
+        source = model if isinstance(model, str) else ""
+        if isinstance(model, str):
+            self.hparams.update(model=model)
+            loaded = load_causal_lm(model, dtype=dtype, quantization=quantization)
+            model, tokenizer = loaded.model, tokenizer or loaded.tokenizer
+        self.source, self.seed = base_source(model, source), seed
+        self.model, self.tokenizer = model, tokenizer
+        self._prepare(settings, gradient_checkpointing)
+        self._can_trim = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.val_loss, self.test_loss = TokenLoss(), TokenLoss()
+        # transformers loads in evaluation mode, which Lightning would keep: dropout would stay off.
+        self.train()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """Run the model.
+
+        Args:
+            input_ids: Token ids of shape ``[batch, time]``.
+            attention_mask: 1 for tokens and 0 for padding, of the same shape.
+            **kwargs: Further arguments of the model.
+
+        Returns:
+            The model's output, with ``logits`` of shape ``[batch, time, vocabulary]``.
+        """
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the mean cross entropy of a batch's labelled tokens.
+
+        Args:
+            batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, time]``.
+            batch_idx: Its index in the epoch.
+
+        Returns:
+            The loss, a scalar.
+
+        Raises:
+            DataError: If the batch has no ``labels``, or no labelled token.
+        """
+        key = derived_seed(self.seed, "dropout", self.global_step, batch_idx, self.global_rank)
+        with seeded_rng(key, self.device):
+            total, tokens = self._loss(batch, batch_idx, trim=True)
+        loss = total / tokens
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Add a batch to the validation loss.
+
+        Args:
+            batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, time]``.
+            batch_idx: Its index.
+        """
+        self.val_loss.update(*self._loss(batch, batch_idx, trim=False))
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Add a batch to the test loss.
+
+        Args:
+            batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, time]``.
+            batch_idx: Its index.
+        """
+        self.test_loss.update(*self._loss(batch, batch_idx, trim=False))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/loss`` and ``val/perplexity``."""
+        self._log_epoch("val", self.val_loss)
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/loss`` and ``test/perplexity``."""
+        self._log_epoch("test", self.test_loss)
+
+    def _loss(self, batch: dict[str, Tensor], batch_idx: int, *, trim: bool) -> tuple[Tensor, Tensor]:
+        """Sum of the cross entropy of the labelled tokens, and their number."""
+        if "labels" not in batch:
+            raise DataError(
+                f"Batch {batch_idx} has no 'labels', only {', '.join(batch)}. "
+                "Give token ids, with -100 where nothing is scored; TextDataModule does so."
+            )
+        labels, more = batch["labels"], {}
+        if trim:
+            scored = (labels != IGNORED).any(dim=0)
+            scored[0] = False  # nothing predicts the first token
+            if not bool(scored.any()):
+                raise DataError(
+                    f"Batch {batch_idx} has no labelled token: its labels of shape {tuple(labels.shape)} are all "
+                    "-100 after the first column. Check the completions, or raise max_length if they were cut off."
+                )
+            if self._can_trim:  # the head is dear: leave out the columns before the first prediction
+                # As indices, not as a number: torch multiplies a slice by a frozen head row by row, many times slower.
+                first = int(scored.int().argmax()) - 1
+                more["logits_to_keep"] = torch.arange(first, labels.shape[1], device=labels.device)
+        logits = self(batch["input_ids"], batch.get("attention_mask"), **more).logits
+        return completion_loss(logits, labels)
+
+    def _log_epoch(self, stage: str, metric: TokenLoss) -> None:
+        loss = metric.compute()
+        metric.reset()
+        self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=True)
+        self.log(f"{stage}/perplexity", loss.exp(), sync_dist=True)

@@ -1,0 +1,245 @@
+"""What every LightningModule that finetunes a model shares: what is trained, saved, restored and exported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_interp.core.hooks.checks import check_strategy, check_weights, quantized_modules
+from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.errors import QuantizedModelError, UnsupportedStrategyError
+from lightning_interp.models.sources.adapters import adapter_base, has_adapter, is_adapter_folder, save_adapter
+from lightning_interp.models.sources.bundled import ALIASES
+from lightning_interp.models.sources.folders import atomic_folder
+from lightning_interp.models.sources.pretrained import quiet_bars
+from lightning_interp.models.training.lora import LoraSettings, inject_lora, train_adapter
+from lightning_interp.models.training.optimisation import Schedule, check_optimisation, configured
+from lightning_interp.models.training.state import check_state, saved_names
+
+__all__ = ["Finetuned", "base_source"]
+
+_MODEL = "model."
+
+
+class Finetuned(L.LightningModule):
+    """Trains a Hugging Face model, with an adapter or in full; subclasses say on what.
+
+    With an adapter only its weights (and parameters that ask for gradients themselves) are trained, saved in
+    checkpoints and restored from them; the base is loaded anew. Without one all weights are trained, as float32
+    master weights.
+
+    Attributes:
+        model: The model.
+        source: Where its base came from: a name, or an absolute path.
+    """
+
+    _task = "CAUSAL_LM"  # PEFT's name for it
+
+    model: Any  # its own class says what it returns
+    source: str
+    tokenizer: PreTrainedTokenizerBase | None
+    seed: int
+
+    def _keep_optimisation(
+        self,
+        *,
+        lora: LoraSettings | None,
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        warmup_steps: int,
+        schedule: Schedule,
+    ) -> None:
+        """Check and keep how it is trained; in the hyperparameters as plain values, which ``weights_only`` reads."""
+        check_optimisation(lr=lr, weight_decay=weight_decay, betas=betas, warmup_steps=warmup_steps, schedule=schedule)
+        self.hparams.update(lora=lora.to_dict() if lora else None, betas=[float(beta) for beta in betas])
+        self.lr, self.weight_decay, self.betas = lr, weight_decay, (betas[0], betas[1])
+        self.warmup_steps, self.schedule = warmup_steps, schedule
+
+    @property
+    def _title(self) -> str:
+        return f"{type(self).__name__} on {self.source!r}"
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained, and not all weights."""
+        return has_adapter(self.model)
+
+    def setup(self, stage: str) -> None:
+        """Refuse a Trainer that cannot train this module.
+
+        Args:
+            stage: Lightning's stage.
+
+        Raises:
+            QuantizedModelError: If the Trainer quantises the model itself, which would freeze what is trained.
+            UnsupportedStrategyError: If its strategy is FSDP1 or DeepSpeed.
+        """
+        check_strategy(self.trainer.strategy, reads_weights=False, purpose=self._title)
+        plugins = {cls.__name__ for cls in type(self.trainer.precision_plugin).__mro__}
+        if "BitsandbytesPrecision" in plugins:
+            raise QuantizedModelError(
+                f"{self._title} cannot use BitsandbytesPrecision: it quantises and freezes every linear map, those of "
+                "the adapter too, so nothing would be trained. Leave that plugin out, pass "
+                f"{type(self).__name__}(..., quantization='4bit', lora=...) and Trainer(precision='bf16-mixed') or "
+                "'32-true'."
+            )
+
+    def configure_model(self) -> None:
+        """Shard the model under ``ModelParallelStrategy`` (FSDP2): block by block, then the rest.
+
+        Raises:
+            UnsupportedStrategyError: If the strategy asks for tensor parallelism, its default.
+        """
+        mesh = self.device_mesh
+        if mesh is None or any(map(_is_sharded, self.model.parameters())):
+            return
+        if mesh["tensor_parallel"].size() > 1:
+            total = mesh.size()
+            raise UnsupportedStrategyError(
+                f"{self._title} cannot be split by tensor parallelism, and this ModelParallelStrategy has "
+                f"tensor_parallel_size={mesh['tensor_parallel'].size()}. "
+                f"Pass ModelParallelStrategy(data_parallel_size={total}, tensor_parallel_size=1)."
+            )
+        from torch.distributed.fsdp import fully_shard
+
+        for block in ModelMap.build(self.model).blocks:
+            fully_shard(block, mesh=mesh["data_parallel"])
+        fully_shard(self.model, mesh=mesh["data_parallel"])
+
+    def configure_optimizers(self) -> Any:
+        """Make AdamW over everything that is trained, and its schedule.
+
+        Raises:
+            RecipeError: If the learning rate is to fall by the end of a run that has none.
+        """
+        return configured(self)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the frozen base out of a checkpoint, but for two kinds that are read back whole or not at all.
+
+        These are sharded checkpoints, and those that Lightning's weight averaging has put its copy into.
+
+        Args:
+            checkpoint: Changed in place.
+        """
+        state = checkpoint["state_dict"]
+        if "averaging_state" not in checkpoint and not any(_is_sharded(tensor) for tensor in state.values()):
+            saved = self._saved_names(state)
+            checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in saved}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Restore what :meth:`on_save_checkpoint` keeps.
+
+        With an adapter a checkpoint without the base is whole, and one that lacks a part of the adapter is refused,
+        whatever ``strict`` says.
+
+        Args:
+            state_dict: Tensors by name.
+            strict: In full finetuning, whether missing and unknown tensors are refused.
+            assign: As in torch.
+
+        Returns:
+            torch's lists of missing and unexpected names; with an adapter both are empty.
+
+        Raises:
+            IncompatibleModelError: With the first tensor that is missing, unknown or of another shape.
+        """
+        if self.has_adapter or strict:
+            own = self.state_dict()
+            check_state(state_dict, own, self._saved_names(own), owner=f"this {self._title}")
+        result: Any = super().load_state_dict(state_dict, strict=strict and not self.has_adapter, assign=assign)
+        return type(result)([], []) if self.has_adapter else result
+
+    def export(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write what was trained for others to load; in a distributed run on rank zero only.
+
+        Args:
+            folder: The folder to make; it appears whole or not at all. With an adapter it is a PEFT folder, without
+                one a model folder in Hugging Face format; the tokenizer lies beside it.
+            overwrite: Whether a folder that holds files may be replaced.
+
+        Returns:
+            ``folder``.
+
+        Raises:
+            ManifestError: If the folder holds files and ``overwrite`` is False, or cannot be written.
+            UnsupportedStrategyError: If the model is sharded; load a checkpoint on one device and export that.
+        """
+        check_weights(self.model, purpose=f"{type(self).__name__}.export")
+        write = self._write_adapter if self.has_adapter else self._write_model
+        write(folder, overwrite=overwrite)
+        return Path(folder)
+
+    def _write_adapter(self, folder: str | os.PathLike[str], *, overwrite: bool) -> None:
+        save_adapter(self.model, folder, base=self.source, tokenizer=self.tokenizer, overwrite=overwrite)
+
+    def _write_model(self, folder: str | os.PathLike[str], *, overwrite: bool) -> None:
+        with atomic_folder(folder, overwrite=overwrite) as temporary, quiet_bars():
+            self.model.save_pretrained(temporary)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(temporary)
+
+    def _prepare(self, settings: LoraSettings | None, gradient_checkpointing: bool) -> None:
+        quantised = quantized_modules(self.model)
+        if settings is None and not has_adapter(self.model):
+            if quantised:
+                raise QuantizedModelError(
+                    f"{type(self).__name__} cannot train all weights of {self.source!r}: {quantised[0]} and "
+                    f"{len(quantised) - 1} other modules are quantised. "
+                    "Pass lora=LoraSettings(...), or load it without quantization."
+                )
+            self.model.float()  # master weights; reduced precision is the Trainer's part
+            self.model.config.dtype = torch.float32
+        else:
+            if quantised:
+                _prepare_quantised(self.model)
+            if settings is not None:
+                inject_lora(self.model, settings, seed=self.seed, task=self._task)
+            else:
+                train_adapter(self.model)
+            self.strict_loading = False
+        if gradient_checkpointing:
+            _enable_checkpointing(self.model)
+
+    def _saved_names(self, state: Mapping[str, Any]) -> set[str]:
+        return saved_names(state, self.model, prefix=_MODEL) if self.has_adapter else set(state)
+
+
+def base_source(model: PreTrainedModel, source: str) -> str:
+    """The base model's source: a name, or an absolute path.
+
+    Args:
+        model: The model.
+        source: What it was loaded from; read off its configuration if empty.
+    """
+    source = source or str(getattr(model.config, "_name_or_path", "")) or type(model).__name__
+    path = Path(source).expanduser()
+    if source in ALIASES or not path.exists():
+        return source
+    return adapter_base(path)[0] if is_adapter_folder(path) else str(path.resolve())
+
+
+def _prepare_quantised(model: PreTrainedModel) -> None:
+    from peft import prepare_model_for_kbit_training
+
+    prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def _is_sharded(tensor: Any) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def _enable_checkpointing(model: Any) -> None:
+    # Reentrant checkpointing marks parameters ready twice under DDP, and needs inputs that require gradients.
+    kwargs = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name in newer transformers
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)

@@ -1,0 +1,167 @@
+"""LoRA settings, and adapters put into a model in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
+from lightning_interp.errors import IncompatibleModelError, RecipeError
+from lightning_interp.models.sources.adapters import ADAPTER, has_adapter
+
+__all__ = ["LoraSettings", "adapter_parameters", "inject_lora", "train_adapter"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """How a low-rank adapter is made.
+
+    Attributes:
+        r: Rank.
+        alpha: Scale; the update is multiplied by ``alpha / r`` (by ``alpha / sqrt(r)`` with ``use_rslora``).
+        dropout: Dropout on the adapter's input while training.
+        target_modules: Names of the linear maps that get an adapter, as PEFT matches them; ``"all-linear"`` for all
+            but the output head. Fused expert weights of a mixture-of-experts model are no linear maps and get none.
+        layers: Indices of the blocks that get an adapter; all if None.
+        use_rslora: Scale by the root of the rank.
+        use_dora: Learn magnitude and direction apart (DoRA).
+
+    Raises:
+        RecipeError: If a value is out of range.
+
+    Example:
+        >>> LoraSettings(r=4, target_modules=["q_proj", "v_proj"]).alpha
+        32
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | Sequence[str] = "all-linear"
+    layers: Sequence[int] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise RecipeError(f"LoRA cannot have rank r={self.r!r}: expected at least 1.")
+        if self.alpha <= 0:
+            raise RecipeError(f"LoRA cannot have alpha={self.alpha!r}: expected a number above 0.")
+        if not 0 <= self.dropout < 1:
+            raise RecipeError(f"LoRA cannot have dropout={self.dropout!r}: expected 0 <= dropout < 1.")
+        for name in ("target_modules", "layers"):
+            value = getattr(self, name)
+            if value is not None and not len(value):
+                raise RecipeError(f"LoRA cannot have {name}={value!r}: it would train nothing. Name at least one.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, which :class:`LoraSettings` takes back and a checkpoint can hold.
+
+        Example:
+            >>> LoraSettings(**LoraSettings(layers=(0, 1)).to_dict()).layers
+            [0, 1]
+        """
+        plain = asdict(self)
+        return {
+            name: list(value) if isinstance(value, Sequence | set) and not isinstance(value, str) else value
+            for name, value in plain.items()
+        }
+
+
+def inject_lora(model: PreTrainedModel, settings: LoraSettings, *, seed: int, task: str = "CAUSAL_LM") -> None:
+    """Put a fresh adapter into a model, in place, and freeze everything else.
+
+    The adapter's weights depend only on the seed and the model's shape, and are kept in float32 (the base keeps its
+    own type). At the start the adapter changes nothing: its second matrix is zero.
+
+    Args:
+        model: The model.
+        settings: The adapter.
+        seed: Root seed of its first matrices.
+        task: What PEFT calls the model's task; with ``"SEQ_CLS"`` the linear map of the scores is not adapted.
+
+    Raises:
+        IncompatibleModelError: If the model carries an adapter already, or has no module or layer of the names given.
+    """
+    from peft import LoraConfig
+    from peft.functional import inject_adapter_in_model
+
+    if has_adapter(model):
+        raise IncompatibleModelError(
+            f"{type(model).__name__} carries the adapter {next(iter(model.peft_config))!r} already, so no new "
+            "one is put in. Leave lora out to go on training it, or merge it into the base first."
+        )
+    _check_layers(model, settings)
+    target = settings.target_modules
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=target if isinstance(target, str) else list(target),
+        layers_to_transform=None if settings.layers is None else list(settings.layers),
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        task_type=task,
+    )
+    try:
+        with seeded_rng(derived_seed(seed, "lora-init")):
+            inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    except ValueError as error:
+        if has_adapter(model):  # PEFT notes the adapter before it looks for the modules
+            del model.peft_config
+        raise IncompatibleModelError(
+            f"LoRA finds no target_modules={target!r} in {type(model).__name__}: its linear maps are called "
+            f"{', '.join(_linear_names(model))}. Name some of these, or 'all-linear'. ({error})"
+        ) from error
+    train_adapter(model)
+
+
+def train_adapter(model: PreTrainedModel) -> None:
+    """Freeze a model except for the adapter that it carries, whose weights become float32.
+
+    Args:
+        model: A model with an adapter.
+
+    Raises:
+        IncompatibleModelError: If the adapter's name is not the one that this package uses.
+    """
+    from peft.functional import cast_adapter_dtype, set_requires_grad
+
+    names = list(model.peft_config)
+    if names != [ADAPTER]:
+        raise IncompatibleModelError(
+            f"{type(model).__name__} carries the adapters {names}, expected one called {ADAPTER!r}. Load the "
+            "adapter folder with load_causal_lm, or merge the others."
+        )
+    model.requires_grad_(False)
+    set_requires_grad(model, ADAPTER, requires_grad=True)
+    cast_adapter_dtype(model, ADAPTER)
+
+
+def adapter_parameters(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters of the injected adapter.
+
+    Args:
+        model: A model with an adapter.
+    """
+    return frozenset(name for name, _ in model.named_parameters() if f".{ADAPTER}" in name)
+
+
+def _check_layers(model: PreTrainedModel, settings: LoraSettings) -> None:
+    total = getattr(model.config, "num_hidden_layers", None)
+    for layer in settings.layers or ():
+        if total is not None and not 0 <= layer < total:
+            raise IncompatibleModelError(
+                f"LoRA cannot adapt layer {layer} of {type(model).__name__}: it has the layers 0 to {total - 1}."
+            )
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    linear = (nn.Linear, Conv1D)
+    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, linear)})

@@ -1,0 +1,297 @@
+"""The LightningModule that trains a reward model, on preferences or on ratings, and scores texts with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
+from lightning_interp.errors import DataError, IncompatibleModelError, RecipeError
+from lightning_interp.models.scoring.reward_files import TEXT_SETTINGS, write_adapter_folder, write_model_folder
+from lightning_interp.models.scoring.reward_sources import LoadedReward, load_reward_model
+from lightning_interp.models.scoring.reward_text import Prompt, RewardEncoder, Scores
+from lightning_interp.models.scoring.score_head import DecoderWithScore, needs_score_head, scoring_model
+from lightning_interp.models.scoring.text_scorer import TextScorer, read_scores, settle_text
+from lightning_interp.models.sources.pretrained import Quantization
+from lightning_interp.models.training.finetuning import Finetuned, base_source
+from lightning_interp.models.training.lora import LoraSettings
+from lightning_interp.models.training.optimisation import Schedule
+from lightning_interp.models.training.reward_metric import PairScores, PointScores, bradley_terry_loss
+
+__all__ = ["RewardModel"]
+
+
+class RewardModel(Finetuned):
+    """Trains a model that scores texts, and scores texts with it.
+
+    Batches come from :class:`PreferenceDataModule`. On pairs the loss is that of Bradley and Terry (with a margin
+    where the data has one), on rated texts the squared error. A decoder is read at its last real token, so a score
+    does not depend on padding, nor on what else is in a batch. With an adapter, its weights and the score head are
+    trained, saved and restored; the rest is as in :class:`CausalLM`.
+
+    Logs ``train/loss``, ``train/accuracy`` (pairs), and after validation ``val/loss``, ``val/accuracy`` and
+    ``val/pairs``, the number of pairs behind the accuracy (for ratings ``val/loss`` and ``val/texts``); ``test/...``
+    likewise. Every pair weighs the same, across batches and processes.
+
+    Args:
+        model: A source for :func:`load_reward_model`, or a loaded model, which is changed in place. A language model
+            gets a fresh score head.
+        tokenizer: Writes the texts; taken from the source if that is a name.
+        label: Which output of a model with several is the reward, by index or name.
+        chat: Write texts by the tokenizer's chat template; None does so if it has one.
+        system_prompt: System text for prompts without one; None keeps the template's own implicit text.
+        add_eos: Whether a text ends with the end token without a chat template; None: if the score head is fresh.
+        max_length: Most tokens of a text; None takes what the model and tokenizer can take.
+        token_budget: Most tokens of one batch in :meth:`score`.
+        lora: Put in an adapter and train it: settings, or the same as a dict.
+        lr: Learning rate after warm-up.
+        weight_decay: Decoupled decay of matrices (not of biases and norms).
+        betas: Decay rates of AdamW's two moments.
+        warmup_steps: Steps over which the learning rate rises from zero.
+        schedule: What the learning rate does afterwards: stay, or fall to zero by the last step.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        quantization: Load a named source with a ``"4bit"`` or ``"8bit"`` base; needs an adapter.
+        dtype: Type of a named source's frozen weights.
+        seed: Root seed of a fresh head, of the adapter's start and of dropout.
+
+    Attributes:
+        model: The model; its output has ``logits`` of shape ``[batch, labels]``.
+        source: Where its base came from: a name, or an absolute path.
+        fresh: Whether the score head started at random.
+
+    Raises:
+        RecipeError: If an argument has a wrong value.
+        QuantizedModelError: If a quantised base is to be trained in full.
+        IncompatibleModelError: If the model cannot score a text, has no such ``label``, or the adapter does not fit.
+
+    Example:
+        >>> module = RewardModel("tiny:llama", lora=LoraSettings(r=2))
+        >>> module.score(["2+2=", "2+2="], ["4", "five"]).shape, module.fresh, module.training
+        (torch.Size([2]), True, True)
+    """
+
+    _task = "SEQ_CLS"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        label: int | str | None = None,
+        chat: bool | None = None,
+        system_prompt: str | None = None,
+        add_eos: bool | None = None,
+        max_length: int | None = None,
+        token_budget: int = 8192,
+        lora: LoraSettings | Mapping[str, Any] | None = None,
+        lr: float = 1e-4,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        warmup_steps: int = 0,
+        schedule: Schedule = "constant",
+        gradient_checkpointing: bool = False,
+        quantization: Quantization | None = None,
+        dtype: str = "float32",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if token_budget < 1:
+            raise RecipeError(f"RewardModel cannot use token_budget={token_budget!r}: expected at least 1.")
+        adapter = LoraSettings(**lora) if isinstance(lora, Mapping) else lora
+        # Checkpoints are read with weights_only=True: plain values and nothing else.
+        self.save_hyperparameters(ignore=["model", "tokenizer", "lora", "betas"], logger=False)
+        self._keep_optimisation(
+            lora=adapter, lr=lr, weight_decay=weight_decay, betas=betas, warmup_steps=warmup_steps, schedule=schedule
+        )
+        if isinstance(model, str):
+            self.hparams.update(model=model)
+            loaded = load_reward_model(model, dtype=dtype, quantization=quantization, seed=seed)
+            self.source = base_source(loaded.model, model)
+        else:
+            loaded = LoadedReward(scoring_model(model, seed=seed), tokenizer, "", needs_score_head(model))
+            self.source = base_source(model, "")
+        self.tokenizer, self.seed = tokenizer or loaded.tokenizer, seed
+        self.model, self.fresh, self.token_budget = loaded.model, loaded.fresh, token_budget
+        given = (chat, system_prompt, add_eos, max_length, label)
+        self._text = settle_text(
+            dict(zip(TEXT_SETTINGS, given, strict=True)), loaded.text, self.model, self.tokenizer, fresh=self.fresh
+        )
+        self.hparams.update(self._text)
+        self.label: int = self._text["label"]
+        self._prepare(adapter, gradient_checkpointing)
+        self.val_pairs, self.test_pairs = PairScores(), PairScores()
+        self.val_points, self.test_points = PointScores(), PointScores()
+        # transformers loads in evaluation mode, which Lightning would keep: dropout would stay off.
+        self.train()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Score a batch of token ids.
+
+        Args:
+            input_ids: Token ids of shape ``[batch, time]``.
+            attention_mask: 1 for tokens and 0 for padding, of the same shape.
+
+        Returns:
+            Rewards of shape ``[batch]``, float32.
+        """
+        return read_scores(self.model, input_ids, attention_mask, self.label)
+
+    @property
+    def scorer(self) -> TextScorer:
+        """The model as it is now, as a scorer of texts; it goes on changing as the model is trained.
+
+        Raises:
+            RecipeError: If there is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise RecipeError(
+                f"{self._title} has no tokenizer, so it cannot read texts. Pass RewardModel(..., tokenizer=...)."
+            )
+        return TextScorer(self.model, self.tokenizer, token_budget=self.token_budget, name=self.source, **self._text)
+
+    @property
+    def encoder(self) -> RewardEncoder:
+        """How texts are written; the data module of its training needs it.
+
+        Raises:
+            RecipeError: If there is no tokenizer.
+        """
+        return self.scorer.encoder
+
+    def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Tensor:
+        """Rewards of texts, in evaluation mode, whatever mode the module is in.
+
+        Args:
+            prompts: What each text answers.
+            texts: The texts.
+
+        Returns:
+            Float32 tensor of shape ``[n]`` on the CPU; each does not depend on the other texts.
+
+        Raises:
+            RecipeError: If there is no tokenizer.
+            DataError: If a text has no token or cannot be written.
+        """
+        return self.scores(prompts, texts).reward
+
+    def scores(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Scores:
+        """The same, with which texts were cut.
+
+        Args:
+            prompts: What each text answers.
+            texts: The texts.
+
+        Returns:
+            Rewards and flags, each of shape ``[n]``.
+
+        Raises:
+            RecipeError: If there is no tokenizer.
+            DataError: If a text has no token or cannot be written.
+        """
+        return self.scorer.scores(prompts, texts)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the mean loss of a batch.
+
+        Args:
+            batch: From :class:`PreferenceDataModule`.
+            batch_idx: Its index in the epoch.
+
+        Returns:
+            The loss, a scalar.
+
+        Raises:
+            DataError: If the batch holds neither pairs nor ratings.
+        """
+        key = derived_seed(self.seed, "dropout", self.global_step, batch_idx, self.global_rank)
+        with seeded_rng(key, self.device):
+            rewards = self(batch["input_ids"], batch["attention_mask"])
+        losses = self._losses(rewards, batch, batch_idx)
+        loss = losses.mean()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(losses))
+        if "margin" in batch:
+            chosen, rejected = rewards.detach().chunk(2)
+            self.log("train/accuracy", (chosen > rejected).float().mean(), batch_size=len(losses))
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Add a batch to the validation scores.
+
+        Args:
+            batch: From :class:`PreferenceDataModule`.
+            batch_idx: Its index.
+        """
+        self._measure(batch, batch_idx, self.val_pairs, self.val_points)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Add a batch to the test scores.
+
+        Args:
+            batch: From :class:`PreferenceDataModule`.
+            batch_idx: Its index.
+        """
+        self._measure(batch, batch_idx, self.test_pairs, self.test_points)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/loss``, ``val/accuracy`` and ``val/pairs`` (for ratings ``val/loss`` and ``val/texts``)."""
+        self._log_epoch("val", self.val_pairs, self.val_points)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the same of the test."""
+        self._log_epoch("test", self.test_pairs, self.test_points)
+
+    def _prepare(self, settings: LoraSettings | None, gradient_checkpointing: bool) -> None:
+        decoder = isinstance(self.model, DecoderWithScore)
+        if settings is not None and not decoder:
+            raise IncompatibleModelError(
+                f"RewardModel puts adapters into decoders only, and {type(self.model).__name__} of {self.source!r} "
+                "reads its score in another way. Leave lora out and train it in full."
+            )
+        super()._prepare(settings, gradient_checkpointing)
+        if self.has_adapter and decoder:
+            self.model.score.requires_grad_(True)
+
+    def _losses(self, rewards: Tensor, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The loss of each pair or rated text, ``[n]``."""
+        if "margin" in batch:
+            chosen, rejected = rewards.chunk(2)
+            return bradley_terry_loss(chosen, rejected, batch["margin"])
+        if "reward" not in batch:
+            raise DataError(
+                f"Batch {batch_idx} has neither 'margin' (pairs) nor 'reward' (rated texts), only {', '.join(batch)}. "
+                "PreferenceDataModule makes both kinds."
+            )
+        return (rewards - batch["reward"]) ** 2
+
+    def _measure(self, batch: dict[str, Tensor], batch_idx: int, pairs: PairScores, points: PointScores) -> None:
+        rewards = self(batch["input_ids"], batch["attention_mask"])
+        losses = self._losses(rewards, batch, batch_idx)
+        if "margin" in batch:
+            chosen, rejected = rewards.chunk(2)
+            pairs.update(chosen, rejected, losses, batch.get("real"))
+        else:
+            points.update(losses, batch.get("real"))
+
+    def _log_epoch(self, stage: str, *metrics: PairScores | PointScores) -> None:
+        for metric in metrics:
+            if metric.update_called:  # every process has batches of the same kind
+                for name, value in metric.compute().items():
+                    self.log(f"{stage}/{name}", value.float(), prog_bar=name in ("loss", "accuracy"), sync_dist=True)
+            metric.reset()
+
+    def _write_model(self, folder: str | os.PathLike[str], *, overwrite: bool) -> None:
+        write_model_folder(self.model, folder, text=self._text, tokenizer=self.tokenizer, overwrite=overwrite)
+
+    def _write_adapter(self, folder: str | os.PathLike[str], *, overwrite: bool) -> None:
+        write_adapter_folder(
+            self.model,
+            folder,
+            base=self.source,
+            text=self._text,
+            tokenizer=self.tokenizer,
+            overwrite=overwrite,
+        )

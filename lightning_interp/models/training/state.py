@@ -1,0 +1,62 @@
+"""Which tensors a checkpoint holds, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_interp.errors import IncompatibleModelError
+from lightning_interp.models.training.lora import adapter_parameters
+
+__all__ = ["check_state", "saved_names"]
+
+
+def saved_names(names: Iterable[str], model: nn.Module, *, prefix: str) -> set[str]:
+    """Names that belong in the checkpoint of a module that trains an adapter.
+
+    Those are the adapter, other trained parameters of the model, and everything outside the model (what callbacks
+    added to the module, for example).
+
+    Args:
+        names: All names of the module's state.
+        model: The model that carries the adapter.
+        prefix: The model's place in the module, such as ``"model."``.
+
+    Returns:
+        The names, a part of those given.
+    """
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    kept = trained | adapter_parameters(model)
+    return {name for name in names if not name.startswith(prefix) or name.removeprefix(prefix) in kept}
+
+
+def check_state(given: Mapping[str, Any], own: Mapping[str, Any], needed: Iterable[str], *, owner: str) -> None:
+    """Refuse a state that lacks a needed tensor, or holds an unknown one or one of another shape.
+
+    Args:
+        given: Tensors by name, as read.
+        own: Tensors by name, as the module has them.
+        needed: The names that must be given.
+        owner: The module, for the message.
+
+    Raises:
+        IncompatibleModelError: With the first such tensor.
+    """
+    lacking = sorted(set(needed) - set(given))
+    unknown = sorted(set(given) - set(own))
+    other = [name for name in given if name in own and given[name].shape != own[name].shape]
+    if lacking:
+        problem = f"lacks {lacking[0]!r} ({len(lacking)} missing"
+    elif unknown:
+        problem = f"holds the unknown {unknown[0]!r} ({len(unknown)} unknown"
+    elif other:
+        shapes = f"{tuple(given[other[0]].shape)}, expected {tuple(own[other[0]].shape)}"
+        problem = f"holds {other[0]!r} with shape {shapes} ({len(other)} of another shape"
+    else:
+        return
+    raise IncompatibleModelError(
+        f"The checkpoint does not fit {owner}: it {problem}). "
+        "Build the module with the model and the lora settings of the checkpoint."
+    )

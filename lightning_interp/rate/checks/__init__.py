@@ -1,0 +1,1 @@
+"""Do the assumptions hold: compliance, placebo, third rewrites, side effects."""

@@ -1,0 +1,1 @@
+"""Effects of an attribute on a reward, with intervals, from complete units."""

@@ -1,0 +1,192 @@
+"""One value a unit from a list, an array or a tensor, checked: rewards, labels, ids and clusters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_interp.errors import DataError
+from lightning_interp.rate.estimators.standard_errors import Mask, Vector
+
+__all__ = ["codes", "label_column", "number_column", "shown", "sort_key", "unit_ids"]
+
+SHOWN = 10
+"""How many ids a message lists."""
+
+
+def shown(items: Iterable[Any]) -> str:
+    """The first ten items for a message, and how many more there are.
+
+    Example:
+        >>> shown(["a", "b"])
+        "'a', 'b'"
+        >>> shown(range(12))
+        '0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more'
+    """
+    every = list(items)
+    rest = f" and {len(every) - SHOWN} more" if len(every) > SHOWN else ""
+    return ", ".join(map(repr, every[:SHOWN])) + rest
+
+
+def number_column(name: str, values: Any) -> tuple[Vector, Mask]:
+    """Numbers, one a unit, as float64 on the CPU.
+
+    Args:
+        name: Of the argument, for messages.
+        values: List, array or tensor of one axis; None marks an absent value.
+
+    Returns:
+        The values (NaN where absent) and where they are absent, both ``[n]``.
+
+    Raises:
+        DataError: If there is not exactly one axis, or an element is no real number.
+
+    Example:
+        >>> number_column("r_orig", [1, None, 2.5])
+        (array([1. , nan, 2.5]), array([False,  True, False]))
+    """
+    array = _array(name, values)
+    if array.dtype.kind in "fiub":
+        return array.astype(np.float64), np.zeros(array.size, dtype=np.bool_)
+    elements = array.tolist()
+    absent = np.array([element is None for element in elements], dtype=np.bool_)
+    numbers = [np.nan if element is None else _number(name, i, element) for i, element in enumerate(elements)]
+    return np.asarray(numbers, dtype=np.float64), absent
+
+
+def _number(name: str, place: int, element: Any) -> float:
+    try:
+        if isinstance(element, str | bytes | complex):
+            raise TypeError
+        return float(element)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{name}[{place}] is {element!r:.80}, which is no real number. Give one number a unit, or None where there "
+            "is none."
+        ) from error
+
+
+def _array(name: str, values: Any, *, exact: bool = False) -> NDArray[Any]:
+    """An array of one axis; of the elements as they are with ``exact``, and where numpy cannot make numbers of them."""
+    if hasattr(values, "detach"):
+        tensor = values.detach().cpu()
+        values = (tensor.double() if tensor.is_floating_point() else tensor).numpy()
+    elif hasattr(values, "to_numpy"):
+        values = values.to_numpy()
+    listed = isinstance(values, Sequence) and not isinstance(values, str | bytes)
+    array = _from_sequence(values, exact) if listed else np.asarray(values)
+    if array.ndim != 1:
+        shape = "a single value" if array.ndim == 0 else f"an array of shape {array.shape}"
+        raise DataError(
+            f"{name} is {shape}; expected one axis, one value a unit. "
+            "Average several draws of a text with combine_draws()."
+        )
+    return array
+
+
+def _from_sequence(values: Sequence[Any], exact: bool) -> NDArray[Any]:
+    try:
+        array = np.asarray(values)
+        if array.ndim != 1 or (array.dtype.kind in "fiub" and not exact):
+            return array
+    except (TypeError, ValueError, RuntimeError):  # ragged, or tensors of a type that numpy lacks
+        pass
+    objects = np.empty(len(values), dtype=object)
+    objects[:] = [element.item() if getattr(element, "ndim", None) == 0 else element for element in values]
+    return objects
+
+
+def label_column(name: str, values: Any) -> tuple[Mask, Mask]:
+    """Labels 0 or 1, one a unit.
+
+    Args:
+        name: Of the argument, for messages.
+        values: Bools, or integers or floats that are 0 or 1; None marks an unlabelled unit.
+
+    Returns:
+        Where the label is 1, and where there is none, both ``[n]``.
+
+    Raises:
+        DataError: If a label is anything else.
+
+    Example:
+        >>> label_column("w", [1, 0.0, None])
+        (array([ True, False, False]), array([False, False,  True]))
+    """
+    numbers, absent = number_column(name, values)
+    wrong = np.flatnonzero(~absent & (numbers != 0) & (numbers != 1))
+    if wrong.size:
+        raise DataError(
+            f"{name}[{wrong[0]}] is {numbers[wrong[0]]!s}; expected 0 or 1 (or None for an unlabelled unit), and "
+            f"{wrong.size} of {numbers.size} labels are neither. Make a graded attribute binary first."
+        )
+    return numbers == 1, absent
+
+
+def unit_ids(values: Any, n: int) -> tuple[int | str, ...]:
+    """Ids, one a unit: integers or strings, each once.
+
+    Args:
+        values: List, array or tensor; None for row numbers.
+        n: Number of units.
+
+    Returns:
+        The ids as plain Python values.
+
+    Raises:
+        DataError: If an id is no integer or string, or occurs twice.
+
+    Example:
+        >>> unit_ids(np.array(["a", "b"]), 2)
+        ('a', 'b')
+    """
+    if values is None:
+        return tuple(range(n))
+    ids = _keys("ids", values)
+    twice = [key for key, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"ids holds {shown(twice)} more than once; every unit needs an id of its own. "
+            "Average several draws of a text with combine_draws()."
+        )
+    return ids
+
+
+def _keys(name: str, values: Any) -> tuple[int | str, ...]:
+    keys = tuple(_array(name, values, exact=True).tolist())
+    for place, key in enumerate(keys):
+        if isinstance(key, bool) or not isinstance(key, int | str):
+            raise DataError(f"{name}[{place}] is {key!r:.80}; expected integers or strings, one a unit.")
+    return keys
+
+
+def sort_key(key: int | str) -> tuple[bool, int | str]:
+    """Orders integers before strings."""
+    return isinstance(key, str), key
+
+
+def codes(name: str, values: Any) -> tuple[list[int | str], NDArray[np.int64]]:
+    """Names as numbers from 0, in the order of the names.
+
+    Args:
+        name: Of the argument, for messages.
+        values: Integers or strings, one a row; a name may occur many times.
+
+    Returns:
+        The names in order (integers before strings), and the number of each row's name, ``[n]``.
+
+    Raises:
+        DataError: If a name is no integer or string.
+
+    Example:
+        >>> codes("cluster", ["b", "a", "b"])
+        (['a', 'b'], array([1, 0, 1]))
+    """
+    keys = _keys(name, values)
+    names = sorted(set(keys), key=sort_key)
+    numbers = {key: number for number, key in enumerate(names)}
+    return names, np.array([numbers[key] for key in keys], dtype=np.int64)

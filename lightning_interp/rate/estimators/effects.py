@@ -1,0 +1,315 @@
+"""Rewrite-based effects of an attribute on a reward: naive, single-rewrite and double-rewrite estimators.
+
+Reber et al., "RATE: Causal Explainability of Reward Models with Imperfect Counterfactuals", arXiv 2410.11348,
+Algorithm 1: a text is rewritten to flip the attribute, the rewrite is rewritten to flip it back, and the two rewrites
+are compared. Both have been through the rewriter, so what it does in either direction cancels. The estimate is for the
+intervention that the rewriting instruction describes, and for texts as they look after the rewriter. It says neither
+whether the dependence is right nor how accurate the reward is.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from lightning_interp.errors import RecipeError
+from lightning_interp.rate.estimators.bootstrap import Replicates, bootstrap_effects, bootstrap_interval
+from lightning_interp.rate.estimators.result import Effect, Effects, EffectTable, RateResult, Units
+from lightning_interp.rate.estimators.standard_errors import (
+    Point,
+    contrast_points,
+    mean_point,
+    naive_point,
+    pooled_sd,
+    unpaired_points,
+)
+from lightning_interp.rate.texts.inputs import Prepared, Raw, check_choice, prepare
+
+__all__ = ["Settings", "effects_of_units", "point_interval", "rate_effects"]
+
+SMALL = 100
+"""Below this many units (or clusters), ``ci="auto"`` uses Student's t."""
+
+MIN_BOOT = 1000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How errors and intervals are made; see :func:`rate_effects`."""
+
+    se: str = "paired"
+    ci: str = "auto"
+    alpha: float = 0.05
+    n_boot: int = 2000
+    seed: int = 0
+    boot: str = "percentile"
+    standardize_inside: bool = False
+    standardize: bool = True
+    missing: str = "raise"
+    identical: str = "keep"
+
+    def __post_init__(self) -> None:
+        check_choice("se", self.se, ("paired", "stratified", "unpaired", "cluster"))
+        check_choice("ci", self.ci, ("auto", "normal", "t", "bootstrap"))
+        check_choice("boot", self.boot, ("percentile", "basic"))
+        check_choice("missing", self.missing, ("raise", "drop"))
+        check_choice("identical", self.identical, ("keep", "drop", "raise"))
+        if not 0 < self.alpha < 1:
+            raise RecipeError(f"alpha={self.alpha!r} is not between 0 and 1; a 95 % interval is alpha=0.05.")
+        if self.ci == "bootstrap" and self.n_boot < MIN_BOOT:
+            raise RecipeError(
+                f"n_boot={self.n_boot!r} is too few for the ends of an interval; use at least {MIN_BOOT}."
+            )
+
+
+def rate_effects(
+    w: Any,
+    r_orig: Any,
+    r_rw: Any,
+    r_rw2: Any,
+    *,
+    ids: Any = None,
+    cluster: Any = None,
+    se: str = "paired",
+    ci: str = "auto",
+    alpha: float = 0.05,
+    standardize: bool = True,
+    n_boot: int = 2000,
+    seed: int = 0,
+    missing: str = "raise",
+    identical: str = "keep",
+    boot: str = "percentile",
+    standardize_inside: bool = False,
+    texts: Sequence[Sequence[str | None]] | None = None,
+    labels: Sequence[Any] | None = None,
+    incomplete: Sequence[str | None] | None = None,
+) -> RateResult:
+    """Effects of a binary attribute on a reward, from three rewards a unit.
+
+    With ``s = 1`` where w = 1 and ``-1`` where w = 0, the contrasts are ``s (r_rw2 - r_rw)`` for the double rewrite and
+    ``s (r_orig - r_rw)`` for the single one. ATT and ATU are their means where w = 1 and w = 0, ATE the mean over all.
+    The single rewrite is off by what a round trip does to the reward, which is reported too. All sums are made in
+    float64 on the CPU over units in the order of their ids, so the order of the rows changes nothing.
+
+    Args:
+        w: Whether the original has the attribute, ``[n]``: list, array or tensor of bools or of 0 and 1. None is an
+            unlabelled unit: it is left out and counted.
+        r_orig: Rewards of the originals, ``[n]``; None for the double rewrite alone, without a standard deviation.
+        r_rw: Rewards of the rewrites that flip the attribute, ``[n]``. An element that is None is missing.
+        r_rw2: Rewards of the rewrites of the rewrites, ``[n]``.
+        ids: Integers or strings, one a unit; row numbers if None.
+        cluster: Integers or strings, one a unit, such as the prompt, for ``se="cluster"``.
+        se: ``"paired"`` for independent units; ``"stratified"`` where the arms' sizes were fixed by design;
+            ``"cluster"`` for independent clusters; ``"unpaired"`` for the errors of the paper's tables, which ignore
+            that the two rewards of a unit go together and are too wide. Single-rewrite errors are paired there too.
+        ci: ``"auto"`` is the normal interval, or Student's t below 100 units; ``"normal"`` and ``"t"`` are always
+            those; ``"bootstrap"`` draws units, whole clusters with ``se="cluster"``, units within arms with
+            ``se="stratified"``.
+        alpha: One minus the confidence level.
+        standardize: Also divide by the pooled standard deviation of the original rewards within the arms.
+        n_boot: Resamples, at least 1000.
+        seed: Of the resampling.
+        missing: ``"raise"``, or ``"drop"`` to leave incomplete units out of every estimator.
+        identical: ``"keep"``, ``"drop"`` or ``"raise"`` for rewrites that are the text they were made from; the last
+            two need ``texts``. Dropping them selects on the outcome of the rewriter.
+        boot: ``"percentile"`` or ``"basic"``.
+        standardize_inside: Let the bootstrap of standardised effects work the standard deviation out anew in each
+            resample, instead of holding it fixed.
+        texts: The originals, rewrites and rewrites of the rewrites, ``3 x [n]``: an empty one makes its unit
+            incomplete, and identical ones are counted.
+        labels: Measured attribute of the rewrites and of the rewrites of the rewrites, ``2 x [n]``, to count those that
+            do not carry their target value; nothing is corrected.
+        incomplete: Why a unit cannot be used, such as ``"refused"``, or None, ``[n]``.
+
+    Returns:
+        Effects, counts and units. Where an arm is empty, its effect and the ATE are NaN; where it has one unit, its
+        effect has no error. Standardised effects are NaN where the standard deviation is zero.
+
+    Raises:
+        DataError: If the inputs cannot be used; names the argument or the ids.
+        RecipeError: If an option is unknown or lacks what it needs.
+
+    Warns:
+        UserWarning: If an arm is empty or has one unit, the standard deviation is zero, more than 5 % of the units are
+            left out or more of one arm, more than 5 % of a pass are identical, or clusters go unused.
+
+    Example:
+        >>> w = [1, 1, 1, 0, 0, 0, 0]
+        >>> result = rate_effects(w, [3, 2, 4, 1, 0, 2, 1], [1, 0.5, 2, 2, 1.5, 2, 3], [2.5, 1, 3.5, 1.5, 0.5, 2.5, 1])
+        >>> print(result.rate.ate, round(result.rate.ate.se, 4))
+        0.93 [0.15, 1.70] 0.3168
+        >>> round(result.single.ate.value, 4), result.naive.value
+        (1.4286, 2.0)
+    """
+    settings = Settings(se, ci, alpha, n_boot, seed, boot, standardize_inside, standardize, missing, identical)
+    raw = Raw(w, r_orig, r_rw, r_rw2, ids, cluster, texts, labels, incomplete)
+    result = effects_of_units(prepare(raw, missing=missing, identical=identical), settings)
+    for note in result.warnings:
+        warnings.warn(note, stacklevel=2)
+    return result
+
+
+def effects_of_units(prepared: Prepared, settings: Settings) -> RateResult:
+    """All effects of clean units.
+
+    Args:
+        prepared: Units, counts and notes of :func:`~lightning_interp.rate.texts.inputs.prepare`.
+        settings: How errors and intervals are made.
+
+    Returns:
+        The result; its warnings are collected, not issued.
+
+    Raises:
+        RecipeError: If ``se="cluster"`` and there are no clusters.
+    """
+    units = prepared.units
+    if settings.se == "cluster" and units.cluster is None:
+        raise RecipeError("se='cluster' needs the cluster of every unit, but cluster is None. Pass cluster=prompt_ids.")
+    points = _points(units, settings.se)
+    replicates = _replicates(units, settings)
+    effects = {name: _effect(name, point, settings, replicates) for name, point in points.items()}
+    sd = None if units.r_orig is None else pooled_sd(units.r_orig, units.w)
+    asked = sd if settings.standardize else None
+    scaled = None if asked is None else _standardized(effects, points, settings, replicates, asked)
+    return RateResult(
+        raw=_table(effects),
+        standardized=None if scaled is None else _table(scaled),
+        reward_std=sd,
+        rewrite_effect_w1=effects.get("b1"),
+        rewrite_effect_w0=effects.get("b0"),
+        counts=prepared.counts,
+        units=units,
+        settings=asdict(settings),
+        warnings=(*prepared.notes, *_notes(units, settings, asked)),
+    )
+
+
+def _points(units: Units, se: str) -> dict[str, Point]:
+    """Every estimate with its error, by the names of ``Replicates``."""
+    w, cluster = units.w, units.cluster if se == "cluster" else None
+
+    def named(name: str, points: tuple[Point, Point, Point]) -> dict[str, Point]:
+        return {f"{name}/{estimand}": point for estimand, point in zip(Effects._fields, points, strict=True)}
+
+    if se == "unpaired":
+        found = named("rate", unpaired_points(units.r_rw, units.r_rw2, w))
+    else:
+        found = named("rate", contrast_points(units.delta, w, cluster=cluster, stratified=se == "stratified"))
+    if units.r_orig is None or units.sigma is None:
+        return found
+    found |= named("single", contrast_points(units.sigma, w, cluster=cluster, stratified=se == "stratified"))
+    found["naive"] = naive_point(units.r_orig, w, cluster)
+    for name, arm in (("b1", w), ("b0", ~w)):
+        found[name] = mean_point((units.r_rw2 - units.r_orig)[arm], None if cluster is None else cluster[arm])
+    return found
+
+
+def _replicates(units: Units, settings: Settings) -> Replicates | None:
+    if settings.ci != "bootstrap":
+        return None
+    return bootstrap_effects(
+        units,
+        n_boot=settings.n_boot,
+        seed=settings.seed,
+        clusters=settings.se == "cluster",
+        within_arms=settings.se == "stratified",
+    )
+
+
+def point_interval(point: Point, *, ci: str, alpha: float) -> tuple[float, float, str]:
+    """Normal or Student's interval of a point.
+
+    Args:
+        point: Estimate and error.
+        ci: ``"auto"``, ``"normal"`` or ``"t"``.
+        alpha: One minus the confidence level.
+
+    Returns:
+        Low, high, and the name of the distribution.
+
+    Example:
+        >>> low, high, name = point_interval(Point(0.0, 1.0, 9.0, 10, 10), ci="auto", alpha=0.05)
+        >>> round(high, 4), name
+        (2.2622, 't(9)')
+    """
+    from scipy.special import ndtri, stdtrit
+
+    student = ci == "t" or (ci == "auto" and point.smallest < SMALL)
+    if math.isnan(point.se):
+        return math.nan, math.nan, "none"
+    reach = float(stdtrit(point.df, 1 - alpha / 2) if student else ndtri(1 - alpha / 2)) * point.se
+    return point.value - reach, point.value + reach, f"t({point.df:.4g})" if student else "normal"
+
+
+def _effect(name: str, point: Point, settings: Settings, replicates: Replicates | None) -> Effect:
+    if replicates is None:
+        low, high, how = point_interval(point, ci=settings.ci, alpha=settings.alpha)
+    else:
+        low, high = bootstrap_interval(point.value, replicates.values[name], alpha=settings.alpha, kind=settings.boot)
+        drawn = {"cluster": "clusters", "stratified": "units within arms"}.get(settings.se, "units")
+        how = f"{settings.boot} bootstrap of {drawn}, B={settings.n_boot}"
+        if math.isnan(point.se):
+            low, high = math.nan, math.nan
+    return Effect(point.value, low, high, point.n, 1 - settings.alpha, f"{settings.se}, {how}", se=point.se)
+
+
+def _standardized(
+    effects: dict[str, Effect], points: dict[str, Point], settings: Settings, replicates: Replicates | None, sd: float
+) -> dict[str, Effect]:
+    """Effects in standard deviations; only a bootstrap can let that unit vary too."""
+    scaled = {name: effect.scaled(sd) for name, effect in effects.items()}
+    if replicates is None or replicates.reward_std is None or not settings.standardize_inside or not sd > 0:
+        return scaled
+    inside = {}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for name, values in replicates.values.items():
+            inside[name] = values / replicates.reward_std
+    again = Replicates(inside, None)
+    return {
+        name: _effect(name, points[name]._replace(value=effect.value, se=effect.se), settings, again)
+        for name, effect in scaled.items()
+    }
+
+
+def _table(effects: dict[str, Effect]) -> EffectTable:
+    def three(name: str) -> Effects:
+        return Effects(*(effects[f"{name}/{estimand}"] for estimand in Effects._fields))
+
+    if "naive" not in effects:
+        return EffectTable(three("rate"))
+    return EffectTable(three("rate"), three("single"), effects["naive"])
+
+
+def _notes(units: Units, settings: Settings, sd: float | None) -> list[str]:
+    notes = []
+    for arm, value, name in ((units.w, 1, "ATT"), (~units.w, 0, "ATU")):
+        count = int(arm.sum())
+        if count == 0:
+            notes.append(
+                f"No unit has w={value}, so {name}, ATE, the naive difference and the standard deviation are NaN."
+            )
+        elif count == 1:
+            notes.append(f"One unit has w={value}, so {name} has neither an error nor an interval.")
+    if sd is not None and not 0 < sd < math.inf and not notes:
+        notes.append(
+            f"The original rewards' standard deviation within arms is {sd:g}, so standardised effects are NaN."
+        )
+    if units.cluster is not None:
+        notes += _cluster_notes(units, settings, np.unique(units.cluster).size)
+    return notes
+
+
+def _cluster_notes(units: Units, settings: Settings, clusters: int) -> list[str]:
+    if settings.se != "cluster" and clusters < units.w.size:
+        return [
+            f"{units.w.size} units come from {clusters} clusters, but se={settings.se!r} takes them as independent; "
+            "se='cluster' does not."
+        ]
+    if settings.se == "cluster" and clusters < 2:
+        return ["All units come from one cluster, so no effect has an error or an interval."]
+    return []

@@ -1,0 +1,1 @@
+"""Studies: numbers, tables and figures of one attribute and one reward."""

@@ -1,0 +1,208 @@
+"""Tables of rewrite-based effects, as rows of plain values."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from lightning_interp.core.measure.seeding import derived_seed
+from lightning_interp.core.measure.statistics import Estimate
+from lightning_interp.rate.checks.diagnostics import Attenuation, SensitivityLine, ThirdRewrite
+from lightning_interp.rate.checks.placebo import DummyOutcome, PermutationCheck
+from lightning_interp.rate.estimators.result import Effect, RateResult
+from lightning_interp.rate.estimators.triples import RewriteTriples
+from lightning_interp.rate.rewriting.flags import FLAGS, rewrite_flags
+from lightning_interp.rate.scoring.scores import TripleScores
+
+__all__ = ["check_rows", "effects_rows", "example_rows", "flag_rows", "used_rows"]
+
+_LABELS = {"naive": "naive", "single": "single rewrite", "rate": "double rewrite (RATE)"}
+
+Row = dict[str, Any]
+
+
+def effects_rows(results: RateResult | Mapping[str, RateResult], *, key: str = "case") -> list[Row]:
+    """Every estimate with its interval as text, to be printed.
+
+    Args:
+        results: One result, or several by name.
+        key: What the names are, the first column of several results.
+
+    Returns:
+        Rows with ``estimator``, ``estimand``, ``in sd`` (of the original rewards), ``raw``, ``se`` and ``units``.
+
+    Example:
+        >>> from lightning_interp.rate import rate_effects
+        >>> result = rate_effects([1, 1, 0, 0], [1.0, 2.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0], [1.0, 2.0, 0.0, 0.0])
+        >>> [row["estimator"] for row in effects_rows(result)][:2], effects_rows({"one": result})[0]["case"]
+        (['naive', 'single rewrite'], 'one')
+    """
+    named: Mapping[str, RateResult] = {"": results} if isinstance(results, RateResult) else results
+    rows = []
+    for name, result in named.items():
+        head = {key: name} if not isinstance(results, RateResult) else {}
+        scaled = {} if result.standardized is None else {(a, b): e for a, b, e in result.standardized.items()}
+        rows += [
+            head | _effect_row(_LABELS[a], "ATE" if b == "naive" else b.upper(), effect, scaled.get((a, b)))
+            for a, b, effect in result.raw.items()
+        ]
+        trips = (("w=1", result.rewrite_effect_w1), ("w=0", result.rewrite_effect_w0))
+        unit = result.reward_std if result.reward_std is not None else math.nan
+        shown = unit if result.standardized is not None else math.nan
+        rows += [head | _effect_row("round trip", arm, trip, trip.scaled(shown)) for arm, trip in trips if trip]
+    return rows
+
+
+def _effect_row(estimator: str, estimand: str, raw: Effect, scaled: Effect | None) -> Row:
+    return {
+        "estimator": estimator,
+        "estimand": estimand,
+        "in sd": "" if scaled is None or math.isnan(scaled.value) else _shown(scaled),
+        "raw": _shown(raw),
+        "se": "" if math.isnan(raw.se) else f"{raw.se:.3g}",
+        "units": raw.n,
+    }
+
+
+def _shown(effect: Estimate) -> str:
+    ends = "" if math.isnan(effect.low) else f" [{effect.low:.3f}, {effect.high:.3f}]"
+    return f"{effect.value:.3f}{ends}"
+
+
+def used_rows(triples: RewriteTriples, result: RateResult) -> list[Row]:
+    """How many units were used, and how many were left out and why, by arm.
+
+    Args:
+        triples: The texts.
+        result: The effects.
+
+    Returns:
+        Rows with ``units`` (``used`` or a reason), ``w=1``, ``w=0`` and ``no label``.
+    """
+    counts = result.counts
+    rows = [{"units": "used", "w=1": counts.n1, "w=0": counts.n0, "no label": 0}]
+    for reason, arms in triples.dropped.items():
+        shares = {"w=1": arms.get("w1", 0), "w=0": arms.get("w0", 0), "no label": arms.get("none", 0)}
+        rows.append({"units": f"left out: {reason}", **shares})
+    by_arm = counts.dropped_by_arm
+    for reason in counts.dropped:
+        arms = {name: by_arm.get(name, {}).get(reason, 0) for name in ("w1", "w0")}
+        rows.append({"units": f"left out: {reason}", "w=1": arms["w1"], "w=0": arms["w0"], "no label": 0})
+    return rows
+
+
+def flag_rows(triples: RewriteTriples, *, changes_length: bool = False) -> list[Row]:
+    """How many rewrites of each pass and direction look wrong, by what looks wrong.
+
+    Args:
+        triples: The texts.
+        changes_length: The attribute is the length, so its change is no flaw.
+
+    Returns:
+        Rows with ``stage``, ``direction``, ``rewrites``, and the number of each of
+        :data:`~lightning_interp.rate.rewriting.flags.FLAGS`.
+    """
+    rows = []
+    for stage, target, pairs in _passes(triples):
+        flags = Counter(flag for pair in pairs for flag in rewrite_flags(*pair, changes_length=changes_length))
+        shown = {flag: flags[flag] for flag in FLAGS if flag != "empty"}
+        rows.append({"stage": stage, "direction": f"{1 - target}->{target}", "rewrites": len(pairs), **shown})
+    return rows
+
+
+def _passes(triples: RewriteTriples) -> Iterator[tuple[str, int, list[tuple[str, str]]]]:
+    """(stage, target, [(source, rewrite)]) of each pass and direction that occurs."""
+    for before, stage in pairwise(triples.stages):
+        pairs = list(zip(triples.targets(stage), triples.texts(before), triples.texts(stage), strict=True))
+        for target in (0, 1):
+            found = [(source, text) for wanted, source, text in pairs if wanted == target]
+            if found:
+                yield stage, target, found
+
+
+def check_rows(
+    scores: TripleScores,
+    permutation: PermutationCheck,
+    third: ThirdRewrite | None = None,
+    dummy: DummyOutcome | None = None,
+    attenuation: Attenuation | None = None,
+    line: SensitivityLine | None = None,
+) -> list[Row]:
+    """The checks of a study, one number a row.
+
+    Args:
+        scores: Rewards, for what the scorer cut.
+        permutation: How often effects as large come up by chance.
+        third: The effect once more from third rewrites.
+        dummy: What the estimators make of rewards without meaning.
+        attenuation: What failed rewrites would do to the effects.
+        line: What an asymmetry of the rewriter would do.
+
+    Returns:
+        Rows with ``check``, ``of``, ``value``, ``low``, ``high``, ``n`` and ``method``.
+    """
+    exchanged = f"{permutation.resamples} exchanges of {permutation.exchanged}"
+    rows = [
+        _row("p-value of exchanged rewrites", name.upper(), getattr(permutation, name), method=exchanged)
+        for name in ("ate", "att", "atu")
+    ]
+    if third is not None:
+        names = {"ate": "rewrites 1 and 2", "ate_third": "rewrites 2 and 3", "difference": "difference"}
+        rows += [_estimate_row("third rewrite", shown, getattr(third, name)) for name, shown in names.items()]
+    if dummy is not None:
+        what = f"rewards at random: {dummy.level:.0%} intervals that hold zero"
+        rows += [_estimate_row(what, name, share) for name, share in dummy.covered.items()]
+        rows += [_estimate_row("rewards at random: mean, in sd", name, mean) for name, mean in dummy.mean.items()]
+    if attenuation is not None:
+        what = "hint: factor if failed rewrites changed nothing"
+        rows += [_row(what, name.upper(), factor) for name, factor in attenuation.factor.items()]
+    if line is not None:
+        of = f"an off-target feature worth {line.beta:g} sd"
+        ends = {"low": line.zero_low, "high": line.zero_high}
+        rows.append(_row("asymmetry that makes the effect zero", of, line.zero, **ends))
+    return rows + [_row("share cut by the scorer", stage, cut) for stage, cut in scores.truncation().items()]
+
+
+def _estimate_row(check: str, of: str, found: Estimate) -> Row:
+    return _row(check, of, found.value, low=found.low, high=found.high, n=found.n, method=found.method)
+
+
+def _row(check: str, of: str, value: float, **more: Any) -> Row:
+    row = {"check": check, "of": of, "value": value, "low": None, "high": None, "n": None, "method": ""} | more
+    return {key: None if isinstance(cell, float) and math.isnan(cell) else cell for key, cell in row.items()}
+
+
+def example_rows(triples: RewriteTriples, scores: TripleScores, *, each: int = 10, seed: int = 0) -> list[Row]:
+    """Units to be read: some at random, and those whose contrast is farthest from the mean.
+
+    Args:
+        triples: The texts.
+        scores: Their rewards.
+        each: How many of either kind.
+        seed: Of the choice.
+
+    Returns:
+        Rows with ``chosen``, ``id``, ``w``, and for each stage its text and reward.
+    """
+    draws = random.Random(derived_seed(seed, "examples of rewrites", 0))  # noqa: S311 - examples, no secrets
+    drawn = sorted(draws.sample(range(len(triples)), min(each, len(triples))))
+    first, second = (scores.reward[stage].tolist() for stage in ("rewrite", "rewrite2"))
+    delta = [(b - a) * (1 if w else -1) for w, a, b in zip(triples.w, first, second, strict=True)]
+    known = [index for index in range(len(triples)) if math.isfinite(delta[index])]
+    middle = sum(delta[index] for index in known) / len(known) if known else 0.0
+    far = sorted(known, key=lambda index: -abs(delta[index] - middle))[:each]
+    return [*_examples("at random", drawn, triples, scores), *_examples("largest contrast", far, triples, scores)]
+
+
+def _examples(chosen: str, rows: Sequence[int], triples: RewriteTriples, scores: TripleScores) -> list[Row]:
+    found = []
+    for index in rows:
+        row: Row = {"chosen": chosen, "id": triples.ids[index], "w": triples.w[index]}
+        for stage in triples.stages:
+            row |= {stage: triples.texts(stage)[index], f"reward of {stage}": float(scores.reward[stage][index])}
+        found.append(row)
+    return found

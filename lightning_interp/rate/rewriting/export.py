@@ -1,0 +1,129 @@
+"""Tables of a rewrite store: the same bytes for the same rewrites, in whatever order they came."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_interp.core.storage.files import atomic_writer, canonical_json, json_bytes
+from lightning_interp.rate.estimators.triples import STAGES, RewriteTriples
+from lightning_interp.rate.rewriting.records import RewriterId
+from lightning_interp.rate.rewriting.store import RewriteStore
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["export_records", "export_units", "to_dataset", "unit_rows"]
+
+# When an answer came and for whom it was asked first: that may differ between two runs with the same rewrites.
+_CIRCUMSTANCES = ("t", "id", "pass")
+
+
+def export_records(store: RewriteStore, path: str | os.PathLike[str], *, attr: str | None = None) -> Path:
+    """Write the records that count to JSONL, ordered by key and without the circumstances under which they came.
+
+    Stores with the same rewrites give the same bytes: one that was filled in one go, and one that was interrupted,
+    filled from several threads, or asked again after errors.
+
+    Args:
+        store: The store.
+        path: The file.
+        attr: Only of this attribute.
+
+    Returns:
+        ``path``.
+    """
+    rows = sorted((record.attr, record.key, record.to_dict()) for record in store.records(attr))
+    with atomic_writer(path) as out:
+        for _, key, row in rows:
+            content = {name: value for name, value in row.items() if name not in _CIRCUMSTANCES}
+            out.write(canonical_json({"key": key, **content}).encode() + b"\n")
+    return Path(path)
+
+
+def unit_rows(
+    store: RewriteStore,
+    attr: str,
+    *,
+    rewriter: str | RewriterId | None = None,
+    draws: int = 1,
+    passes: int = 2,
+) -> Iterator[dict[str, Any]]:
+    """Every unit with its texts, complete or not.
+
+    Args:
+        store: The store.
+        attr: Name of the attribute.
+        rewriter: Whose texts; needed only if several wrote.
+        draws: Draws of each unit.
+        passes: 2, or 3 for the third rewrite too.
+
+    Yields:
+        A row a unit and draw: ``id, attr, draw, w, cluster, prompt``, a text for each stage (None where it is missing
+        or cannot be used) and ``status``: ``"ok"``, ``"unlabelled"``, or what is missing, such as
+        ``"rewrite2_refused"``.
+
+    Raises:
+        DataError: If the store has no such attribute or rewriter.
+    """
+    units, by = store.units(attr), store.rewriter_id(attr, rewriter)
+    stages = STAGES[: passes + 1]
+    for unit in units:
+        for draw in range(draws):
+            row: dict[str, Any] = {"id": unit.id, "attr": attr, "draw": draw, "w": unit.w, "cluster": unit.cluster}
+            row |= {"prompt": unit.prompt, **dict.fromkeys(stages), "original": unit.text, "status": "ok"}
+            walk = [] if by is None or unit.w is None else store.chain(unit, attr, by, draw=draw, passes=passes)
+            last = None
+            for request, record in walk:
+                last = record
+                if record is not None and record.usable:
+                    row[stages[request.number]] = record.result.text
+            lacking = next((stage for stage in stages if row[stage] is None), None)
+            if lacking is not None:
+                row["status"] = f"{lacking}_{'absent' if last is None else last.result.status}"
+            yield row if unit.w is not None else {**row, "status": "unlabelled"}
+
+
+def export_units(store: RewriteStore, path: str | os.PathLike[str], *, attr: str, **options: Any) -> Path:
+    """Write :func:`unit_rows` to JSONL.
+
+    Args:
+        store: The store.
+        path: The file.
+        attr: Name of the attribute.
+        **options: ``rewriter``, ``draws`` and ``passes`` of :func:`unit_rows`.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        DataError: If the store has no such attribute or rewriter.
+    """
+    with atomic_writer(path) as out:
+        for row in unit_rows(store, attr, **options):
+            out.write(json_bytes(row) + b"\n")
+    return Path(path)
+
+
+def to_dataset(source: RewriteStore | RewriteTriples, *, attr: str | None = None, **options: Any) -> Dataset:
+    """Make an Arrow table of a store's units, or of complete units; ``save_to_disk`` writes it.
+
+    Args:
+        source: A store, or its triples.
+        attr: Name of the attribute of a store.
+        **options: ``rewriter``, ``draws`` and ``passes`` of :func:`unit_rows`, for a store.
+
+    Returns:
+        A ``datasets.Dataset`` with a column a key of :func:`unit_rows` (complete units have no ``status``).
+
+    Raises:
+        DataError: If the store has no such attribute or rewriter.
+    """
+    from datasets import Dataset, Features, Value
+
+    rows = list(source.rows()) if isinstance(source, RewriteTriples) else list(unit_rows(source, attr or "", **options))
+    names = list(rows[0]) if rows else ["id"]
+    kinds = {name: Value("int64" if name in ("draw", "w") else "string") for name in names}
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in names}, features=Features(kinds))

@@ -1,0 +1,139 @@
+"""When to call an endpoint again: allowances a minute, and waiting after a failure."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+from lightning_interp.core.measure.seeding import derived_seed
+from lightning_interp.errors import RecipeError
+
+__all__ = ["Backoff", "Bucket", "retry_after"]
+
+
+class Bucket:
+    """An allowance that fills evenly; whoever takes is told how long to wait first.
+
+    It holds one second's worth, so calls are spread over the minute. More than it holds can be taken at once: that
+    waits for a full bucket and leaves a debt, which those who come later wait out.
+
+    Args:
+        per_minute: Allowance of a minute; None for no limit.
+        clock: Seconds that never go back.
+
+    Raises:
+        RecipeError: If the allowance is not above zero.
+
+    Example:
+        >>> bucket = Bucket(60, clock=lambda: 0.0)
+        >>> [bucket.take(1), bucket.take(1), bucket.take(1)]
+        [0.0, 1.0, 2.0]
+    """
+
+    def __init__(self, per_minute: float | None, *, clock: Callable[[], float]) -> None:
+        if per_minute is not None and not per_minute > 0:
+            raise RecipeError(f"A limit of {per_minute!r} a minute allows nothing; expected more than 0, or None.")
+        self._rate = None if per_minute is None else per_minute / 60
+        self._clock, self._lock = clock, threading.Lock()
+        self._size = max(1.0, self._rate or 0.0)
+        self._level, self._seen = self._size, clock()
+
+    def take(self, amount: float) -> float:
+        """Take an amount.
+
+        Args:
+            amount: What is needed.
+
+        Returns:
+            Seconds to wait before using it.
+        """
+        if self._rate is None:
+            return 0.0
+        with self._lock:
+            self._fill(self._rate)
+            wait = max(0.0, (min(amount, self._size) - self._level) / self._rate)
+            self._level -= amount
+            return wait
+
+    def give_back(self, amount: float) -> None:
+        """Correct an estimate afterwards.
+
+        Args:
+            amount: What was taken too much; negative if it was too little.
+        """
+        if self._rate is not None:
+            with self._lock:
+                self._fill(self._rate)
+                self._level = min(self._size, self._level + amount)
+
+    def _fill(self, rate: float) -> None:
+        now = self._clock()
+        self._level = min(self._size, self._level + (now - self._seen) * rate)
+        self._seen = now
+
+
+class Backoff:
+    """How long to wait before another attempt: exponential with full jitter, and never less than the server asks.
+
+    Args:
+        first: Most seconds before the second attempt; doubled for each further one.
+        most: Most seconds of any wait of its own.
+        seed: Of the jitter.
+
+    Raises:
+        RecipeError: If a number is below zero.
+
+    Example:
+        >>> backoff = Backoff(first=1.0, most=60.0, seed=0)
+        >>> all(0 <= backoff.seconds(n) <= min(60, 2**n) for n in range(10)), backoff.seconds(0, at_least=30.0)
+        (True, 30.0)
+    """
+
+    def __init__(self, *, first: float = 1.0, most: float = 60.0, seed: int = 0) -> None:
+        if not (first >= 0 and most >= 0):
+            raise RecipeError(f"Backoff(first={first}, most={most}): expected seconds of at least 0.")
+        self._first, self._most = first, most
+        self._draws = random.Random(derived_seed(seed, "backoff"))  # noqa: S311 - waiting times, no secrets
+
+    def seconds(self, attempt: int, *, at_least: float = 0.0) -> float:
+        """Seconds to wait.
+
+        Args:
+            attempt: Number of the attempt that failed, from 0.
+            at_least: What the server asks for.
+
+        Returns:
+            The seconds.
+        """
+        return max(at_least, self._draws.uniform(0.0, min(self._most, self._first * 2.0**attempt)))
+
+
+def retry_after(headers: Mapping[str, str], *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> float:
+    """Seconds that a server asks to wait, in either form of its ``Retry-After`` header.
+
+    Args:
+        headers: Headers of its answer, with names in lower case or of any case if they are looked up so.
+        now: The present time.
+
+    Returns:
+        The seconds; 0 if it does not ask, or not in a way that can be read.
+
+    Example:
+        >>> retry_after({"retry-after": "1.5"})
+        1.5
+    """
+    milliseconds, asked = headers.get("retry-after-ms"), headers.get("retry-after")
+    try:
+        if milliseconds is not None:
+            return max(0.0, float(milliseconds) / 1000)
+        return max(0.0, float(asked or 0))
+    except ValueError:
+        pass
+    try:
+        when = parsedate_to_datetime(asked or "")
+    except ValueError:
+        return 0.0
+    return max(0.0, (when - now()).total_seconds()) if when.tzinfo else 0.0

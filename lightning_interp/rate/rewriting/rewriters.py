@@ -1,0 +1,241 @@
+"""Who rewrites: the protocol, any Python function, and answers that are there already."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast, runtime_checkable
+
+from lightning_interp.core.storage.files import digest
+from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.rate.rewriting.chain import Request
+from lightning_interp.rate.rewriting.records import RewriteResult, RewriterId, rewrite_key, text_sha
+from lightning_interp.rate.rewriting.store import RewriteStore
+
+__all__ = ["CallableRewriter", "ReplayRewriter", "Rewriter", "ask", "rewriter_id"]
+
+
+@runtime_checkable
+class Rewriter(Protocol):
+    """Anything that writes a text again with another value of the attribute.
+
+    ``name`` and ``rewrite`` are all it needs. It may also have:
+
+    - ``params``: its settings as plain values, all that change what it writes (never a key or a password);
+    - ``instruction``: how it is asked, as one text;
+    - ``batch_size`` and ``concurrency``: how many texts it takes at once, and how many calls at the same time (from
+      several threads); both are 1 if it does not say;
+    - ``changes_length``: the attribute is the length, so a change of length is no flaw;
+    - ``estimate_tokens(text, prompt, w_target) -> (read, written)``: for a plan of costs; nothing if it does not say;
+    - ``stop()``: called when a run breaks off, so that waiting calls end;
+    - a further argument ``draws`` of ``rewrite``: which draw of each text is asked for.
+
+    Its answers must not depend on which texts it is asked together.
+    """
+
+    @property
+    def name(self) -> str:
+        """What to call it; part of the key of each rewrite."""
+        ...
+
+    def rewrite(self, texts: Sequence[str], prompts: Sequence[str], w_target: Sequence[int]) -> Sequence[RewriteResult]:
+        """Write texts again.
+
+        Args:
+            texts: The texts.
+            prompts: What each of them answers.
+            w_target: The value of the attribute that each new text should have.
+
+        Returns:
+            One result a text, in their order.
+        """
+        ...
+
+
+def rewriter_id(rewriter: Rewriter) -> RewriterId:
+    """Identity of a rewriter: its name with digests of its settings and its instruction.
+
+    Args:
+        rewriter: The rewriter.
+
+    Returns:
+        The identity.
+
+    Raises:
+        DataError: If a setting has no JSON form.
+
+    Example:
+        >>> rewriter_id(CallableRewriter(lambda text, prompt, w: text.upper(), name="shout")).rewriter
+        'shout'
+    """
+    fixed = getattr(rewriter, "identity", None)
+    if isinstance(fixed, RewriterId):
+        return fixed
+    params, instruction = getattr(rewriter, "params", {}), getattr(rewriter, "instruction", "")
+    return RewriterId(rewriter.name, digest(params), digest(instruction))
+
+
+def ask(rewriter: Rewriter, requests: Sequence[Request]) -> list[RewriteResult]:
+    """Ask a rewriter, and check that it answered.
+
+    Args:
+        rewriter: The rewriter.
+        requests: What is to be written.
+
+    Returns:
+        One result a request.
+
+    Raises:
+        RecipeError: If there are too few or too many answers, or one is no result.
+    """
+    texts, targets = [one.source for one in requests], [one.w_target for one in requests]
+    more = {"draws": [one.draw for one in requests]} if _takes_draws(rewriter) else {}
+    rewrite = cast(Callable[..., Sequence[RewriteResult]], rewriter.rewrite)
+    results = list(rewrite(texts, [one.unit.prompt for one in requests], targets, **more))
+    if len(results) != len(requests) or not all(isinstance(result, RewriteResult) for result in results):
+        wrong = next((result for result in results if not isinstance(result, RewriteResult)), None)
+        raise RecipeError(
+            f"Rewriter {rewriter.name!r} gave {len(results)} answers for {len(requests)} texts"
+            f"{f', among them {wrong!r:.60}' if wrong is not None else ''}; expected one RewriteResult for each."
+        )
+    return results
+
+
+def _takes_draws(rewriter: Rewriter) -> bool:
+    return "draws" in inspect.signature(rewriter.rewrite).parameters
+
+
+class CallableRewriter:
+    """A Python function as a rewriter.
+
+    An error that the function raises belongs to its text: it is kept as a result with the status ``"error"``, which is
+    asked for again when the run is started anew. Returning anything but a text or a result raises.
+
+    Args:
+        function: Takes a text, its prompt and the target; returns the new text or a :class:`RewriteResult`. A fourth
+            argument called ``draw`` is passed if the function has one.
+        name: What to call it; the name is part of the key, so change it when the function changes.
+        params: Its settings, as plain values.
+        instruction: How it asks, as one text.
+        concurrency: How many threads may call it at the same time.
+
+    Example:
+        >>> shout = CallableRewriter(lambda text, prompt, w: text.upper() if w else text.lower(), name="shout")
+        >>> [result.text for result in shout.rewrite(["Oh", "No"], ["", ""], [1, 0])]
+        ['OH', 'no']
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., str | RewriteResult],
+        *,
+        name: str,
+        params: Mapping[str, Any] | None = None,
+        instruction: str = "",
+        concurrency: int = 1,
+    ) -> None:
+        self.name, self.params, self.instruction = name, dict(params or {}), instruction
+        self.concurrency = concurrency
+        self._function = function
+        self._draw = "draw" in inspect.signature(function).parameters
+
+    def rewrite(
+        self,
+        texts: Sequence[str],
+        prompts: Sequence[str],
+        w_target: Sequence[int],
+        draws: Sequence[int] | None = None,
+    ) -> list[RewriteResult]:
+        """Call the function for each text; see :class:`Rewriter`.
+
+        Raises:
+            RecipeError: If the function returns anything but a text or a result.
+        """
+        rows = zip(texts, prompts, w_target, draws or [0] * len(texts), strict=True)
+        return [self._one(*row) for row in rows]
+
+    def _one(self, text: str, prompt: str, target: int, draw: int) -> RewriteResult:
+        more = {"draw": draw} if self._draw else {}
+        try:
+            found = self._function(text, prompt, target, **more)
+        except Exception as error:  # whatever a user's function raises is that text's trouble
+            return RewriteResult(text=None, status="error", error=f"{type(error).__name__}: {error}")
+        if isinstance(found, RewriteResult):
+            return found
+        if not isinstance(found, str):
+            raise RecipeError(
+                f"The function of rewriter {self.name!r} returned {found!r:.60} for {text!r:.60}; expected a text or a "
+                "RewriteResult."
+            )
+        return RewriteResult(text=found)
+
+
+class ReplayRewriter:
+    """Answers from a store, and never from anywhere else.
+
+    Its identity is that of the rewriter who wrote the store, so what it answers is found again under the same keys.
+
+    Args:
+        store: The store, or its folder.
+        attr: Name of the attribute.
+        rewriter: Whose texts; needed only if several wrote.
+
+    Raises:
+        DataError: If nobody has written, or several have and ``rewriter`` names none of them.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_interp.rate import RewriteRun, Unit
+        >>> store = RewriteStore.create(tempfile.mkdtemp(), [Unit(id="a", text="Oh", w=1)], attr="loud")
+        >>> shout = CallableRewriter(lambda text, prompt, w: text.upper() if w else text.lower(), name="shout")
+        >>> _ = RewriteRun(store, shout, attr="loud").run()
+        >>> ReplayRewriter(store, attr="loud").rewrite(["Oh"], [""], [0])[0].text
+        'oh'
+    """
+
+    batch_size = 1024
+
+    def __init__(self, store: RewriteStore | str, *, attr: str, rewriter: str | RewriterId | None = None) -> None:
+        self.store = store if isinstance(store, RewriteStore) else RewriteStore.open(store)
+        self.attr = attr
+        found = self.store.rewriter_id(attr, rewriter)
+        if found is None:
+            raise DataError(f"The store {str(self.store.folder)!r} holds no rewrite of {attr!r}. Fill it first.")
+        self.identity = found
+
+    @property
+    def name(self) -> str:
+        """The name of the rewriter who wrote the store."""
+        return self.identity.rewriter
+
+    def rewrite(
+        self,
+        texts: Sequence[str],
+        prompts: Sequence[str],
+        w_target: Sequence[int],
+        draws: Sequence[int] | None = None,
+    ) -> list[RewriteResult]:
+        """Look each text up; see :class:`Rewriter`.
+
+        Raises:
+            DataError: If the store has no rewrite of a text.
+        """
+        rows = zip(texts, prompts, w_target, draws or [0] * len(texts), strict=True)
+        return [self._one(*row) for row in rows]
+
+    def _one(self, text: str, prompt: str, target: int, draw: int) -> RewriteResult:
+        key = rewrite_key(
+            attr=self.attr,
+            w_target=target,
+            src_sha=text_sha(text),
+            prompt_sha=text_sha(prompt),
+            draw=draw,
+            by=self.identity,
+        )
+        record = self.store.find(key)
+        if record is None:
+            raise DataError(
+                f"The store {str(self.store.folder)!r} has no rewrite of {text!r:.60} to w={target} (draw {draw}) by "
+                f"{self.identity}. Replay only what it holds, or rewrite it first."
+            )
+        return record.result

@@ -1,0 +1,346 @@
+"""The rewrite store: a folder with units and an append-only file of rewrites, found again by content."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from io import FileIO
+from pathlib import Path
+from typing import Any, Self
+
+from lightning_interp.core.storage.distributed import append_bytes
+from lightning_interp.core.storage.files import atomic_write_json, check_writable, json_bytes, write_error
+from lightning_interp.core.storage.run_lock import RunLock
+from lightning_interp.errors import DataError, ManifestError
+from lightning_interp.rate.estimators.triples import Identical, Missing, RewriteTriples, assemble
+from lightning_interp.rate.rewriting.chain import Request, chain
+from lightning_interp.rate.rewriting.records import RewriteRecord, RewriterId, Unit, check_units
+from lightning_interp.rate.rewriting.store_files import (
+    json_object,
+    move_torn_aside,
+    read_records,
+    read_units,
+    winner,
+    write_units,
+)
+
+__all__ = ["RewriteStore", "StoreWriter"]
+
+_UNITS, _REWRITES, _REWRITERS = "units.jsonl", "rewrites.jsonl", "rewriters.json"
+
+
+class RewriteStore:
+    """A folder with the units of one or more attributes and their rewrites.
+
+    ``units.jsonl`` holds the originals with their labels. ``rewrites.jsonl`` is only ever appended to, a line a
+    rewrite, and a rewrite is found by a key of its content: source, prompt, target, draw, rewriter, its settings and
+    its instruction. So nothing is asked for twice, and another instruction or another first rewrite never meets an
+    old answer. Reading changes nothing; :meth:`writer` takes the folder for one process.
+
+    Args:
+        folder: A folder that :meth:`create` made.
+
+    Raises:
+        ManifestError: If there is no store in the folder.
+        DataError: If a file holds a line that cannot be used; names file and line.
+
+    Example:
+        >>> import tempfile
+        >>> store = RewriteStore.create(tempfile.mkdtemp(), [Unit(id="a", text="oh!", w=1)], attr="mark")
+        >>> store.attributes(), len(store.units("mark"))
+        (['mark'], 1)
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / _UNITS).is_file():
+            there = ", ".join(sorted(path.name for path in self.folder.iterdir())[:8]) if self.folder.is_dir() else ""
+            raise ManifestError(
+                f"{str(self.folder)!r} is no rewrite store: it has no {_UNITS}{f' (it has {there})' if there else ''}. "
+                "Give the folder that RewriteStore.create made."
+            )
+        self._units = read_units(self.folder / _UNITS)
+        self._records: dict[str, RewriteRecord] = {}
+        self.torn = b""
+        self.reload()
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Self:
+        """Open a store that is there.
+
+        Args:
+            folder: Its folder.
+
+        Returns:
+            The store.
+
+        Raises:
+            ManifestError: If there is no store in the folder.
+            DataError: If a file holds a line that cannot be used; names file and line.
+        """
+        return cls(folder)
+
+    @classmethod
+    def create(cls, folder: str | os.PathLike[str], units: Iterable[Unit], *, attr: str) -> Self:
+        """Make a store, or add units to one; the same units again change nothing.
+
+        Args:
+            folder: Its folder; made if it is missing.
+            units: The units of an attribute.
+            attr: Name of the attribute.
+
+        Returns:
+            The store.
+
+        Raises:
+            DataError: If an id occurs twice, or the store has another unit under an id.
+            ManifestError: If the folder cannot be written or another process works in it.
+        """
+        path = check_writable(folder)
+        new = check_units(units, f"Attribute {attr!r}")
+        with RunLock(path):
+            there = read_units(path / _UNITS) if (path / _UNITS).exists() else {}
+            merged = _merged(there.get(attr, {}), new, attr, path)
+            if merged != there.get(attr, {}):
+                write_units(path / _UNITS, {**there, attr: merged})
+        return cls(path)
+
+    def reload(self) -> None:
+        """Read the rewrites anew, if another process has added some.
+
+        Raises:
+            DataError: If a line cannot be used, or one key has two texts.
+        """
+        self._records, self.torn = read_records(self.folder / _REWRITES)
+
+    def attributes(self) -> list[str]:
+        """Names of the attributes, in the order in which they were added."""
+        return list(self._units)
+
+    def units(self, attr: str) -> list[Unit]:
+        """The units of an attribute, in the order in which they were added.
+
+        Args:
+            attr: Name of the attribute.
+
+        Returns:
+            The units, unlabelled ones too.
+
+        Raises:
+            DataError: If the store has no such attribute.
+        """
+        group = attr if attr in self._units else ""  # a file written by hand may name no attribute
+        if group not in self._units:
+            raise DataError(
+                f"The store {str(self.folder)!r} has no attribute {attr!r}; it has {', '.join(self._units)}. "
+                "Add its units with RewriteStore.create."
+            )
+        return list(self._units[group].values())
+
+    def records(self, attr: str | None = None) -> list[RewriteRecord]:
+        """The records that count: of each key the last, or the last usable one.
+
+        Args:
+            attr: Only of this attribute.
+
+        Returns:
+            The records, in the order of the file.
+        """
+        return [record for record in self._records.values() if attr in (None, record.attr)]
+
+    def find(self, key: str) -> RewriteRecord | None:
+        """The record of a key, if there is one.
+
+        Args:
+            key: From :func:`~lightning_interp.rate.rewriting.records.rewrite_key`.
+
+        Returns:
+            The record, or None.
+        """
+        return self._records.get(key)
+
+    def rewriters(self, attr: str) -> list[RewriterId]:
+        """Who wrote for an attribute.
+
+        Args:
+            attr: Name of the attribute.
+
+        Returns:
+            Each rewriter, with its settings and instruction, in the order of first use.
+        """
+        return list(dict.fromkeys(record.by for record in self._records.values() if record.attr == attr))
+
+    def chain(
+        self, unit: Unit, attr: str, by: RewriterId, *, draw: int = 0, passes: int = 2
+    ) -> Iterator[tuple[Request, RewriteRecord | None]]:
+        """A unit's passes as far as they are there; see :func:`~lightning_interp.rate.rewriting.chain.chain`."""
+        return chain(unit, attr, by, self.find, draw=draw, passes=passes)
+
+    def triples(
+        self,
+        attr: str,
+        *,
+        missing: Missing = "raise",
+        identical: Identical = "keep",
+        rewriter: str | RewriterId | None = None,
+        draws: Sequence[int] | None = None,
+        passes: int = 2,
+    ) -> RewriteTriples:
+        """The complete units of an attribute.
+
+        Args:
+            attr: Name of the attribute.
+            missing: What to do with units that lack a text: raise, or leave them out and count them.
+            identical: What to do with units of which a rewrite says the same as its source.
+            rewriter: Whose texts; needed only if several wrote.
+            draws: Draws that a unit must have; all that there are if None.
+            passes: 2, or 3 for the third rewrite too.
+
+        Returns:
+            One row a unit and draw, in the order of the units.
+
+        Raises:
+            DataError: If units are incomplete and ``missing="raise"``; if the attribute is unknown; if several
+                rewriters wrote and ``rewriter`` names none of them.
+            RecipeError: If an argument has a wrong value.
+        """
+        units = self.units(attr)
+        by = self.rewriter_id(attr, rewriter)
+        if draws is None:
+            draws = sorted({record.draw for record in self.records(attr) if record.by == by}) or [0]
+
+        def walk(unit: Unit, draw: int) -> list[RewriteRecord | None]:
+            return [] if by is None else [record for _, record in self.chain(unit, attr, by, draw=draw, passes=passes)]
+
+        return assemble(attr, units, walk, draws=draws, passes=passes, missing=missing, identical=identical)
+
+    def rewriter_id(self, attr: str, rewriter: str | RewriterId | None = None) -> RewriterId | None:
+        """Which of the rewriters of an attribute is meant.
+
+        Args:
+            attr: Name of the attribute.
+            rewriter: Its name or identity; None if there is but one.
+
+        Returns:
+            Its identity; None if nobody has written yet.
+
+        Raises:
+            DataError: If there are several, or it is none of them; lists them.
+        """
+        there = self.rewriters(attr)
+        if rewriter is None and not there:
+            return None
+        chosen = [by for by in there if rewriter is None or rewriter in (by, by.rewriter)]
+        if len(chosen) != 1:
+            raise DataError(
+                f"{'No' if not chosen else len(chosen)} rewriters of attribute {attr!r} fit {rewriter!r}; the store "
+                f"{str(self.folder)!r} has: {'; '.join(map(str, there)) or 'none'}. Pass rewriter= one of "
+                f"store.rewriters({attr!r})."
+            )
+        return chosen[0]
+
+    def writer(self) -> StoreWriter:
+        """Take the store for writing; use it in a ``with`` block.
+
+        Returns:
+            The writer.
+        """
+        return StoreWriter(self)
+
+
+class StoreWriter:
+    """Appends records; each call returns when they are on disk.
+
+    The folder is locked while the block runs. A last line that a kill tore apart is moved to ``rewrites.torn``, so its
+    rewrite is missing and is asked for again.
+
+    Args:
+        store: The store.
+
+    Raises:
+        ManifestError: If the folder cannot be written or another process works in it.
+    """
+
+    def __init__(self, store: RewriteStore) -> None:
+        self.store = store
+        self._lock: RunLock | None = None
+        self._file: FileIO | None = None
+
+    def __enter__(self) -> Self:
+        self._lock = RunLock(self.store.folder)
+        path = self.store.folder / _REWRITES
+        try:
+            self.store.reload()
+            if self.store.torn:
+                move_torn_aside(path, self.store.torn)
+                self.store.torn = b""
+            self._file = open(path, "ab", buffering=0)
+        except OSError as error:
+            self._lock.release()
+            raise write_error(path, error) from error
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._lock is not None:
+            self._lock.release()
+
+    def describe(self, by: RewriterId, *, params: Mapping[str, Any], instruction: str) -> None:
+        """Write down what a rewriter's digests stand for, in ``rewriters.json``.
+
+        Args:
+            by: The rewriter.
+            params: Its settings.
+            instruction: How it asks.
+        """
+        path = self.store.folder / _REWRITERS
+        there = json_object(path.read_bytes(), str(path)) if path.exists() else {}
+        name = "/".join(by)
+        if name not in there:
+            there[name] = {**by._asdict(), "params": params, "instruction": instruction}
+            atomic_write_json(path, dict(sorted(there.items())))
+
+    def append(self, records: Sequence[RewriteRecord]) -> None:
+        """Append records and return when they are on disk.
+
+        Args:
+            records: The records.
+
+        Raises:
+            DataError: If the store has another text for the key of one; nothing is written then.
+            ManifestError: If the disk is full, or the writer is not open.
+        """
+        if self._file is None:
+            raise ManifestError(
+                f"The writer of {str(self.store.folder)!r} is closed. Use it inside `with store.writer() as writer:`."
+            )
+        if not records:
+            return
+        path = self.store.folder / _REWRITES
+        fresh: dict[str, RewriteRecord] = {}
+        for record in records:
+            old = fresh.get(record.key) or self.store.find(record.key)
+            fresh[record.key] = winner(old, record, str(path))
+        try:
+            append_bytes(self._file, b"".join(json_bytes(record.to_dict()) + b"\n" for record in records))
+        except OSError as error:
+            raise write_error(path, error) from error
+        self.store._records.update(fresh)
+
+
+def _merged(there: Mapping[str, Unit], new: Sequence[Unit], attr: str, folder: Path) -> dict[str, Unit]:
+    for unit in new:
+        old = there.get(unit.id, unit)
+        if old != unit:
+            raise DataError(
+                f"The store {str(folder)!r} has another unit {unit.id!r} of attribute {attr!r}: {old.text!r:.60} with "
+                f"w={old.w}, not {unit.text!r:.60} with w={unit.w}. Give the new one another id, or use another folder."
+            )
+    merged = {**there, **{unit.id: unit for unit in new}}
+    check_units(merged.values(), f"Attribute {attr!r}")
+    return merged

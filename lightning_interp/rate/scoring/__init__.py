@@ -1,0 +1,1 @@
+"""Rewards of texts, from any scorer, on any number of processes."""

@@ -1,0 +1,213 @@
+"""Bulk scoring by ``Trainer.predict``: on any devices, onto disk, and resumed where it stopped."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from torch import nn
+
+from lightning_interp.core.hooks.checks import check_strategy
+from lightning_interp.core.storage.distributed import JsonlWriter
+from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.rate.estimators.triples import RewriteTriples
+from lightning_interp.rate.scoring.rewards import ScoreRow, read_rewards, reward_record, rows_of, scorer_sha
+from lightning_interp.rate.scoring.scores import TripleScores, as_scorer
+
+__all__ = ["RewardScorer"]
+
+
+Step = Sequence[Sequence[ScoreRow]]
+
+
+class Steps:
+    """The steps of one process. No list, which Lightning takes for a list of loaders, nor a loader to be shared out.
+
+    Args:
+        steps: The texts of each step, and of each text its rows.
+    """
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self._steps = steps
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self._steps)
+
+
+class RewardScorer(L.LightningModule):
+    """Scores all texts of complete units by ``Trainer.predict``, and writes the rewards to a file.
+
+    Each process scores its share, longest texts first, and writes part files; at the end they are merged into one
+    file with one line a text and unit. A text that occurs several times is scored once. One that already has a reward
+    of this scorer there, from this run or an earlier one, is not scored again; a changed text or scorer is.
+
+    Args:
+        scorer: Anything that :func:`~lightning_interp.rate.scoring.scores.as_scorer` takes.
+        triples: The units.
+        path: The file; it may hold rewards of other scorers and attributes.
+        chunk: Texts a step; after each, the rewards are on disk.
+        name: What to call a scorer that has no name.
+
+    Raises:
+        RecipeError: If ``chunk`` is below 1, or the scorer is a lambda without a name.
+        DataError: If the scorer cannot score texts, or a unit occurs twice.
+
+    Example:
+        >>> import tempfile
+        >>> triples = RewriteTriples(attr="loud", ids=["a", "b"], w=[1, 0], prompts=["", ""], original=["oh!", "ah"],
+        ...     rewrite=["oh", "ah!"], rewrite2=["oh!", "ah"], draw=[0, 0])
+        >>> def marks(prompts, texts):
+        ...     return [float(text.count("!")) for text in texts]
+        >>> scores = RewardScorer(marks, triples, Path(tempfile.mkdtemp()) / "rewards.jsonl").run()
+        >>> scores.reward["rewrite"].tolist()
+        [0.0, 1.0]
+    """
+
+    def __init__(
+        self,
+        scorer: Any,
+        triples: RewriteTriples,
+        path: str | os.PathLike[str],
+        *,
+        chunk: int = 256,
+        name: str | None = None,
+    ) -> None:
+        super().__init__()
+        if chunk < 1:
+            raise RecipeError(f"RewardScorer(chunk={chunk!r}): expected at least 1 text a step.")
+        self.scorer, self.triples, self.path, self.chunk = as_scorer(scorer, name=name), triples, Path(path), chunk
+        if self.scorer.name == "<lambda>":
+            raise RecipeError(
+                "RewardScorer got a lambda, and stored rewards are known by their scorer's name. Pass name=, another "
+                "one for each function."
+            )
+        self.rows = rows_of(triples)
+        model = getattr(self.scorer, "model", None)
+        if isinstance(model, nn.Module):
+            self.model = model  # as a part of this module it goes where the Trainer puts it
+        self._sha = scorer_sha(self.scorer)
+        self._writer: JsonlWriter | None = None
+
+    def setup(self, stage: str) -> None:
+        """Refuse a Trainer under which a model cannot score on its own, or gives other rewards.
+
+        Args:
+            stage: Lightning's stage.
+
+        Raises:
+            UnsupportedStrategyError: If the strategy is FSDP1 or DeepSpeed, or keeps weights in shards.
+            RecipeError: If the Trainer changes the precision: rewards would not be those of the scorer.
+        """
+        if self.trainer.precision != "32-true":
+            raise RecipeError(
+                f"RewardScorer of {self.scorer.name!r} cannot use Trainer(precision={self.trainer.precision!r}): its "
+                "rewards would be others than the scorer gives. Load the model in that type instead, as "
+                "TextScorer.load(..., dtype='bfloat16') does."
+            )
+        check_strategy(self.trainer.strategy, reads_weights=True, purpose=f"RewardScorer of {self.scorer.name!r}")
+
+    def predict_dataloader(self) -> Steps:
+        """This process's share of the texts without a reward, in steps; every process has as many steps."""
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        done = JsonlWriter(self.path, rank, world).written()
+        groups: dict[tuple[str, str], list[ScoreRow]] = {}
+        for row in self.rows:
+            if row.key(self._sha) not in done:
+                groups.setdefault((row.prompt, row.text), []).append(row)
+        pending = sorted(groups.values(), key=lambda rows: -len(rows[0].prompt) - len(rows[0].text))
+        size = max(1, min(self.chunk, -(-len(pending) // world)))
+        chunks = [pending[start : start + size] for start in range(0, len(pending), size)]
+        steps = max(1, -(-len(chunks) // world))  # without a step Lightning calls no hook, and nothing is merged
+        mine = chunks[rank::world]
+        return Steps([*mine, *([] for _ in range(steps - len(mine)))])
+
+    def on_predict_start(self) -> None:
+        """Open the part file, once every process has looked what is there."""
+        self.trainer.strategy.barrier()
+        self._writer = JsonlWriter(self.path, self.trainer.global_rank, self.trainer.world_size)
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Leave texts as they are.
+
+        Args:
+            batch: Rows.
+            device: Where tensors would go.
+            dataloader_idx: Which loader.
+
+        Returns:
+            ``batch``.
+        """
+        return batch
+
+    def predict_step(self, batch: Step, batch_idx: int) -> dict[str, Any]:
+        """Score some texts and write their rewards.
+
+        Args:
+            batch: The rows of each text: several where units share it.
+            batch_idx: Index of the step.
+
+        Returns:
+            ``id`` and ``stage`` of each row, and its ``reward`` (None if it is not finite).
+
+        Raises:
+            DataError: If called outside of ``Trainer.predict``.
+        """
+        if self._writer is None:
+            raise DataError(f"RewardScorer of {self.scorer.name!r} writes rewards in Trainer.predict only. Use run().")
+        reward, truncated = self.scorer.scores([rows[0].prompt for rows in batch], [rows[0].text for rows in batch])
+        scored = zip(batch, reward.tolist(), truncated.tolist(), strict=True)
+        by = {"scorer": self.scorer.name, "sha": self._sha}
+        records = [reward_record(row, value, flag, **by) for rows, value, flag in scored for row in rows]
+        self._writer.write(records)
+        return {name: [record[name] for record in records] for name in ("id", "stage", "reward")}
+
+    def on_predict_end(self) -> None:
+        """Merge the part files of all processes."""
+        if self._writer is not None:
+            self._writer.merge(barrier=self.trainer.strategy.barrier)
+            self._writer = None
+
+    def teardown(self, stage: str) -> None:
+        """Close the part file.
+
+        Args:
+            stage: Lightning's stage.
+        """
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def run(self, **settings: Any) -> TripleScores:
+        """Score in a Trainer of its own, and read the rewards.
+
+        Args:
+            **settings: Of the Trainer, such as ``devices`` and ``strategy``.
+
+        Returns:
+            Rewards by stage.
+
+        Raises:
+            MissingRewardError: If the run was cut short (``limit_predict_batches``); running again goes on.
+        """
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+        quiet["enable_progress_bar"] = sys.stdout.isatty()
+        L.Trainer(**{**quiet, **settings}).predict(self, return_predictions=False)
+        return self.read()
+
+    def read(self) -> TripleScores:
+        """The rewards that are in the file.
+
+        Returns:
+            Rewards by stage.
+
+        Raises:
+            MissingRewardError: If a text has none yet.
+        """
+        return read_rewards(self.path).scores(self.triples, self.scorer)

@@ -1,0 +1,309 @@
+"""Readers for the files of the paper's authors: rewrites, scored rewrites, batches, and effects.
+
+Reber et al., "RATE: Causal Explainability of Reward Models with Imperfect Counterfactuals", arXiv 2410.11348.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_interp.core.storage.files import digest
+from lightning_interp.errors import DataError
+from lightning_interp.rate.estimators.triples import Identical, Missing, RewriteTriples, assemble
+from lightning_interp.rate.rewriting.batch_files import read_batch_answers
+from lightning_interp.rate.rewriting.chain import Request
+from lightning_interp.rate.rewriting.records import (
+    RewriteRecord,
+    RewriteResult,
+    RewriterId,
+    Unit,
+    check_units,
+    shown_ids,
+)
+from lightning_interp.rate.rewriting.store import RewriteStore
+from lightning_interp.rate.rewriting.store_files import json_lines, json_object
+from lightning_interp.rate.scoring.rewards import MissingRewardError
+
+__all__ = ["ForeignRewrites", "read_batch", "read_effects", "read_rewrites"]
+
+_TEXTS = {"original": "original", "rewrite": "rewrite", "rewrite2": "rewritten rewrite"}  # our stage -> their key
+_KNOWN = {"w_original", "completions", "reward_question"}
+_ESTIMANDS = ("ATE", "ATT", "ATU")
+_EFFECTS = ("naive_effect", *(f"{a}_{b}" for b in ("single_rewrite", "rewritten_rewrite") for a in _ESTIMANDS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignRewrites:
+    """Units with their rewrites, and rewards if the file had some.
+
+    Args:
+        units: The originals.
+        texts: Rewrites and rewrites of the rewrites by id; None where one is missing.
+        rewards: For each reward model, rewards by id and stage; empty if the file had none.
+        source: The file.
+    """
+
+    units: list[Unit]
+    texts: dict[str, tuple[str | None, str | None]]
+    rewards: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    source: str = ""
+
+    def triples(self, attr: str, *, missing: Missing = "raise", identical: Identical = "keep") -> RewriteTriples:
+        """The complete units.
+
+        Args:
+            attr: What to call the attribute.
+            missing: What to do with units that lack a text: raise, or leave them out and count them.
+            identical: What to do with units of which a rewrite says the same as its source.
+
+        Returns:
+            One row a unit, in the order of the file.
+
+        Raises:
+            DataError: If units are incomplete and ``missing="raise"``.
+        """
+        by = RewriterId(self.source, "", "")
+
+        def walk(unit: Unit, draw: int) -> list[RewriteRecord | None]:
+            return [record for _, record in self._records(unit, attr, by)]
+
+        return assemble(attr, self.units, walk, missing=missing, identical=identical)
+
+    def scores(self, model: str, triples: RewriteTriples) -> dict[str, list[float]]:
+        """Rewards of one model for complete units.
+
+        Args:
+            model: Name of the reward model.
+            triples: From :meth:`triples`.
+
+        Returns:
+            For each stage one reward a row.
+
+        Raises:
+            MissingRewardError: If the file has no such model, or the model lacks a reward of a unit; names both.
+        """
+        if model not in self.rewards:
+            raise MissingRewardError(
+                f"{self.source} has no rewards of {model!r}; it has those of {', '.join(self.rewards) or 'no model'}. "
+                "Name one of these."
+            )
+        found = self.rewards[model]
+        for name in triples.ids:
+            lacking = [stage for stage in _TEXTS if stage not in found.get(name, {})]
+            if lacking:
+                raise MissingRewardError(
+                    f"{self.source}: {model!r} has no reward of unit {name!r} for {', '.join(lacking)}. Score it, or "
+                    "leave the unit out."
+                )
+        return {stage: [found[name][stage] for name in triples.ids] for stage in _TEXTS}
+
+    def to_store(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        attr: str,
+        rewriter: str,
+        params: Mapping[str, Any] | None = None,
+        instruction: str = "",
+    ) -> RewriteStore:
+        """Write the units and rewrites to a store; doing it again adds nothing.
+
+        Args:
+            folder: Folder of the store.
+            attr: What to call the attribute.
+            rewriter: Who wrote, such as ``"gpt-4o-2024-08-06"``.
+            params: Settings of the rewriter.
+            instruction: How it was asked.
+
+        Returns:
+            The store.
+
+        Raises:
+            DataError: If the store has other units under the same ids, or other rewrites of these texts.
+            ManifestError: If the folder cannot be written.
+        """
+        store = RewriteStore.create(folder, self.units, attr=attr)
+        by = RewriterId(rewriter, digest(params or {}), digest(instruction))
+        found: dict[str, RewriteRecord] = {}
+        other = []
+        for unit in self.units:
+            for _, record in self._records(unit, attr, by) if unit.w is not None else ():
+                if record is not None and found.setdefault(record.key, record).result.text != record.result.text:
+                    other.append(unit.id)
+        if other:
+            warnings.warn(
+                f"{self.source}: {len(other)} rewrites of a text that occurs twice differ, such as of unit "
+                f"{shown_ids(other)}. A store keeps one rewrite for equal texts: the first in the file.",
+                stacklevel=2,
+            )
+        with store.writer() as writer:
+            writer.describe(by, params=params or {}, instruction=instruction)
+            writer.append([record for record in found.values() if store.find(record.key) != record])
+        return store
+
+    def _records(self, unit: Unit, attr: str, by: RewriterId) -> Iterator[tuple[Request, RewriteRecord | None]]:
+        """The passes of a unit as a store would hold them, up to the first that is missing."""
+        source, target = unit.text, 1 - int(unit.w or 0)
+        for number, text in enumerate(self.texts[unit.id], start=1):
+            request = Request(unit=unit, attr=attr, number=number, draw=0, w_target=target, source=source, by=by)
+            yield request, None if text is None else request.record(RewriteResult(text=text))
+            if text is None or not text.strip():
+                return
+            source, target = text, 1 - target
+
+
+def read_rewrites(path: str | os.PathLike[str]) -> ForeignRewrites:
+    """Read the authors' file of rewrites, scored or not.
+
+    A JSON object by id, or JSONL with one record a line, of which the ids are lost: the number of the line (from 1)
+    takes their place. A record has ``w_original``, ``completions`` (``original``, ``rewrite``, ``rewritten rewrite``),
+    ``reward_question`` (the prompt), and for each reward model a key with the rewards of the three texts.
+
+    Args:
+        path: A ``.json`` or ``.jsonl`` file.
+
+    Returns:
+        Units, texts and rewards.
+
+    Raises:
+        DataError: If the file cannot be read or a record is no such one; names file and line, or file and id.
+    """
+    rows = list(_records(Path(path)))
+    units, texts = [], {}
+    rewards: dict[str, dict[str, dict[str, float]]] = {}
+    for name, where, row in rows:
+        unit, found = _unit(name, row, where)
+        units.append(unit)
+        texts[name] = found
+        for model, scores in _scores(row, where).items():
+            rewards.setdefault(model, {})[name] = scores
+    return ForeignRewrites(
+        units=check_units(units, os.fspath(path)), texts=texts, rewards=rewards, source=os.fspath(path)
+    )
+
+
+def _records(path: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """(id, where, record) of either form of the file."""
+    if path.suffix == ".jsonl":
+        for where, row in json_lines(path):
+            yield where.rpartition(" ")[2], where, row
+        return
+    try:
+        whole = json_object(path.read_bytes(), str(path))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. Give a JSON or JSONL file.") from error
+    for name, row in whole.items():
+        where = f"{path}, id {name!r}"
+        if not isinstance(row, Mapping):
+            raise DataError(f"{where}: {row!r:.80}; expected an object with w_original and completions.")
+        yield name, where, row
+
+
+def _unit(name: str, row: Mapping[str, Any], where: str) -> tuple[Unit, tuple[str | None, str | None]]:
+    completions = row.get("completions")
+    if not isinstance(completions, Mapping) or "w_original" not in row:
+        raise DataError(f"{where}: the keys are {', '.join(row) or 'none'}; expected w_original and completions.")
+    texts = []
+    for key in _TEXTS.values():
+        text = completions.get(key)
+        if text is not None and not isinstance(text, str):
+            raise DataError(f"{where}: completions[{key!r}] is {text!r:.80}; expected a string.")
+        texts.append(text)
+    if texts[0] is None:
+        raise DataError(f"{where}: completions has no 'original'; expected the text that was rewritten.")
+    try:
+        unit = Unit(id=name, text=texts[0], w=row["w_original"], prompt=row.get("reward_question") or "")
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    return unit, (texts[1], texts[2])
+
+
+def _scores(row: Mapping[str, Any], where: str) -> dict[str, dict[str, float]]:
+    """Rewards by model and stage; whatever else a record holds is not looked at."""
+    found = {}
+    for model, scores in row.items():
+        if model in _KNOWN or not isinstance(scores, Mapping) or not set(scores) & set(_TEXTS.values()):
+            continue
+        found[model] = {stage: scores[key] for stage, key in _TEXTS.items() if scores.get(key) is not None}
+        for stage, value in found[model].items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise DataError(f"{where}: {model!r} has the reward {value!r:.80} for {stage}; expected a number.")
+    return found
+
+
+def read_batch(
+    requests: str | os.PathLike[str], *answers: str | os.PathLike[str]
+) -> dict[str, tuple[str, RewriteResult | None]]:
+    """Read a batch with its answers.
+
+    Args:
+        requests: JSONL of requests: ``custom_id``, ``method``, ``url`` and ``body`` with the messages.
+        *answers: JSONL of answers.
+
+    Returns:
+        By ``custom_id``, the last message that was sent and the result; None where there is no answer.
+
+    Raises:
+        DataError: If a line is no request or no answer, an id occurs twice, or an answer belongs to no request; names
+            file and line.
+    """
+    asked: dict[str, str] = {}
+    for where, row in json_lines(requests):
+        name, body = row.get("custom_id"), row.get("body")
+        messages = body.get("messages") if isinstance(body, Mapping) else None
+        if not isinstance(name, str) or not isinstance(messages, list) or not _are_messages(messages):
+            raise DataError(f"{where}: custom_id is {name!r:.80}; expected a request with custom_id and body.messages.")
+        if name in asked:
+            raise DataError(f"{where}: custom_id {name!r} occurs above. Remove one of the lines.")
+        asked[name] = str(messages[-1].get("content"))
+    found: dict[str, RewriteResult] = {}
+    for path in answers:
+        found.update(read_batch_answers(path))
+    strange = [name for name in found if name not in asked]
+    if strange:
+        raise DataError(
+            f"{len(strange)} answers belong to no request of {os.fspath(requests)}, such as {shown_ids(strange)}. Give "
+            "the answers of this batch."
+        )
+    return {name: (text, found.get(name)) for name, text in asked.items()}
+
+
+def _are_messages(messages: list[Any]) -> bool:
+    return bool(messages) and all(isinstance(message, Mapping) for message in messages)
+
+
+def read_effects(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the authors' file of effects.
+
+    Args:
+        path: A JSON file with ``naive_effect``, ``ATE_single_rewrite``, ..., each with its ``_stderr``.
+
+    Returns:
+        ``naive``, ``single`` and ``rate``: effects as ``(estimate, standard error)`` by estimand (``ATE``, ``ATT``,
+        ``ATU``), ``naive`` alone; and ``reward_std``, ``n1`` and ``n0``.
+
+    Raises:
+        DataError: If the file cannot be read or lacks a value; names the key.
+    """
+    try:
+        row = json_object(Path(path).read_bytes(), os.fspath(path))
+    except OSError as error:
+        raise DataError(f"{os.fspath(path)} cannot be read: {error.strerror}. Give a JSON file of effects.") from error
+    wanted = (*_EFFECTS, *(f"{name}_stderr" for name in _EFFECTS), "reward_std", "Y1_count", "Y0_count")
+    lacking = [key for key in wanted if isinstance(row.get(key), bool) or not isinstance(row.get(key), int | float)]
+    if lacking:
+        raise DataError(f"{os.fspath(path)} has no number for {', '.join(lacking)}. Give a file of effects.")
+    pair = {name: (float(row[name]), float(row[f"{name}_stderr"])) for name in _EFFECTS}
+    return {
+        "naive": pair["naive_effect"],
+        "single": {a: pair[f"{a}_single_rewrite"] for a in _ESTIMANDS},
+        "rate": {a: pair[f"{a}_rewritten_rewrite"] for a in _ESTIMANDS},
+        "reward_std": float(row["reward_std"]),
+        "n1": int(row["Y1_count"]),
+        "n0": int(row["Y0_count"]),
+    }

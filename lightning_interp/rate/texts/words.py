@@ -1,0 +1,133 @@
+"""Frequencies of English words, read from an installed package and never stored here, and fluency by them."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from lightning_interp.core.storage.files import digest
+from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.rate.scoring.scores import CallableScorer
+
+__all__ = ["Fluency", "fluency_scorer", "word_counts"]
+
+_WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)?")
+
+
+def word_counts(path: str | os.PathLike[str] | None = None) -> dict[str, int]:
+    r"""Read how often each word occurs in a collection of English texts.
+
+    Args:
+        path: A file with a word and its count a line; lines that begin with ``;`` are remarks. None takes the 29,000
+            words that come with the package ``textblob``, which is not imported for that.
+
+    Returns:
+        Counts by word, in lower case.
+
+    Raises:
+        RecipeError: If no path is given and ``textblob`` is not installed.
+        DataError: If the file cannot be read or a line is no word and count; names file and line.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "counts.txt"
+        >>> _ = file.write_text("; two words\nfilm 90\ngreat 50\n")
+        >>> word_counts(file)
+        {'film': 90, 'great': 50}
+    """
+    file = _of_textblob() if path is None else Path(path)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{file} cannot be read: {error}. Give a text file with a word and its count a line."
+        ) from error
+    counts: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.startswith(";"):
+            continue
+        word, _, count = line.rpartition(" ")
+        if not word or not count.isdecimal():
+            raise DataError(f"{file}, line {number}: {line!r:.80}; expected a word, a space and a count.")
+        counts[word.lower()] = counts.get(word.lower(), 0) + int(count)
+    return counts
+
+
+@dataclass(frozen=True)
+class Fluency:
+    """How common the words of a text are: the mean logarithm of their counts, 0 for a text without words.
+
+    A misspelt word is mostly an unknown one, so typos cost. Each word counts alike and the mean goes by the number of
+    words, so a change of one word adds the same to any text of that length.
+
+    Args:
+        counts: Of known words, in lower case; see :func:`word_counts`.
+        unknown: Count that an unknown word is given.
+
+    Raises:
+        RecipeError: If there are no words, or ``unknown`` is not positive.
+
+    Example:
+        >>> fluency = Fluency({"the": 100, "film": 10}, unknown=1.0)
+        >>> round(fluency("The film"), 3), round(fluency("The flim"), 3)
+        (3.454, 2.303)
+    """
+
+    counts: Mapping[str, int]
+    unknown: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.counts or not self.unknown > 0:
+            raise RecipeError(
+                f"Fluency of {len(self.counts)} words with unknown={self.unknown!r}: expected at least one word, and a "
+                "positive count for unknown ones."
+            )
+
+    def __call__(self, text: str) -> float:
+        """The fluency of one text."""
+        words = _WORD.findall(text.lower())
+        return sum(math.log(self.counts.get(word) or self.unknown) for word in words) / max(1, len(words))
+
+    def misspelt(self, text: str) -> int:
+        """How many words of a text are not known.
+
+        Args:
+            text: The text.
+        """
+        return sum(word not in self.counts for word in _WORD.findall(text.lower()))
+
+
+def fluency_scorer(counts: Mapping[str, int] | None = None) -> CallableScorer:
+    """Fluency as a reward.
+
+    Args:
+        counts: Of known words; those of :func:`word_counts` if None.
+
+    Returns:
+        The scorer; its name says of which words.
+
+    Raises:
+        RecipeError: If no counts are given and ``textblob`` is not installed.
+
+    Example:
+        >>> fluency_scorer({"film": 10}).score([""], ["Film"]).tolist() == [math.log(10)]
+        True
+    """
+    known = word_counts() if counts is None else counts
+    name = "fluency" if counts is None else f"fluency:{digest(dict(counts))[:8]}"
+    return CallableScorer(Fluency(known), name=name, each=True)
+
+
+def _of_textblob() -> Path:
+    spec = find_spec("textblob")
+    if spec is None or not spec.submodule_search_locations:
+        raise RecipeError(
+            "Word counts are read from the package textblob, which is not installed. Install it with "
+            "`pip install --no-deps textblob`, or give a file: word_counts(path)."
+        )
+    return Path(spec.submodule_search_locations[0]) / "en" / "en-spelling.txt"

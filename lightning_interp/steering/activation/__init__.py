@@ -1,0 +1,1 @@
+"""Directions, affine maps and projections, added to activations at any site."""

@@ -1,0 +1,166 @@
+"""Carry steering through the stages of a Lightning run, and record what was done."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from typing import Any, get_args
+
+from lightning_interp.core.callbacks.intervention_callback import InterventionCallback, Stage
+from lightning_interp.core.hooks.intervention import Compose
+from lightning_interp.core.storage.distributed import is_rank_zero
+from lightning_interp.errors import RecipeError
+from lightning_interp.steering.activation.intervention import Steering
+from lightning_interp.steering.activation.meter import MEASURES, SteeringMeter
+
+__all__ = ["SteeringCallback"]
+
+
+class SteeringCallback(InterventionCallback):
+    """Steer in the stages that you name; what was done stays with the run.
+
+    The description of the steering (what, where, how much, of which vector) goes into checkpoints and, once a run, to
+    every logger. Nothing else is logged unless ``log`` asks for it.
+
+    Args:
+        steering: One intervention of the steering family, or several, which act in this order.
+        when: Any of ``train``, ``validate``, ``test``, ``predict``.
+        log: Any of ``share`` (real tokens whose activation changed) and ``shift`` (how far these moved, relative to
+            their length); logged as ``<name>/<stage>/<measure>`` at the end of each epoch. In ``predict``, where
+            Lightning logs nothing, they are in :attr:`measured` alone.
+        target: Dotted path of the Hugging Face model below the LightningModule, where there are several.
+        tokenizer: For selectors that read text; default is the module's or data module's ``tokenizer``.
+        name: Prefix of what is logged; tells several callbacks apart.
+
+    Attributes:
+        measured: By stage, the measures of its last epoch, where ``log`` asks for some.
+
+    Raises:
+        RecipeError: If there is nothing to steer with, or ``when`` or ``log`` holds an unknown name.
+
+    Example:
+        >>> import torch
+        >>> from lightning_interp.steering import AddDirection
+        >>> steer = AddDirection(torch.ones(32), site="resid_post.1", strength=2.0)
+        >>> SteeringCallback(steer, when=["validate"]).describe()[0]["sites"]
+        ['resid_post.1']
+    """
+
+    def __init__(
+        self,
+        steering: Steering | Sequence[Steering],
+        *,
+        when: Sequence[Stage] = ("validate", "test", "predict"),
+        log: Sequence[str] = (),
+        target: str | None = None,
+        tokenizer: Any = None,
+        name: str = "steering",
+    ) -> None:
+        parts = [steering] if isinstance(steering, Steering) else list(steering)
+        if not parts or not all(isinstance(part, Steering) for part in parts):
+            wrong = next((type(part).__name__ for part in parts if not isinstance(part, Steering)), "nothing")
+            raise RecipeError(
+                f"SteeringCallback got {wrong}; expected AddDirection or another of the steering family, or a list of "
+                "them. Carry other interventions with InterventionCallback."
+            )
+        if unknown := [measure for measure in log if measure not in MEASURES]:
+            raise RecipeError(
+                f"SteeringCallback(log={list(log)!r}): {unknown[0]!r} is unknown; expected {', '.join(MEASURES)}."
+            )
+        whole = parts[0] if len(parts) == 1 else Compose(*parts)
+        super().__init__(whole, when=when, target=target, tokenizer=tokenizer, name=name)
+        self.parts = parts
+        self.log_measures = tuple(log)
+        self.measured: dict[str, dict[str, float]] = {}
+        self._meters = {stage: SteeringMeter() for stage in get_args(Stage)}
+        self._recorded = False
+
+    def describe(self) -> list[dict[str, Any]]:
+        """What each intervention does, in plain values."""
+        return [part.describe() for part in self.parts]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The description, and what was measured."""
+        return {"describe": self.describe(), "measured": {stage: dict(v) for stage, v in self.measured.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with what was measured; warn if the checkpoint was steered in another way."""
+        now = self.describe()
+        if [_settings(part) for part in state_dict["describe"]] != [_settings(part) for part in now]:
+            warnings.warn(
+                f"The checkpoint was made under another steering than SteeringCallback(name={self.name!r}) does now: "
+                f"{json.dumps(state_dict['describe'])[:400]}.",
+                stacklevel=2,
+            )
+        self.measured = {stage: dict(values) for stage, values in state_dict["measured"].items()}
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """See :meth:`InterventionCallback.setup`."""
+        super().setup(trainer, pl_module, stage)
+        self._recorded = False
+        for meter in self._meters.values():
+            meter.reset()
+
+    def _enter(self, stage: str, trainer: Any, pl_module: Any) -> None:
+        super()._enter(stage, trainer, pl_module)
+        if not self.attached:
+            return
+        if not self._recorded and is_rank_zero():
+            for logger in trainer.loggers:
+                _record(logger, str(self.name), self.describe())
+        self._recorded = True
+        for part in self.parts if self.log_measures else ():
+            part.observe = self._meters[stage].update
+
+    def release(self) -> None:
+        """Take every hook off. Safe to call at any time."""
+        super().release()
+        for part in self.parts:
+            part.observe = None
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log what was asked for."""
+        self._measure("train", trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log what was asked for."""
+        self._measure("validate", trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log what was asked for."""
+        self._measure("test", trainer, pl_module)
+
+    def on_predict_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Keep what was asked for."""
+        self._measure("predict", trainer, pl_module)
+
+    def _measure(self, stage: str, trainer: Any, pl_module: Any) -> None:
+        if not self.log_measures or self._stage != stage:
+            return
+        found = self._meters[stage].compute(trainer)
+        self._meters[stage].reset()
+        if trainer.sanity_checking:
+            return
+        self.measured[stage] = {measure: found[measure] for measure in self.log_measures}
+        if stage != "predict":
+            logged = {f"{self.name}/{stage}/{measure}": value for measure, value in self.measured[stage].items()}
+            # Every process holds the same sums already.
+            pl_module.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=False)
+
+
+def _settings(described: dict[str, Any]) -> dict[str, Any]:
+    """What does not change while a direction is trained."""
+    return {
+        key: value for key, value in described.items() if key not in ("sha256", "norms") or not described["trained"]
+    }
+
+
+def _record(logger: Any, name: str, described: list[dict[str, Any]]) -> None:
+    """Tell a logger what is done: as text where it shows texts, among the hyperparameters elsewhere."""
+    text = json.dumps(described, indent=2)
+    if "TensorBoardLogger" in {cls.__name__ for cls in type(logger).__mro__}:
+        # Its hyperparameters would bring a metric of their own.
+        logger.experiment.add_text(name, f"```json\n{text}\n```")
+    else:
+        logger.log_hyperparams({name: described})

@@ -1,0 +1,64 @@
+"""How many tokens were steered, and how far: sums over a stage, the same on every process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lightning_interp.core.model.sites import Site
+from lightning_interp.core.tokens.step import StepContext
+
+__all__ = ["MEASURES", "SteeringMeter"]
+
+MEASURES = ("share", "shift")
+
+
+class SteeringMeter:
+    """Share of real tokens whose activation changed, and how far the changed ones moved relative to their length.
+
+    Put :meth:`update` into ``steering.observe``. Each site counts by itself, so with several sites the share is the
+    mean over them.
+
+    Example:
+        >>> meter, x = SteeringMeter(), torch.ones(1, 2, 4)
+        >>> meter.update(Site("resid_post", 0), x, x * torch.tensor([[[1.0], [3.0]]]), StepContext(1, 2))
+        >>> meter.compute()
+        {'share': 0.5, 'shift': 2.0}
+    """
+
+    def __init__(self) -> None:
+        self._sums: torch.Tensor | None = None  # tokens, changed ones, sum of relative moves
+
+    @torch.no_grad()
+    def update(self, site: Site, x: torch.Tensor, new: torch.Tensor, step: StepContext) -> None:
+        """Count the tokens of one site in one pass; a replay by gradient checkpointing does not count again."""
+        if (self, site) in step.cache:
+            return
+        step.cache[self, site] = True
+        valid = step.fit(step.valid, x.shape[1]).to(x.device)
+        moved = (new != x).any(dim=-1) & valid
+        before = x.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+        relative = ((new.float() - x.float()).norm(dim=-1) / before).masked_fill(~moved, 0.0)
+        with torch.inference_mode(False):
+            found = torch.stack([valid.sum(), moved.sum(), relative.double().sum()]).double()
+            self._sums = found if self._sums is None else self._sums.to(found.device) + found
+
+    def compute(self, trainer: Any = None) -> dict[str, float]:
+        """The measures so far.
+
+        Args:
+            trainer: Sum over its processes; None for this one alone. Every process must call it.
+
+        Returns:
+            ``{"share": ..., "shift": ...}``; 0 where nothing was steered.
+        """
+        sums = torch.zeros(3, dtype=torch.float64) if self._sums is None else self._sums
+        if trainer is not None and trainer.world_size > 1:
+            sums = trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="sum")
+        tokens, changed, moved = sums.tolist()
+        return {"share": changed / tokens if tokens else 0.0, "shift": moved / changed if changed else 0.0}
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        self._sums = None

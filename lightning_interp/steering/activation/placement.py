@@ -1,0 +1,80 @@
+"""Which tensors of a steering intervention belong to which site."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from lightning_interp.core.model.sites import Site
+from lightning_interp.errors import RecipeError, SiteError
+from lightning_interp.steering.vectors.steering_vectors import SteeringVector
+
+__all__ = ["Sites", "as_sites", "place"]
+
+Sites = Site | str | Sequence[Site | str]
+T = TypeVar("T")
+
+
+def as_sites(given: Sites, *, what: str) -> tuple[Site, ...]:
+    """One or several sites, as objects or as text.
+
+    Args:
+        given: A site such as ``Site("resid_post", 12)`` or ``"resid_post.12"``, or several.
+        what: The intervention's name, for messages.
+
+    Returns:
+        At least one site, each once.
+
+    Raises:
+        SiteError: If there is none, one twice, or one is misspelt.
+
+    Example:
+        >>> as_sites(["resid_post.1", Site("mlp_out", 2)], what="AddDirection")
+        (Site(kind='resid_post', layer=1), Site(kind='mlp_out', layer=2))
+    """
+    listed = [given] if isinstance(given, Site | str) else list(given)
+    sites = tuple(site if isinstance(site, Site) else Site.parse(str(site)) for site in listed)
+    if not sites:
+        raise SiteError(f"{what}(site=[]) names no site, so it would change nothing. Expected at least one.")
+    if len(set(sites)) < len(sites):
+        twice = next(site for site in sites if sites.count(site) > 1)
+        raise SiteError(f"{what} names {twice} twice; expected each site once.")
+    return sites
+
+
+def place(
+    given: Any, site: Sites | None, read: Callable[[Any, str], T], *, what: str
+) -> tuple[dict[Site, T], SteeringVector | None]:
+    """Give each site its own: one thing for all sites, or one for each.
+
+    Args:
+        given: A value for every site named by ``site``; a mapping from sites to values; a vector, or a file of one.
+        site: Where; may be left out where ``given`` says so.
+        read: Checks one value; gets it and a name for messages.
+        what: The intervention's name, for messages.
+
+    Returns:
+        Site to value, and the vector that they came from, if any.
+
+    Raises:
+        SiteError: If no site is named, or one is named that the vector lacks.
+        RecipeError: If sites are named twice over.
+    """
+    if isinstance(given, str | os.PathLike):
+        given = SteeringVector.load(given)
+    if isinstance(given, SteeringVector):
+        chosen = given if site is None else given.select(as_sites(site, what=what))
+        return {s: read(v, f"{what} at {s}") for s, v in chosen.directions.items()}, chosen
+    if isinstance(given, Mapping):
+        if site is not None:
+            raise RecipeError(
+                f"{what} got site={site!r} beside a mapping of {len(given)} sites; leave site out, the keys are sites."
+            )
+        sites = as_sites(list(given), what=what)
+        return {s: read(value, f"{what} at {s}") for s, value in zip(sites, given.values(), strict=True)}, None
+    if site is None:
+        raise SiteError(
+            f"{what} got no site. Pass site=Site('resid_post', 12), or a SteeringVector, which has its own."
+        )
+    return {s: read(given, what) for s in as_sites(site, what=what)}, None

@@ -1,0 +1,273 @@
+"""Gates: selectors that look at what the model holds before they choose a token.
+
+They are ``Positions`` like any other, so ``Generated() & ProbeGate(...)`` is one
+*where*. A gate is asked at a site, reads that site's activation (or, with ``site=``, that of an earlier one), and
+chooses the tokens whose value lies above or below a threshold.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lightning_interp.core.hooks.intervention import Attachment, hook_site
+from lightning_interp.core.model.sites import Site
+from lightning_interp.core.tokens.positions import Positions
+from lightning_interp.core.tokens.step import StepContext
+from lightning_interp.errors import IncompatibleModelError, PositionError
+from lightning_interp.steering.activation.widths import site_width
+from lightning_interp.steering.vectors.fingerprint import check_fingerprint, model_fingerprint
+from lightning_interp.steering.vectors.reading import ReadDirection, read_direction
+
+__all__ = ["Gate", "ProbeGate", "spread_columns"]
+
+
+def spread_columns(step: StepContext, mask: torch.Tensor) -> torch.Tensor:
+    """Undo ``step.fit``: put a mask of the columns that a site sees into one of every column.
+
+    Args:
+        step: The pass.
+        mask: bool ``[B, n]``.
+
+    Returns:
+        bool ``[B, T]``, False where the site sees nothing, and on padding.
+
+    Example:
+        >>> step = StepContext(1, 3, kept=1)
+        >>> spread_columns(step, torch.tensor([[True]])).tolist()
+        [[False, False, True]]
+    """
+    columns = mask.shape[1]
+    if columns == step.length and not isinstance(step.kept, torch.Tensor):
+        return mask & step.valid
+    whole = torch.zeros_like(step.valid)
+    if isinstance(step.kept, torch.Tensor) and len(step.kept) == columns:
+        whole[:, step.kept] = mask
+    else:
+        whole[:, -columns:] = mask
+    return whole & step.valid
+
+
+@dataclass(frozen=True, eq=False)
+class Gate(Positions):
+    """A threshold on a value that is read off the running activation; subclass it to write your own.
+
+    Gates that need the model (its head) get it when something that uses them is attached.
+
+    Args:
+        above: Choose tokens whose value is greater.
+        below: Choose tokens whose value is smaller; with both, those in between.
+
+    Raises:
+        PositionError: If there is no threshold, or nothing can lie between the two.
+    """
+
+    above: float | None = field(default=None, kw_only=True)
+    below: float | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        bounds = [bound for bound in (self.above, self.below) if bound is not None]
+        if not bounds or any(isinstance(b, bool) or b != b for b in bounds):
+            raise PositionError(f"{self} has no threshold. Pass above=... , below=... , or both, as numbers.")
+        if len(bounds) == 2 and not bounds[0] < bounds[1]:
+            raise PositionError(f"{self} chooses nothing: no value is above {bounds[0]} and below {bounds[1]}.")
+
+    @abstractmethod
+    def values(self, x: torch.Tensor) -> torch.Tensor:
+        """What is compared with the thresholds.
+
+        Args:
+            x: Activation ``[B, n, d]``.
+
+        Returns:
+            float ``[B, n]``.
+        """
+
+    def check(self, site: Site, attachment: Attachment) -> None:
+        """Refuse a site at which the value means nothing. The default accepts every one.
+
+        Args:
+            site: Where the gate will be asked.
+            attachment: Knows the model.
+
+        Raises:
+            SiteError: With the sites at which it means something.
+        """
+
+    def bound(self, attachment: Attachment) -> Positions:
+        """The gate with what it needs from the model. The default needs nothing."""
+        return self
+
+    def mask(self, step: StepContext) -> torch.Tensor:
+        """See :meth:`Positions.mask`; asked through ``step.choose``."""
+        if step.activation is None:
+            raise PositionError(
+                f"{self} reads an activation, but was asked outside of a site. Use step.choose(positions, x)."
+            )
+        return spread_columns(step, self._within(step.activation))
+
+    def _within(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            values = self.values(x.detach())
+        chosen = torch.ones_like(values, dtype=torch.bool)
+        if self.above is not None:
+            chosen &= values > self.above
+        if self.below is not None:
+            chosen &= values < self.below
+        return chosen
+
+    def _key(self) -> tuple[Any, ...]:
+        return type(self).__name__, self.above, self.below
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Gate) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeGate(Gate):
+    """Tokens whose probe value ``direction . x + offset`` lies above or below a threshold.
+
+    With ``site`` the value is read at an earlier place in the network than the one that is steered, and with ``hold``
+    it is decided at the prompt's last token for the whole row, as in conditional activation steering (Lee et al.,
+    arXiv 2409.05907).
+
+    Args:
+        probe: A direction ``[d]``; a ``ConceptProbe`` (its bias plays no part,
+            as in ``ConceptProbe.value``); a vector of one site (or of several, with ``site``); or a file of one.
+        offset: Added to the value.
+        site: Where to read; by default the site that is steered.
+        hold: Decide once a row, at the prompt's last token; needs ``site``.
+        sha256: Of the direction, checked when given; :meth:`to_dict` writes it.
+        above: See :class:`Gate`.
+        below: See :class:`Gate`.
+
+    Raises:
+        PositionError: If the direction is not the one that ``sha256`` names, or ``hold`` has no ``site``.
+        RecipeError: If the direction is zero, not finite or no vector.
+        DataError: If a file holds no direction.
+
+    Example:
+        >>> step, x = StepContext(1, 3), torch.tensor([[[1.0, 0.0], [0.0, 1.0], [3.0, 3.0]]])
+        >>> step.choose(ProbeGate(torch.tensor([1.0, 0.0]), above=0.5), x).tolist()
+        [[True, False, True]]
+    """
+
+    probe: Any
+    offset: float = 0.0
+    site: str | None = None
+    hold: bool = False
+    sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hold and self.site is None:
+            raise PositionError(f"{self} holds a decision but names no site. Pass site=..., where it is made.")
+        found = read_direction(self.probe, self.site)
+        if self.sha256 not in (None, found.sha256):
+            raise PositionError(
+                f"ProbeGate's direction has the hash {found.sha256[:12]}, but {str(self.sha256)[:12]} was recorded: "
+                "the file or the numbers have changed. Use the recorded direction, or leave sha256 out."
+            )
+        settings = {
+            "probe": os.fspath(self.probe) if isinstance(self.probe, str | os.PathLike) else found.direction,
+            "offset": float(self.offset),
+            "site": None if self.site is None else str(Site.parse(str(self.site))),
+            "sha256": found.sha256,
+            "_found": found,
+        }
+        for name, value in settings.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def found(self) -> ReadDirection:
+        """The direction and what is known about it."""
+        found: ReadDirection = self.__dict__["_found"]
+        return found
+
+    def values(self, x: torch.Tensor) -> torch.Tensor:
+        """See :meth:`Gate.values`."""
+        wide, direction = x.to(torch.promote_types(x.dtype, torch.float32)), self.found.direction
+        if wide.shape[-1] != len(direction):
+            raise IncompatibleModelError(
+                f"ProbeGate's direction has width {len(direction)}, but the activation has {wide.shape[-1]}. Use a "
+                "probe of this site."
+            )
+        return wide @ direction.to(wide) + self.offset
+
+    def check(self, site: Site, attachment: Attachment) -> None:
+        """Refuse a site of another width.
+
+        Raises:
+            SiteError: If the gate's own site does not exist.
+            IncompatibleModelError: With both widths.
+        """
+        where, found = Site.parse(self.site) if self.site else site, self.found
+        width = site_width(attachment.model_map, where)
+        if width not in (None, len(found.direction)):
+            raise IncompatibleModelError(
+                f"ProbeGate's direction has width {len(found.direction)}, but {where} of "
+                f"{type(attachment.model_map.model).__name__} has {width}. Use a probe of this model and site."
+            )
+        if found.fingerprint is not None:
+            name = type(attachment.model_map.model).__name__
+            check_fingerprint(
+                model_fingerprint(attachment.model_map), found.fingerprint, what="ProbeGate's direction", model=name
+            )
+
+    def bound(self, attachment: Attachment) -> Positions:
+        """Read the gate's own site in every pass, where it has one."""
+        if self.site is not None:
+            hook_site(attachment, Site.parse(self.site), self._read)
+        return self
+
+    def _read(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
+        step.cache[self] = spread_columns(step, self._within(x))
+        return x
+
+    def mask(self, step: StepContext) -> torch.Tensor:
+        """See :meth:`Gate.mask`."""
+        if self.hold and not step.is_prefill:
+            return self._held(step)
+        if self.site is not None and self not in step.cache:
+            raise PositionError(
+                f"ProbeGate(site={self.site!r}) was asked before that site ran in this pass. Read a site that lies "
+                "before the steered one, and attach what uses the gate."
+            )
+        now: torch.Tensor = step.cache[self] if self.site is not None else super().mask(step)
+        if not self.hold:
+            return now
+        last = step.valid & (step.positions == step.prompt_lengths[:, None] - 1)
+        row = (now & last).any(dim=1, keepdim=True)
+        step.cache[self, "held"] = row
+        chosen: torch.Tensor = row & step.valid
+        return chosen
+
+    def _held(self, step: StepContext) -> torch.Tensor:
+        row = None if step.prompt is None else step.prompt.cache.get((self, "held"))
+        if row is None or step.batch_size % len(row):
+            raise PositionError(
+                f"ProbeGate(hold=True) decides at the prompt, but the prompt of this decoding step ({step.batch_size} "
+                "rows) was not seen. Attach before generating."
+            )
+        rows: torch.Tensor = row.repeat_interleave(step.batch_size // len(row), dim=0) & step.valid
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: the direction by its file where it came from one, else by value; and its hash."""
+        probe = self.probe if isinstance(self.probe, str) else self.probe.tolist()
+        rest = {name: getattr(self, name) for name in ("offset", "site", "hold", "sha256", "above", "below")}
+        return {"kind": "ProbeGate", "probe": probe, **rest}
+
+    def _key(self) -> tuple[Any, ...]:
+        return (*super()._key(), self.sha256, self.offset, self.site, self.hold)
+
+    def __repr__(self) -> str:
+        shown = {"above": self.above, "below": self.below, "site": self.site, "hold": self.hold or None}
+        return f"ProbeGate({', '.join(f'{k}={v!r}' for k, v in shown.items() if v is not None)})"

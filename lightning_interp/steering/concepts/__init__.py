@@ -1,0 +1,1 @@
+"""Concepts: pairs of tokens, class means, and linear probes."""

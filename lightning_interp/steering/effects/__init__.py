@@ -1,0 +1,1 @@
+"""What steering does: metrics, scores of paths, studies and their figures."""

@@ -1,0 +1,168 @@
+"""Strengths of steering by their effect: a sweep in one pass a prompt, the choice, and its curve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_interp.core.hooks.capture import ActivationCapture
+from lightning_interp.core.measure.statistics import mean_interval
+from lightning_interp.core.model.sites import Site
+from lightning_interp.core.tokens.positions import Last
+from lightning_interp.errors import RecipeError
+from lightning_interp.steering.activation.intervention import AddDirection
+from lightning_interp.steering.concepts.pairs import CounterfactualPairs
+from lightning_interp.steering.effects.metrics import kl_divergence
+from lightning_interp.steering.softmax.dual_intervention import DualSteering
+
+__all__ = ["calibration_figure", "chosen_strength", "strength_effects", "summarised"]
+
+
+def strength_effects(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    pairs: CounterfactualPairs,
+    direction: Tensor,
+    strengths: Sequence[float],
+    *,
+    method: Literal["dual", "add"] = "dual",
+    layer: int = -1,
+    advance: Callable[[int], object] = lambda n: None,
+) -> list[dict[str, Any]]:
+    """What each strength does to the next token of each prompt; all strengths of a prompt share one forward pass.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        prompts: One text each.
+        pairs: The concept.
+        direction: ``[d]``.
+        strengths: KL budgets in nats (``dual``); or multiples of a tenth of the stream's length at the prompt's last
+            token (``add``).
+        method: Which steering.
+        layer: Block after which ``add`` acts.
+        advance: Called with the number of prompts just done.
+
+    Returns:
+        One row a prompt and strength: ``prompt``, ``strength``, ``target_prob``, ``pair_mass`` and ``kl`` to strength
+        0.
+    """
+    rows, site = [], Site("resid_post", layer)
+    for prompt in prompts:
+        ids = tokenizer([prompt], return_tensors="pt").input_ids.to(model.device)
+        amounts = torch.tensor(list(strengths), dtype=torch.float32)
+        if method == "dual":
+            steering: Any = DualSteering(direction, kl_budget=amounts)
+        else:
+            unit = direction / direction.norm()
+            steering = AddDirection(unit, site=site, strength=amounts * _length(model, ids, site), positions=Last())
+        with torch.no_grad():
+            plain = model(ids).logits[0, -1].float().log_softmax(-1)
+            with steering.attach(model):
+                found = model(ids.repeat(len(amounts), 1)).logits[:, -1].float().log_softmax(-1)
+        p = found.exp()
+        columns = (pairs.target_prob(p), pairs.pair_mass(p), kl_divergence(plain.expand_as(found), found))
+        rows += [
+            {"prompt": prompt, "strength": s, "target_prob": float(w), "pair_mass": float(m), "kl": float(k)}
+            for s, w, m, k in zip(strengths, *columns, strict=True)
+        ]
+        advance(1)
+    return rows
+
+
+def _length(model: Any, ids: Tensor, site: Site) -> float:
+    capture = ActivationCapture([site], positions=Last())
+    with torch.no_grad(), capture.attach(model):
+        model(ids)
+    return float(capture.activations[site].float().norm(dim=-1).mean()) / 10
+
+
+def summarised(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Means over prompts by strength, with intervals.
+
+    Args:
+        rows: Of :func:`strength_effects`.
+
+    Returns:
+        One row a strength: ``strength``, and estimates of ``target_prob``, ``pair_mass`` and ``kl``.
+    """
+    strengths = sorted({float(row["strength"]) for row in rows})
+    return [
+        {"strength": s}
+        | {
+            name: mean_interval([float(row[name]) for row in rows if row["strength"] == s])
+            for name in ("target_prob", "pair_mass", "kl")
+        }
+        for s in strengths
+    ]
+
+
+def chosen_strength(rows: Sequence[Mapping[str, Any]], wanted: float) -> float:
+    """The strength at which the mean ``P(W=1)`` first rises to a value, by linear interpolation.
+
+    Args:
+        rows: Of :func:`strength_effects`.
+        wanted: The value.
+
+    Returns:
+        The strength; the candidate with the nearest mean where none reaches it.
+
+    Raises:
+        RecipeError: If there is no row.
+
+    Example:
+        >>> rows = [{"strength": s, "target_prob": p, "pair_mass": 1, "kl": s} for s, p in ((0.0, 0.2), (2.0, 0.6))]
+        >>> round(chosen_strength(rows, 0.5), 6)
+        1.5
+    """
+    if not rows:
+        raise RecipeError("chosen_strength() got no rows; expected those of strength_effects().")
+    curve = [(row["strength"], row["target_prob"].value) for row in summarised(rows)]
+    for (s0, p0), (s1, p1) in pairwise(curve):
+        if p0 < wanted <= p1:
+            return float(s0 + (s1 - s0) * (wanted - p0) / (p1 - p0))
+    return float(min(curve, key=lambda point: abs(point[1] - wanted))[0])
+
+
+def calibration_figure(
+    curve: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any], wanted: float, *, across: str, title: str = ""
+) -> Any:
+    """Effect and damage against strength, with the choice on held-out prompts.
+
+    Args:
+        curve: Of :func:`summarised`, on validation prompts.
+        chosen: The row of the chosen strength on test prompts.
+        wanted: The value that was aimed at.
+        across: Name of the strength.
+        title: Above the panels.
+
+    Returns:
+        A matplotlib figure.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, 3.6), layout="constrained")
+    panels = figure.subplots(1, 3)
+    labels = {"target_prob": "P(W=1)", "kl": "KL to unsteered (nats)", "pair_mass": "mass of the pairs"}
+    for axis, (name, label) in zip(panels, labels.items(), strict=True):
+        x, found = [row["strength"] for row in curve], [row[name] for row in curve]
+        axis.plot(x, [e.value for e in found], "o-", ms=4, color="#3b6ea5", label="validation")
+        axis.fill_between(x, [e.low for e in found], [e.high for e in found], color="#3b6ea5", alpha=0.18, lw=0)
+        test = chosen[name]
+        spread = [[max(0.0, test.value - test.low)], [max(0.0, test.high - test.value)]]
+        axis.errorbar(
+            [chosen["strength"]], [test.value], yerr=spread, fmt="D", color="#c8743c", capsize=3, label="test"
+        )
+        axis.set_xlabel(across)
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[0].axhline(wanted, color="#6b6b6b", lw=0.8, ls="--")
+    panels[0].legend(frameon=False)
+    figure.suptitle(f"{title}\n95 % intervals over prompts".strip(), fontsize=10)
+    return figure

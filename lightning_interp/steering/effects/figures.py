@@ -1,0 +1,145 @@
+"""Figures of steering results, in the shape of those of arXiv 2602.15293 (figures 4, 8 to 10)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_interp.steering.effects.path_scores import SATURATED, Curve, SteeringResult
+
+__all__ = ["path_figure", "steering_figure"]
+
+LABELS = {
+    "target_prob": "P(W=1)",
+    "pair_mass": "mass of the pairs, p(S0) + p(S1)",
+    "off_target_kl": "off-target KL (nats)",
+    "rank_difference": "rank difference",
+    "rank_difference_full": "rank difference (full vocabulary)",
+    "total_kl": "KL(P0 || P) (nats)",
+    "entropy": "entropy (nats)",
+    "probe_value": "probe value",
+    "alignment": "cosine of dual step and probe",
+    "hvps": "Hessian-vector products",
+}
+"""Names of scores on axes."""
+
+_SIGNED = ("probe_value", "alignment")
+_PANELS = ("off_target_kl", "pair_mass", "rank_difference")
+_COLOURS = ("#3b6ea5", "#c8743c", "#5b9a68", "#8d6bab", "#a04e5e", "#6b6b6b")
+_MARKERS = "osD^vP"
+
+
+def steering_figure(
+    result: SteeringResult,
+    *,
+    scores: Sequence[str] = _PANELS,
+    methods: Sequence[str] | None = None,
+    names: Mapping[str, str] | None = None,
+    bins: int = 10,
+    title: str = "",
+) -> Any:
+    """Side effects against ``P(W=1)``: one panel a score, one line a method, bands over contexts.
+
+    The open marker is the unsteered state; the other points are means in equal bins of ``P(W=1)``.
+
+    Args:
+        result: Scored paths.
+        scores: One panel each; the paper's three by default.
+        methods: One line each; all by default.
+        names: What to call methods in the legend.
+        bins: Bins of ``P(W=1)``.
+        title: Above the panels.
+
+    Returns:
+        A matplotlib figure.
+    """
+    from matplotlib.figure import Figure
+
+    shown = list(methods) if methods is not None else list(result.methods)
+    figure = Figure(figsize=(3.7 * len(scores) + 0.3, 4.0), layout="constrained")
+    panels = figure.subplots(1, len(scores), squeeze=False)[0]
+    for axis, score in zip(panels, scores, strict=True):
+        for m, method in enumerate(shown):
+            _line(axis, result.curve(method, score, bins=bins), m, (names or {}).get(method, method))
+        axis.set_xlim(-0.02, 1.02)
+        if score not in _SIGNED:
+            top = 1.05 if score == "pair_mass" else axis.get_ylim()[1]
+            axis.set_ylim(-0.02 * top, top)  # a line at 0 stays whole
+        _dress(axis, LABELS["target_prob"], LABELS.get(score, score))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=max(1, min(4, len(shown))))
+    figure.suptitle(f"{title}\n{_counted(result, shown)}; bands: 95 % intervals over contexts".strip(), fontsize=10)
+    return figure
+
+
+def path_figure(
+    result: SteeringResult,
+    *,
+    score: str = "off_target_kl",
+    against: str = "target_prob",
+    methods: Sequence[str] | None = None,
+    names: Mapping[str, str] | None = None,
+    title: str = "",
+) -> Any:
+    """Every path on its own: one score against another, one panel a method, one line a context.
+
+    Args:
+        result: Scored paths.
+        score: Upwards.
+        against: Sideways.
+        methods: One panel each; all by default.
+        names: What to call methods.
+        title: Above the panels.
+
+    Returns:
+        A matplotlib figure; points of saturated ``P(W=1)`` are left out, a dot marks each start.
+
+    Raises:
+        RecipeError: If a method or score is unknown.
+    """
+    from matplotlib.figure import Figure
+
+    shown = list(methods) if methods is not None else list(result.methods)
+    figure = Figure(figsize=(3.7 * len(shown) + 0.3, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False, sharex=True, sharey=True)[0]
+    for m, (axis, method) in enumerate(zip(panels, shown, strict=True)):
+        for wanted in (score, against):
+            result.curve(method, wanted)  # says which scores exist
+        colour = _COLOURS[m % len(_COLOURS)]
+        for path in result.paths[method].values():
+            keep = path["target_prob"] < SATURATED
+            x, y = path[against][keep].tolist(), path[score][keep].tolist()
+            axis.plot(x, y, color=colour, alpha=0.45, lw=0.9)
+            axis.plot(x[:1], y[:1], "o", ms=3, color=colour)
+        axis.set_title((names or {}).get(method, method), fontsize=9)
+        _dress(axis, LABELS.get(against, against), LABELS.get(score, score) if m == 0 else "")
+    figure.suptitle(f"{title}\n{_counted(result, shown)}, one line each".strip(), fontsize=10)
+    return figure
+
+
+def _line(axis: Any, curve: Curve, index: int, label: str) -> None:
+    colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+    points = curve.points()
+    x, values = [p for p, _ in points], [e.value for _, e in points]
+    axis.plot(x, values, marker=marker, ms=4, lw=1.5, color=colour, label=label)
+    if points and curve.first.n > 0:
+        axis.plot(x[:1], values[:1], marker=marker, ms=6, mfc="white", color=colour)
+    low = [e.value if math.isnan(e.low) else e.low for _, e in points]
+    high = [e.value if math.isnan(e.high) else e.high for _, e in points]
+    axis.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
+
+
+def _dress(axis: Any, across: str, up: str) -> None:
+    axis.set_xlabel(across)
+    axis.set_ylabel(up)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _counted(result: SteeringResult, methods: Sequence[str]) -> str:
+    counts = sorted({len(result.paths[method]) for method in methods if method in result.paths})
+    if not counts:
+        return "no contexts"
+    many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{many} {'context' if counts == [1] else 'contexts'}"

@@ -1,0 +1,134 @@
+"""Steered generations and what they are worth: the concept in them, their fluency, their repetition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
+from lightning_interp.core.measure.statistics import Estimate
+from lightning_interp.steering.concepts.pairs import CounterfactualPairs
+from lightning_interp.steering.effects.text_quality import distinct_n, perplexity, repeated_share
+from lightning_interp.steering.softmax.dual_intervention import DualSteering
+from lightning_interp.steering.softmax.head import read_head
+
+__all__ = ["MEASURES", "PROMPTS", "concept_direction", "generation_figure", "measured_generation"]
+
+PROMPTS = (
+    "The weather this week", "My favourite meal is", "In the old house", "The train to the city",
+    "A teacher once told me", "On the way home", "The new phone", "When the music started,", "The report says that",
+    "After the game,", "The garden behind the school", "Many people think that",
+)  # fmt: skip
+
+MEASURES = ("pair_share", "perplexity", "distinct_2", "repeated_4")
+"""Target tokens among tokens of pairs, perplexity of the unsteered model, different 2-grams, repeated 4-grams."""
+
+
+def concept_direction(model: Any, pairs: CounterfactualPairs) -> Tensor:
+    """Mean difference of the unembedding's rows of the two sides, of length 1.
+
+    Args:
+        model: The model.
+        pairs: The concept.
+
+    Returns:
+        ``[d]``.
+    """
+    weight = read_head(model).weight.detach().float()
+    difference = weight[pairs.target_ids].mean(0) - weight[pairs.base_ids].mean(0)
+    unit: Tensor = difference / difference.norm()
+    return unit
+
+
+def measured_generation(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    pairs: CounterfactualPairs,
+    steering: DualSteering | None,
+    *,
+    new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    advance: Callable[[int], object] = lambda n: None,
+) -> list[dict[str, Any]]:
+    """Write after each prompt, and measure what was written with the model that is not steered.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        prompts: One text each.
+        pairs: The concept.
+        steering: What acts while writing; None for nothing.
+        new_tokens: Tokens of each text.
+        temperature: 0 writes greedily.
+        seed: Root seed of sampling; each prompt has generators of its own.
+        advance: Called with the number of prompts just done.
+
+    Returns:
+        One row a prompt: ``prompt``, ``text`` and the ``MEASURES`` (``pair_share`` is 0.5 where no token is of a pair).
+    """
+    rows = []
+    for number, prompt in enumerate(prompts):
+        ids = tokenizer([prompt], return_tensors="pt").input_ids.to(model.device)
+        sampling = {"do_sample": temperature > 0} | ({"temperature": temperature, "top_k": 0} if temperature else {})
+        with (
+            torch.no_grad(),
+            seeded_rng(derived_seed(seed, "generate", number), model.device),
+            nullcontext() if steering is None else steering.attach(model, tokenizer=tokenizer),
+        ):
+            out = model.generate(
+                ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id or 0,
+                **sampling,
+            )  # fmt: skip
+        rows.append({"prompt": prompt, **_measured(model, tokenizer, out, ids.shape[1], pairs)})
+        advance(1)
+    return rows
+
+
+def _measured(model: Any, tokenizer: Any, out: Tensor, start: int, pairs: CounterfactualPairs) -> dict[str, Any]:
+    with torch.no_grad():
+        logits = model(out).logits
+    mask = torch.zeros_like(out, dtype=torch.bool)
+    mask[:, start:] = True
+    new = out[0, start:].cpu()
+    base, target = (int(torch.isin(new, ids).sum()) for ids in (pairs.base_ids, pairs.target_ids))
+    return {
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        "pair_share": target / (base + target) if base + target else 0.5,
+        "perplexity": float(perplexity(logits, out, mask)[0]),
+        "distinct_2": distinct_n([new.tolist()], 2),
+        "repeated_4": repeated_share(new.tolist(), 4),
+    }
+
+
+def generation_figure(estimates: Mapping[str, Mapping[str, Estimate]], *, title: str = "") -> Any:
+    """One panel a measure, one bar a method, with intervals over prompts.
+
+    Args:
+        estimates: By method and measure.
+        title: Above the panels.
+
+    Returns:
+        A matplotlib figure.
+    """
+    from matplotlib.figure import Figure
+
+    methods = list(estimates)
+    names = list(next(iter(estimates.values())))
+    figure = Figure(figsize=(2.7 * len(names) + 0.3, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for axis, name in zip(panels, names, strict=True):
+        found = [estimates[method][name] for method in methods]
+        values = [e.value for e in found]
+        spans = [[max(0.0, e.value - e.low) for e in found], [max(0.0, e.high - e.value) for e in found]]
+        axis.bar(methods, values, yerr=spans, color=["#6b6b6b", "#3b6ea5", "#c8743c"][: len(methods)], capsize=3)
+        axis.set_title(name.replace("_", " "), fontsize=9)
+        axis.tick_params(axis="x", labelrotation=20)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{title}\nmeans and 95 % intervals over prompts".strip(), fontsize=10)
+    return figure

@@ -1,0 +1,114 @@
+"""Scores of steering paths, collected over batches and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.steering.effects.metrics import SCORES
+from lightning_interp.steering.effects.path_scores import SteeringResult
+
+__all__ = ["SteeringMetrics"]
+
+_PLACES = 3  # context, method, point
+
+
+class SteeringMetrics(Metric):
+    """Collect scored paths of several methods; a context counts once for each method, whoever scored it.
+
+    Give every process contexts of its own and call :meth:`update` for each; :meth:`compute` then gives the same result
+    on every process, with the contexts of all.
+
+    Args:
+        methods: Names of the methods.
+
+    Raises:
+        RecipeError: If there is no method, or a name twice.
+
+    Example:
+        >>> metrics = SteeringMetrics(["dual"])
+        >>> metrics.update(7, "dual", {"target_prob": torch.tensor([0.25, 0.75]), "entropy": torch.tensor([1.0, 2.0])})
+        >>> metrics.compute().at("dual", "entropy", 0.5).value
+        1.5
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    found: list[Tensor]
+
+    def __init__(self, methods: Sequence[str]) -> None:
+        super().__init__()
+        if not methods or len(set(methods)) != len(methods):
+            raise RecipeError(f"SteeringMetrics(methods={list(methods)}): expected at least one name, each once.")
+        self.methods = tuple(methods)
+        # Flat and in the metric's own type: what a process without any context gives has one dimension and that type.
+        self.add_state("found", default=[], dist_reduce_fx="cat")
+        self.set_dtype(torch.float64)
+
+    def update(self, context: int, method: str, scores: Mapping[str, Tensor]) -> None:
+        """Add the path of one context.
+
+        Args:
+            context: Which one; the same number on another process means the same context.
+            method: One of the methods.
+            scores: Name of ``SCORES`` to ``[n]``, as ``score_path`` gives them;
+                names that are missing are not known.
+
+        Raises:
+            RecipeError: If the method is unknown.
+            DataError: If a score is unknown or ``target_prob`` is missing, or their lengths differ.
+        """
+        if method not in self.methods:
+            raise RecipeError(f"Unknown method {method!r}; this metric collects {', '.join(self.methods)}.")
+        _check(context, method, scores)
+        n = len(scores["target_prob"])
+        unknown = torch.full((n,), torch.nan, dtype=torch.float64)
+        columns = [scores[name].detach().cpu().double() if name in scores else unknown for name in SCORES]
+        place = torch.tensor([context, self.methods.index(method)], dtype=torch.float64).expand(n, 2)
+        rows = torch.cat([place, torch.arange(n, dtype=torch.float64)[:, None], torch.stack(columns, 1)], 1)
+        self.found.append(rows.to(self.device).flatten())
+
+    def compute(self) -> SteeringResult:
+        """Return the paths of all contexts and processes.
+
+        Raises:
+            DataError: If nothing was added.
+        """
+        rows = torch.cat(self.found) if isinstance(self.found, list) and self.found else self.found
+        if not isinstance(rows, Tensor) or not len(rows):
+            raise DataError(f"SteeringMetrics({list(self.methods)}) has no path. Call update for every context first.")
+        return SteeringResult(self._paths(_unique(rows.cpu().reshape(-1, _PLACES + len(SCORES)))))
+
+    def _paths(self, rows: Tensor) -> dict[str, dict[int, dict[str, Tensor]]]:
+        paths: dict[str, dict[int, dict[str, Tensor]]] = {method: {} for method in self.methods}
+        for place in torch.unique_consecutive(rows[:, :2], dim=0).tolist():
+            points = rows[(rows[:, 0] == place[0]) & (rows[:, 1] == place[1])][:, _PLACES:]
+            known = {name: column for name, column in zip(SCORES, points.T, strict=True) if not column.isnan().all()}
+            paths[self.methods[int(place[1])]][int(place[0])] = {"target_prob": points[:, 0], **known}
+        return {method: contexts for method, contexts in paths.items() if contexts}
+
+
+def _unique(rows: Tensor) -> Tensor:
+    """Rows in order of context, method and point, the first one of each."""
+    _, place = torch.unique(rows[:, :_PLACES], dim=0, return_inverse=True)
+    first = torch.full((int(place.max()) + 1,), len(rows), dtype=torch.long)
+    first = first.scatter_reduce(0, place, torch.arange(len(rows)), reduce="amin")
+    return rows[first]
+
+
+def _check(context: int, method: str, scores: Mapping[str, Tensor]) -> None:
+    where = f"The path of context {context}, method {method!r},"
+    if unknown := [name for name in scores if name not in SCORES]:
+        raise DataError(f"{where} has an unknown score {unknown[0]!r}; expected some of {', '.join(SCORES)}.")
+    if "target_prob" not in scores or scores["target_prob"].dim() != 1 or not len(scores["target_prob"]):
+        raise DataError(f"{where} has no target_prob [n], n >= 1. Use the scores that score_path gives.")
+    for name, values in scores.items():
+        if values.shape != scores["target_prob"].shape:
+            raise DataError(
+                f"{where} has {name} of shape {list(values.shape)} beside target_prob of "
+                f"{list(scores['target_prob'].shape)}; expected one value a point."
+            )

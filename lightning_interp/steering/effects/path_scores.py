@@ -1,0 +1,329 @@
+"""Scores of steering paths, averaged over contexts: curves against the concept, and methods compared at equal effect.
+
+Two methods may only be compared where they have moved the concept equally far. Curves bin the points of every path by
+``P(W=1)``, as the figures of arXiv 2602.15293 do; :meth:`SteeringResult.compare` interpolates every path to the same
+``P(W=1)``. Contexts are the unit of sampling everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_interp.core.measure.statistics import Estimate, bootstrap_interval, mean_interval, ratio_interval
+from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.steering.effects.metrics import SCORES
+
+__all__ = ["SATURATED", "Comparison", "Curve", "SteeringResult", "bin_path", "value_at_effect"]
+
+SATURATED = 0.9999
+"""Points with ``P(W=1)`` at or above this are left out of curves: there every method collapses on one token."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One score of one method against ``P(W=1)``.
+
+    Args:
+        method: Name of the method.
+        score: Name of the score.
+        start: Mean ``P(W=1)`` of the unsteered states.
+        first: The score of the unsteered states.
+        centres: Middle of each bin.
+        bins: The score in each bin, over the contexts with a point there; NaN with ``n=0`` in an empty one.
+    """
+
+    method: str
+    score: str
+    start: Estimate
+    first: Estimate
+    centres: tuple[float, ...]
+    bins: tuple[Estimate, ...]
+
+    def points(self) -> list[tuple[float, Estimate]]:
+        """What is drawn: the unsteered point, then every bin that is not empty."""
+        drawn = [(self.start.value, self.first), *zip(self.centres, self.bins, strict=True)]
+        return [(x, estimate) for x, estimate in drawn if estimate.n > 0]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two methods at the same ``P(W=1)``, over the contexts where both reach it.
+
+    Args:
+        score: Name of the score.
+        at: The ``P(W=1)``.
+        methods: Names of both methods.
+        first: Mean of the first.
+        second: Mean of the second.
+        difference: Mean of first minus second, paired over contexts.
+        ratio: Mean of the first over mean of the second, paired.
+        left_out: Contexts in which one of them never reaches it, or starts beyond it.
+    """
+
+    score: str
+    at: float
+    methods: tuple[str, str]
+    first: Estimate
+    second: Estimate
+    difference: Estimate
+    ratio: Estimate
+    left_out: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        parts = {name: getattr(self, name).to_dict() for name in ("first", "second", "difference", "ratio")}
+        return {"score": self.score, "at": self.at, "methods": list(self.methods), **parts, "left_out": self.left_out}
+
+
+def bin_path(x: Tensor, y: Tensor, *, bins: int = 10, saturated: float = SATURATED) -> Tensor:
+    """Average one path's points in equal bins of ``P(W=1)``; its first point stands alone.
+
+    Args:
+        x: ``P(W=1)`` of each point ``[n]``.
+        y: A score of each point ``[n]``; NaN points are left out.
+        bins: Number of bins of [0, 1].
+        saturated: Points with ``x`` at or above this are left out.
+
+    Returns:
+        ``[1 + bins]``: the first point, then the mean of the others in each bin; NaN where there is none.
+
+    Raises:
+        RecipeError: If there is no bin.
+
+    Example:
+        >>> x, y = torch.tensor([0.05, 0.2, 0.3, 0.7, 1.0]), torch.tensor([0.0, 1.0, 3.0, 5.0, 9.0])
+        >>> bin_path(x, y, bins=2).tolist()
+        [0.0, 2.0, 5.0]
+    """
+    if bins < 1:
+        raise RecipeError(f"bin_path(bins={bins}): expected at least one bin.")
+    x, y = x.double(), y.double()
+    usable = (x < saturated) & ~y.isnan()
+    place = (x * bins).long().clamp(0, bins - 1)
+    rest = usable.clone()
+    rest[:1] = False
+    total = torch.zeros(bins, dtype=torch.float64).index_add(0, place[rest], y[rest])
+    count = torch.zeros(bins, dtype=torch.float64).index_add(0, place[rest], torch.ones_like(y[rest]))
+    first = torch.where(usable[:1], y[:1], torch.nan)
+    return torch.cat([first, total / count])
+
+
+def value_at_effect(x: Tensor, y: Tensor, at: float) -> float:
+    """A score at the first place of a path where ``P(W=1)`` rises to ``at``, by linear interpolation.
+
+    ``P(W=1)`` need not rise all along a path, so the first crossing from below counts.
+
+    Args:
+        x: ``P(W=1)`` of each point ``[n]``.
+        y: A score of each point ``[n]``.
+        at: Where.
+
+    Returns:
+        The score; NaN if the path starts above ``at`` or never reaches it.
+
+    Example:
+        >>> value_at_effect(torch.tensor([0.25, 0.75, 0.5, 1.0]), torch.tensor([0.0, 2.0, 3.0, 4.0]), 0.5)
+        1.0
+    """
+    x, y = x.double(), y.double()
+    if len(x) == 0 or float(x[0]) >= at:
+        return float(y[0]) if len(x) and float(x[0]) == at else math.nan
+    rises = ((x[:-1] < at) & (x[1:] >= at)).nonzero()
+    if len(rises) == 0:
+        return math.nan
+    i = int(rises[0, 0])
+    share = (at - float(x[i])) / float(x[i + 1] - x[i])
+    return float(y[i] + share * (y[i + 1] - y[i]))
+
+
+class SteeringResult:
+    """Scores of paths: one a method and context.
+
+    Args:
+        paths: Method to context to score name to ``[n]``; every path has ``target_prob``. Paths of different methods
+            may have different lengths, and a method need not have every context.
+
+    Raises:
+        DataError: If there is no path, or one lacks ``target_prob`` or mixes lengths.
+
+    Example:
+        >>> path = {"target_prob": torch.tensor([0.1, 0.5, 0.9]), "off_target_kl": torch.tensor([0.0, 0.2, 0.6])}
+        >>> worse = {**path, "off_target_kl": 2 * path["off_target_kl"]}
+        >>> result = SteeringResult({"dual": {0: path, 1: path}, "euclidean": {0: worse, 1: worse}})
+        >>> result.compare("euclidean", "dual", "off_target_kl", at=0.7).ratio.value
+        2.0
+    """
+
+    def __init__(self, paths: Mapping[str, Mapping[int, Mapping[str, Tensor]]]) -> None:
+        self.paths = {
+            method: {int(c): {name: values.double() for name, values in path.items()} for c, path in contexts.items()}
+            for method, contexts in paths.items()
+        }
+        if not any(self.paths.values()):
+            raise DataError(f"SteeringResult got no path for any of the methods {list(self.paths)}.")
+        for method, contexts in self.paths.items():
+            for context, path in contexts.items():
+                _check_path(method, context, path)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the methods, in the order they were given."""
+        return tuple(self.paths)
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Scores that at least one path holds, in the order of ``SCORES``."""
+        held = {name for contexts in self.paths.values() for path in contexts.values() for name in path}
+        return (*(name for name in SCORES if name in held), *sorted(held - set(SCORES)))
+
+    def curve(
+        self, method: str, score: str, *, bins: int = 10, saturated: float = SATURATED, level: float = 0.95
+    ) -> Curve:
+        """One score of one method in bins of ``P(W=1)``, with intervals over contexts.
+
+        Args:
+            method: Name of the method.
+            score: Name of the score.
+            bins: See :func:`bin_path`.
+            saturated: See :func:`bin_path`.
+            level: Confidence level.
+
+        Raises:
+            RecipeError: If the method or score is unknown.
+        """
+        paths = self._paths(method, score)
+        table = torch.stack(
+            [bin_path(path["target_prob"], path[score], bins=bins, saturated=saturated) for path in paths]
+        )
+        first, *rest = (mean_interval(_known(column), level=level) for column in table.T)
+        start = mean_interval([float(path["target_prob"][0]) for path in paths], level=level)
+        centres = tuple((i + 0.5) / bins for i in range(bins))
+        return Curve(method, score, start, first, centres, tuple(rest))
+
+    def at(self, method: str, score: str, target_prob: float, *, level: float = 0.95) -> Estimate:
+        """Mean of a score where the paths reach a ``P(W=1)``, over the contexts that do.
+
+        Raises:
+            RecipeError: If the method or score is unknown, or ``target_prob`` is no probability.
+        """
+        return mean_interval([v for v in self._values_at(method, score, target_prob).values() if v == v], level=level)
+
+    def compare(
+        self, first: str, second: str, score: str, *, at: float, level: float = 0.95, seed: int = 0
+    ) -> Comparison:
+        """Two methods at equal effect, paired over the contexts where both reach it.
+
+        Args:
+            first: Name of a method.
+            second: Name of another.
+            score: What to compare.
+            at: The ``P(W=1)`` that both paths are interpolated to.
+            level: Confidence level.
+            seed: Of the bootstrap.
+
+        Raises:
+            RecipeError: If a method or score is unknown, or ``at`` is no probability.
+        """
+        ours, theirs = self._values_at(first, score, at), self._values_at(second, score, at)
+        both = [c for c in ours if c in theirs and ours[c] == ours[c] and theirs[c] == theirs[c]]
+        a, b = [ours[c] for c in both], [theirs[c] for c in both]
+        gap = bootstrap_interval(lambda x, y: (x - y).mean(axis=-1), [a, b], level=level, seed=seed)
+        mean_a, mean_b = (mean_interval(values, level=level, seed=seed) for values in (a, b))
+        ratio = ratio_interval(a, b, level=level, seed=seed)
+        left_out = len(ours.keys() | theirs.keys()) - len(both)
+        return Comparison(score, at, (first, second), mean_a, mean_b, gap, ratio, left_out)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One plain row a point: method, context, point and its scores (None where one is not known)."""
+        return [
+            {"method": method, "context": context, "point": point}
+            | {name: None if values[point].isnan() else float(values[point]) for name, values in path.items()}
+            for method, contexts in self.paths.items()
+            for context, path in sorted(contexts.items())
+            for point in range(len(path["target_prob"]))
+        ]
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Mapping[str, Any]]) -> SteeringResult:
+        """Read what :meth:`rows` gave.
+
+        Raises:
+            DataError: If a row lacks a column.
+        """
+        found: dict[str, dict[int, dict[int, dict[str, float]]]] = {}
+        for row in rows:
+            try:
+                place = found.setdefault(str(row["method"]), {}).setdefault(int(row["context"]), {})
+                point = int(row["point"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise DataError(f"A row is {str(row)[:80]}; expected method, context and point ({error}).") from error
+            scores = {k: v for k, v in row.items() if k not in ("method", "context", "point")}
+            place[point] = {k: math.nan if v in (None, "") else float(v) for k, v in scores.items()}
+        return cls({m: {c: _columns(points) for c, points in contexts.items()} for m, contexts in found.items()})
+
+    def table(
+        self, scores: Sequence[str] = ("off_target_kl", "pair_mass", "rank_difference"), *, bins: int = 10
+    ) -> list[dict[str, Any]]:
+        """The curves as plain rows: method, score, ``P(W=1)``, value, low, high, n (contexts), level and interval."""
+        return [
+            {"method": method, "score": score, "target_prob": x, **_renamed(estimate)}
+            for method in self.methods
+            for score in scores
+            for x, estimate in self.curve(method, score, bins=bins).points()
+        ]
+
+    def _paths(self, method: str, score: str) -> list[dict[str, Tensor]]:
+        if method not in self.paths or score not in self.scores:
+            raise RecipeError(
+                f"There is no score {score!r} of method {method!r}. Methods: {', '.join(self.methods)}; scores: "
+                f"{', '.join(self.scores)}."
+            )
+        return [path for path in self.paths[method].values() if score in path]
+
+    def _values_at(self, method: str, score: str, at: float) -> dict[int, float]:
+        if not 0 < at < 1:
+            raise RecipeError(f"P(W=1) = {at} cannot be matched; expected a probability strictly between 0 and 1.")
+        self._paths(method, score)
+        held = {context: path for context, path in self.paths[method].items() if score in path}
+        return {context: value_at_effect(path["target_prob"], path[score], at) for context, path in held.items()}
+
+
+def _renamed(estimate: Estimate) -> dict[str, Any]:
+    plain = estimate.to_dict()
+    return {**{name: value for name, value in plain.items() if name != "method"}, "interval": plain["method"]}
+
+
+def _known(column: Tensor) -> list[float]:
+    values: list[float] = column[~column.isnan()].tolist()
+    return values
+
+
+def _check_path(method: str, context: int, path: Mapping[str, Tensor]) -> None:
+    if "target_prob" not in path:
+        raise DataError(
+            f"The path of method {method!r} in context {context} has no target_prob, only "
+            f"{', '.join(path) or 'nothing'}. Use the scores that score_path gives."
+        )
+    lengths = {name: tuple(values.shape) for name, values in path.items()}
+    wrong = [
+        name for name, shape in lengths.items() if shape != lengths["target_prob"] or len(shape) != 1 or not shape[0]
+    ]
+    if wrong:
+        raise DataError(
+            f"The path of method {method!r} in context {context} has {wrong[0]} of shape {list(lengths[wrong[0]])} "
+            f"beside target_prob of {list(lengths['target_prob'])}; expected [n] each, n >= 1."
+        )
+
+
+def _columns(points: Mapping[int, Mapping[str, float]]) -> dict[str, Tensor]:
+    names = list(dict.fromkeys(name for scores in points.values() for name in scores))
+    return {
+        name: torch.tensor([points[i].get(name, math.nan) for i in sorted(points)], dtype=torch.float64)
+        for name in names
+    }

@@ -1,0 +1,1 @@
+"""The information geometry of the softmax, and dual steering."""

@@ -1,0 +1,140 @@
+"""Ordinary steering at the same targets: ``lam0 + t beta``, the baseline that dual steering is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lightning_interp.steering.softmax.arithmetic import exact_arithmetic
+from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
+from lightning_interp.steering.softmax.newton import NewtonResult
+from lightning_interp.steering.softmax.request import SteerRequest, Target, TokenPairs
+from lightning_interp.steering.softmax.result import SteerResult, described
+
+__all__ = ["euclidean_steer", "line_step"]
+
+_DOUBLINGS, _HALVINGS = 60, 60
+
+
+def euclidean_steer(
+    geometry: SoftmaxGeometry,
+    lam: torch.Tensor,
+    direction: Any,
+    *,
+    pairs: TokenPairs | None = None,
+    bias: float | None = None,
+    **target: float | torch.Tensor | None,
+) -> SteerResult:
+    """Ordinary steering ``lam + t beta`` at the same targets as :func:`dual_steer`, for comparison.
+
+    Args:
+        geometry: Of the model's head.
+        lam: States ``[B, d]`` or ``[d]``.
+        direction: ``beta`` ``[d]`` or ``[B, d]``, or a probe.
+        pairs: Tokens of the concept, for ``target_prob``.
+        bias: Offset of the probe, for ``probe_prob``.
+        **target: As for :func:`dual_steer`.
+
+    Returns:
+        Steered states with the same diagnostics; no products are counted, as none are made.
+
+    Raises:
+        IncompatibleModelError: If a state or direction has another width, or is not finite.
+        RecipeError: If the target cannot be used.
+
+    Example:
+        >>> geometry = SoftmaxGeometry(torch.eye(2))
+        >>> euclidean_steer(geometry, torch.zeros(2), torch.tensor([1.0, -1.0]), probe_value=2.0).lam.tolist()
+        [[1.0, -1.0]]
+    """
+    request = SteerRequest.made(geometry, lam, direction, Target(**target), pairs, bias, 0.0, None, None)
+    with torch.no_grad(), exact_arithmetic(request.lam.device):
+        chunks = torch.split(torch.arange(len(request.lam), device=request.lam.device), geometry.max_rows)
+        return SteerResult.joined([_walk_straight(request.rows(index)) for index in chunks])
+
+
+def line_step(
+    measure: Callable[[torch.Tensor], torch.Tensor], goal: torch.Tensor, *, first: float = 1.0
+) -> torch.Tensor:
+    """The step along a line at which a growing measure has a value, by doubling and halving.
+
+    Args:
+        measure: Values ``[B]`` at steps ``[B]``.
+        goal: Wanted values ``[B]``.
+        first: Length of the first step.
+
+    Returns:
+        Steps ``[B]``; where the goal lies out of reach, the step of the nearest value that was seen.
+
+    Example:
+        >>> line_step(lambda t: t**3, torch.tensor([8.0, -1.0])).round(decimals=4).tolist()
+        [2.0, -1.0]
+    """
+    start = measure(torch.zeros_like(goal))
+    sign = torch.where(start < goal, 1.0, -1.0).to(goal)
+    near, far = torch.zeros_like(goal), sign * first
+    best, best_error = near.clone(), (start - goal).abs()
+    for _ in range(_DOUBLINGS):
+        value = measure(far)
+        error = (value - goal).abs()
+        better = error < best_error
+        best, best_error = torch.where(better, far, best), torch.where(better, error, best_error)
+        short = sign * (goal - value) > 0
+        if not bool(short.any()) or not bool(value.isfinite().all()):
+            break
+        near, far = torch.where(short, far, near), torch.where(short, 2 * far, far)
+    for _ in range(_HALVINGS):
+        middle = 0.5 * (near + far)
+        value = measure(middle)
+        error = (value - goal).abs()
+        better = error <= best_error
+        best, best_error = torch.where(better, middle, best), torch.where(better, error, best_error)
+        short = sign * (goal - value) > 0
+        near, far = torch.where(short, middle, near), torch.where(short, far, middle)
+    return best
+
+
+def _walk_straight(request: SteerRequest) -> SteerResult:
+    beta, square = request.beta, request.beta.square().sum(-1)
+    push = request.geometry.logits_change(beta)
+    if request.kind == "t":
+        t = request.goal
+    elif request.kind == "probe_value":
+        t = (request.goal - (beta * request.lam).sum(-1)) / square
+    else:
+        t = line_step(_measure_on_line(request, push), request.goal, first=1.0)
+    lam = request.lam + t[:, None] * beta
+    met = _met_on_line(request, push, t)
+    point = NewtonResult.empty(lam)
+    point.reason[:] = 0
+    z = request.geometry.logits(lam)
+    return described(request, point, z, t, met, torch.full_like(t, torch.nan), torch.ones_like(t))
+
+
+def _measure_on_line(request: SteerRequest, push: torch.Tensor) -> Any:
+    if request.kind == "kl_budget":
+        first = request.z.log_softmax(-1)
+
+        def divergence(t: torch.Tensor) -> torch.Tensor:
+            moved = (request.z + t[:, None] * push).log_softmax(-1)
+            return torch.sign(t) * (first.exp() * (first - moved)).sum(-1).clamp_min(0)
+
+        return divergence
+    base, target = request.concept()
+
+    def probability(t: torch.Tensor) -> torch.Tensor:
+        z = request.z + t[:, None] * push
+        return (z[:, target].logsumexp(-1) - z[:, base].logsumexp(-1)).sigmoid()
+
+    return probability
+
+
+def _met_on_line(request: SteerRequest, push: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    if request.kind in ("t", "probe_value"):
+        return torch.ones_like(t, dtype=torch.bool)
+    error = (_measure_on_line(request, push)(t) - request.goal).abs()
+    goal = request.goal if request.kind == "kl_budget" else request.goal * (1 - request.goal)
+    met: torch.Tensor = error <= 10 * request.options.target_rtol * goal.clamp_min(1e-6)
+    return met

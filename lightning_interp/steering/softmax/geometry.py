@@ -1,0 +1,343 @@
+"""The information geometry of the softmax: dual coordinates, Hessian-vector products, divergences, geodesics.
+
+At the last hidden state ``lam`` a language model's next-token distribution is an exponential family,
+``p(y) = exp(lam . g_y - A(lam))``. Everything here follows from its log-normaliser ``A`` (Park, Nief, Choe, Veitch,
+*The Information Geometry of Softmax*, arXiv 2602.15293, sections 1 and 2).
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.errors import IncompatibleModelError
+from lightning_interp.steering.softmax.arithmetic import exact_arithmetic, working_dtype
+from lightning_interp.steering.softmax.head import SoftmaxHead, read_head
+from lightning_interp.steering.softmax.newton import NewtonResult, Potential, minimise
+
+__all__ = ["Softcap", "SoftmaxGeometry"]
+
+Softcap = Literal["error", "ignore", "pullback"]
+_CHUNK_BYTES = 2**28
+_LADDER = tuple(2.0**k for k in range(12, -1, -1))
+
+
+class SoftmaxGeometry:
+    """The next-token family of one head, and maps between its two coordinate systems.
+
+    All methods take states ``[..., d]`` in any floating dtype and work in float32 (float64 if the state or the weight
+    is), without autocast. The weight is not copied while it has the working dtype.
+
+    Args:
+        weight: Unembedding ``G`` ``[V, d]``.
+        bias: ``[V]`` or None; a base measure, which changes nothing of the theory.
+        scale: Factor of all logits.
+        softcap: ``s`` of ``s tanh(z / s)``, or None. A softcapped head is no exponential family.
+        on_softcap: ``error`` refuses one, ``ignore`` works in the uncapped family, ``pullback`` gives only
+            :meth:`hvp` (the Fisher matrix of the capped distribution), for the stepwise path.
+        name: For messages.
+
+    Raises:
+        IncompatibleModelError: If shapes do not fit, a value is not finite, or the head is softcapped and
+            ``on_softcap`` is ``error``.
+
+    Example:
+        >>> geometry = SoftmaxGeometry(torch.tensor([[1.0, 0.5], [-1.0, 0.5], [0.5, -1.0]]))
+        >>> lam = torch.tensor([0.3, -0.2])
+        >>> torch.allclose(geometry.dual(lam), geometry.probs(lam) @ geometry.weight)
+        True
+        >>> moved = geometry.inverse_dual(geometry.dual(lam), alpha=0.0)
+        >>> torch.allclose(moved, lam, atol=1e-4)
+        True
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        on_softcap: Softcap = "error",
+        name: str = "head",
+    ) -> None:
+        if weight.dim() != 2 or not weight.is_floating_point():
+            raise IncompatibleModelError(
+                f"SoftmaxGeometry got a weight of {weight.dtype} {list(weight.shape)}; expected floating [V, d]."
+            )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise IncompatibleModelError(
+                f"SoftmaxGeometry got a bias {list(bias.shape)} beside a weight {list(weight.shape)}; expected [V]."
+            )
+        if softcap is not None and on_softcap == "error":
+            raise IncompatibleModelError(
+                f"{name} caps its logits at {softcap:g}, so it is no exponential family and dual steering has no "
+                "guarantee. Pass on_softcap='ignore' (work in the uncapped family) or 'pullback' (stepwise only)."
+            )
+        self.weight, self.bias, self.scale = weight.detach(), None if bias is None else bias.detach(), float(scale)
+        self.softcap, self.on_softcap, self.name = softcap, on_softcap, name
+        self._copies: dict[tuple[torch.dtype, torch.device], tuple[int, torch.Tensor]] = {}
+
+    @classmethod
+    def from_model(
+        cls, model: nn.Module | ModelMap, *, on_softcap: Softcap = "error", vocab_size: int | None = None
+    ) -> SoftmaxGeometry:
+        """The geometry of a model's head, checked against the model's own logits.
+
+        Args:
+            model: A plain model, a PEFT wrapper, a LightningModule or a map of one.
+            on_softcap: What to do with capped logits; see the class.
+            vocab_size: Cut padding rows off the vocabulary; by default the model's own softmax, with them.
+
+        Returns:
+            The geometry.
+
+        Raises:
+            IncompatibleModelError: If the logits are no function of the head's input that this geometry knows.
+            SiteError: If the model has no head.
+        """
+        head = read_head(model)
+        return cls.from_head(head, on_softcap=on_softcap, vocab_size=vocab_size)
+
+    @classmethod
+    def from_head(
+        cls, head: SoftmaxHead, *, on_softcap: Softcap = "error", vocab_size: int | None = None
+    ) -> SoftmaxGeometry:
+        """The geometry of a head that was read before (:func:`~lightning_interp.steering.softmax.head.read_head`)."""
+        size = len(head.weight) if vocab_size is None else vocab_size
+        if not 0 < size <= len(head.weight):
+            raise IncompatibleModelError(f"vocab_size={vocab_size}: {head.name} has {len(head.weight)} rows.")
+        bias = None if head.bias is None else head.bias[:size]
+        return cls(
+            head.weight[:size], bias, scale=head.scale, softcap=head.softcap, on_softcap=on_softcap, name=head.name
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows ``V``."""
+        return self.weight.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Columns ``d``."""
+        return self.weight.shape[1]
+
+    @cached_property
+    def spread(self) -> float:
+        """Mean variance of the logits' gradients over the vocabulary, ``trace(Cov_uniform[g]) / d``."""
+        rows = self.weight.to(torch.float32)
+        return float(rows.var(dim=0, correction=0).mean()) * self.scale**2
+
+    def resolve_alpha(self, alpha: float | Literal["auto"], *, kappa: float = 5.0) -> float:
+        """A number for ``alpha="auto"``: ``kappa`` times :attr:`spread`.
+
+        ``alpha`` is not scale free: multiplying the unembedding by ``s`` asks for ``s^2 alpha``. The default
+        ``kappa`` is this package's choice, not the paper's: with a tenth of it, SmolLM2-135M meets a probe value
+        along directions that no likely token feels.
+        """
+        return kappa * self.spread if alpha == "auto" else float(alpha)
+
+    def check_state(self, *tensors: torch.Tensor) -> None:
+        """Refuse states or directions of another width.
+
+        Raises:
+            IncompatibleModelError: With both widths.
+        """
+        for tensor in tensors:
+            if tensor.shape[-1:] != (self.width,):
+                raise IncompatibleModelError(
+                    f"{self.name} reads states of width {self.width}, but got {list(tensor.shape)}. Use a state or "
+                    "direction of this model's head input."
+                )
+
+    # Coordinates
+
+    def logits(self, lam: torch.Tensor) -> torch.Tensor:
+        """Logits of the family ``[..., V]`` (uncapped, if capping is ignored)."""
+        z = self.logits_change(lam)
+        return z if self.bias is None else z + self.scale * self.bias.to(z)
+
+    def logits_change(self, v: torch.Tensor) -> torch.Tensor:
+        """How far the logits move when the state moves by ``v``, ``[..., V]``."""
+        self.check_state(v)
+        with exact_arithmetic(v.device):
+            return self.scale * (v.to(self._dtype(v)) @ self._rows(v).T)
+
+    def mean(self, weights: torch.Tensor) -> torch.Tensor:
+        """Weighted sum of the logits' gradients, ``[..., V] -> [..., d]``."""
+        with exact_arithmetic(weights.device):
+            return self.scale * (weights @ self._rows(weights))
+
+    def gradients(self, index: torch.Tensor) -> torch.Tensor:
+        """Gradients of the logits of some tokens, ``[...] -> [..., d]``."""
+        return self.scale * self.weight[index].to(self._dtype())
+
+    def log_probs(self, lam: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of the family, ``[..., V]``."""
+        return self.logits(lam).log_softmax(-1)
+
+    def probs(self, lam: torch.Tensor) -> torch.Tensor:
+        """Probabilities of the family, ``[..., V]``."""
+        return self.logits(lam).softmax(-1)
+
+    def model_log_probs(self, lam: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities that the model itself gives, capped where it caps, ``[..., V]``."""
+        return self.capped(self.logits(lam)).log_softmax(-1)
+
+    def capped(self, z: torch.Tensor) -> torch.Tensor:
+        """The model's logits from the family's, which are the same unless it caps them, ``[..., V]``."""
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def log_norm(self, lam: torch.Tensor) -> torch.Tensor:
+        """Log-normaliser ``A(lam)``, ``[...]``."""
+        return self.logits(lam).logsumexp(-1)
+
+    def dual(self, lam: torch.Tensor, *, alpha: float = 0.0) -> torch.Tensor:
+        """Dual coordinate ``grad A = E[g]`` ``[..., d]`` (section 2 of the paper), plus ``alpha lam``."""
+        self._need_family("dual()")
+        flat = lam.reshape(-1, lam.shape[-1])
+        found = torch.cat([self.mean(self.probs(part)) for part in torch.split(flat, self.max_rows)])
+        return found.reshape(lam.shape) + alpha * lam.to(found)
+
+    def hvp(self, lam: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Fisher information at a state times a vector, ``Cov[g] v`` ``[..., d]``; of a capped head pulled back."""
+        self.check_state(lam, v)
+        p, v = self._fisher_weights(lam), v.to(self._dtype(lam, v))
+        if self.on_softcap == "pullback" and self.softcap is not None:
+            slope = 1 - torch.tanh(self.logits(lam) / self.softcap).square()
+            return self.mean(slope * centred(p, slope * self.logits_change(v)))
+        return self.mean(centred(p, self.logits_change(v)))
+
+    def fisher_norm(self, lam: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Length of ``v`` in the Fisher metric at ``lam``, ``[...]``."""
+        p, u = self._fisher_weights(lam), self.logits_change(v.to(self._dtype(lam, v)))
+        if self.on_softcap == "pullback" and self.softcap is not None:
+            u = u * (1 - torch.tanh(self.logits(lam) / self.softcap).square())
+        return (centred(p, u) * u).sum(-1).clamp_min(0).sqrt()
+
+    def kl(self, lam0: torch.Tensor, lam1: torch.Tensor) -> torch.Tensor:
+        """``KL(P_lam0 || P_lam1)`` in nats of the model's own (capped) distributions, ``[...]``."""
+        return divergence(self.model_log_probs(lam0), self.model_log_probs(lam1))
+
+    def entropy(self, lam: torch.Tensor) -> torch.Tensor:
+        """Entropy of the model's own distribution in nats, ``[...]``."""
+        return entropy(self.model_log_probs(lam))
+
+    # Back from dual coordinates
+
+    def inverse_dual(
+        self, y: torch.Tensor, *, alpha: float = 0.0, start: torch.Tensor | None = None, rtol: float | None = None
+    ) -> torch.Tensor:
+        """The state whose dual coordinate ``dual(lam, alpha=alpha)`` is ``y``, ``[..., d]``.
+
+        With ``alpha > 0`` there is exactly one for every ``y``. With ``alpha = 0`` only points inside the convex hull
+        of the unembedding's rows have one.
+
+        Args:
+            y: Regularised dual coordinates ``[..., d]``.
+            alpha: The regularisation that ``y`` was made with.
+            start: First guess ``[..., d]``; the origin if None.
+            rtol: Accepted error relative to ``y``; by default 1e-5 in float32 and 1e-12 in float64.
+
+        Returns:
+            The states.
+
+        Raises:
+            IncompatibleModelError: If a point could not be reached, such as one outside of the hull.
+        """
+        found = self.solve_dual(y, alpha=alpha, start=start, rtol=rtol)
+        if not bool(found.converged.all()):
+            worst = int(found.residual.argmax())
+            raise IncompatibleModelError(
+                f"inverse_dual(alpha={alpha:g}) of {self.name} left a residual of {float(found.residual[worst]):.2g} "
+                f"in row {worst} ({found.reasons()[worst]}). With alpha=0 a point must lie inside the hull of the "
+                "unembedding's rows; use alpha > 0."
+            )
+        return found.lam.reshape(y.shape)
+
+    def solve_dual(
+        self, y: torch.Tensor, *, alpha: float = 0.0, start: torch.Tensor | None = None, rtol: float | None = None
+    ) -> NewtonResult:
+        """:meth:`inverse_dual` with its diagnostics, and without the error; rows are flattened to ``[N, d]``."""
+        self._need_family("inverse_dual()")
+        self.check_state(y)
+        flat = y.reshape(-1, self.width).to(self._dtype(y))
+        first = torch.zeros_like(flat) if start is None else start.reshape(flat.shape).to(flat)
+        accepted = rtol if rtol is not None else (1e-12 if flat.dtype == torch.float64 else 1e-5)
+        size = flat.norm(dim=-1).clamp_min(torch.finfo(flat.dtype).tiny)
+        found = self._solve(flat, first, alpha, accepted * size)
+        if alpha > 0 and not bool(found.converged.all()):
+            # Far outside of the hull the potential is nearly made of planes. There the state grows like 1 / alpha, so
+            # it is followed from a larger alpha down.
+            rows = (~found.converged).nonzero().flatten()
+            guess, wanted = torch.zeros_like(flat[rows]), (accepted * size)[rows]
+            for factor in _LADDER:
+                again = self._solve(flat[rows], guess, factor * alpha, wanted)
+                guess = again.lam * _LADDER[0] / _LADDER[1]
+            found.put(rows, again, torch.arange(len(rows), device=rows.device))
+        return found
+
+    def _solve(self, y: torch.Tensor, start: torch.Tensor, alpha: float, accepted: torch.Tensor) -> NewtonResult:
+        potential = Potential(self, linear=y, centre=torch.zeros_like(y), alpha=alpha)
+        return minimise(potential, start, tolerance=accepted, max_newton=100, cg_max=4 * self.width + 20)
+
+    # Two kinds of straight line
+
+    def e_geodesic(self, lam0: torch.Tensor, lam1: torch.Tensor, t: float) -> torch.Tensor:
+        """Straight line in the state: keeps what both ends share (paper 2.2)."""
+        return (1 - t) * lam0 + t * lam1
+
+    def m_geodesic(self, lam0: torch.Tensor, lam1: torch.Tensor, t: float, *, alpha: float = 0.0) -> torch.Tensor:
+        """Straight line in the dual coordinate: matches the moments of the two ends' mixture (paper 2.2)."""
+        y = (1 - t) * self.dual(lam0, alpha=alpha) + t * self.dual(lam1, alpha=alpha)
+        return self.inverse_dual(y, alpha=alpha, start=self.e_geodesic(lam0, lam1, t))
+
+    # Sizes and dtypes
+
+    @property
+    def max_rows(self) -> int:
+        """States that are worked on at a time, so that ``[rows, V]`` buffers stay small."""
+        return max(1, _CHUNK_BYTES // (8 * self.vocabulary))
+
+    def _dtype(self, *tensors: torch.Tensor) -> torch.dtype:
+        return working_dtype(self.weight, *tensors)
+
+    def _rows(self, like: torch.Tensor) -> torch.Tensor:
+        """The weight in the working dtype; a converted copy is kept until the weight changes."""
+        key = (self._dtype(like), like.device)
+        if key == (self.weight.dtype, self.weight.device):
+            return self.weight
+        version, copy = self._copies.get(key, (-1, self.weight))
+        if version != self.weight._version:
+            copy = self.weight.to(dtype=key[0], device=key[1])
+            self._copies[key] = (self.weight._version, copy)
+        return copy
+
+    def _fisher_weights(self, lam: torch.Tensor) -> torch.Tensor:
+        return self.model_log_probs(lam).exp() if self.on_softcap == "pullback" else self.probs(lam)
+
+    def _need_family(self, what: str) -> None:
+        if self.softcap is not None and self.on_softcap == "pullback":
+            raise IncompatibleModelError(
+                f"{what} of {self.name}, which caps its logits at {self.softcap:g}: a capped head has no dual "
+                "coordinate. Use on_softcap='ignore', or the stepwise path (algorithm1)."
+            )
+
+
+def divergence(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """``KL(P || Q)`` in nats of log-probabilities ``[..., V]``, ``[...]``."""
+    return (first.exp() * (first - second)).sum(-1).clamp_min(0)
+
+
+def entropy(log_probs: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of log-probabilities ``[..., V]``, ``[...]``."""
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def centred(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """``p (u - sum(p u))``: the covariance's action in the space of logits; centring first loses fewer digits."""
+    return p * (u - (p * u).sum(-1, keepdim=True))

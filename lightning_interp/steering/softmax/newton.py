@@ -1,0 +1,320 @@
+"""Newton's method with conjugate gradients for the strictly convex potentials of dual steering, rows at once.
+
+Each potential is ``F(lam) = A(lam) - q . lam + alpha/2 |lam - m|^2``, on all of space or on a hyperplane. Its minimiser
+is a point of the regularised dual curve. One iteration costs a transposed product with the unembedding for the
+gradient, a product for the step's image, and two for each Hessian-vector product in between; the line search works on
+the image alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol, Self
+
+import torch
+
+from lightning_interp.steering.softmax.arithmetic import exact_arithmetic
+from lightning_interp.steering.softmax.linear_solvers import Map, conjugate_gradient, likely_inverse
+
+__all__ = ["REASONS", "Family", "NewtonResult", "Potential", "Tolerance", "minimise"]
+
+REASONS = ("converged", "stalled", "max_iter", "budget")
+"""Why a row stopped, by code."""
+_CONVERGED, _STALLED, _MAX_ITER, _BUDGET = range(4)
+_ARMIJO, _FLAT, _SEARCHES = 1e-4, 0.1, 30
+_LIKELY = 64  # tokens of which the curvature is inverted exactly, to precondition; that costs about one product
+Tolerance = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
+
+
+class Family(Protocol):
+    """An exponential family over some tokens, for ``B`` states at once."""
+
+    def logits(self, lam: torch.Tensor) -> torch.Tensor:
+        """``[B, d] -> [B, K]``."""
+
+    def logits_change(self, v: torch.Tensor) -> torch.Tensor:
+        """Linear part of :meth:`logits`, ``[B, d] -> [B, K]``."""
+
+    def mean(self, weights: torch.Tensor) -> torch.Tensor:
+        """Its transpose, ``[B, K] -> [B, d]``."""
+
+    def gradients(self, index: torch.Tensor) -> torch.Tensor:
+        """Gradients of the logits in columns ``index`` ``[B, k]``: ``[B, k, d]``."""
+
+
+@dataclass
+class Potential:
+    """``A(lam) - linear . lam + alpha/2 |lam - centre|^2``, rows at once.
+
+    Args:
+        family: Gives ``A``.
+        linear: ``q`` ``[B, d]``.
+        centre: ``m`` ``[B, d]``.
+        alpha: Regularisation, >= 0.
+        normal: Unit vectors ``[B, d]``: only moves at right angles to them are allowed. None for all moves.
+    """
+
+    family: Family
+    linear: torch.Tensor
+    centre: torch.Tensor
+    alpha: float
+    normal: torch.Tensor | None = None
+
+    def rows(self, index: torch.Tensor) -> Potential:
+        """The same for some of the rows."""
+        take = getattr(self.family, "rows", None)
+        family = self.family if take is None else take(index)
+        normal = None if self.normal is None else self.normal[index]
+        return Potential(family, self.linear[index], self.centre[index], self.alpha, normal)
+
+    def gradient(self, p: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
+        """Of the potential in all of space, ``[B, d]``."""
+        return self.family.mean(p) - self.linear + self.alpha * (lam - self.centre)
+
+    def allowed(self, v: torch.Tensor) -> torch.Tensor:
+        """The part of ``v`` that is an allowed move."""
+        return v if self.normal is None else v - self.normal * (v * self.normal).sum(-1, keepdim=True)
+
+    def curvature(self, p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Hessian times an allowed move, ``[B, d]``."""
+        own = getattr(self.family, "curvature", None)
+        if own is not None:
+            return self.allowed(own(p, v)) + self.alpha * v
+        u = self.family.logits_change(v)
+        return self.allowed(self.family.mean(p * (u - (p * u).sum(-1, keepdim=True)))) + self.alpha * v
+
+    def solve(
+        self, p: torch.Tensor, b: torch.Tensor, *, tolerance: torch.Tensor, max_iterations: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The allowed move whose product with the Hessian is ``b`` ``[B, d]``, and the products it took."""
+        return conjugate_gradient(
+            lambda v: self.curvature(p, v),
+            b,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            inverse=self._nearly_inverse(p),
+        )
+
+    def _nearly_inverse(self, p: torch.Tensor) -> Map | None:
+        likely = p.topk(min(_LIKELY, p.shape[-1]), dim=-1)
+        return likely_inverse(self.family.gradients(likely.indices), likely.values, self.alpha, self.normal)
+
+
+@dataclass
+class NewtonResult:
+    """Minimisers and how they were reached, one row each.
+
+    Args:
+        lam: ``[B, d]``.
+        gradient: Gradient of the potential in all of space, ``[B, d]``; on a hyperplane it is along the normal.
+        residual: Norm of the gradient's allowed part ``[B]``.
+        reason: Index into ``REASONS`` ``[B]``.
+        newton: Iterations ``[B]``.
+        hvps: Hessian-vector products ``[B]``.
+        z: The family's logits at the minimisers ``[B, K]``, as the descent kept them; not copied by :meth:`put`.
+    """
+
+    lam: torch.Tensor
+    gradient: torch.Tensor
+    residual: torch.Tensor
+    reason: torch.Tensor
+    newton: torch.Tensor
+    hvps: torch.Tensor
+    z: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def converged(self) -> torch.Tensor:
+        """Rows that reached their minimum, bool ``[B]``."""
+        return self.reason == _CONVERGED
+
+    def reasons(self) -> list[str]:
+        """Why each row stopped, in words."""
+        return [REASONS[code] for code in self.reason.tolist()]
+
+    @classmethod
+    def empty(cls, lam: torch.Tensor) -> Self:
+        """Room for the rows of ``lam``."""
+        size, counts = lam.new_zeros(len(lam)), torch.zeros(len(lam), dtype=torch.long, device=lam.device)
+        return cls(lam.clone(), torch.zeros_like(lam), size, counts + _MAX_ITER, counts.clone(), counts.clone())
+
+    def put(self, rows: torch.Tensor, other: NewtonResult, index: torch.Tensor) -> None:
+        """Copy rows ``index`` of another result into ``rows`` of this one."""
+        for name in ("lam", "gradient", "residual", "reason", "newton", "hvps"):
+            getattr(self, name)[rows] = getattr(other, name)[index]
+
+
+def minimise(
+    potential: Potential,
+    start: torch.Tensor,
+    *,
+    tolerance: Tolerance,
+    max_newton: int = 30,
+    cg_max: int = 50,
+    hvp_budget: int | None = None,
+) -> NewtonResult:
+    """Minimise a potential from ``start``; rows that are done leave the batch.
+
+    Args:
+        potential: What to minimise.
+        start: First guess ``[B, d]``, on the hyperplane if there is one.
+        tolerance: Norm of the allowed gradient at which a row is done ``[B]``, or a function that gives it from the
+            whole gradient.
+        max_newton: Iterations at most.
+        cg_max: Hessian-vector products of one iteration at most.
+        hvp_budget: Products of one row in all; None for no limit.
+
+    Returns:
+        The minimisers; a row that did not converge has its best point and the reason.
+
+    Example:
+        >>> from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
+        >>> geometry = SoftmaxGeometry(torch.tensor([[1.0], [-1.0], [0.0]], dtype=torch.float64))
+        >>> potential = Potential(geometry, torch.zeros(1, 1).double(), torch.zeros(1, 1).double(), 0.0)
+        >>> found = minimise(potential, torch.ones(1, 1).double(), tolerance=torch.tensor([1e-10]))
+        >>> found.reasons(), abs(round(float(found.lam), 6))
+        (['converged'], 0.0)
+    """
+    with exact_arithmetic(start.device):
+        return _Descent(potential, start, tolerance, max_newton, cg_max, hvp_budget).run()
+
+
+class _Descent:
+    """The rows that are still on their way."""
+
+    def __init__(
+        self,
+        potential: Potential,
+        start: torch.Tensor,
+        tolerance: Tolerance,
+        max_newton: int,
+        cg_max: int,
+        hvp_budget: int | None,
+    ) -> None:
+        self.potential, self.tolerance = potential, tolerance
+        self.max_newton, self.cg_max, self.hvp_budget = max_newton, cg_max, hvp_budget
+        self.found = NewtonResult.empty(start)
+        self.here = NewtonResult.empty(start)
+        self.rows = torch.arange(len(start), device=start.device)
+        self.z = potential.family.logits(start)
+        self.found.z = self.z.clone()
+        self.first = start.new_zeros(len(start))
+        self.unsure = torch.zeros(len(start), dtype=torch.bool, device=start.device)
+        self.before = start.new_full((len(start),), float("inf"))
+        self.kept: dict[str, torch.Tensor] = {}
+        self.kept_z = self.z
+
+    def run(self) -> NewtonResult:
+        for iteration in range(self.max_newton + 1):
+            if not len(self.rows):
+                break
+            p = self.z.softmax(-1)
+            self._look(p, iteration, last=iteration == self.max_newton)
+            if not len(self.rows):
+                break
+            self._step(self.z.softmax(-1) if len(p) != len(self.rows) else p)
+        return self.found
+
+    def _look(self, p: torch.Tensor, iteration: int, *, last: bool) -> None:
+        """Find the gradient, and let the rows go that are done."""
+        here, potential = self.here, self.potential
+        here.gradient = potential.gradient(p, here.lam)
+        here.residual = potential.allowed(here.gradient).norm(dim=-1)
+        if iteration == 0:
+            self.first = here.residual.clone()
+        wanted = self.tolerance(here.gradient) if callable(self.tolerance) else self.tolerance[self.rows]
+        eps = torch.finfo(here.lam.dtype).eps
+        floor = 32 * eps * (potential.linear.norm(dim=-1) + potential.alpha * here.lam.norm(dim=-1))
+        converged = here.residual <= torch.maximum(wanted.to(floor), floor)
+        stalled = ~converged & (self.unsure & (here.residual >= 0.9 * self.before) | ~here.residual.isfinite())
+        self._undo(stalled & (here.residual > self.before))
+        spent = torch.zeros_like(stalled) if self.hvp_budget is None else here.hvps >= self.hvp_budget
+        spent = spent & ~converged & ~stalled
+        here.newton += iteration - here.newton
+        here.reason[:] = _MAX_ITER
+        here.reason[converged], here.reason[stalled], here.reason[spent] = _CONVERGED, _STALLED, _BUDGET
+        self.before = here.residual.clone()
+        done = converged | stalled | spent
+        self._release(torch.ones_like(done) if last else done)
+
+    def _undo(self, worse: torch.Tensor) -> None:
+        """Take back the last step of rows that it left worse off; they stop here."""
+        for name, old in self.kept.items():
+            now = getattr(self.here, name)
+            setattr(self.here, name, torch.where(worse[:, None] if now.dim() > 1 else worse, old, now))
+        if self.kept:
+            self.z = torch.where(worse[:, None], self.kept_z, self.z)
+
+    def _release(self, done: torch.Tensor) -> None:
+        if not bool(done.any()):
+            return
+        index = done.nonzero().flatten()
+        self.found.put(self.rows[index], self.here, index)
+        self.found.z[self.rows[index]] = self.z[index]
+        keep = (~done).nonzero().flatten()
+        self.rows, self.z, self.first = self.rows[keep], self.z[keep], self.first[keep]
+        self.unsure, self.before, self.kept = self.unsure[keep], self.before[keep], {}
+        if len(keep):
+            self.potential = self.potential.rows(keep)
+        names = ("lam", "gradient", "residual", "reason", "newton", "hvps")
+        self.here = NewtonResult(*(getattr(self.here, name)[keep] for name in names))
+
+    def _step(self, p: torch.Tensor) -> None:
+        here, potential = self.here, self.potential
+        self.kept, self.kept_z = {name: getattr(here, name) for name in ("lam", "gradient", "residual")}, self.z
+        r = potential.allowed(here.gradient)
+        # Tighter than this, the linear solve would chase rounding, which on a hyperplane has no curvature to stop it.
+        loose = (here.residual / self.first.clamp_min(torch.finfo(r.dtype).tiny)).sqrt()
+        loose = loose.clamp(min=torch.finfo(r.dtype).eps ** 0.4, max=0.1)
+        limit = self.cg_max if self.hvp_budget is None else min(self.cg_max, self.hvp_budget)
+        step, used = potential.solve(p, r, tolerance=loose * here.residual, max_iterations=limit)
+        here.hvps += used
+        image = potential.family.logits_change(step)
+        length, self.unsure = _line_search(potential, here.lam, self.z, step, image, (r * step).sum(-1))
+        here.lam = here.lam - length[:, None] * step
+        self.z = self.z - length[:, None] * image
+
+
+def _line_search(
+    potential: Potential,
+    lam: torch.Tensor,
+    z: torch.Tensor,
+    step: torch.Tensor,
+    image: torch.Tensor,
+    decrease: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far to go along ``-step``: all of it, or else near the minimum of the convex function along it.
+
+    Returns:
+        Lengths in (0, 1] ``[B]``, and where the predicted decrease is below the rounding of the potential ``[B]``, so
+        that the whole step was taken on trust.
+    """
+    away = lam - potential.centre
+    slope0 = (potential.linear * step).sum(-1) - potential.alpha * (away * step).sum(-1)
+    bend = potential.alpha * step.square().sum(-1)
+    base = z.logsumexp(-1)
+    ones = torch.ones_like(base)
+
+    def value(k: torch.Tensor) -> torch.Tensor:
+        return (z - k[:, None] * image).logsumexp(-1) - base + k * slope0 + 0.5 * k * k * bend
+
+    rounding = 8 * torch.finfo(z.dtype).eps * (1 + base.abs())
+    unsure = decrease <= rounding
+    fine = unsure | (value(ones) <= -_ARMIJO * decrease)
+    if bool(fine.all()):
+        return ones, unsure
+    low, high, k = torch.zeros_like(ones), ones.clone(), 0.5 * ones
+    for _ in range(_SEARCHES):
+        q = (z - k[:, None] * image).softmax(-1)
+        mean = (q * image).sum(-1)
+        slope = slope0 - mean + k * bend
+        second = (q * (image - mean[:, None]).square()).sum(-1) + bend
+        flat = (slope.abs() <= _FLAT * decrease) & (value(k) < 0)  # the slope may be small far behind the minimum too
+        if bool((fine | flat).all()):
+            break
+        low, high = torch.where(slope < 0, k, low), torch.where(slope < 0, high, k)
+        newton = k - slope / second.clamp_min(torch.finfo(z.dtype).tiny)
+        inside = (newton > low) & (newton < high)
+        k = torch.where(flat, k, torch.where(inside, newton, 0.5 * (low + high)))
+    good = value(k) < 0
+    return torch.where(fine, ones, torch.where(good, k, low.clamp_min(1e-12))), unsure

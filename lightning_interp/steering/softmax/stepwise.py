@@ -1,0 +1,179 @@
+"""The stepwise path of arXiv 2602.15293, Algorithm 1, as its authors run it: for parity and for figures of whole paths.
+
+Each step solves ``(Cov[g] + alpha I) v = beta / |beta|`` at the current state and moves by ``eta v / |v|``. It is an
+explicit Euler walk along the curve that ``dual_steer`` reaches directly, and the
+only mode that works with a softcapped head (with the Fisher matrix pulled back to the state).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from lightning_interp.errors import RecipeError
+from lightning_interp.steering.softmax.arithmetic import exact_arithmetic, working_dtype
+from lightning_interp.steering.softmax.geometry import SoftmaxGeometry, centred
+from lightning_interp.steering.softmax.linear_solvers import solve_dense
+from lightning_interp.steering.softmax.request import TokenPairs
+from lightning_interp.steering.softmax.support import RestrictedFamily, restrict
+
+__all__ = ["StepwisePath", "algorithm1"]
+
+
+@dataclass
+class StepwisePath:
+    """A walked path.
+
+    Args:
+        points: States ``[S + 1, B, d]``, the start first; a row that stopped keeps its last point.
+        steps: Steps that each row took ``[B]``.
+        hvps: Hessian-vector products of each row ``[B]``; 0 with the dense solve.
+    """
+
+    points: torch.Tensor
+    steps: torch.Tensor
+    hvps: torch.Tensor
+
+
+def algorithm1(
+    geometry: SoftmaxGeometry,
+    lam: torch.Tensor,
+    direction: Any,
+    *,
+    alpha: float = 5e-3,
+    eta: float = 2.0,
+    steps: int = 200,
+    top_k: int | None = 20000,
+    cg_max: int = 20,
+    cg_atol: float = 1e-5,
+    solve: Literal["cg", "dense"] = "cg",
+    pairs: TokenPairs | None = None,
+    stop_prob: float = 0.9999,
+) -> StepwisePath:
+    """Walk the regularised dual curve in steps of fixed length.
+
+    Args:
+        geometry: Of the head; capped ones with ``on_softcap='pullback'``.
+        lam: States ``[B, d]`` or ``[d]``.
+        direction: ``beta`` ``[d]``, or a probe; only its direction matters.
+        alpha: Regularisation; the authors use 1e-3 by default and 5e-3 in their runs.
+        eta: Length of a step.
+        steps: Steps at most.
+        top_k: Likeliest tokens that each step works on, renormalised; None for all.
+        cg_max: Conjugate-gradient iterations of a step at most.
+        cg_atol: Absolute residual at which they stop.
+        solve: Conjugate gradients, or a dense factorisation as in the paper's runs.
+        pairs: With them a row stops when the concept's probability exceeds ``stop_prob``.
+        stop_prob: See ``pairs``.
+
+    Returns:
+        The path.
+
+    Raises:
+        RecipeError: If a setting is out of its range.
+        IncompatibleModelError: If a state or direction has another width.
+
+    Example:
+        >>> geometry = SoftmaxGeometry(torch.eye(3))
+        >>> path = algorithm1(geometry, torch.zeros(3), torch.tensor([1.0, -1.0, 0.0]), eta=0.5, steps=4)
+        >>> path.points.shape, path.steps.tolist()
+        (torch.Size([5, 1, 3]), [4])
+    """
+    _check_walk(alpha, eta, steps, top_k)
+    beta = direction if isinstance(direction, torch.Tensor) else direction.direction
+    state = lam.detach().reshape(-1, lam.shape[-1]).to(working_dtype(geometry.weight, lam))
+    geometry.check_state(state, beta)
+    unit = (beta / beta.norm()).to(state).expand(len(state), -1)
+    walking = torch.ones(len(state), dtype=torch.bool, device=state.device)
+    taken, hvps = walking.long() * 0, walking.long() * 0
+    points = [state]
+    with torch.no_grad(), exact_arithmetic(state.device):
+        for _ in range(steps):
+            if pairs is not None:
+                walking = walking & (_concept(geometry, state, pairs) <= stop_prob)
+            if not bool(walking.any()):
+                break
+            move, used = _direction(geometry, state, unit, alpha, top_k, cg_max, cg_atol, solve)
+            hvps, taken = hvps + used * walking, taken + walking
+            state = torch.where(walking[:, None], state + eta * move / move.norm(dim=-1, keepdim=True), state)
+            points.append(state)
+    return StepwisePath(torch.stack(points), taken, hvps)
+
+
+def _check_walk(alpha: float, eta: float, steps: int, top_k: int | None) -> None:
+    for name, value, low in (("alpha", alpha, 0.0), ("eta", eta, 0.0), ("steps", steps, 0), ("top_k", top_k, 0)):
+        if value is not None and not value > low:
+            raise RecipeError(f"algorithm1({name}={value!r}): expected a number > 0.")
+
+
+def _concept(geometry: SoftmaxGeometry, state: torch.Tensor, pairs: TokenPairs) -> torch.Tensor:
+    logp = geometry.model_log_probs(state)
+    base, target = (logp[:, ids.to(logp.device)].logsumexp(-1) for ids in (pairs.base_ids, pairs.target_ids))
+    return (target - base).sigmoid()
+
+
+def _direction(
+    geometry: SoftmaxGeometry,
+    state: torch.Tensor,
+    unit: torch.Tensor,
+    alpha: float,
+    top_k: int | None,
+    cg_max: int,
+    cg_atol: float,
+    solve: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(Cov + alpha I)^-1 unit`` on the likeliest tokens, and the products it took."""
+    family, slope = _local_family(geometry, state, top_k)
+    p = _probabilities(geometry, family, state)
+    if solve == "dense":
+        rows = family.weight * geometry.scale * slope[:, :, None]
+        found = [solve_dense(r, q, v, alpha) for r, q, v in zip(rows, p, unit, strict=True)]
+        return torch.stack(found), torch.zeros(len(state), dtype=torch.long, device=state.device)
+
+    def product(v: torch.Tensor) -> torch.Tensor:
+        return family.mean(slope * centred(p, slope * family.logits_change(v))) + alpha * v
+
+    return _fixed_cg(product, unit, cg_max, cg_atol)
+
+
+def _local_family(
+    geometry: SoftmaxGeometry, state: torch.Tensor, top_k: int | None
+) -> tuple[RestrictedFamily, torch.Tensor]:
+    z = geometry.logits(state)
+    index = z.topk(min(top_k or z.shape[-1], z.shape[-1]), dim=-1).indices
+    family = restrict(geometry, index, state.dtype)
+    kept = z.gather(-1, index)
+    if geometry.softcap is None or geometry.on_softcap != "pullback":
+        return family, torch.ones_like(kept)
+    return family, 1 - torch.tanh(kept / geometry.softcap).square()
+
+
+def _probabilities(geometry: SoftmaxGeometry, family: RestrictedFamily, state: torch.Tensor) -> torch.Tensor:
+    z = family.logits(state)
+    if geometry.softcap is not None and geometry.on_softcap == "pullback":
+        z = geometry.softcap * torch.tanh(z / geometry.softcap)
+    return z.softmax(-1)
+
+
+def _fixed_cg(product: Any, b: torch.Tensor, cg_max: int, atol: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The authors' loop: absolute residual, and a stop where the curvature vanishes."""
+    x, residual = torch.zeros_like(b), b.clone()
+    direction, square = residual.clone(), residual.square().sum(-1)
+    live = torch.ones(len(b), dtype=torch.bool, device=b.device)
+    used = torch.zeros(len(b), dtype=torch.long, device=b.device)
+    for _ in range(cg_max):
+        if not bool(live.any()):
+            break
+        image = product(direction)
+        curvature = (direction * image).sum(-1)
+        used += live
+        live = live & (curvature.abs() >= 1e-10)
+        length = torch.where(live, square / curvature, torch.zeros_like(square))[:, None]
+        x, residual = x + length * direction, residual - length * image
+        after = residual.square().sum(-1)
+        live = live & (after.sqrt() >= atol)
+        direction = torch.where(live[:, None], residual + (after / square)[:, None] * direction, direction)
+        square = torch.where(live, after, square)
+    return x, used

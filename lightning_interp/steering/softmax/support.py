@@ -1,0 +1,159 @@
+"""Dual steering on the tokens that matter: a restricted vocabulary, chosen once a solve and certified afterwards."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+
+from lightning_interp.steering.softmax.arithmetic import exact_arithmetic
+from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
+
+__all__ = ["PolishedFamily", "RestrictedFamily", "choose_support", "restrict"]
+
+_REACH = 10.0
+"""Logits by which the far end of a straight path is moved along the direction, where its length is not known."""
+
+
+class RestrictedFamily:
+    """The softmax over some tokens, renormalised, with tokens of its own in each row.
+
+    Args:
+        index: Token ids ``[B, K]``.
+        weight: Their rows of the unembedding ``[B, K, d]``.
+        bias: ``[B, K]`` or None.
+        scale: Factor of all logits.
+    """
+
+    def __init__(
+        self, index: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: float = 1.0
+    ) -> None:
+        self.index, self.weight, self.bias, self.scale = index, weight, bias, scale
+
+    def logits(self, lam: torch.Tensor) -> torch.Tensor:
+        """``[B, d] -> [B, K]``."""
+        z = self.logits_change(lam)
+        return z if self.bias is None else z + self.scale * self.bias
+
+    def logits_change(self, v: torch.Tensor) -> torch.Tensor:
+        """Linear part of :meth:`logits`."""
+        with exact_arithmetic(v.device):
+            return self.scale * torch.bmm(self.weight, v[:, :, None])[:, :, 0]
+
+    def mean(self, weights: torch.Tensor) -> torch.Tensor:
+        """Its transpose, ``[B, K] -> [B, d]``."""
+        with exact_arithmetic(weights.device):
+            return self.scale * torch.bmm(weights[:, None, :], self.weight)[:, 0]
+
+    def gradients(self, index: torch.Tensor) -> torch.Tensor:
+        """Gradients of the logits in columns ``index`` ``[B, k]``: ``[B, k, d]``."""
+        return self.scale * self.weight.take_along_dim(index[..., None], dim=1)
+
+    def rows(self, index: torch.Tensor) -> Self:
+        """The same for some of the rows."""
+        bias = None if self.bias is None else self.bias[index]
+        return type(self)(self.index[index], self.weight[index], bias, self.scale)
+
+
+class PolishedFamily:
+    """The whole vocabulary with the curvature of a support: exact gradients, cheap Hessian-vector products.
+
+    Newton's method on it ends where the whole family's gradient vanishes, so what it gives needs no other
+    certificate. A step is nearly Newton's own while the support holds nearly all probability.
+
+    Args:
+        whole: The family over the whole vocabulary.
+        part: The same family over a support of each row.
+    """
+
+    def __init__(self, whole: SoftmaxGeometry, part: RestrictedFamily) -> None:
+        self.whole, self.part = whole, part
+
+    def logits(self, lam: torch.Tensor) -> torch.Tensor:
+        """``[B, d] -> [B, V]``."""
+        return self.whole.logits(lam)
+
+    def logits_change(self, v: torch.Tensor) -> torch.Tensor:
+        """Linear part of :meth:`logits`."""
+        return self.whole.logits_change(v)
+
+    def mean(self, weights: torch.Tensor) -> torch.Tensor:
+        """Its transpose, ``[B, V] -> [B, d]``."""
+        return self.whole.mean(weights)
+
+    def curvature(self, p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Hessian-vector product with the support's share of the probabilities ``p`` ``[B, V]``; ``[B, d]``."""
+        inside, u = p.gather(-1, self.part.index), self.part.logits_change(v)
+        return self.part.mean(inside * (u - (inside * u).sum(-1, keepdim=True)))
+
+    def gradients(self, index: torch.Tensor) -> torch.Tensor:
+        """Gradients of the logits of tokens ``index`` ``[B, k]``: ``[B, k, d]``."""
+        return self.whole.gradients(index)
+
+    def rows(self, index: torch.Tensor) -> PolishedFamily:
+        """The same for some of the rows."""
+        return PolishedFamily(self.whole, self.part.rows(index))
+
+
+def restrict(geometry: SoftmaxGeometry, index: torch.Tensor, dtype: torch.dtype) -> RestrictedFamily:
+    """Gather the rows of a support, once a solve: gathering costs as much as several products with them.
+
+    Args:
+        geometry: The whole family.
+        index: Token ids ``[B, K]``, each at most once a row.
+        dtype: Working dtype.
+
+    Returns:
+        The restricted family.
+
+    Example:
+        >>> geometry = SoftmaxGeometry(torch.eye(4))
+        >>> restrict(geometry, torch.tensor([[0, 2]]), torch.float32).logits(torch.ones(1, 4)).shape
+        torch.Size([1, 2])
+    """
+    index = index.to(geometry.weight.device)
+    bias = None if geometry.bias is None else geometry.bias[index].to(dtype)
+    return RestrictedFamily(index, geometry.weight[index].to(dtype), bias, geometry.scale)
+
+
+def choose_support(
+    z: torch.Tensor,
+    push: torch.Tensor,
+    size: int,
+    *,
+    end: torch.Tensor | None = None,
+    always: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Tokens that a path from one state along one direction can make likely.
+
+    Half of them are the likeliest at the start, a quarter the likeliest at the straight path's end, and a quarter those
+    that the direction favours most; the likeliest at the start alone would hide the growth of promoted tokens.
+
+    Args:
+        z: Logits at the start ``[B, V]``.
+        push: Logits of the direction, ``[B, V]`` or ``[1, V]``.
+        size: Tokens wanted, ``always`` not counted.
+        end: Logits at the straight path's end ``[B, V]``; a guess along ``push`` if None.
+        always: Token ids that must be in.
+
+    Returns:
+        ``[B, K]`` token ids without repetition, ``K`` the same in all rows and at least ``size`` (at most ``V``).
+
+    Example:
+        >>> choose_support(torch.tensor([[5.0, 4.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 0.0, 1.0]]), 2).tolist()
+        [[0, 3]]
+    """
+    rows, vocabulary = z.shape
+    size = min(size, vocabulary)
+    push = push.expand(rows, -1)
+    if end is None:
+        end = z + _REACH * push / (push.amax(-1, keepdim=True) - push.mean(-1, keepdim=True)).clamp_min(1e-12)
+    chosen = torch.zeros(rows, vocabulary, dtype=torch.bool, device=z.device)
+    if always is not None:
+        chosen[:, always.to(z.device)] = True
+    for scores, share in ((z, 2), (end, 4), (push, 4)):
+        chosen.scatter_(1, scores.topk(max(1, size // share), dim=-1).indices, True)
+    count = min(vocabulary, max(size, int(chosen.sum(-1).max())))
+    # Rows with fewer tokens are filled up with the next likeliest, so that all have the same number.
+    score = z - z.amax(-1, keepdim=True) + chosen * (2 * (z.amax() - z.amin()) + 1)
+    return score.topk(count, dim=-1).indices.sort(-1).values

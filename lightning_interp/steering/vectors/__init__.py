@@ -1,0 +1,1 @@
+"""Steering vectors: found from contrasting texts, kept in files, checked against a model."""

@@ -1,0 +1,156 @@
+"""What a model holds at some sites while it reads texts: one row of numbers a text, batch by batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_interp.core.hooks.intervention import Intervention
+from lightning_interp.core.measure.undisturbed import undisturbed
+from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.model.sites import Site
+from lightning_interp.core.tokens.positions import Last, Positions
+from lightning_interp.core.tokens.step import StepContext
+from lightning_interp.errors import DataError, PositionError
+
+__all__ = ["TextFeatures", "encode_texts", "pack_rows", "padded", "text_features"]
+
+TextFeatures = tuple[list[int], dict[Site, torch.Tensor]]
+
+
+def text_features(
+    model: nn.Module | ModelMap,
+    tokenizer: Any,
+    texts: Sequence[str],
+    sites: Sequence[Site],
+    *,
+    positions: Positions | None = None,
+    token_budget: int = 4096,
+) -> Iterator[TextFeatures]:
+    """Read texts and give, for each batch, the mean activation over the chosen tokens of each text.
+
+    The model is used as it is (with whatever is attached to it), in evaluation mode and without gradients; modes are
+    put back. Texts of like length share a batch.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        texts: What to read.
+        sites: Where to read.
+        positions: Which tokens; by default the last one.
+        token_budget: Most tokens of a batch, padding counted.
+
+    Yields:
+        Numbers of the texts of a batch, and for each site float32 ``[texts, d]`` on the CPU.
+
+    Raises:
+        DataError: If a text has no tokens.
+        PositionError: If the selector chooses no token of a text.
+
+    Example:
+        >>> from lightning_interp.testing import byte_tokenizer, tiny_model
+        >>> batches = text_features(tiny_model("llama"), byte_tokenizer(), ["ab", "abc"], [Site("resid_post", 1)])
+        >>> [(numbers, {str(s): tuple(x.shape) for s, x in found.items()}) for numbers, found in batches]
+        [([1, 0], {'resid_post.1': (2, 32)})]
+    """
+    model_map = model if isinstance(model, ModelMap) else ModelMap.build(model)
+    rows = encode_texts(tokenizer, texts)
+    reader = _Reader(sites, Last() if positions is None else positions)
+    settings = _cheap(model_map, sites)
+    device = next(model_map.model.parameters()).device
+    with reader.attach(model_map, tokenizer=tokenizer), undisturbed(model_map.model):
+        for numbers in pack_rows([len(row) for row in rows], token_budget):
+            ids, mask = padded([rows[i] for i in numbers])
+            with torch.inference_mode():
+                model_map.model(input_ids=ids.to(device), attention_mask=mask.to(device), **settings)
+            yield numbers, reader.take(numbers, texts)
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, as the tokenizer gives them by itself.
+
+    Raises:
+        DataError: If a text has no tokens, with its number.
+
+    Example:
+        >>> from lightning_interp.testing import byte_tokenizer
+        >>> [len(row) for row in encode_texts(byte_tokenizer(), ["a", "abc"])]
+        [1, 3]
+    """
+    rows: list[list[int]] = tokenizer(list(texts))["input_ids"] if texts else []
+    for number, row in enumerate(rows):
+        if not row:
+            raise DataError(f"Text {number} ({texts[number]!r}) has no tokens. Remove it or fill it in.")
+    return rows
+
+
+def pack_rows(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+    """Numbers of rows that share a batch: the longest first, at most ``token_budget`` tokens with padding.
+
+    Example:
+        >>> list(pack_rows([2, 5, 3], 9))
+        [[1], [2, 0]]
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    while order:
+        size = max(1, token_budget // lengths[order[0]])
+        yield order[:size]
+        order = order[size:]
+
+
+def padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask ``[B, T]``, padded on the right, where padding changes nothing before it.
+
+    Example:
+        >>> [x.tolist() for x in padded([[7, 8], [9]])]
+        [[[7, 8], [9, 0]], [[1, 1], [1, 0]]]
+    """
+    width = max(len(row) for row in rows)
+    ids, mask = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(2))
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return ids, mask
+
+
+class _Reader(Intervention):
+    """Mean over the chosen tokens of each row, and how many were chosen."""
+
+    def __init__(self, sites: Sequence[Site], positions: Positions) -> None:
+        self._sites, self.positions = tuple(sites), positions
+        self._found: dict[Site, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def sites(self, model_map: ModelMap) -> Sequence[Site]:
+        return self._sites
+
+    def transform(self, site: Site, x: torch.Tensor, step: StepContext) -> torch.Tensor:
+        mask = step.choose(self.positions, x)
+        count = mask.sum(dim=1)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32)).masked_fill(~mask[..., None], 0.0)
+        self._found[site] = (wide.sum(dim=1) / count.clamp_min(1)[:, None]).float().cpu(), count.cpu()
+        return x
+
+    def take(self, numbers: Sequence[int], texts: Sequence[str]) -> dict[Site, torch.Tensor]:
+        for _, count in self._found.values():
+            if not bool(count.all()):
+                number = numbers[int((count == 0).nonzero()[0])]
+                raise PositionError(
+                    f"{self.positions} chooses no token of text {number}: {texts[number]!r}. Choose other tokens, or "
+                    "leave the text out."
+                )
+        found = {site: mean for site, (mean, _) in self._found.items()}
+        self._found = {}
+        return found
+
+
+def _cheap(model_map: ModelMap, sites: Sequence[Site]) -> Mapping[str, Any]:
+    """Arguments that spare what is not read: the cache, and the logits of all tokens but one."""
+    known = inspect.signature(model_map.model.forward).parameters
+    settings: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
+    if "logits_to_keep" in known and not any(site.kind in ("unembed_in", "logits") for site in sites):
+        settings["logits_to_keep"] = 1
+    return settings

@@ -1,0 +1,146 @@
+"""Directions from wherever a user has them: a tensor, a list of numbers, a probe, a vector, or a file of one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_interp.core.model.sites import Site
+from lightning_interp.errors import RecipeError
+
+__all__ = ["ReadDirection", "as_direction", "read_direction", "tensor_hash"]
+
+
+@dataclass(frozen=True, eq=False)
+class ReadDirection:
+    """One direction and what is known about it.
+
+    Args:
+        direction: float32 ``[d]`` (float64 if it was given so).
+        fingerprint: Of the model that it belongs to, if that is known.
+    """
+
+    direction: torch.Tensor
+    fingerprint: str | None = None
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the direction's numbers."""
+        return tensor_hash(self.direction)
+
+
+def tensor_hash(*tensors: torch.Tensor) -> str:
+    """SHA-256 of tensors' shapes and numbers, as float32, in hexadecimal.
+
+    Example:
+        >>> tensor_hash(torch.ones(2)) == tensor_hash(torch.ones(2, dtype=torch.float64))
+        True
+    """
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(str(list(tensor.shape)).encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def as_direction(value: Any, *, what: str = "The direction") -> torch.Tensor:
+    """Check a direction and put it into a plain form.
+
+    Args:
+        value: A tensor ``[d]`` or a list of numbers.
+        what: Its name, for messages.
+
+    Returns:
+        ``value`` itself if it requires grad, so that it can be trained; otherwise a copy in float32 (float64 stays).
+
+    Raises:
+        RecipeError: If it is no vector, holds NaN or infinities, or is zero.
+
+    Example:
+        >>> as_direction([3, 4])
+        tensor([3., 4.])
+    """
+    tensor = value if isinstance(value, torch.Tensor) else _tensor(value, what)
+    if tensor.dim() != 1 or tensor.numel() == 0 or tensor.is_complex():
+        raise RecipeError(f"{what} has the shape {list(tensor.shape)} ({tensor.dtype}); expected real numbers [d].")
+    check_finite(tensor, what)
+    if not bool(tensor.detach().any()):
+        raise RecipeError(f"{what} is zero in all its {tensor.numel()} numbers, so it would change nothing.")
+    return frozen(tensor)
+
+
+def frozen(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that later changes of the original do not reach; the tensor itself if it is being trained."""
+    if tensor.requires_grad:
+        return tensor
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    with torch.inference_mode(False):
+        return tensor.detach().to(dtype, copy=True)
+
+
+def check_finite(tensor: torch.Tensor, what: str) -> None:
+    """Refuse NaN and infinities.
+
+    Raises:
+        RecipeError: With the place of the first.
+    """
+    wrong = (~torch.isfinite(tensor.detach())).nonzero()
+    if len(wrong):
+        place = wrong[0].tolist()
+        raise RecipeError(
+            f"{what} holds {float(tensor[tuple(place)])} at index {place} ({len(wrong)} such numbers of "
+            f"{tensor.numel()}); expected finite numbers. Extract or load it again."
+        )
+
+
+def read_direction(probe: Any, site: Site | str | None = None) -> ReadDirection:
+    """One direction from a tensor, a list, a probe, a vector, or a file.
+
+    Args:
+        probe: What the user has.
+        site: Which one of a vector with several.
+
+    Returns:
+        The direction and its model's fingerprint.
+
+    Raises:
+        RecipeError: If it is no direction, or one of several has to be chosen.
+        DataError: If the file holds no direction.
+    """
+    from lightning_interp.steering.concepts.probes import ConceptProbe
+    from lightning_interp.steering.vectors.steering_vectors import SteeringVector
+
+    if isinstance(probe, str | os.PathLike):
+        probe = _load(probe)
+    if isinstance(probe, SteeringVector):
+        return ReadDirection(as_direction(probe.only(site)).detach(), probe.fingerprint)
+    if isinstance(probe, torch.Tensor | Sequence):
+        return ReadDirection(as_direction(probe).detach())
+    if not isinstance(probe, ConceptProbe):
+        raise RecipeError(
+            f"{probe!r:.80} is no direction. Expected a tensor [d], a ConceptProbe, a SteeringVector, or a file of one."
+        )
+    return ReadDirection(as_direction(probe.direction), probe.fingerprint)
+
+
+def _load(path: str | os.PathLike[str]) -> Any:
+    """A probe or a vector, as the file says that it is one."""
+    from lightning_interp.steering.concepts.probes import ConceptProbe
+    from lightning_interp.steering.vectors.steering_vectors import SteeringVector, read_tensors
+
+    if str(path).lower().endswith(".safetensors") and "concept_probe" in read_tensors(path)[1].get("format", ""):
+        return ConceptProbe.load(Path(path))
+    return SteeringVector.load(path)
+
+
+def _tensor(value: Any, what: str) -> torch.Tensor:
+    try:
+        return torch.as_tensor(value, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"{what} is {value!r:.60}, no vector: {error}. Pass a tensor [d].") from error

@@ -1,0 +1,97 @@
+"""The house rules: layers inside core, no circle of files, rooms of a readable size, names that say where they are."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lightning_interp"
+
+# What each room of core may import of core; Lightning enters in callbacks alone.
+CORE = {
+    "model": {"model"},
+    "tokens": {"model", "tokens"},
+    "hooks": {"model", "tokens", "hooks"},
+    "weights": {"model", "tokens", "hooks", "weights"},
+    "measure": {"measure"},
+    "storage": {"measure", "storage"},
+    "callbacks": {"model", "tokens", "hooks", "measure", "storage", "callbacks"},
+}
+# Names that a method's room may use again, since the room says which.
+SHARED_NAMES = {"callback", "figures", "metric", "metrics", "result", "intervention", "study", "words", "endpoint"}
+# A room holds about fifteen modules; these hold more for now.
+FULL = {"rate/rewriting": 17, "steering/softmax": 18, "grafting": 26}
+MOST = 16
+
+
+@cache
+def trees():
+    """Module -> its syntax tree, ``__init__`` files (which only hand names on) left out."""
+    paths = [path for path in PACKAGE.rglob("*.py") if "_recipes" not in path.parts and path.name != "__init__.py"]
+    names = [".".join(("lightning_interp", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in paths]
+    return {n: ast.parse(p.read_text(encoding="utf-8")) for n, p in sorted(zip(names, paths, strict=True))}
+
+
+def imported(tree):
+    """``(module, name)`` of every import from the package, also inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_interp"):
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield (whole, "") if whole in trees() else (node.module, alias.name)
+
+
+def at_import(tree):
+    """The part of a module that runs, or is read by type checkers, when it is imported: no bodies of functions."""
+    outer = [n for n in ast.walk(tree) if not isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for child in ast.walk(node)
+    }
+    return ast.Module([n for n in outer if isinstance(n, ast.ImportFrom) and id(n) not in inside], [])
+
+
+def test_no_two_files_import_each_other_in_a_circle():
+    arrows = {name: {to for to, _ in imported(at_import(tree)) if to in trees()} for name, tree in trees().items()}
+    while free := {name for name, to in arrows.items() if not to & arrows.keys()}:
+        arrows = {name: to for name, to in arrows.items() if name not in free}
+    assert sorted(arrows) == [], "these, or what they import, form a circle"
+
+
+@pytest.mark.parametrize("room", sorted(CORE))
+def test_layers_inside_core(room):
+    prefix = f"lightning_interp.core.{room}."
+    mine = {name: tree for name, tree in trees().items() if name.startswith(prefix)}
+    assert mine, f"core/{room} is empty"
+    for name, tree in mine.items():
+        rooms = {to.split(".")[2] for to, _ in imported(tree) if to.startswith("lightning_interp.core.")}
+        assert rooms <= CORE[room], f"{name} imports core/{sorted(rooms - CORE[room])}"
+
+
+def test_no_private_name_crosses_rooms():
+    wrong = [
+        f"{name}: {to}.{what}"
+        for name, tree in trees().items()
+        for to, what in imported(tree)
+        if what.startswith("_") and not what.startswith("__") and to.rpartition(".")[0] != name.rpartition(".")[0]
+    ]
+    assert wrong == []
+
+
+def test_rooms_are_of_a_readable_size():
+    count = Counter(
+        str(path.parent.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"
+    )
+    count = {room: n for room, n in count.items() if not room.startswith("_recipes")}
+    assert {room: n for room, n in count.items() if n > FULL.get(room, MOST)} == {}
+
+
+def test_a_module_name_says_where_it_is():
+    count = Counter(name.rpartition(".")[2] for name in trees())
+    assert {name for name, n in count.items() if n > 1} - SHARED_NAMES == set()
