@@ -121,7 +121,8 @@ def likely_inverse(rows: torch.Tensor, p: torch.Tensor, alpha: float, normal: to
 
     def constrained(v: torch.Tensor) -> torch.Tensor:
         x = inverse(v)
-        return x - raised * ((normal * x).sum(-1, keepdim=True) / height)
+        x = x - raised * ((normal * x).sum(-1, keepdim=True) / height)
+        return x - normal * (normal * x).sum(-1, keepdim=True)  # rounding of the large x above
 
     return constrained
 

@@ -227,7 +227,7 @@ class _Descent:
         floor = 32 * eps * (potential.linear.norm(dim=-1) + potential.alpha * here.lam.norm(dim=-1))
         converged = here.residual <= torch.maximum(wanted.to(floor), floor)
         stalled = ~converged & (self.unsure & (here.residual >= 0.9 * self.before) | ~here.residual.isfinite())
-        self._undo(stalled & (here.residual > self.before))
+        self._undo(stalled & ~(here.residual <= self.before))  # not ">", which lets NaN stay
         spent = torch.zeros_like(stalled) if self.hvp_budget is None else here.hvps >= self.hvp_budget
         spent = spent & ~converged & ~stalled
         here.newton += iteration - here.newton
@@ -262,13 +262,16 @@ class _Descent:
     def _step(self, p: torch.Tensor) -> None:
         here, potential = self.here, self.potential
         self.kept, self.kept_z = {name: getattr(here, name) for name in ("lam", "gradient", "residual")}, self.z
-        r = potential.allowed(here.gradient)
+        # Twice: near the minimum the gradient is nearly all normal, and what rounding leaves of that once is as large as
+        # the part that is wanted.
+        r = potential.allowed(potential.allowed(here.gradient))
         # Tighter than this, the linear solve would chase rounding, which on a hyperplane has no curvature to stop it.
         loose = (here.residual / self.first.clamp_min(torch.finfo(r.dtype).tiny)).sqrt()
         loose = loose.clamp(min=torch.finfo(r.dtype).eps ** 0.4, max=0.1)
         limit = self.cg_max if self.hvp_budget is None else min(self.cg_max, self.hvp_budget)
         step, used = potential.solve(p, r, tolerance=loose * here.residual, max_iterations=limit)
         here.hvps += used
+        step = potential.allowed(step)  # the solve may have left the hyperplane, and nothing else would bring it back
         image = potential.family.logits_change(step)
         length, self.unsure = _line_search(potential, here.lam, self.z, step, image, (r * step).sum(-1))
         here.lam = here.lam - length[:, None] * step
