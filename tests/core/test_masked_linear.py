@@ -14,6 +14,8 @@ from lightning_interp.core.weights.masked_linear import MaskedMap, RowMask, atta
 from lightning_interp.errors import IncompatibleModelError, PositionError
 from lightning_interp.testing import tiny_model
 
+pytestmark = pytest.mark.kernels
+
 EXECUTIONS = ("auto", "overwrite", "partition", "dense")
 WIDTH, OUT = 4, 6
 

@@ -17,6 +17,8 @@ from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.plan import GraftPlan, GraftRule
 from lightning_interp.testing.tiny import EXTRA_FAMILIES, FAMILIES, tiny_pair
 
+pytestmark = pytest.mark.kernels
+
 EVERY = FAMILIES + EXTRA_FAMILIES
 EXECUTIONS = ("auto", "overwrite", "partition", "dense")
 LENGTH = 12

@@ -11,6 +11,8 @@ from lightning_interp.rate import rate_effects
 from lightning_interp.rate.estimators.bootstrap import bootstrap_effects, bootstrap_interval, draw_counts
 from lightning_interp.rate.texts.inputs import Raw, prepare
 
+pytestmark = pytest.mark.kernels
+
 NAMES = ["rate/ate", "rate/att", "rate/atu", "single/ate", "single/att", "single/atu", "naive", "b1", "b0"]
 
 

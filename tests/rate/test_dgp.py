@@ -10,6 +10,8 @@ from rate_oracle import asymmetric, heterogeneous
 
 from lightning_interp.rate import rate_effects, third_rewrite_check
 
+pytestmark = pytest.mark.kernels
+
 RUNS = 1000
 TRUTH = {"ate": 0.64, "att": 1.0, "atu": 0.4}
 CLOSE = 0.003  # at a million units

@@ -13,6 +13,8 @@ from lightning_interp.rate import rate_effects
 from lightning_interp.rate.estimators.effects import point_interval
 from lightning_interp.rate.estimators.standard_errors import Point
 
+pytestmark = pytest.mark.kernels
+
 EXACT = 1e-9
 
 

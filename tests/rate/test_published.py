@@ -18,6 +18,8 @@ import pytest
 
 from lightning_interp.rate import rate_effects
 
+pytestmark = pytest.mark.kernels
+
 ESTIMANDS = ("ate", "att", "atu")
 
 

@@ -35,6 +35,8 @@ from lightning_interp.steering.vectors.features import pack_rows
 from lightning_interp.testing import byte_tokenizer, tiny_model
 from lightning_interp.testing.snapshot import snapshot
 
+pytestmark = pytest.mark.kernels
+
 TOKENIZER = byte_tokenizer()
 POSITIVE = ["it was good", "a lovely day out", "so kind", "we won the game", "warm sun, soft sand"]
 NEGATIVE = ["it was bad", "a dreadful day out", "so rude", "we lost the game", "cold rain, hard rock"]

@@ -18,6 +18,8 @@ from lightning_interp.steering.softmax.euclidean import euclidean_steer, line_st
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
 from lightning_interp.steering.softmax.request import Target
 
+pytestmark = pytest.mark.kernels
+
 EXACT = SolverOptions(rtol=1e-13)
 ROWS = torch.tensor([[1, 0.5], [-1, 0.5], [0.5, -1], [0.25, 1.5], [-0.75, -0.5]], dtype=torch.float64)
 LAM = torch.tensor([0.3, -0.2], dtype=torch.float64)

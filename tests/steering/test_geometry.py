@@ -13,6 +13,8 @@ from lightning_interp.errors import IncompatibleModelError
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
 from lightning_interp.steering.softmax.linear_solvers import conjugate_gradient, solve_dense, solve_woodbury
 
+pytestmark = pytest.mark.kernels
+
 GOLDEN = torch.tensor([[1, 0.5], [-1, 0.5], [0.5, -1], [0.25, 1.5], [-0.75, -0.5]], dtype=torch.float64)
 LAM = torch.tensor([0.3, -0.2], dtype=torch.float64)
 BETA = torch.tensor([1, 0.5], dtype=torch.float64)

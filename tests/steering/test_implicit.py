@@ -9,6 +9,8 @@ from lightning_interp.errors import IncompatibleModelError
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
 from lightning_interp.steering.softmax.implicit import dual_step
 
+pytestmark = pytest.mark.kernels
+
 
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -18,6 +18,8 @@ from lightning_interp.errors import DataError, IncompatibleModelError, ManifestE
 from lightning_interp.steering.concepts.moments import ClassMoments
 from lightning_interp.steering.concepts.streamed_sums import StreamedSums
 
+pytestmark = pytest.mark.kernels
+
 WIDTH = 5
 
 

@@ -9,6 +9,8 @@ from lightning_interp.steering import SoftmaxGeometry, dual_steer
 from lightning_interp.steering.softmax import newton
 from lightning_interp.steering.softmax.linear_solvers import conjugate_gradient, likely_inverse
 
+pytestmark = pytest.mark.kernels
+
 
 def draw(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

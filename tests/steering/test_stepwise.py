@@ -13,6 +13,8 @@ from lightning_interp.steering.softmax.dual import dual_steer
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
 from lightning_interp.steering.softmax.stepwise import algorithm1
 
+pytestmark = pytest.mark.kernels
+
 
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -105,7 +105,7 @@ def _solve(request: SteerRequest) -> SteerResult:
     polished, t, met = _reach(request, PolishedFamily(geometry, part), None)
     polished.newton, polished.hvps = polished.newton + point.newton, polished.hvps + point.hvps
     result = _examined(request, polished, t, met, index)
-    again = (~(result.certified & met)).nonzero().flatten()
+    again = (~(result.certified & result.reached)).nonzero().flatten()
     if not len(again):
         return result
     wider = request.rows(again)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lightning_interp.steering.softmax.arithmetic import exact_arithmetic
-from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
+from lightning_interp.steering.softmax.geometry import SoftmaxGeometry, divergence
 from lightning_interp.steering.softmax.newton import NewtonResult
 from lightning_interp.steering.softmax.request import SteerRequest, Target, TokenPairs
 from lightning_interp.steering.softmax.result import SteerResult, described
@@ -117,11 +117,11 @@ def _measure_on_line(request: SteerRequest, push: torch.Tensor) -> Any:
     if request.kind == "kl_budget":
         first = request.z.log_softmax(-1)
 
-        def divergence(t: torch.Tensor) -> torch.Tensor:
+        def signed(t: torch.Tensor) -> torch.Tensor:
             moved = (request.z + t[:, None] * push).log_softmax(-1)
-            return torch.sign(t) * (first.exp() * (first - moved)).sum(-1).clamp_min(0)
+            return torch.sign(t) * divergence(first, moved)
 
-        return divergence
+        return signed
     base, target = request.concept()
 
     def probability(t: torch.Tensor) -> torch.Tensor:
@@ -133,7 +133,7 @@ def _measure_on_line(request: SteerRequest, push: torch.Tensor) -> Any:
 
 def _met_on_line(request: SteerRequest, push: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     if request.kind in ("t", "probe_value"):
-        return torch.ones_like(t, dtype=torch.bool)
+        return torch.ones_like(t, dtype=torch.bool)  # a formula; where it ended is looked at with everything else
     error = (_measure_on_line(request, push)(t) - request.goal).abs()
     goal = request.goal if request.kind == "kl_budget" else request.goal * (1 - request.goal)
     met: torch.Tensor = error <= 10 * request.options.target_rtol * goal.clamp_min(1e-6)

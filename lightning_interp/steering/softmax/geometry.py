@@ -69,6 +69,16 @@ class SoftmaxGeometry:
             raise IncompatibleModelError(
                 f"SoftmaxGeometry got a weight of {weight.dtype} {list(weight.shape)}; expected floating [V, d]."
             )
+        if not bool(weight.isfinite().all()):
+            row = int((~weight.isfinite().all(-1)).nonzero()[0])
+            raise IncompatibleModelError(
+                f"SoftmaxGeometry got a weight that holds {weight[row][~weight[row].isfinite()][0]} in row {row}; "
+                "expected finite values. Look at the checkpoint's lm_head (or embedding, where the two are tied)."
+            )
+        if bias is not None and bool((bias.isnan() | (bias == torch.inf)).any()):
+            raise IncompatibleModelError(
+                "SoftmaxGeometry got a bias with NaN or +inf; expected finite values, or -inf for what never comes."
+            )
         if bias is not None and bias.shape != weight.shape[:1]:
             raise IncompatibleModelError(
                 f"SoftmaxGeometry got a bias {list(bias.shape)} beside a weight {list(weight.shape)}; expected [V]."
@@ -330,12 +340,14 @@ class SoftmaxGeometry:
 
 def divergence(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """``KL(P || Q)`` in nats of log-probabilities ``[..., V]``, ``[...]``."""
-    return (first.exp() * (first - second)).sum(-1).clamp_min(0)
+    p = first.exp()
+    return torch.where(p > 0, p * (first - second), 0).sum(-1).clamp_min(0)  # what never comes costs nothing
 
 
 def entropy(log_probs: torch.Tensor) -> torch.Tensor:
     """Entropy in nats of log-probabilities ``[..., V]``, ``[...]``."""
-    return -(log_probs.exp() * log_probs).sum(-1)
+    p = log_probs.exp()
+    return -torch.where(p > 0, p * log_probs, 0).sum(-1)
 
 
 def centred(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

@@ -262,8 +262,8 @@ class _Descent:
     def _step(self, p: torch.Tensor) -> None:
         here, potential = self.here, self.potential
         self.kept, self.kept_z = {name: getattr(here, name) for name in ("lam", "gradient", "residual")}, self.z
-        # Twice: near the minimum the gradient is nearly all normal, and what rounding leaves of that once is as large as
-        # the part that is wanted.
+        # Twice: near the minimum the gradient is nearly all normal, and what rounding leaves of that once is as large
+        # as the part that is wanted.
         r = potential.allowed(potential.allowed(here.gradient))
         # Tighter than this, the linear solve would chase rounding, which on a hyperplane has no curvature to stop it.
         loose = (here.residual / self.first.clamp_min(torch.finfo(r.dtype).tiny)).sqrt()

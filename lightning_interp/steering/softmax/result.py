@@ -12,7 +12,7 @@ from lightning_interp.steering.softmax.geometry import divergence, entropy
 from lightning_interp.steering.softmax.newton import NewtonResult
 from lightning_interp.steering.softmax.request import SteerRequest
 
-__all__ = ["SteerResult", "described"]
+__all__ = ["SteerResult", "described", "ends_there"]
 
 CERTIFIED = 1e-2
 """Relative error of the dual coordinate, over the whole vocabulary, up to which a row counts as certified."""
@@ -26,7 +26,7 @@ class SteerResult:
         lam: Steered states ``[B, d]``, in the working dtype.
         t: Step along the direction as it was given, ``[B]``: of the dual coordinate for dual steering, of the state for
             Euclidean steering.
-        reached: Whether the target was met and the solve converged, bool ``[B]``.
+        reached: Whether the solve converged and these states meet the target (:func:`ends_there`), bool ``[B]``.
         reason: Why each row stopped: ``converged``, ``stalled``, ``max_iter``, ``budget`` or ``unreachable``.
         newton: Newton iterations ``[B]``.
         hvps: Hessian-vector products ``[B]``.
@@ -38,7 +38,7 @@ class SteerResult:
         rel_resid: ``|phi_a(lam) - phi_a(lam0) - t beta| / (|t| |beta|)`` over the whole vocabulary ``[B]``; 0 where
             nothing moved, NaN for Euclidean steering.
         covered: Probability at the end that the support of the solve covers ``[B]``; 1 for the whole vocabulary.
-        certified: Whether ``rel_resid`` is within the accepted error, bool ``[B]``.
+        certified: Whether ``rel_resid`` is within the accepted error and the KL is a number, bool ``[B]``.
         alpha: Regularisation that was used.
     """
 
@@ -102,24 +102,72 @@ def described(
     """
     beta, lam = request.beta, point.lam
     first, second = (request.geometry.capped(logits).log_softmax(-1) for logits in (request.z, z))
-    reason = [
-        "unreachable" if name == "converged" and not ok else name
-        for name, ok in zip(point.reasons(), met.tolist(), strict=True)
-    ]
+    kl = divergence(first, second)
+    there = ends_there(request, lam, t, second, kl, resid)
+    reason = [_reason(name, *row) for name, *row in zip(point.reasons(), met.tolist(), there.tolist(), strict=True)]
     return SteerResult(
         lam=lam,
         t=t,
-        reached=met,
+        reached=met & there,
         reason=reason,
         newton=point.newton,
         hvps=point.hvps,
         probe_before=(beta * request.lam).sum(-1),
         probe_after=(beta * lam).sum(-1),
-        kl=divergence(first, second),
+        kl=kl,
         entropy_before=entropy(first),
         entropy_after=entropy(second),
         rel_resid=resid,
         covered=covered,
-        certified=resid <= max(CERTIFIED, 10 * request.options.accepted(lam.dtype)),
+        certified=(resid <= max(CERTIFIED, 10 * request.options.accepted(lam.dtype))) & kl.isfinite(),
         alpha=request.alpha,
     )
+
+
+def ends_there(
+    request: SteerRequest,
+    lam: torch.Tensor,
+    t: torch.Tensor,
+    log_probs: torch.Tensor,
+    kl: torch.Tensor,
+    resid: torch.Tensor,
+) -> torch.Tensor:
+    """Whether states meet what was asked for, from the states alone: nothing that a solver says of itself counts.
+
+    Args:
+        request: What was asked for.
+        lam: Where the states are ``[B, d]``.
+        t: Steps along the direction ``[B]``.
+        log_probs: At the states, over the whole vocabulary ``[B, V]``.
+        kl: ``KL(P_start || P_end)`` ``[B]``.
+        resid: Relative error of the dual coordinate ``[B]``; NaN for a walk in the state itself.
+
+    Returns:
+        bool ``[B]``, False where a number is NaN. A probe value may be off by the solver's accepted share of the move,
+        a KL or odds by ten times ``target_rtol``, and all by the rounding of the dtype.
+    """
+    options, goal = request.options, request.goal
+    eps, beta = 64 * torch.finfo(lam.dtype).eps, request.beta
+    ok = lam.isfinite().all(-1) & t.isfinite()
+    if request.kind == "t":
+        walked = (lam - request.lam - t[:, None] * beta).norm(dim=-1)
+        straight = walked <= eps * (lam.norm(dim=-1) + t.abs() * beta.norm(dim=-1))
+        return ok & (t == goal) & torch.where(resid.isnan(), straight, resid <= CERTIFIED)
+    if request.kind == "probe_value":
+        move = (goal - (beta * request.lam).sum(-1)).abs()
+        rounding = eps * beta.norm(dim=-1) * (lam.norm(dim=-1) + request.lam.norm(dim=-1))
+        accepted = options.accepted(lam.dtype) * move
+        return ok & (((beta * lam).sum(-1) - goal).abs() <= accepted + rounding)
+    slack = 10 * options.target_rtol
+    if request.kind == "kl_budget":
+        return ok & ((kl - goal).abs() <= slack * goal + eps * (1 + request.z.logsumexp(-1).abs()))
+    base, target = request.concept()
+    sides = log_probs[:, target].logsumexp(-1), log_probs[:, base].logsumexp(-1)
+    wanted, rounding = goal.logit(), eps * (1 + sides[0].abs() + sides[1].abs())
+    return ok & ((sides[0] - sides[1] - wanted).abs() <= slack * wanted.abs().clamp_min(1.0) + rounding)
+
+
+def _reason(name: str, met: bool, there: bool) -> str:
+    if name != "converged" or (met and there):
+        return name
+    return "stalled" if met else "unreachable"

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from lightning_interp.steering.softmax.curve import DualCurve
+from lightning_interp.steering.softmax.geometry import divergence
 from lightning_interp.steering.softmax.newton import NewtonResult
 
 _GROWTH, _EXPANSIONS = 8.0, 10
@@ -32,7 +33,7 @@ class KlMeasure:
     def at(self, curve: DualCurve, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`Measure`. At the start the gradient is that of the Fisher length along the tangent."""
         first = curve.z0.log_softmax(-1)
-        root = (first.exp() * (first - z.log_softmax(-1))).sum(-1).clamp_min(0).sqrt()
+        root = divergence(first, z.log_softmax(-1)).sqrt()
         slope = (curve.family.mean(z.softmax(-1)) - curve.phi0) / (2 * root[:, None]).clamp_min(1e-12)
         return root, slope
 

@@ -1,0 +1,105 @@
+"""What a result says of itself is computed from the states it returns: a solver that errs cannot promise."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from lightning_interp.errors import IncompatibleModelError
+from lightning_interp.steering import dual_steer
+from lightning_interp.steering.softmax.curve import DualCurve, SolverOptions
+from lightning_interp.steering.softmax.euclidean import euclidean_steer
+from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
+from lightning_interp.steering.softmax.targets import SearchResult
+
+pytestmark = pytest.mark.kernels
+
+
+class Pairs:
+    base_ids, target_ids = torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5])
+
+
+TARGETS = [{"t": 0.5}, {"probe_value": 1.0}, {"probe_prob": 0.7}, {"kl_budget": 0.2}, {"target_prob": 0.6}]
+
+
+def case(rows=4, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(40, 8, generator=generator, dtype=dtype)
+    beta = weight[3:6].mean(0) - weight[:3].mean(0)
+    return SoftmaxGeometry(weight), torch.randn(rows, 8, generator=generator, dtype=dtype), beta
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("steer", [dual_steer, euclidean_steer])
+def test_an_honest_solve_is_reached(steer, target):
+    geometry, states, beta = case()
+    found = steer(geometry, states, beta, pairs=Pairs(), bias=0.0, **target)
+    assert bool(found.reached.all())
+    assert found.reason == ["converged"] * 4
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_a_row_that_ends_elsewhere_is_not_reached_whatever_the_solver_says(target, monkeypatch):
+    geometry, states, beta = case()
+
+    def shifted(point):
+        lam = point.lam.clone()
+        lam[1] += 0.3
+        lam[2] = torch.nan
+        return dataclasses.replace(point, lam=lam, reason=torch.zeros_like(point.reason))
+
+    at_probe, at_step, search = DualCurve.at_probe, DualCurve.point, SearchResult
+    monkeypatch.setattr(DualCurve, "at_probe", lambda *a: (shifted(at_probe(*a)[0]), at_probe(*a)[1]))
+    if "t" in target:
+        monkeypatch.setattr(DualCurve, "point", lambda *a: shifted(at_step(*a)))
+    monkeypatch.setattr(
+        "lightning_interp.steering.softmax.targets.SearchResult",
+        lambda point, t, value, met: search(shifted(point), t, value, torch.ones_like(met)),
+    )
+    found = dual_steer(geometry, states, beta, pairs=Pairs(), bias=0.0, **target)
+    assert found.reached.tolist() == [True, False, False, True]
+    assert found.certified.tolist()[2] is False
+    assert [found.reason[row] for row in (0, 3)] == ["converged", "converged"]
+    assert "converged" not in (found.reason[1], found.reason[2])
+
+
+@pytest.mark.parametrize("rtol", [1e-8, 1e-12, 1e-13, 1e-14])
+def test_tight_tolerances_stay_on_the_hyperplane(rtol):
+    for seed in range(40):
+        geometry, states, beta = case(rows=8, seed=seed)
+        found = dual_steer(geometry, states, beta, probe_value=1.33, options=SolverOptions(rtol=rtol))
+        off = (found.lam @ beta - 1.33).abs()
+        assert bool((off[found.reached] <= 1e-9).all()), "a row that says it got there is there"
+        assert float(off.max()) <= 1e-6
+        assert float(found.reached.double().mean()) >= 0.8
+
+
+def test_a_token_that_never_comes_costs_nothing():
+    geometry, states, beta = case()
+    bias = torch.zeros(40, dtype=torch.float64)
+    bias[7] = -torch.inf
+    found = dual_steer(SoftmaxGeometry(geometry.weight, bias), states, beta, kl_budget=0.2)
+    assert bool(found.kl.isfinite().all())
+    assert bool((found.reached & found.certified).all())
+    torch.testing.assert_close(found.kl, torch.full_like(found.kl, 0.2), rtol=1e-3, atol=0)
+    without = torch.cat([geometry.weight[:7], geometry.weight[8:]])
+    same = dual_steer(SoftmaxGeometry(without), states, beta, kl_budget=0.2, alpha=found.alpha)
+    torch.testing.assert_close(found.lam, same.lam, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_weight_that_is_not_finite_is_refused(value):
+    weight = case()[0].weight.clone()
+    weight[5, 2] = value
+    with pytest.raises(IncompatibleModelError, match=rf"holds {value} in row 5.*lm_head"):
+        SoftmaxGeometry(weight)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_bias_that_is_not_a_number_is_refused(value):
+    bias = torch.zeros(40, dtype=torch.float64)
+    bias[3] = value
+    with pytest.raises(IncompatibleModelError, match=r"bias with NaN or \+inf"):
+        SoftmaxGeometry(case()[0].weight, bias)
