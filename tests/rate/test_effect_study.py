@@ -188,7 +188,7 @@ def test_files_hold_everything_and_come_back(tmp_path):
     assert found["units"]["delta"] == study.result.delta.tolist()
     assert found["effects"]["raw"]["rate"]["ate"]["estimate"] == study.result.rate.ate.value
     assert (found["seed"], found["left_out_ids"]) == (5, {"unlabelled": ["x"]})
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert write_effects(tmp_path, study, name="again", seed=5).read_bytes() == (tmp_path / "effects.json").read_bytes()
 
 
