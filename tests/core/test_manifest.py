@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,16 @@ from lightning_interp.core.storage.manifest_file import config_difference, read_
 from lightning_interp.errors import DataError, ManifestError
 
 CONFIG = {"seed": 0, "trainer": {"max_epochs": 3}}
+
+
+PHASE = {"status": "finished", "inputs": "", "files": {}, "seconds": 1, "attempts": 1, "result": 1}
+SESSION = {"status": "finished", "started": ""}
+STAMP = {"sha256": "", "size": 3}
+
+
+def damaged(**sections):
+    whole = {"format": 2, "name": "demo", "config": {}, "sessions": [], "phases": {}, "outcome": {}}
+    return json.dumps(whole | sections)
 
 
 def opened(folder, config=CONFIG, name="demo", **more):
@@ -59,7 +70,7 @@ class TestPhases:
         ):
             run.phase("fit", never)
         (tmp_path / "phases/fit/weights.bin").unlink(missing_ok=True)
-        (tmp_path / "phases/fit").rmdir()  # the remedy
+        shutil.rmtree(tmp_path / "phases/fit")  # the remedy
         with opened(tmp_path) as run:
             assert run.phase("fit", lambda folder: "again") == "again"
             assert run.phases["fit"]["attempts"] == 1
@@ -112,9 +123,9 @@ class TestPhases:
 
         assert chain(1) == ["a", "b", "c"]
         assert chain(1) == []
-        (tmp_path / "phases/a").rmdir()
+        shutil.rmtree(tmp_path / "phases/a")
         assert chain(1) == ["a"]  # the same result again: nothing that follows is stale
-        (tmp_path / "phases/a").rmdir()
+        shutil.rmtree(tmp_path / "phases/a")
         assert chain(2) == ["a", "b"]
 
     def test_paths_in_inputs_stand_for_their_content(self, tmp_path):
@@ -206,9 +217,25 @@ class TestOpening:
             ),
             (
                 '{"format": 1, "name": "demo", "config": {}, "sessions": [], "outcome": {}, "phases": {"fit": {}}}',
-                "phases.fit.status should be a str",
+                "phases.fit.status should be a string",
             ),
             ("\xff", "Expecting value"),
+            (damaged(sessions=[0]), r"sessions\[0\] is not an object"),
+            (damaged(sessions=[{"status": 3, "started": ""}]), r"sessions\[0\]\.status should be a string"),
+            (damaged(sessions=[SESSION | {"seconds": math.nan}]), r"sessions\[0\]\.seconds should be a number"),
+            (damaged(sessions=[SESSION | {"parent": 0}]), r"sessions\[0\]\.parent is not an object"),
+            (damaged(phases={"fit": PHASE | {"seconds": 10**400}}), "phases.fit.seconds should be a number"),
+            (damaged(phases={"fit": PHASE | {"attempts": True}}), "phases.fit.attempts should be a number"),
+            (damaged(phases={"fit": PHASE | {"files": {"w": 3}}}), "phases.fit.files.w is not an object"),
+            (damaged(phases={"fit": PHASE | {"files": {"w": STAMP}}}), "phases.fit.files.w has no mtime_ns"),
+            (damaged(phases={"fit": PHASE | {"result_file": 3}}), "phases.fit.result_file is not an object"),
+            (damaged(phases={"fit": PHASE | {"result_file": STAMP}}), "phases.fit.result_file.digest should be a s"),
+            (damaged(sources=[]), "sources should be an object"),
+            (damaged(sources={"w": 3}), "sources.w is not an object"),
+            (damaged(base=3), "base should be a string"),
+            (damaged(outcome=[]), "outcome should be an object"),
+            ("[" * 100_000, "nested deeper than 200 levels"),
+            ('{"format": 1, "format": 2}', "the key 'format' is there twice"),
         ],
     )
     def test_a_damaged_manifest_is_refused(self, tmp_path, content, reason):
@@ -224,7 +251,7 @@ class TestOpening:
 
     def test_a_manifest_of_another_format_is_refused(self, tmp_path):
         (tmp_path / "manifest.json").write_text('{"format": 99}')
-        with pytest.raises(ManifestError, match="has format 99, and this version reads format 1"):
+        with pytest.raises(ManifestError, match="has format 99, and this version reads the formats 1 and 2"):
             opened(tmp_path)
 
     def test_a_folder_in_the_place_of_the_manifest_is_refused(self, tmp_path):

@@ -42,6 +42,10 @@ def run_script(code, *args, **env):
     )
 
 
+def _hashes(entry):
+    return {file: stamp["sha256"] for file, stamp in entry["files"].items()}
+
+
 class TestProcesses:
     def test_one_live_process_per_folder(self, tmp_path):
         with opened(tmp_path):
@@ -90,7 +94,7 @@ class TestProcesses:
         assert again.returncode == 0, err
         assert out.split() == ["total", total, "first", str(killed.pid)]  # the first phase was not run again
         kept = [read_manifest(tmp_path / name)["phases"]["count"] for name in ("plain", "killed")]
-        assert kept[0]["files"] == kept[1]["files"]
+        assert _hashes(kept[0]) == _hashes(kept[1])
         assert [entry["attempts"] for entry in kept] == [1, 2]
 
     def test_a_kill_at_any_moment_leaves_a_readable_manifest(self, tmp_path):

@@ -1,26 +1,131 @@
-"""Folders by content: what is in them, and whether it is still the same."""
+"""Files and folders by content: what is in them, and whether it is still the same.
+
+A *stamp* of a file is its size, its time of change and the SHA-256 of its content. A file whose size and time of
+change are those of its stamp is trusted without being read, so that a run that goes on does not read all that it
+wrote. Who changes a file and sets its time back is not noticed; delete the phase's folder then. Where only the time
+differs, as after copying a run folder, the content decides. A file that was changed within two seconds of being
+hashed gets a stamp without a time, so that a later change within one tick of the disk's clock is noticed as well.
+"""
 
 from __future__ import annotations
 
 import fnmatch
+import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_interp.core.storage.files import sha256_file
 
-__all__ = ["delete_folder", "fingerprint", "hash_folder"]
+__all__ = [
+    "RESULT",
+    "KnownFiles",
+    "checked_stamp",
+    "current_stamp",
+    "delete_folder",
+    "fingerprint",
+    "hash_folder",
+    "sha_of",
+    "stamp_file",
+    "stamp_folder",
+]
 
+RESULT = "result.json"  # in the folder of a finished phase: what the phase returned
 # Checkpoints serve resuming and may go when a phase is finished; event files are TensorBoard's.
 NOT_HASHED = ("*.ckpt", "events.out.tfevents.*", ".*.tmp")
+_LARGE = 2**20  # bytes: smaller files are read again rather than remembered
+_TICK = 2 * 10**9  # nanoseconds: the coarsest clock of a file system
 
 
-def hash_folder(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file below ``folder``, leaving out checkpoints, event files and temporary files.
+def stamp_file(path: Path) -> dict[str, Any]:
+    """Hash a file and return its stamp.
+
+    Args:
+        path: The file.
+
+    Returns:
+        ``sha256``, ``size``, and ``mtime_ns``: the time of its last change, None if that is too near to be trusted.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "a.txt"
+        >>> _ = file.write_text("a")
+        >>> stamp = stamp_file(file)
+        >>> stamp["size"], stamp["mtime_ns"]
+        (1, None)
+    """
+    before = path.stat()
+    sha = sha256_file(path)
+    return {"sha256": sha, "size": before.st_size, "mtime_ns": _settled(before.st_mtime_ns)}
+
+
+def current_stamp(path: Path, stamp: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the stamp of a file, reading the file only if it does not look as it did at its last stamp.
+
+    Args:
+        path: The file.
+        stamp: Its last stamp, if there is one.
+
+    Returns:
+        The stamp, with the time that the file has now.
+    """
+    if stamp is not None:
+        now = path.stat()
+        if (now.st_size, now.st_mtime_ns) == (stamp["size"], stamp["mtime_ns"]):
+            return dict(stamp)
+    return stamp_file(path)
+
+
+def checked_stamp(path: Path, stamp: str | Mapping[str, Any]) -> dict[str, Any] | None:
+    """Compare a file with its stamp; one of another size has changed, and is not read.
+
+    Args:
+        path: The file, which exists.
+        stamp: Its stamp, or only a SHA-256, as manifests of format 1 have it.
+
+    Returns:
+        The stamp, with the time that the file has now; None if the file has changed.
+    """
+    if isinstance(stamp, str):
+        found = stamp_file(path)
+    elif path.stat().st_size != stamp["size"]:
+        return None
+    else:
+        found = current_stamp(path, stamp)
+    return found if found["sha256"] == sha_of(stamp) else None
+
+
+def sha_of(stamp: str | Mapping[str, Any]) -> str:
+    """Return the SHA-256 in a stamp.
+
+    Args:
+        stamp: A stamp, or only a SHA-256.
+    """
+    return stamp if isinstance(stamp, str) else str(stamp["sha256"])
+
+
+def stamp_folder(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the stamp of each file below ``folder`` that :func:`hash_folder` looks at.
 
     Args:
         folder: The folder.
+
+    Returns:
+        Stamps by relative path.
+    """
+    return {name: stamp_file(folder / name) for name in _names(folder)}
+
+
+def hash_folder(folder: Path, sha256: Callable[[Path], str] = sha256_file) -> dict[str, str]:
+    """Return the SHA-256 of each file below ``folder``.
+
+    Checkpoints, event files, temporary files and the stored results of phases are left out.
+
+    Args:
+        folder: The folder.
+        sha256: Hashes a file.
 
     Returns:
         Hexadecimal digits by relative path.
@@ -32,32 +137,27 @@ def hash_folder(folder: Path) -> dict[str, str]:
         >>> list(hash_folder(folder))
         ['a.txt']
     """
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    relative = ((path, path.relative_to(folder)) for path in files)
-    return {
-        name.as_posix(): sha256_file(path)
-        for path, name in relative
-        if not any(fnmatch.fnmatch(part, pattern) for part in name.parts for pattern in NOT_HASHED)
-    }
+    return {name: sha256(folder / name) for name in _names(folder)}
 
 
-def fingerprint(inputs: Any) -> Any:
+def fingerprint(inputs: Any, sha256: Callable[[Path], str] = sha256_file) -> Any:
     """Replace each path in ``inputs`` by the hash of its file or the hashes of its folder.
 
     Args:
         inputs: Dicts and lists of anything, with :class:`~pathlib.Path` in them.
+        sha256: Hashes a file.
 
     Returns:
         The same shape; a path to nothing becomes a string.
     """
     if isinstance(inputs, Path):
         if inputs.is_dir():
-            return hash_folder(inputs)
-        return sha256_file(inputs) if inputs.is_file() else str(inputs)
+            return hash_folder(inputs, sha256)
+        return sha256(inputs) if inputs.is_file() else str(inputs)
     if isinstance(inputs, Mapping):
-        return {key: fingerprint(value) for key, value in inputs.items()}
+        return {key: fingerprint(value, sha256) for key, value in inputs.items()}
     if isinstance(inputs, list | tuple):
-        return [fingerprint(value) for value in inputs]
+        return [fingerprint(value, sha256) for value in inputs]
     return inputs
 
 
@@ -75,3 +175,56 @@ def delete_folder(folder: Path) -> None:
                 child.unlink()
     elif folder.exists():
         shutil.rmtree(folder)
+
+
+def _names(folder: Path) -> list[str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_result(path))
+    relative = (path.relative_to(folder) for path in files)
+    return [
+        name.as_posix()
+        for name in relative
+        if not any(fnmatch.fnmatch(part, pattern) for part in name.parts for pattern in NOT_HASHED)
+    ]
+
+
+def _is_result(path: Path) -> bool:
+    """Whether a file is what the manifest stored of a phase, in this run or another."""
+    if path.name != RESULT or len(path.parents) < 3 or path.parents[1].name != "phases":
+        return False
+    return (path.parents[2] / "manifest.json").exists()
+
+
+def _settled(mtime_ns: int) -> int | None:
+    return mtime_ns if time.time_ns() - mtime_ns > _TICK else None
+
+
+class KnownFiles:
+    """Hashes files that phases depend on, trusting the stamps in a manifest.
+
+    Files of the run's own phases are in their entries; the large ones from elsewhere are kept under ``sources``.
+
+    Args:
+        run_dir: The run folder.
+        state: The manifest's content; ``sources`` in it grows.
+    """
+
+    def __init__(self, run_dir: Path, state: dict[str, Any]) -> None:
+        self._phases = Path(os.path.abspath(run_dir)) / "phases"
+        self._state = state
+
+    def sha256(self, path: Path) -> str:
+        """Return the SHA-256 of a file.
+
+        Args:
+            path: The file.
+        """
+        place = Path(os.path.abspath(path))
+        if place.is_relative_to(self._phases):
+            name, *parts = place.relative_to(self._phases).parts
+            entry = self._state["phases"].get(name, {})
+            known = entry.get("files", {}).get("/".join(parts))
+            return sha_of(current_stamp(path, None if isinstance(known, str) else known))
+        stamp = current_stamp(path, self._state.get("sources", {}).get(str(place)))
+        if stamp["size"] >= _LARGE:
+            self._state.setdefault("sources", {})[str(place)] = stamp
+        return sha_of(stamp)

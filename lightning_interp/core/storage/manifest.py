@@ -2,54 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from lightning_interp.core.storage.content import delete_folder, fingerprint, hash_folder
+from lightning_interp.core.storage.child_place import ChildPlace, check_child_name, check_parents_free
+from lightning_interp.core.storage.content import RESULT, KnownFiles, delete_folder, fingerprint, stamp_folder
 from lightning_interp.core.storage.distributed import is_rank_zero
-from lightning_interp.core.storage.files import atomic_write_json, check_writable, digest, jsonable, sha256_file
-from lightning_interp.core.storage.manifest_file import new_manifest, stored_run
+from lightning_interp.core.storage.files import atomic_write_bytes, check_writable, digest, jsonable
+from lightning_interp.core.storage.lineage import Lineage, Token, is_old_entry
+from lightning_interp.core.storage.manifest_file import FORMAT, NOT_IDENTITY, ManifestText, new_manifest, stored_run
+from lightning_interp.core.storage.phase_results import (
+    begun_entry,
+    phase_result,
+    refresh_stamps,
+    result_digest,
+    write_result,
+)
 from lightning_interp.core.storage.run_lock import RunLock
+from lightning_interp.core.storage.run_words import check_name, message_of, now, status_of
 from lightning_interp.errors import ManifestError
 
 __all__ = ["RunManifest", "check_name"]
 
 log = logging.getLogger(__name__)
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-def check_name(name: str, what: str) -> str:
-    """Return ``name`` if it can name a run or a phase and stays inside its folder.
-
-    Args:
-        name: Parts of letters, digits, dot, dash and underscore, with ``/`` between them.
-        what: What it names, for the message.
-
-    Returns:
-        ``name``.
-
-    Raises:
-        ManifestError: If it could leave its folder, or holds other characters.
-
-    Example:
-        >>> check_name("grafting/facts", "run")
-        'grafting/facts'
-    """
-    if not all(_NAME.fullmatch(part) for part in name.split("/")):
-        raise ManifestError(
-            f"{name!r} cannot name a {what}: it could lead out of the run folder. Use letters, digits, '.', '-' "
-            "and '_', beginning with a letter or digit."
-        )
-    return name
 
 
 class RunManifest:
@@ -81,14 +61,28 @@ class RunManifest:
         lightning_interp.errors.ManifestError: ... seed: 0 there, 1 now. ...
     """
 
-    def __init__(self, path: Path, state: dict[str, Any], lock: RunLock | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        state: dict[str, Any],
+        lock: RunLock | None = None,
+        *,
+        place: ChildPlace | None = None,
+        not_identity: Collection[str] = NOT_IDENTITY,
+    ) -> None:
         self.path = path
         self.current: str | None = None
         self._state = state
         self._lock = lock
+        self._place = place
+        self._not_identity = not_identity
         self._began = time.monotonic()
         self._called: dict[str, str] = {}
-        self._lineage: list[Any] = []
+        self._text = ManifestText()
+        self._child: tuple[str, RunManifest] | None = None
+        self._child_openings: dict[str, int] = {}
+        base = state.get("base", "") if place is None else place.base
+        self._lineage = Lineage(base, old=any(map(is_old_entry, state["phases"].values())))
 
     @classmethod
     def open(
@@ -99,39 +93,58 @@ class RunManifest:
         name: str,
         versions: Mapping[str, str] | None = None,
         outputs: Collection[str] = (),
+        not_identity: Collection[str] = NOT_IDENTITY,
     ) -> RunManifest:
         """Make the run folder, or open it again to go on.
 
         Args:
             run_dir: The run folder.
-            config: The run's configuration; ``run_dir`` and ``progress`` in it are not compared.
+            config: The run's configuration.
             name: The run's name.
             versions: Versions of the packages that matter, kept with each start of the run.
             outputs: Files and folders that the run writes: they must not lie there before its first start.
+            not_identity: Keys of the configuration that may differ when the run goes on, such as
+                ``"trainer.devices"``; with all below them.
 
         Returns:
             The open manifest.
 
         Raises:
             ManifestError: If the folder cannot be written, belongs to another run or configuration, holds files of
-                somebody else, is in use, or its manifest is damaged. Nothing has been changed then.
+                somebody else, is in use, or its manifest is damaged; if it is a child run and its parent is open.
+                Nothing has been changed then.
             DataError: If the configuration holds a value without a JSON form.
         """
-        path, config = Path(run_dir), jsonable(config, where="config")
+        path, plain = Path(run_dir), jsonable(config, where="config")
+        check_parents_free(path)
+        return cls._opened(path, plain, name, versions or {}, outputs, not_identity)
+
+    @classmethod
+    def _opened(
+        cls,
+        path: Path,
+        config: dict[str, Any],
+        name: str,
+        versions: Mapping[str, str],
+        outputs: Collection[str],
+        not_identity: Collection[str],
+        place: ChildPlace | None = None,
+    ) -> RunManifest:
         check_name(name, "run")
         if not is_rank_zero():
             from lightning_interp.core.storage.manifest_follower import FollowerManifest
 
-            return FollowerManifest.join(path, config, name)
-        known = stored_run(path, config, name, outputs)
+            return FollowerManifest.join(path, config, name, not_identity, place)
+        known = stored_run(path, config, name, outputs, not_identity)
         check_writable(path)
         lock = RunLock(path)
         try:
-            known = stored_run(path, config, name, outputs)  # again: another process may have been here
+            known = stored_run(path, config, name, outputs, not_identity)  # again: another process may have been here
             for torn in path.glob(".*.tmp"):
                 torn.unlink(missing_ok=True)  # left by a kill in the middle of a write
-            manifest = cls(path, known or new_manifest(name, config), lock)
-            manifest._begin_session(versions or {})
+            state = known or new_manifest(name, config)
+            manifest = RunManifest(path, state, lock, place=place, not_identity=not_identity)
+            manifest._begin_session(jsonable(versions, where="versions"))
         except BaseException:
             lock.release()
             raise
@@ -145,11 +158,14 @@ class RunManifest:
             self.close()
             return
         with suppress(ManifestError):  # the error on its way out matters more
-            self.close(_status(error), _message(error))
+            self.close(status_of(error), message_of(error))
 
     @property
     def phases(self) -> dict[str, dict[str, Any]]:
-        """What is known of each phase, by name: ``status``, ``seconds``, ``result``, ``files``, ``message``, ..."""
+        """What is known of each phase, by name: ``status``, ``seconds``, ``files``, ``message``, ...
+
+        Results are in files of their own; :func:`~lightning_interp.core.storage.phase_results.phase_result` reads one.
+        """
         phases: dict[str, dict[str, Any]] = self._state["phases"]
         return phases
 
@@ -191,9 +207,52 @@ class RunManifest:
         """
         token = self._token(name, inputs)
         self._check_call(name, token)
-        entry = self._finished_entry(name, token) or self._run(name, fn, token)
-        self._lineage.append([name, entry["inputs"], entry["result"], entry["files"]])
-        return copy.deepcopy(entry["result"])
+        entry = self._finished_entry(name, token)
+        result = self._run(name, fn, token) if entry is None else phase_result(self.path, name, entry)
+        self._add_to_lineage(name, token, result)
+        return result
+
+    def child(self, key: str, *, config: Mapping[str, Any], name: str | None = None, inputs: Any = None) -> RunManifest:
+        """Open a run inside this run: one cycle, one setting of a sweep, one section.
+
+        It is a run of its own in ``<run>/children/<key>/``, beside the phases and not inside one, so that no phase
+        hashes or deletes it: with its own phases, lock and configuration. It is used as a context manager, can have
+        children itself, and can be opened alone with :meth:`open` while this run is not open. One is open at a time,
+        and no phase of this run is called meanwhile. What follows in this run depends on the child's phases.
+
+        Args:
+            key: Names the child in this run: letters, digits, dot, dash and underscore.
+            config: The child's configuration; what may differ when it goes on is as in this run.
+            name: The child's name; that of this run with the key behind it if None.
+            inputs: What the child's phases depend on besides its configuration. None means all that was called before
+                in this run; ``{}`` means nothing.
+
+        Returns:
+            The child's open manifest.
+
+        Raises:
+            ManifestError: If it cannot be opened, as :meth:`open` says; or inside a phase, or beside another child.
+            DataError: If the configuration holds a value without a JSON form.
+
+        Example:
+            >>> import tempfile
+            >>> folder = Path(tempfile.mkdtemp()) / "run"
+            >>> with RunManifest.open(folder, config={"cycles": 2}, name="demo") as run:
+            ...     for number in range(2):
+            ...         with run.child(f"cycle-{number}", config={"number": number}) as cycle:
+            ...             cycle.phase("fit", lambda folder: number * 10)
+            0
+            10
+        """
+        path = self.path / "children" / check_child_name(self.path, key)
+        self._check_free(f"Child run {key!r} was opened")
+        base = self._lineage.digest if inputs is None else digest(["given", fingerprint(inputs, self._sha256)])
+        self._child_openings[key] = self._child_openings.get(key, 0) + 1
+        place = ChildPlace(self, key, digest(["child", base]), self._child_openings[key])
+        name = f"{self._state['name']}/{key}" if name is None else name
+        child = self._open_child(path, jsonable(config, where="config"), name, place)
+        self._child = (key, child)
+        return child
 
     def record_outcome(self, outcome: Mapping[str, Any]) -> None:
         """Store what the finished run says of itself.
@@ -221,90 +280,119 @@ class RunManifest:
         if self._lock is None:
             return
         try:
+            self._close_child(status, message)
             seconds = round(time.monotonic() - self._began, 3)
             self._state["sessions"][-1].update(status=status, message=message, seconds=seconds)
             self._save()
         finally:
             self._lock.release()
             self._lock = None
+            self._leave_parent(status)
 
     def _begin_session(self, versions: Mapping[str, str]) -> None:
-        session = {"started": _now(), "status": "running", "message": None, "seconds": 0.0}
-        self._state["sessions"].append(session | {"versions": dict(versions)})
+        session: dict[str, Any] = {
+            "started": now(),
+            "status": "running",
+            "message": None,
+            "seconds": 0.0,
+            "versions": dict(versions),
+        }
+        if self._place is not None:
+            session["parent"] = self._place.mark()
+            self._state["base"] = self._place.base
+        self._state["format"] = FORMAT
+        self._state["sessions"].append(session)
         self._save()
 
-    def _save(self) -> None:
-        atomic_write_json(self.path / "manifest.json", self._state)
+    def _open_child(self, path: Path, config: dict[str, Any], name: str, place: ChildPlace) -> RunManifest:
+        versions = self._state["sessions"][-1].get("versions", {})
+        return self._opened(path, config, name, versions, (), self._not_identity, place)
 
-    def _token(self, name: str, inputs: Any) -> str:
+    def _close_child(self, status: str, message: str | None) -> None:
+        """End a child that was left open: as this run ends, but never as finished."""
+        if self._child is not None:
+            ended = "interrupted" if status == "finished" else status
+            with suppress(ManifestError):  # this run says it itself if the disk is full
+                self._child[1].close(ended, message or "The run that it belongs to was closed.")
+
+    def _leave_parent(self, status: str) -> None:
+        if self._place is not None:
+            parent = self._place.parent
+            parent._child = None
+            parent._lineage.add_child(self._place.key, self._lineage.digest if status == "finished" else "unfinished")
+
+    def _save(self) -> None:
+        atomic_write_bytes(self.path / "manifest.json", self._text.of(self._state))
+
+    def _sha256(self, path: Path) -> str:
+        return KnownFiles(self.path, self._state).sha256(path)
+
+    def _token(self, name: str, inputs: Any) -> Token:
         """Return the digest of what a phase depends on."""
         self.folder(name)  # refuses a name that cannot be one
-        return digest([name, self._lineage if inputs is None else ["given", fingerprint(inputs)]])
+        return self._lineage.token(name, None if inputs is None else fingerprint(inputs, self._sha256))
 
-    def _check_call(self, name: str, token: str) -> None:
+    def _add_to_lineage(self, name: str, token: Token, result: Any) -> None:
+        entry = self.phases[name]
+        self._lineage.add_phase(name, token, result_digest=result_digest(entry), files=entry["files"], result=result)
+
+    def _check_free(self, what: str) -> None:
         if self.current is not None:
+            raise ManifestError(f"{what} inside phase {self.current!r}. Call it after that one has returned.")
+        if self._child is not None:
             raise ManifestError(
-                f"Phase {name!r} was called inside phase {self.current!r}. Call it after that one has returned."
+                f"{what} while the child run {self._child[0]!r} is open. Close that one first (use it in a 'with')."
             )
+
+    def _check_call(self, name: str, token: Token) -> None:
+        self._check_free(f"Phase {name!r} was called")
         twin = next((other for other in self.phases if other != name and other.lower() == name.lower()), None)
         if twin is not None:
             raise ManifestError(
                 f"Phases {name!r} and {twin!r} differ only in case and would share a folder on some file systems. "
                 "Rename one of them."
             )
-        if self._called.setdefault(name, token) != token:
+        if self._called.setdefault(name, token.now) != token.now:
             raise ManifestError(
                 f"Phase {name!r} was called twice in one run with different inputs. Give each call a name of its own, "
                 "such as a number at the end."
             )
 
-    def _finished_entry(self, name: str, token: str) -> dict[str, Any] | None:
+    def _finished_entry(self, name: str, token: Token) -> dict[str, Any] | None:
         entry, folder = self.phases.get(name), self.folder(name)
-        if entry is None or entry["status"] != "finished" or entry["inputs"] != token or not folder.is_dir():
+        if entry is None or entry["status"] != "finished" or not token.fits(entry) or not folder.is_dir():
             return None
-        for file, expected in entry["files"].items():
-            path = folder / file
-            if not path.is_file() or sha256_file(path) != expected:
-                state = "has changed" if path.is_file() else "is missing"
-                raise ManifestError(
-                    f"File {str(path)!r} of the finished phase {name!r} {state} since it was written. "
-                    f"Restore it, or delete the folder {str(folder)!r} to compute the phase again."
-                )
+        if refresh_stamps(folder, name, entry["files"]):
+            self._text.changed(name)  # written at the next save, so that the files need not be read again then
         log.info("phase %s: finished before, its result is used", name)
         return entry
 
-    def _run(self, name: str, fn: Callable[[Path], Any], token: str) -> dict[str, Any]:
+    def _run(self, name: str, fn: Callable[[Path], Any], token: Token) -> Any:
         folder, entry = self.folder(name), self.phases.get(name)
-        if entry is None or entry["inputs"] != token or entry["status"] == "finished":
-            entry = {"seconds": 0.0, "attempts": 0}
+        if entry is None or not token.fits(entry) or entry["status"] == "finished":
+            entry = None
             delete_folder(folder)
-        entry = {
-            "status": "running",
-            "inputs": token,
-            "started": _now(),
-            "seconds": entry["seconds"],
-            "attempts": entry["attempts"] + 1,
-            "message": None,
-            "result": None,
-            "files": {},
-        }
+        entry = begun_entry(token, entry)
         self.phases[name] = entry
+        self._text.changed(name)
         self._save()  # before the folder is made: to followers, "running" with a folder means that it may be used
         check_writable(folder)
+        (folder / RESULT).unlink(missing_ok=True)  # of an attempt that was killed before the manifest knew of it
         log.info("phase %s: %s", name, "begins" if entry["attempts"] == 1 else "goes on where it stopped")
         began, self.current = time.monotonic(), name
         try:
             result = jsonable(fn(folder), where=f"the result of phase {name!r}")
-            entry.update(status="finished", result=result, files=hash_folder(folder))
+            files = stamp_folder(folder)
+            entry.update(result_file=write_result(folder, name, result), files=files, status="finished")
         except BaseException as error:
-            entry.update(status=_status(error), message=_message(error))
+            entry.update(status=status_of(error), message=message_of(error))
             raise
         finally:
             self.current = None
             entry["seconds"] = round(entry["seconds"] + time.monotonic() - began, 3)
             self._save_after(entry)
         log.info("phase %s: finished in %.1f s", name, entry["seconds"])
-        return entry
+        return result
 
     def _save_after(self, entry: Mapping[str, Any]) -> None:
         if entry["status"] == "finished":
@@ -312,19 +400,3 @@ class RunManifest:
         else:
             with suppress(ManifestError):  # the error on its way out matters more
                 self._save()
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _status(error: BaseException) -> str:
-    return "failed" if isinstance(error, Exception) else "interrupted"
-
-
-def _message(error: BaseException) -> str:
-    if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
-        return "KeyboardInterrupt"  # Lightning turns Ctrl-C inside a Trainer into an exit
-    if isinstance(error, SystemExit) and error.code == 143:
-        return "SIGTERM"
-    return f"{type(error).__name__}: {error}".rstrip(": ")

@@ -3,19 +3,55 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_interp.core.storage.files import json_bytes
+from lightning_interp.core.storage.json_reading import parse_json
 from lightning_interp.errors import ManifestError
 
-__all__ = ["FORMAT", "check_same_run", "config_difference", "new_manifest", "read_manifest", "stored_run"]
+__all__ = [
+    "FORMAT",
+    "NOT_IDENTITY",
+    "ManifestText",
+    "check_same_run",
+    "config_difference",
+    "new_manifest",
+    "read_manifest",
+    "stored_run",
+]
 
-FORMAT = 1
-# Fields of a configuration that do not decide what is computed.
+FORMAT = 2  # 1 had the results of the phases inside; it is read, and its phases are kept as they are
+_READ = (1, FORMAT)
+# Settings that do not decide what is computed, where a run does not say it otherwise.
 NOT_IDENTITY = ("run_dir", "progress")
-_SECTIONS: dict[str, type] = {"name": str, "config": dict, "sessions": list, "phases": dict, "outcome": dict}
-_PHASE: dict[str, type] = {"status": str, "inputs": str, "files": dict, "seconds": float, "attempts": int}
+_TEXT, _NUMBER, _TEXT_OR_NONE = "a string", "a number", "a string or null"
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    _TEXT: str,
+    _NUMBER: (int, float),
+    _TEXT_OR_NONE: (str, type(None)),
+    "an object": dict,
+    "a list": list,
+}
+_SECTIONS = {
+    "name": _TEXT,
+    "config": "an object",
+    "sessions": "a list",
+    "phases": "an object",
+    "outcome": "an object",
+}
+_SESSION = {"started": _TEXT, "status": _TEXT, "message": _TEXT_OR_NONE, "seconds": _NUMBER, "versions": "an object"}
+_PHASE = {
+    "status": _TEXT,
+    "inputs": _TEXT,
+    "files": "an object",
+    "seconds": _NUMBER,
+    "attempts": _NUMBER,
+    "message": _TEXT_OR_NONE,
+}
+_STAMP = {"sha256": _TEXT, "size": _NUMBER}
 _ABSENT = object()
 
 
@@ -60,7 +96,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
     """
     path = run_dir / "manifest.json"
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = parse_json(path.read_bytes(), own=True)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ManifestError(
             f"{str(run_dir)!r} is no run folder: it has no manifest.json. Give the folder that a run was written to."
@@ -71,17 +107,56 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
         raise _broken(path, str(error)) from error
     if not isinstance(state, dict) or "format" not in state:
         raise _broken(path, "it is not a manifest of this package")
-    if state["format"] != FORMAT:
+    if state["format"] not in _READ:
         raise ManifestError(
-            f"{str(path)!r} has format {state['format']!r}, and this version reads format {FORMAT}. "
-            "Use the version of lightning_interp that wrote it, or another --run_dir."
+            f"{str(path)!r} has format {state['format']!r:.40}, and this version reads the formats "
+            f"{' and '.join(map(str, _READ))}. Use the version of lightning_interp that wrote it, or another --run_dir."
         )
-    _check_types(path, state, _SECTIONS, "")
-    for name, phase in state["phases"].items():
-        if not isinstance(phase, dict):
-            raise _broken(path, f"phases.{name} is not an object")
-        _check_types(path, phase, _PHASE, f"phases.{name}.")
+    _check_content(path, state)
     return state
+
+
+class ManifestText:
+    """The text of a manifest, of which only what has changed is made anew: a run may have thousands of phases."""
+
+    def __init__(self) -> None:
+        self._finished: dict[str, str] = {}
+
+    def changed(self, name: str) -> None:
+        """Say that a phase's entry has changed.
+
+        Args:
+            name: The phase's name.
+        """
+        self._finished.pop(name, None)
+
+    def of(self, state: Mapping[str, Any]) -> bytes:
+        """Return the text.
+
+        Args:
+            state: The manifest's content, of plain values.
+
+        Example:
+            >>> state = new_manifest("demo", {"seed": 0})
+            >>> json.loads(ManifestText().of(state)) == state
+            True
+        """
+        sections = [f"{_text(key)}: {self._section(key, value)}" for key, value in state.items()]
+        return ("{\n  " + ",\n  ".join(sections) + "\n}\n").encode()
+
+    def _section(self, key: str, value: Any) -> str:
+        if key != "phases" or not value:
+            return _indented(_text(value))
+        phases = [f"{_text(name)}: {self._phase(name, entry)}" for name, entry in value.items()]
+        return "{\n    " + ",\n    ".join(phases) + "\n  }"
+
+    def _phase(self, name: str, entry: Mapping[str, Any]) -> str:
+        known = self._finished.get(name)
+        if known is None:
+            known = _indented(_indented(_text(entry)))
+            if entry["status"] == "finished":
+                self._finished[name] = known
+        return known
 
 
 def config_difference(there: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
@@ -90,7 +165,7 @@ def config_difference(there: Mapping[str, Any], now: Mapping[str, Any], ignored:
     Args:
         there: The stored configuration.
         now: The one that is asked for.
-        ignored: Top-level keys that are not compared.
+        ignored: Keys that are not compared, such as ``"run_dir"`` or ``"trainer.devices"``, with all below them.
 
     Returns:
         Lines such as ``"trainer.max_epochs: 3 there, 4 now"``, in the order of the keys.
@@ -98,6 +173,8 @@ def config_difference(there: Mapping[str, Any], now: Mapping[str, Any], ignored:
     Example:
         >>> config_difference({"lr": 1e-3, "trainer": {"devices": 1}}, {"lr": 1e-3, "trainer": {}})
         ['trainer.devices: 1 there, not set now']
+        >>> config_difference({"trainer": {"devices": 1}}, {}, ["trainer.devices"])
+        []
     """
     old, new = dict(_leaves(there, ignored)), dict(_leaves(now, ignored))
     return [
@@ -108,7 +185,11 @@ def config_difference(there: Mapping[str, Any], now: Mapping[str, Any], ignored:
 
 
 def stored_run(
-    path: Path, config: Mapping[str, Any], name: str, outputs: Collection[str] = ()
+    path: Path,
+    config: Mapping[str, Any],
+    name: str,
+    outputs: Collection[str] = (),
+    not_identity: Collection[str] = NOT_IDENTITY,
 ) -> dict[str, Any] | None:
     """Return the content of the manifest if the folder holds this very run, None if it holds no run.
 
@@ -117,6 +198,7 @@ def stored_run(
         config: The configuration that is asked for.
         name: The name that is asked for.
         outputs: Files and folders that a first start must not find there.
+        not_identity: Keys of the configuration that may differ.
 
     Returns:
         The content, or None.
@@ -125,7 +207,7 @@ def stored_run(
         ManifestError: If the folder holds another run, or files that the run would overwrite.
     """
     if not (path / "manifest.json").exists():
-        foreign = next((output for output in ("phases", *outputs) if (path / output).exists()), None)
+        foreign = next((output for output in ("phases", "children", *outputs) if (path / output).exists()), None)
         if foreign is not None:
             raise ManifestError(
                 f"{str(path / foreign)!r} exists, but its folder is no run folder (no manifest.json), and the run "
@@ -133,11 +215,17 @@ def stored_run(
             )
         return None
     state = read_manifest(path)
-    check_same_run(path, state, config, name)
+    check_same_run(path, state, config, name, not_identity)
     return state
 
 
-def check_same_run(path: Path, state: Mapping[str, Any], config: Mapping[str, Any], name: str) -> None:
+def check_same_run(
+    path: Path,
+    state: Mapping[str, Any],
+    config: Mapping[str, Any],
+    name: str,
+    not_identity: Collection[str] = NOT_IDENTITY,
+) -> None:
     """Raise if the run that is stored has another name or configuration.
 
     Args:
@@ -145,6 +233,7 @@ def check_same_run(path: Path, state: Mapping[str, Any], config: Mapping[str, An
         state: Its manifest's content.
         config: The configuration that is asked for.
         name: The name that is asked for.
+        not_identity: Keys of the configuration that may differ.
 
     Raises:
         ManifestError: With the names, or with the keys that differ and both values of each.
@@ -153,7 +242,7 @@ def check_same_run(path: Path, state: Mapping[str, Any], config: Mapping[str, An
         raise ManifestError(
             f"Run folder {str(path)!r} holds a run of {state['name']!r}, not of {name!r}. Choose another --run_dir."
         )
-    different = config_difference(state["config"], config, NOT_IDENTITY)
+    different = config_difference(state["config"], config, not_identity)
     if different:
         raise ManifestError(
             f"Run folder {str(path)!r} holds a run with another configuration: {'; '.join(different)}. "
@@ -163,7 +252,7 @@ def check_same_run(path: Path, state: Mapping[str, Any], config: Mapping[str, An
 
 def _leaves(config: Mapping[str, Any], ignored: Collection[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
-        if prefix or key not in ignored:
+        if f"{prefix}{key}" not in ignored:
             if isinstance(value, Mapping) and value:
                 yield from _leaves(value, ignored, f"{prefix}{key}.")
             elif value != {}:
@@ -182,11 +271,56 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _check_types(path: Path, mapping: Mapping[str, Any], types: Mapping[str, type], where: str) -> None:
-    for key, expected in types.items():
+def _text(value: Any) -> str:
+    return json_bytes(value, indent=2).decode()
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n  ")  # no string in JSON holds a line end of its own
+
+
+def _check_content(path: Path, state: Mapping[str, Any]) -> None:
+    _check(path, state, _SECTIONS, "")
+    for index, session in enumerate(state["sessions"]):
+        optional = {"seconds": 0.0, "versions": {}} | session if isinstance(session, dict) else session
+        _check(path, optional, _SESSION, f"sessions[{index}]")
+        if "parent" in session:
+            _check(path, session["parent"], {"session": _NUMBER, "opening": _NUMBER}, f"sessions[{index}].parent")
+    for name, phase in state["phases"].items():
+        where = f"phases.{name}"
+        _check(path, phase, _PHASE, where)
+        for file, stamp in phase["files"].items():
+            _check_stamp(path, stamp, f"{where}.files.{file}")
+        if "result_file" in phase and phase["status"] == "finished":
+            _check(path, phase["result_file"], {**_STAMP, "digest": _TEXT}, f"{where}.result_file")
+    sources = state.get("sources", {})
+    _check(path, {"sources": sources}, {"sources": "an object"}, "")
+    for file, stamp in sources.items():
+        _check_stamp(path, stamp, f"sources.{file}")
+    _check(path, {"base": state.get("base", "")}, {"base": _TEXT}, "")
+
+
+def _check_stamp(path: Path, stamp: Any, where: str) -> None:
+    if not isinstance(stamp, str):  # format 1 kept the SHA-256 alone
+        _check(path, stamp, _STAMP, where)
+        if "mtime_ns" not in stamp:
+            raise _broken(path, f"{where} has no mtime_ns")
+
+
+def _check(path: Path, mapping: Any, kinds: Mapping[str, str], where: str) -> None:
+    if not isinstance(mapping, dict):
+        raise _broken(path, f"{where} is not an object")
+    for key, kind in kinds.items():
         value = mapping.get(key)
-        if not isinstance(value, expected) and not (expected is float and isinstance(value, int)):
-            raise _broken(path, f"{where}{key} should be a {expected.__name__}")
+        if not isinstance(value, _KINDS[kind]) or (kind == _NUMBER and not _is_number(value)):
+            raise _broken(path, f"{f'{where}.' if where else ''}{key} should be {kind}")
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 def _broken(path: Path, reason: str) -> ManifestError:

@@ -6,34 +6,46 @@ phases from the disk, calls the phases that hold a Trainer in step with rank zer
 
 from __future__ import annotations
 
-import copy
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_interp.core.storage.child_place import ChildPlace
+from lightning_interp.core.storage.lineage import Token
 from lightning_interp.core.storage.manifest import RunManifest
-from lightning_interp.core.storage.manifest_file import check_same_run, read_manifest
+from lightning_interp.core.storage.manifest_file import NOT_IDENTITY, check_same_run, read_manifest
+from lightning_interp.core.storage.phase_results import phase_result
 from lightning_interp.errors import ManifestError
 
 __all__ = ["FollowerManifest"]
 
 PATIENCE_SECONDS = 600.0  # for rank zero to open the folder; its phases may take as long as they like
 POLL_SECONDS = 0.2
+LATE_SECONDS = 90.0  # longer than a network disk remembers that a file was not there
 
 
 class FollowerManifest(RunManifest):
     """What a rank other than zero sees of the run; made by :meth:`RunManifest.open` on such ranks."""
 
     @classmethod
-    def join(cls, path: Path, config: Mapping[str, Any], name: str) -> FollowerManifest:
+    def join(
+        cls,
+        path: Path,
+        config: Mapping[str, Any],
+        name: str,
+        not_identity: Collection[str] = NOT_IDENTITY,
+        place: ChildPlace | None = None,
+    ) -> FollowerManifest:
         """Wait until there is a manifest in the run folder, and follow it.
 
         Args:
             path: The run folder, on a disk that all ranks see.
             config: The run's configuration, of plain values.
             name: The run's name.
+            not_identity: Keys of the configuration that may differ.
+            place: Where a child run hangs in its parent, which is a follower too.
 
         Returns:
             The follower's manifest.
@@ -45,15 +57,25 @@ class FollowerManifest(RunManifest):
         while True:
             if (path / "manifest.json").exists():
                 state = read_manifest(path)
-                check_same_run(path, state, config, name)
-                return cls(path, state)
-            if time.monotonic() > deadline:
+                check_same_run(path, state, config, name, not_identity)
+                return cls(path, state, place=place, not_identity=not_identity)
+            if place is not None:  # rank zero may work as long as it likes before it opens a child
+                _following(place).check_rank_zero(f"child run {place.key!r} was opened")
+            elif time.monotonic() > deadline:
                 raise _not_opened(path)
             time.sleep(POLL_SECONDS)
 
-    def __init__(self, path: Path, state: dict[str, Any]) -> None:
-        super().__init__(path, state)
-        self._parent = os.getppid()
+    def __init__(
+        self,
+        path: Path,
+        state: dict[str, Any],
+        *,
+        place: ChildPlace | None = None,
+        not_identity: Collection[str] = NOT_IDENTITY,
+    ) -> None:
+        super().__init__(path, state, place=place, not_identity=not_identity)
+        self._parent: int = os.getppid() if place is None else _following(place)._parent
+        self._closed = False
         # Where ranks start together, an earlier session may still be the last one written.
         ended = state["sessions"] and state["sessions"][-1]["status"] != "running"
         self._earlier = len(state["sessions"]) if ended else len(state["sessions"]) - 1
@@ -82,22 +104,59 @@ class FollowerManifest(RunManifest):
             exists = folder.is_dir()
             self._state = read_manifest(self.path)
             entry = self.phases.get(name)
-            if exists and entry is not None and entry["inputs"] == token:
+            if exists and entry is not None and token.fits(entry):
                 if entry["status"] == "finished":
-                    self._lineage.append([name, entry["inputs"], entry["result"], entry["files"]])
-                    return copy.deepcopy(entry["result"])
+                    return self._result(name, token)
                 if entry["status"] == "running" and not taken_part:
                     self._take_part(name, fn, folder)
                     taken_part = True
                     continue
-            self._check_rank_zero(name)
+            self._check_session(f"phase {name!r} was finished")
             time.sleep(POLL_SECONDS)
 
     def record_outcome(self, outcome: Mapping[str, Any]) -> None:
         """Do nothing: rank zero stores it."""
 
     def close(self, status: str = "finished", message: str | None = None) -> None:
-        """Do nothing: rank zero ends the session."""
+        """Say to the parent, if this is a child run, that it has ended; rank zero ends the session.
+
+        Args:
+            status: How it ended: ``finished``, ``interrupted`` or ``failed``.
+            message: Not used.
+        """
+        if not self._closed:
+            self._closed = True
+            self._close_child(status, message)
+            self._leave_parent(status)
+
+    def check_rank_zero(self, what: str) -> None:
+        """Raise if rank zero does not work in this run any more.
+
+        Args:
+            what: What this rank waits for, for the message.
+
+        Raises:
+            ManifestError: If rank zero has ended, or has not opened the run in time.
+        """
+        self._state = read_manifest(self.path)
+        self._check_session(what)
+
+    def _open_child(self, path: Path, config: dict[str, Any], name: str, place: ChildPlace) -> RunManifest:
+        return FollowerManifest.join(path, config, name, self._not_identity, place)
+
+    def _result(self, name: str, token: Token) -> Any:
+        """Return rank zero's result; its file may come to other machines after the manifest that names it."""
+        deadline = time.monotonic() + LATE_SECONDS
+        while True:
+            try:
+                result = phase_result(self.path, name, self.phases[name])
+            except ManifestError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(POLL_SECONDS)
+            else:
+                self._add_to_lineage(name, token, result)
+                return result
 
     def _take_part(self, name: str, fn: Callable[[Path], Any], folder: Path) -> None:
         self.current = name
@@ -106,17 +165,35 @@ class FollowerManifest(RunManifest):
         finally:
             self.current = None
 
-    def _check_rank_zero(self, name: str) -> None:
-        status = self._state["sessions"][-1]["status"]
-        if len(self._state["sessions"]) <= self._earlier:
-            if time.monotonic() > self._began + PATIENCE_SECONDS:
+    def _session(self) -> dict[str, Any] | None:
+        """Return rank zero's session, or None if it has not begun; it may have ended."""
+        sessions = self._state["sessions"]
+        if self._place is None:
+            return sessions[-1] if len(sessions) > self._earlier else None
+        parent = _following(self._place)
+        if not sessions or parent._session() is None:
+            return None
+        mark = sessions[-1].get("parent") or {"session": 0, "opening": 0}
+        begun = (mark["session"], mark["opening"]) >= (len(parent._state["sessions"]), self._place.opening)
+        return sessions[-1] if begun else None
+
+    def _check_session(self, what: str) -> None:
+        session = self._session()
+        if session is None:
+            if self._place is not None:
+                _following(self._place).check_rank_zero(what)
+            elif time.monotonic() > self._began + PATIENCE_SECONDS:
                 raise _not_opened(self.path)
-        elif status != "running" or os.getppid() != self._parent:
-            ended = "is gone" if status == "running" else f"ended ({status})"
+        elif session["status"] != "running" or os.getppid() != self._parent:
+            ended = "is gone" if session["status"] == "running" else f"ended ({session['status']})"
             raise ManifestError(
-                f"Rank zero {ended} before phase {name!r} was finished in {str(self.path)!r}. "
-                "Start the same command again to go on."
+                f"Rank zero {ended} before {what} in {str(self.path)!r}. Start the same command again to go on."
             )
+
+
+def _following(place: ChildPlace) -> FollowerManifest:
+    assert isinstance(place.parent, FollowerManifest)  # noqa: S101 - a follower's child is made by a follower
+    return place.parent
 
 
 def _not_opened(path: Path) -> ManifestError:

@@ -1,0 +1,109 @@
+"""Where a child run hangs in its parent, and the rules that keep both consistent."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_interp.core.storage.run_lock import is_in_use
+from lightning_interp.errors import ManifestError
+
+if TYPE_CHECKING:
+    from lightning_interp.core.storage.manifest import RunManifest
+
+__all__ = ["CHILDREN", "ChildPlace", "check_child_name", "check_parents_free", "child_folders"]
+
+CHILDREN = "children"
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class ChildPlace:
+    """A child that its parent opens.
+
+    Attributes:
+        parent: The parent's open manifest.
+        key: The child's name in the parent.
+        base: A digest of what the child's phases depend on in the parent.
+        opening: How often the parent has opened this child in its running session, this time included.
+    """
+
+    parent: RunManifest
+    key: str
+    base: str
+    opening: int
+
+    def mark(self) -> dict[str, int]:
+        """Return what the child's session says of its parent's, so that other ranks know a session of today."""
+        return {"session": len(self.parent._state["sessions"]), "opening": self.opening}
+
+
+def check_child_name(run_dir: Path, key: str) -> str:
+    """Return ``key`` if it can name a child of a run.
+
+    Args:
+        run_dir: The parent's folder.
+        key: The child's name in it.
+
+    Returns:
+        ``key``.
+
+    Raises:
+        ManifestError: If it could lead out of the folder, or differs from another child's only in case.
+    """
+    if not _KEY.fullmatch(key):
+        raise ManifestError(
+            f"{key!r} cannot name a child run: it becomes a folder's name. Use letters, digits, '.', '-' and '_', "
+            "beginning with a letter or digit."
+        )
+    twin = next((name for name in _names(run_dir) if name != key and name.lower() == key.lower()), None)
+    if twin is not None:
+        raise ManifestError(
+            f"Child runs {key!r} and {twin!r} differ only in case and would share a folder on some file systems. "
+            "Rename one of them."
+        )
+    return key
+
+
+def check_parents_free(run_dir: Path) -> None:
+    """Refuse to open a child run alone while a run that it belongs to is open.
+
+    Args:
+        run_dir: A run folder; of a child if it lies in ``<run>/children/``.
+
+    Raises:
+        ManifestError: If such a run is open, in this process or another.
+    """
+    path = Path(os.path.abspath(run_dir))
+    while path.parent.name == CHILDREN:
+        path = path.parent.parent
+        if (path / "manifest.json").exists() and is_in_use(path):
+            raise ManifestError(
+                f"Run folder {str(run_dir)!r} is a child of the run in {str(path)!r}, which is in use. Open it with "
+                "child() of that run, or wait until that run has ended."
+            )
+
+
+def child_folders(run_dir: Path) -> dict[str, Path]:
+    """Return the folders of a run's children that have begun.
+
+    Args:
+        run_dir: The parent's folder.
+
+    Returns:
+        Folders by the child's name, sorted.
+
+    Example:
+        >>> child_folders(Path("/nowhere"))
+        {}
+    """
+    folders = {name: run_dir / CHILDREN / name for name in _names(run_dir)}
+    return {name: folder for name, folder in folders.items() if (folder / "manifest.json").exists()}
+
+
+def _names(run_dir: Path) -> list[str]:
+    folder = run_dir / CHILDREN
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []

@@ -1,0 +1,146 @@
+"""Reading JSON that somebody else may have written: every fault is a ``ValueError`` that says what is wrong.
+
+``json.loads`` alone lets other errors out (nesting too deep, numbers too long), keeps the last of two equal keys,
+turns ``1e999`` into infinity, and gives half characters that no file can be written with.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning_interp.errors import DataError, InterpError
+
+__all__ = ["parse_json", "read_json"]
+
+_BOM = b"\xef\xbb\xbf"
+_DEEPEST = 200  # levels; Python's own functions that walk an object stop at some hundreds
+_MOST_DIGITS = 308  # of a whole number: what a float can still hold
+
+
+def parse_json(data: bytes, *, own: bool = False) -> Any:
+    """Return what a JSON text in UTF-8 says; a byte order mark is accepted.
+
+    Args:
+        data: The text.
+        own: Whether this package wrote it: then numbers of any length and lone surrogates (half characters, as a
+            sampled token may be) are what was stored.
+
+    Returns:
+        The object. ``NaN`` and ``Infinity`` are read as Python writes them.
+
+    Raises:
+        ValueError: If it is no JSON, is nested deeper than 200 levels, has one key twice in an object, a number that
+            no float can hold, or half of a character.
+
+    Example:
+        >>> parse_json(b'{"a": [1, 2.5]}')
+        {'a': [1, 2.5]}
+        >>> parse_json(b'{"a": 1, "a": 2}')
+        Traceback (most recent call last):
+        ...
+        ValueError: the key 'a' is there twice in one object
+    """
+    text = data.removeprefix(_BOM).decode("utf-8")
+    try:
+        found = json.loads(
+            text, object_pairs_hook=_object, parse_int=int if own else _integer, parse_float=float if own else _float
+        )
+    except RecursionError as error:
+        raise ValueError(f"it is nested deeper than {_DEEPEST} levels") from error
+    if text.count("[") + text.count("{") > _DEEPEST:
+        _check_depth(found)
+    if not own and "\\ud" in text.lower():
+        _check_characters(found)
+    return found
+
+
+def read_json(
+    path: str | os.PathLike[str],
+    *,
+    expected: str = "a JSON file",
+    error: type[InterpError] = DataError,
+    own: bool = False,
+) -> Any:
+    """Read a file that is JSON as a whole.
+
+    Args:
+        path: The file.
+        expected: What the file should be, for the message.
+        error: The class to raise, :class:`~lightning_interp.errors.DataError` or another of the package.
+        own: As for :func:`parse_json`.
+
+    Returns:
+        The object.
+
+    Raises:
+        InterpError: Of the class ``error``, if the file cannot be read or :func:`parse_json` refuses it.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "n.json"
+        >>> _ = path.write_text("[1, 2")
+        >>> read_json(path)
+        Traceback (most recent call last):
+        ...
+        lightning_interp.errors.DataError: '...n.json' is no valid JSON (Expecting ',' delimiter...). Expected a JSON...
+    """
+    name = str(os.fspath(path))
+    try:
+        return parse_json(Path(path).read_bytes(), own=own)
+    except OSError as fault:
+        raise error(f"Cannot read {name!r}: {fault.strerror}. Expected {expected}.") from fault
+    except ValueError as fault:
+        raise error(f"{name!r} is no valid JSON ({fault}). Expected {expected}.") from fault
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r:.60} is there twice in one object")
+    return found
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"the number {text[:12]}... has {len(text)} digits, more than a float can hold")
+    return int(text)
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text:.20} is larger than a float can hold")
+    return value
+
+
+def _check_depth(found: Any) -> None:
+    level, depth = [found], 0
+    while level := [value for one in level for value in _inside(one) if isinstance(value, dict | list)]:
+        depth += 1
+        if depth >= _DEEPEST:
+            raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
+
+
+def _check_characters(found: Any) -> None:
+    waiting = [found]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{value!r:.60} holds half of a character (a lone surrogate)") from error
+        elif isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+
+
+def _inside(one: Any) -> Any:
+    return one.values() if isinstance(one, dict) else one
