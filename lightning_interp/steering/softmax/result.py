@@ -148,23 +148,27 @@ def ends_there(
     """
     options, goal = request.options, request.goal
     eps, beta = 64 * torch.finfo(lam.dtype).eps, request.beta
-    ok = lam.isfinite().all(-1) & t.isfinite()
+    ok: torch.Tensor = lam.isfinite().all(-1) & t.isfinite()
     if request.kind == "t":
         walked = (lam - request.lam - t[:, None] * beta).norm(dim=-1)
         straight = walked <= eps * (lam.norm(dim=-1) + t.abs() * beta.norm(dim=-1))
-        return ok & (t == goal) & torch.where(resid.isnan(), straight, resid <= CERTIFIED)
+        ok &= (t == goal) & torch.where(resid.isnan(), straight, resid <= CERTIFIED)
+        return ok
     if request.kind == "probe_value":
         move = (goal - (beta * request.lam).sum(-1)).abs()
         rounding = eps * beta.norm(dim=-1) * (lam.norm(dim=-1) + request.lam.norm(dim=-1))
         accepted = options.accepted(lam.dtype) * move
-        return ok & (((beta * lam).sum(-1) - goal).abs() <= accepted + rounding)
+        ok &= ((beta * lam).sum(-1) - goal).abs() <= accepted + rounding
+        return ok
     slack = 10 * options.target_rtol
     if request.kind == "kl_budget":
-        return ok & ((kl - goal).abs() <= slack * goal + eps * (1 + request.z.logsumexp(-1).abs()))
+        ok &= (kl - goal).abs() <= slack * goal + eps * (1 + request.z.logsumexp(-1).abs())
+        return ok
     base, target = request.concept()
     sides = log_probs[:, target].logsumexp(-1), log_probs[:, base].logsumexp(-1)
     wanted, rounding = goal.logit(), eps * (1 + sides[0].abs() + sides[1].abs())
-    return ok & ((sides[0] - sides[1] - wanted).abs() <= slack * wanted.abs().clamp_min(1.0) + rounding)
+    ok &= (sides[0] - sides[1] - wanted).abs() <= slack * wanted.abs().clamp_min(1.0) + rounding
+    return ok
 
 
 def _reason(name: str, met: bool, there: bool) -> str:
