@@ -6,18 +6,21 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from lightning_interp.core.storage.run_lock import is_in_use
 from lightning_interp.errors import ManifestError
-
-if TYPE_CHECKING:
-    from lightning_interp.core.storage.manifest import RunManifest
 
 __all__ = ["CHILDREN", "ChildPlace", "check_child_name", "check_parents_free", "child_folders"]
 
 CHILDREN = "children"
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class Parent(Protocol):
+    """The run that a child lies in, as far as its place needs to know it."""
+
+    _state: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class ChildPlace:
         opening: How often the parent has opened this child in its running session, this time included.
     """
 
-    parent: RunManifest
+    parent: Parent
     key: str
     base: str
     opening: int

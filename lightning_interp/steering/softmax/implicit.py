@@ -57,9 +57,8 @@ def dual_step(
         [10.0, 10.0, 10.0]
     """
     moved = shift.expand_as(lam) if shift.dim() < lam.dim() else shift
-    found: torch.Tensor = _DualStep.apply(  # type: ignore[no-untyped-call]
-        lam, moved, geometry, float(alpha), rtol, cg_max, solved
-    )
+    step: Any = _DualStep.apply  # typed in some versions of torch only
+    found: torch.Tensor = step(lam, moved, geometry, float(alpha), rtol, cg_max, solved)
     return found
 
 
