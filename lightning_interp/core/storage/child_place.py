@@ -21,6 +21,8 @@ class Parent(Protocol):
     """The run that a child lies in, as far as its place needs to know it."""
 
     _state: dict[str, Any]
+    _child: Any
+    _lineage: Any
 
 
 @dataclass(frozen=True)
