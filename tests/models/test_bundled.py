@@ -14,8 +14,8 @@ import torch
 from lightning_interp.core.storage.files import sha256_file
 from lightning_interp.errors import DataError, ManifestError, RecipeError
 from lightning_interp.models import load_causal_lm
+from lightning_interp.models.sources import bundled
 from lightning_interp.models.sources.bundled import ALIASES, BundledModel, bundled_folder, default_cache_dir
-from lightning_interp.models.sources.loading import bundled
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def test_when_locks_do_not_work_the_first_folder_wins(packaged, tmp_path, monkey
 CONVERT = """
 import glob, os, sys, time
 from dataclasses import replace
-from lightning_interp.models.sources.loading import bundled
+from lightning_interp.models.sources import bundled
 from lightning_interp.models import load_causal_lm
 package, sha256, gate = sys.argv[1:]
 smol = bundled.ALIASES["smollm2-135m-instruct"]

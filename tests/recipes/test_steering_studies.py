@@ -137,7 +137,7 @@ def test_both_methods_spend_the_budget(tmp_path):
 def test_a_stopped_run_goes_on_to_the_same_result(tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert cli.main(["run", "steering/calibrate", "--smoke=true", f"--run_dir={whole}"]) == 0
-    from lightning_interp.steering.effects.path_scores import calibration
+    from lightning_interp.steering.effects import calibration
 
     original = calibration.chosen_strength
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.errors import IncompatibleModelError
+from lightning_interp.steering.vectors import fingerprint
 from lightning_interp.steering.vectors.fingerprint import check_fingerprint, model_fingerprint
-from lightning_interp.steering.vectors.steering_vectors import fingerprint
 from lightning_interp.testing import tiny_model
 
 
