@@ -103,3 +103,31 @@ def test_a_bias_that_is_not_a_number_is_refused(value):
     bias[3] = value
     with pytest.raises(IncompatibleModelError, match=r"bias with NaN or \+inf"):
         SoftmaxGeometry(case()[0].weight, bias)
+
+
+@pytest.mark.parametrize("target", [{"kl_budget": 0.2}, {"target_prob": 0.6}], ids=str)
+@pytest.mark.parametrize("steer", [dual_steer, euclidean_steer])
+def test_a_capped_head_that_is_ignored_is_judged_without_its_cap(steer, target):
+    geometry, states, beta = case()
+    capped = SoftmaxGeometry(geometry.weight, softcap=2.0, on_softcap="ignore")
+    plain = steer(geometry, states, beta, pairs=Pairs(), **target)
+    found = steer(capped, states, beta, pairs=Pairs(), **target)
+    assert found.reached.tolist() == plain.reached.tolist() == [True] * 4
+    assert torch.equal(found.lam, plain.lam)
+    assert not torch.allclose(found.kl, plain.kl, rtol=1e-2), "the KL that is reported is the model's own, cap included"
+
+
+@pytest.mark.parametrize(("share", "reached"), [(0.0, True), (0.5, True), (4.0, False)])
+def test_the_promise_is_as_tight_as_the_tolerance(share, reached, monkeypatch):
+    """A row that is off by a share of ``target_rtol`` more than the solver accepts is not reached."""
+    geometry, states, beta = case(rows=1)
+    rtol, search = 1e-3, SearchResult
+    goal = 0.2 * (1 + share * rtol)
+    elsewhere = dual_steer(geometry, states, beta, kl_budget=goal, options=SolverOptions(target_rtol=1e-8))
+
+    def moved(point, t, value, met):
+        return search(dataclasses.replace(point, lam=elsewhere.lam.clone()), elsewhere.t, value, torch.ones_like(met))
+
+    monkeypatch.setattr("lightning_interp.steering.softmax.targets.SearchResult", moved)
+    found = dual_steer(geometry, states, beta, kl_budget=0.2, options=SolverOptions(target_rtol=rtol))
+    assert found.reached.tolist() == [reached]

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from lightning_interp.core.storage.run_lock import is_in_use
+from lightning_interp.core.storage.run_words import check_name
 from lightning_interp.errors import ManifestError
 
 __all__ = ["CHILDREN", "ChildPlace", "check_child_name", "check_parents_free", "child_folders"]
 
 CHILDREN = "children"
-_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class Parent(Protocol):
@@ -59,11 +58,8 @@ def check_child_name(run_dir: Path, key: str) -> str:
     Raises:
         ManifestError: If it could lead out of the folder, or differs from another child's only in case.
     """
-    if not _KEY.fullmatch(key):
-        raise ManifestError(
-            f"{key!r} cannot name a child run: it becomes a folder's name. Use letters, digits, '.', '-' and '_', "
-            "beginning with a letter or digit."
-        )
+    if "/" in check_name(key, "child run"):
+        raise ManifestError(f"{key!r} cannot name a child run: it holds '/'. Use '-' between its parts.")
     twin = next((name for name in _names(run_dir) if name != key and name.lower() == key.lower()), None)
     if twin is not None:
         raise ManifestError(

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from lightning_interp.core.storage.child_place import ChildPlace, check_child_name, check_parents_free
+from lightning_interp.core.storage.child_place import CHILDREN, ChildPlace, check_child_name, check_parents_free
 from lightning_interp.core.storage.content import RESULT, KnownFiles, delete_folder, fingerprint, stamp_folder
 from lightning_interp.core.storage.distributed import is_rank_zero
 from lightning_interp.core.storage.files import atomic_write_bytes, check_writable, digest, jsonable
@@ -244,7 +244,7 @@ class RunManifest:
             0
             10
         """
-        path = self.path / "children" / check_child_name(self.path, key)
+        path = self.path / CHILDREN / check_child_name(self.path, key)
         self._check_free(f"Child run {key!r} was opened")
         base = self._lineage.digest if inputs is None else digest(["given", fingerprint(inputs, self._sha256)])
         self._child_openings[key] = self._child_openings.get(key, 0) + 1
@@ -290,13 +290,8 @@ class RunManifest:
             self._leave_parent(status)
 
     def _begin_session(self, versions: Mapping[str, str]) -> None:
-        session: dict[str, Any] = {
-            "started": now(),
-            "status": "running",
-            "message": None,
-            "seconds": 0.0,
-            "versions": dict(versions),
-        }
+        session: dict[str, Any] = {"started": now(), "status": "running", "message": None, "seconds": 0.0}
+        session["versions"] = dict(versions)
         if self._place is not None:
             session["parent"] = self._place.mark()
             self._state["base"] = self._place.base

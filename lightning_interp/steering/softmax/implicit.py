@@ -93,7 +93,7 @@ class _DualStep(torch.autograd.Function):
                 geometry.probs(lam), incoming, tolerance=wanted * size, max_iterations=ctx.cg_max
             )
             left = (geometry.hvp(lam, solved) + alpha * solved - incoming).norm(dim=-1)
-            if bool((left > 10 * wanted * size + 1e-30).any()):
+            if not bool((left <= 10 * wanted * size + 1e-30).all()):  # NaN too
                 raise IncompatibleModelError(
                     f"The gradient of a dual step left a relative residual of {float((left / size).max()):.2g} after "
                     f"{ctx.cg_max} products. Pass a larger cg_max or alpha."

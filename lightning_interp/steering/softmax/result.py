@@ -103,7 +103,9 @@ def described(
     beta, lam = request.beta, point.lam
     first, second = (request.geometry.capped(logits).log_softmax(-1) for logits in (request.z, z))
     kl = divergence(first, second)
-    there = ends_there(request, lam, t, second, kl, resid)
+    capped = request.geometry.softcap is not None
+    own = (request.z.log_softmax(-1), z.log_softmax(-1)) if capped else (first, second)
+    there = ends_there(request, lam, t, own, resid)
     reason = [_reason(name, *row) for name, *row in zip(point.reasons(), met.tolist(), there.tolist(), strict=True)]
     return SteerResult(
         lam=lam,
@@ -128,8 +130,7 @@ def ends_there(
     request: SteerRequest,
     lam: torch.Tensor,
     t: torch.Tensor,
-    log_probs: torch.Tensor,
-    kl: torch.Tensor,
+    log_probs: tuple[torch.Tensor, torch.Tensor],
     resid: torch.Tensor,
 ) -> torch.Tensor:
     """Whether states meet what was asked for, from the states alone: nothing that a solver says of itself counts.
@@ -138,13 +139,14 @@ def ends_there(
         request: What was asked for.
         lam: Where the states are ``[B, d]``.
         t: Steps along the direction ``[B]``.
-        log_probs: At the states, over the whole vocabulary ``[B, V]``.
-        kl: ``KL(P_start || P_end)`` ``[B]``.
+        log_probs: The family's at the start and at the states, over the whole vocabulary ``[B, V]``: where a model
+            caps its logits, the target is one of the family without the cap.
         resid: Relative error of the dual coordinate ``[B]``; NaN for a walk in the state itself.
 
     Returns:
-        bool ``[B]``, False where a number is NaN. A probe value may be off by the solver's accepted share of the move,
-        a KL or odds by ten times ``target_rtol``, and all by the rounding of the dtype.
+        bool ``[B]``, False where a number is NaN. A dual step may be off by ten times the accepted share, a probe value
+        by the accepted share of the move, a KL or odds by twice ``target_rtol`` (ten times for a walk in the state,
+        whose line search accepts that), and all by the rounding of the dtype.
     """
     options, goal = request.options, request.goal
     eps, beta = 64 * torch.finfo(lam.dtype).eps, request.beta
@@ -152,7 +154,8 @@ def ends_there(
     if request.kind == "t":
         walked = (lam - request.lam - t[:, None] * beta).norm(dim=-1)
         straight = walked <= eps * (lam.norm(dim=-1) + t.abs() * beta.norm(dim=-1))
-        ok &= (t == goal) & torch.where(resid.isnan(), straight, resid <= CERTIFIED)
+        dual = 10 * options.accepted(lam.dtype) + eps * (1 + request.alpha * lam.norm(dim=-1) / beta.norm(dim=-1))
+        ok &= (t == goal) & torch.where(resid.isnan(), straight, (t == 0) | (resid <= dual))
         return ok
     if request.kind == "probe_value":
         move = (goal - (beta * request.lam).sum(-1)).abs()
@@ -160,12 +163,13 @@ def ends_there(
         accepted = options.accepted(lam.dtype) * move
         ok &= ((beta * lam).sum(-1) - goal).abs() <= accepted + rounding
         return ok
-    slack = 10 * options.target_rtol
+    slack = torch.where(resid.isnan(), 10.0, 2.0) * options.target_rtol
     if request.kind == "kl_budget":
+        kl = divergence(*log_probs)
         ok &= (kl - goal).abs() <= slack * goal + eps * (1 + request.z.logsumexp(-1).abs())
         return ok
     base, target = request.concept()
-    sides = log_probs[:, target].logsumexp(-1), log_probs[:, base].logsumexp(-1)
+    sides = log_probs[1][:, target].logsumexp(-1), log_probs[1][:, base].logsumexp(-1)
     wanted, rounding = goal.logit(), eps * (1 + sides[0].abs() + sides[1].abs())
     ok &= (sides[0] - sides[1] - wanted).abs() <= slack * wanted.abs().clamp_min(1.0) + rounding
     return ok
