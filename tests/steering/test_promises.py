@@ -65,15 +65,18 @@ def test_a_row_that_ends_elsewhere_is_not_reached_whatever_the_solver_says(targe
     assert "converged" not in (found.reason[1], found.reason[2])
 
 
-@pytest.mark.parametrize("rtol", [1e-8, 1e-12, 1e-13, 1e-14])
-def test_tight_tolerances_stay_on_the_hyperplane(rtol):
-    for seed in range(40):
-        geometry, states, beta = case(rows=8, seed=seed)
-        found = dual_steer(geometry, states, beta, probe_value=1.33, options=SolverOptions(rtol=rtol))
-        off = (found.lam @ beta - 1.33).abs()
-        assert bool((off[found.reached] <= 1e-9).all()), "a row that says it got there is there"
-        assert float(off.max()) <= 1e-6
-        assert float(found.reached.double().mean()) >= 0.8
+@pytest.mark.parametrize("rtol", [1e-8, 1e-12, 1e-14])
+@pytest.mark.parametrize(("size", "alpha", "seeds"), [((40, 8), 0.0, 8), ((30, 5), 1e-3, 30), ((100, 8), 1e-3, 22)])
+def test_tight_tolerances_stay_on_the_hyperplane(size, alpha, seeds, rtol):
+    """Steps that are not projected again leave it in some of these, by up to 3 where 1.33 was asked."""
+    for seed in range(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        weight, states = (torch.randn(n, size[1], generator=generator, dtype=torch.float64) for n in (size[0], 7))
+        beta = torch.randn(size[1], generator=generator, dtype=torch.float64)
+        options = SolverOptions(rtol=rtol)
+        found = dual_steer(SoftmaxGeometry(weight), states, beta, probe_value=1.33, alpha=alpha, options=options)
+        assert float((found.lam @ beta - 1.33).abs().max()) <= 1e-9, seed
+        assert bool((found.reached & found.certified).all()), seed
 
 
 def test_a_token_that_never_comes_costs_nothing():
