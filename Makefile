@@ -74,7 +74,7 @@ bench: $(INSTALLED) ## Run every benchmark's quick form; the numbers go to runs/
 	done
 
 clean: ## Remove the environment, caches and build leftovers; runs/ stays
-	rm -rf .venv .venv-newest .venv-lowest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs
+	rm -rf $(VENV) .venv-newest .venv-lowest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs
 	find lightning_interp tests recipes benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(INSTALLED): pyproject.toml constraints.txt constraints-lowest.txt Makefile

@@ -198,9 +198,8 @@ def test_lazy_names_resolve(name):
     value = getattr(lightning_interp, name)
     assert getattr(value, "__name__", name).split(".")[-1] == name
     home = stub_names("")[name]
-    defined_in = sys.modules[value.__module__] if home.count(".") == 1 and home != "lightning_interp.recipe" else None
+    assert name in sys.modules[home].__all__
     assert value is getattr(sys.modules[home], name)
-    assert name in (defined_in or sys.modules[home]).__all__
 
 
 def stub_names(package):
