@@ -63,9 +63,9 @@ def cache_of(output: Any) -> Any | None:
     Args:
         output: What the model returned.
     """
-    # A name that the output does not have is not asked for: an older one may warn.
-    names = [name for name in _NAMES if not hasattr(output, "keys") or name in output]
-    return next((cache for name in names if (cache := getattr(output, name, None)) is not None), None)
+    # Asked for by the names that it has: asking a new output for an older name logs a deprecation, ``in`` included.
+    has = set(output.keys()) if hasattr(output, "keys") else set(_NAMES)
+    return next((cache for name in _NAMES if name in has and (cache := getattr(output, name, None)) is not None), None)
 
 
 def installed_versions() -> str:
