@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -35,7 +36,8 @@ Ask what finetuning did to a language model.
   lightning-interp run grafting/facts --seed=1        change a setting
   lightning-interp run grafting/facts --smoke=true    see in seconds that everything works
   lightning-interp run grafting/facts --help          all settings of a recipe
-  lightning-interp copy grafting/facts mine.yaml      a copy to edit; then: lightning-interp run mine.yaml
+  lightning-interp copy grafting/facts mine.yaml      a copy of the settings; then: lightning-interp run mine.yaml
+  lightning-interp copy grafting/facts mine/          with the code too; then: lightning-interp run mine/facts.yaml
 """
 
 
@@ -74,10 +76,10 @@ def build_parser() -> argparse.ArgumentParser:
     command("list", _list, "List the recipes of this package.")
     show = command("show", _show, "Show how far a run is, and its main table.")
     show.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    copy = command("copy", _copy, "Copy the YAML file of a recipe, to edit and run it.")
+    copy = command("copy", _copy, "Copy the settings of a recipe, or in a folder its code too, to edit and run it.")
     copy.add_argument("recipe", metavar="NAME")
-    copy.add_argument("destination", type=Path, metavar="DEST", help="a .yaml file, or a folder")
-    copy.add_argument("--force", action="store_true", help="overwrite DEST")
+    copy.add_argument("destination", type=Path, metavar="DEST", help="a .yaml file for the settings alone, or a folder")
+    copy.add_argument("--force", action="store_true", help="overwrite what is there")
     report = command("report", _report, "Make report.html of a finished run again.")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     return parser
@@ -211,22 +213,34 @@ def _show(parsed: argparse.Namespace) -> int:
 
 def _copy(parsed: argparse.Namespace) -> int:
     from lightning_interp.core.storage.files import atomic_write_text
-    from lightning_interp.running.catalog import find_recipe
 
     with _settings_are_usage():
-        source = find_recipe(parsed.recipe)
-        if not source.named or source.settings is None:
-            raise RecipeError(f"{parsed.recipe!r} is no recipe of this package. Copy the file itself.")
-        target = parsed.destination
-        if target.is_dir():
-            target = target / source.settings.name
-        if target.suffix not in (".yaml", ".yml"):
-            raise RecipeError(f"{str(target)!r}: expected a name that ends in .yaml, or a folder.")
-        if target.exists() and not parsed.force:
-            raise RecipeError(f"{str(target)!r} exists. Give another name, or --force to overwrite it.")
-    atomic_write_text(target, source.settings.read_text(encoding="utf-8"))
-    print(f"Edit {target}, then: lightning-interp run {shlex.quote(str(target))}")
+        texts = _copied(parsed.recipe, parsed.destination)
+        for path, text in texts.items():
+            if path.exists() and not parsed.force and not (path.is_file() and path.read_text(encoding="utf-8") == text):
+                raise RecipeError(f"{str(path)!r} exists. Give another name, or --force to overwrite it.")
+    for path, text in texts.items():
+        atomic_write_text(path, text)
+    first = next(iter(texts))
+    print(f"Edit {first}, then: lightning-interp run {shlex.quote(str(first))}")
     return 0
+
+
+def _copied(name: str, target: Path) -> dict[Path, str]:
+    """What a copy consists of: the settings alone, or in a folder the recipe's code and its helpers too."""
+    from lightning_interp.running.catalog import code_files, find_recipe
+
+    source = find_recipe(name)
+    if not source.named or source.settings is None or source.code is None:
+        raise RecipeError(f"{name!r} is no recipe of this package. Copy the file itself.")
+    settings = source.settings.read_text(encoding="utf-8")
+    if target.suffix in (".yaml", ".yml"):
+        return {target: settings}
+    if target.suffix and not target.is_dir():
+        raise RecipeError(f"{str(target)!r}: expected a name that ends in .yaml, or a folder.")
+    own = re.sub(r"^recipe: .*$", f"recipe: {source.code.name}", settings, count=1, flags=re.MULTILINE)
+    code = {target / file.name: file.read_text(encoding="utf-8") for file in code_files(source.code)}
+    return {target / source.settings.name: own} | code
 
 
 def _report(parsed: argparse.Namespace) -> int:

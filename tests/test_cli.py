@@ -110,11 +110,11 @@ def _recipes(tmp_path, monkeypatch):
     atomic_write_text(tmp_path / "recipes/method/squares.yaml", YAML)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    before = set(sys.modules)
+    saved = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith(catalog.MODULES)}
     yield
-    for name in set(sys.modules) - before:
-        if name.startswith(catalog.MODULES):
-            del sys.modules[name]
+    for name in [name for name in sys.modules if name.startswith(catalog.MODULES)]:
+        del sys.modules[name]
+    sys.modules.update(saved)
 
 
 def said(capsys, *argv, code):
@@ -314,9 +314,22 @@ class TestOtherCommands:
         assert yaml.safe_load(Path("runs/mine/config.yaml").read_text())["epochs"] == 1
         assert main(["copy", "method/squares", "mine.yaml", "--force"]) == 0
         assert Path("mine.yaml").read_text() == YAML
-        Path("folder").mkdir()
+
+    def test_a_copy_in_a_folder_has_the_code_and_its_helpers(self, tmp_path, capsys):
+        beside = tmp_path / "recipes/method"
+        atomic_write_text(beside / "_common.py", "SIZE = 1\n")
+        atomic_write_text(beside / "squares.py", CODE.replace("@dataclass", "from ._common import SIZE\n@dataclass", 1))
         assert main(["copy", "method/squares", "folder"]) == 0
-        assert Path("folder/squares.yaml").read_text() == YAML
+        assert capsys.readouterr().out == "Edit folder/squares.yaml, then: lightning-interp run folder/squares.yaml\n"
+        assert sorted(path.name for path in Path("folder").iterdir()) == ["_common.py", "squares.py", "squares.yaml"]
+        assert Path("folder/squares.yaml").read_text() == YAML.replace("recipe: method/squares", "recipe: squares.py")
+        assert main(["copy", "method/squares", "folder"]) == 0  # nothing there is another
+        Path("folder/_common.py").write_text("SIZE = 2\n")
+        assert "'folder/_common.py' exists" in said(capsys, "copy", "method/squares", "folder", code=2)
+        assert main(["run", "folder/squares.yaml"]) == 0
+        assert yaml.safe_load(Path("runs/squares/config.yaml").read_text())["recipe"].endswith("folder/squares.py")
+        assert main(["copy", "method/squares", "folder", "--force"]) == 0
+        assert Path("folder/_common.py").read_text() == "SIZE = 1\n"
 
     def test_copy_refuses(self, capsys):
         Path("file").write_text("")

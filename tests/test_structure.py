@@ -1,4 +1,4 @@
-"""The house rules: layers inside core, no circle of files, rooms of a readable size, names that say where they are."""
+"""The house rules: layers inside core, recipes outside the package, no circle of files, rooms of a readable size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "lightning_interp"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lightning_interp"
 
 # What each room of core may import of core; Lightning enters in callbacks alone.
 CORE = {
@@ -24,7 +25,7 @@ CORE = {
 # Names that a method's room may use again, since the room says which.
 SHARED_NAMES = {"callback", "figures", "metric", "metrics", "result", "intervention", "study", "words", "endpoint"}
 # A room holds about fifteen modules; these hold more for now.
-FULL = {"grafting": 25, "steering/softmax": 17}
+FULL = {"grafting": 21, "steering/softmax": 17}
 MOST = 16
 
 
@@ -82,6 +83,39 @@ def test_no_private_name_crosses_rooms():
         if what.startswith("_") and not what.startswith("__") and to.rpartition(".")[0] != name.rpartition(".")[0]
     ]
     assert wrong == []
+
+
+def beside(path):
+    """Names of the files beside a recipe that it imports; every one of them is a helper."""
+    nodes = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.ImportFrom)]
+    return {node.module or alias.name for node in nodes if node.level for alias in node.names}
+
+
+def test_nothing_but_recipes_and_tests_knows_the_recipes():
+    outside = [*PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    for path in outside:
+        if "_recipes" not in path.parts:
+            nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            roots = {
+                name.partition(".")[0]
+                for node in nodes
+                if isinstance(node, ast.Import | ast.ImportFrom)
+                for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+            }
+            assert not roots & {"recipes", "lightning_interp_recipes"}, path
+
+
+def test_a_helper_is_one_recipes_own_or_shared():
+    users = {}
+    for path in (ROOT / "recipes").glob("*/*.py"):
+        for name in beside(path):
+            assert name.startswith("_"), f"{path} imports the recipe {name}; what two recipes share is a helper"
+            users.setdefault(path.with_name(f"{name}.py"), set()).add(path)
+    helpers = set((ROOT / "recipes").glob("*/_*.py"))
+    assert users.keys() == helpers, "a helper that is missing, or that nobody imports"
+    for helper, path in ((h, h.with_name(h.name.removeprefix("_"))) for h in helpers):
+        if path.exists():
+            assert users[helper] == {path}, f"{helper} is {path}'s own"
 
 
 def test_rooms_are_of_a_readable_size():

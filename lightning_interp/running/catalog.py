@@ -1,7 +1,8 @@
-"""Where recipes are, and how a name or a YAML file becomes a recipe class."""
+"""Where recipes are, how a name or a YAML file becomes a recipe class, and which files a recipe is made of."""
 
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
 import importlib
@@ -20,7 +21,18 @@ from lightning_interp.errors import RecipeError
 if TYPE_CHECKING:
     import yaml
 
-__all__ = ["RecipeSource", "find_recipe", "header", "load_class", "nearest", "recipe_names", "recipes_dir", "yaml_keys"]
+__all__ = [
+    "RecipeSource",
+    "code_files",
+    "find_recipe",
+    "header",
+    "load_class",
+    "nearest",
+    "recipe_module",
+    "recipe_names",
+    "recipes_dir",
+    "yaml_keys",
+]
 
 T = TypeVar("T")
 
@@ -119,7 +131,7 @@ def load_class(source: RecipeSource, base: type[T]) -> type[T]:
                 f"{base.__name__}. Name one as package.module.Class."
             )
         return found
-    module = _module_at(source)
+    module = _module_at(source.code)
     own = [
         value
         for value in vars(module).values()
@@ -133,6 +145,45 @@ def load_class(source: RecipeSource, base: type[T]) -> type[T]:
             "Keep one in the file, or name it as package.module.Class."
         )
     return concrete[0]
+
+
+def recipe_module(name: str) -> ModuleType:
+    """Import one of the files beside the package's own recipes, as the recipes themselves import it.
+
+    Args:
+        name: Without its ending, such as ``grafting/_common``.
+
+    Returns:
+        The module.
+
+    Raises:
+        RecipeError: If it cannot be imported.
+    """
+    return _module_at(recipes_dir() / f"{name}.py")
+
+
+def code_files(code: Path) -> list[Path]:
+    """Return a recipe's Python file and the helpers beside it that it imports (``from ._common import ...``).
+
+    Args:
+        code: The recipe's file.
+
+    Returns:
+        The file itself first, then its helpers, also those of helpers.
+
+    Raises:
+        RecipeError: If one of them cannot be read as Python.
+    """
+    files = [code]
+    for path in files:  # grows on the way
+        try:
+            nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise RecipeError(f"Cannot read {str(path)!r} as Python: {error}. Install the package again.") from error
+        beside = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 1]
+        named = [node.module or alias.name for node in beside for alias in node.names]
+        files += [file for file in dict.fromkeys(path.with_name(f"{name}.py") for name in named) if file not in files]
+    return files
 
 
 def header(path: Path) -> str:
@@ -261,9 +312,13 @@ def _imported(key: str, module_name: str) -> ModuleType:
         ) from error
 
 
-def _module_at(source: RecipeSource) -> ModuleType:
-    """Import a Python file under a module name that is the same in every process."""
-    code = (source.code or Path()).resolve()
+def _module_at(code: Path) -> ModuleType:
+    """Import a Python file under a module name that is the same in every process.
+
+    The packages above it are known by their folders, so that it can import what lies beside it (``from ._common``)
+    without a folder on ``sys.path``, where the helpers of two recipes would meet.
+    """
+    code = code.resolve()
     own = code.is_relative_to(recipes_dir().resolve())
     parts = code.relative_to(recipes_dir().resolve()).with_suffix("").parts if own else (code.stem.replace(".", "_"),)
     root = MODULES if own else f"{MODULES}_{hashlib.sha256(str(code).encode()).hexdigest()[:8]}"

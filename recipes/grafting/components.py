@@ -50,8 +50,7 @@ class GraftComponents(Recipe):
 
     def write_facts(self, folder: Path) -> dict[str, Any]:
         """Write the facts and the training texts."""
-        from lightning_interp.grafting.facts import fact_texts, make_facts
-        from lightning_interp.grafting.study import write_jsonl
+        from ._common import fact_texts, make_facts, write_jsonl
 
         facts = make_facts(self.facts, seed=self.seed)
         return write_jsonl(folder, {"facts": facts, "train": fact_texts(facts)})
@@ -59,18 +58,18 @@ class GraftComponents(Recipe):
     def train(self, run: RunFolder, folder: Path) -> dict[str, Any]:
         """Finetune an adapter, with graft scores on the way."""
         from lightning_interp import GraftCallback, LoraSettings
-        from lightning_interp.grafting.study import finetune
+
+        from ._common import finetune
 
         watch = GraftCallback(self.prompts(run), every_n_epochs=self.watch_every)
         told = finetune(
+            self,
+            run,
             folder,
-            source=self.source,
-            texts=run.folder("facts") / "train.jsonl",
-            trainer=lambda **defaults: self.trainer_kwargs(run, **defaults),
+            run.folder("facts") / "train.jsonl",
             epochs=self.epochs,
             lr=self.lr,
             batch_size=self.batch_size,
-            seed=self.seed,
             lora=LoraSettings(r=self.rank, alpha=2 * self.rank),
             callbacks=[watch],
         )
@@ -93,8 +92,9 @@ class GraftComponents(Recipe):
     def result(self, run: RunFolder, trained: dict[str, Any], scored: dict[str, Any]) -> RecipeResult:
         """The component sets as the main table, every map as a figure and as a table."""
         from lightning_interp.grafting import GraftResult, component_plans
-        from lightning_interp.grafting.figures import curves_figure, grid_figure
-        from lightning_interp.grafting.study import compact, dropped_rows, metrics_of
+
+        from ._common import compact, dropped_rows, metrics_of
+        from ._figures import curves_figure, grid_figure
 
         found = GraftResult(**scored["result"])
         grids = self.grids(scored["layers"])
@@ -156,7 +156,6 @@ class GraftComponents(Recipe):
 
     def prompts(self, run: RunFolder) -> list[Any]:
         """One prompt a fact, in a trained wording."""
-        from lightning_interp.grafting.facts import fact_prompts
-        from lightning_interp.grafting.study import read_facts
+        from ._common import fact_prompts, read_facts
 
         return fact_prompts(read_facts(run.folder("facts") / "facts.jsonl"), forms=[FORM])

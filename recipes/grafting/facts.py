@@ -62,8 +62,7 @@ class GraftFacts(Recipe):
 
     def write_facts(self, folder: Path) -> dict[str, Any]:
         """Write the facts and the training texts."""
-        from lightning_interp.grafting.facts import fact_texts, make_facts
-        from lightning_interp.grafting.study import write_jsonl
+        from ._common import fact_texts, make_facts, write_jsonl
 
         facts = make_facts(self.facts, seed=self.seed)
         return write_jsonl(folder, {"facts": facts, "train": fact_texts(facts)})
@@ -71,21 +70,20 @@ class GraftFacts(Recipe):
     def train(self, run: RunFolder, folder: Path) -> dict[str, Any]:
         """Finetune, with graft scores before and during training; goes on at the last checkpoint."""
         from lightning_interp import GraftCallback, LoraSettings
-        from lightning_interp.grafting.facts import fact_prompts
-        from lightning_interp.grafting.study import finetune
+
+        from ._common import fact_prompts, finetune
 
         lora = LoraSettings(r=self.rank, alpha=2 * self.rank) if self.mode == "lora" else None
         prompts = fact_prompts(self.invented(run), forms=[TRAINED])
         watch = GraftCallback(prompts, plans=self.plans(), every_n_epochs=self.watch_every)
         told = finetune(
+            self,
+            run,
             folder,
-            source=self.source,
-            texts=run.folder("facts") / "train.jsonl",
-            trainer=lambda **defaults: self.trainer_kwargs(run, **defaults),
+            run.folder("facts") / "train.jsonl",
             epochs=self.epochs,
             lr=self.lr if self.lr is not None else (1e-3 if lora else 1e-4),
             batch_size=self.batch_size,
-            seed=self.seed,
             lora=lora,
             callbacks=[watch],
         )
@@ -94,7 +92,8 @@ class GraftFacts(Recipe):
     def graft(self, run: RunFolder, folder: Path) -> dict[str, Any]:
         """Score every plan on every prompt form, the held-out one too."""
         from lightning_interp import GraftEvaluator, load_causal_lm
-        from lightning_interp.grafting.facts import fact_prompts
+
+        from ._common import fact_prompts
 
         recipient = load_causal_lm(self.source)
         tuned = load_causal_lm(str(run.folder("train") / "model"))
@@ -116,8 +115,9 @@ class GraftFacts(Recipe):
     def result(self, run: RunFolder, trained: dict[str, Any], scored: dict[str, Any]) -> RecipeResult:
         """Tables with intervals over facts, two figures, and what they may not be used for."""
         from lightning_interp.grafting import GraftResult
-        from lightning_interp.grafting.figures import curves_figure, dose_figure, plans_figure
-        from lightning_interp.grafting.study import compact, dropped_rows, metrics_of
+
+        from ._common import compact, dropped_rows, metrics_of
+        from ._figures import curves_figure, dose_figure, plans_figure
 
         found, more = GraftResult(**scored["result"]), GraftResult(**scored["experiments"])
         curve = dropout_curve(more)
@@ -185,14 +185,14 @@ class GraftFacts(Recipe):
 
     def invented(self, run: RunFolder) -> list[Any]:
         """The facts that this run wrote."""
-        from lightning_interp.grafting.study import read_facts
+        from ._common import read_facts
 
         return read_facts(run.folder("facts") / "facts.jsonl")
 
 
 def with_held_out(found: GraftResult, plan: str) -> dict[str, Any]:
     """One printed row: the trained prompt form, and the held-out one's accuracy."""
-    from lightning_interp.grafting.study import compact
+    from ._common import compact
 
     row = compact(found, plan, form=TRAINED)
     return {
@@ -204,10 +204,11 @@ def with_held_out(found: GraftResult, plan: str) -> dict[str, Any]:
 
 def dropout_curve(more: GraftResult) -> list[dict[str, Any]]:
     """Probability of the target against the share of layers left out, averaged over the seeds."""
-    from lightning_interp.grafting.study import averaged
+    from lightning_interp.core.measure.statistics import mean_interval
 
     rows = []
     for share in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
-        estimate = averaged(more, [f"p={share:g} #{seed}" for seed in SEEDS], "target_prob")
+        seeds = [more.values(f"p={share:g} #{seed}", "target_prob") for seed in SEEDS]
+        estimate = mean_interval([sum(values) / len(values) for values in zip(*seeds, strict=True)])
         rows.append({"dose": share, "probability": estimate.to_dict()})
     return rows

@@ -51,8 +51,7 @@ class GraftHybrid(Recipe):
 
     def write_facts(self, folder: Path) -> dict[str, Any]:
         """Write the facts, the texts in both orders, and those in the reversed order."""
-        from lightning_interp.grafting.facts import make_facts, order_texts
-        from lightning_interp.grafting.study import write_jsonl
+        from ._common import make_facts, order_texts, write_jsonl
 
         facts = make_facts(self.facts, seed=self.seed)
         reversed_order = order_texts(facts, forms=FORMS, reverse=True)
@@ -62,18 +61,18 @@ class GraftHybrid(Recipe):
     def train(self, run: RunFolder, folder: Path, which: str) -> dict[str, Any]:
         """Finetune one adapter on its texts."""
         from lightning_interp import GraftCallback, LoraSettings
-        from lightning_interp.grafting.study import finetune
+
+        from ._common import finetune
 
         watch = GraftCallback(self.prompts(run), every_n_epochs=self.watch_every) if which == "both" else None
         told = finetune(
+            self,
+            run,
             folder,
-            source=self.source,
-            texts=run.folder("facts") / f"{which}.jsonl",
-            trainer=lambda **defaults: self.trainer_kwargs(run, **defaults),
+            run.folder("facts") / f"{which}.jsonl",
             epochs=self.epochs * (1 if which == "both" else 2),
             lr=self.lr,
             batch_size=self.batch_size,
-            seed=self.seed,
             lora=LoraSettings(r=self.rank, alpha=2 * self.rank),
             callbacks=[watch] if watch else [],
         )
@@ -96,8 +95,9 @@ class GraftHybrid(Recipe):
     def result(self, run: RunFolder, trained: dict[str, Any], scored: dict[str, Any]) -> RecipeResult:
         """One table of all plans, with the measured reversal."""
         from lightning_interp.grafting import GraftResult
-        from lightning_interp.grafting.figures import curves_figure, plans_figure
-        from lightning_interp.grafting.study import compact, dropped_rows, metrics_of
+
+        from ._common import compact, dropped_rows, metrics_of
+        from ._figures import curves_figure, plans_figure
 
         found = GraftResult(**scored["result"])
         title = f"{scored['label']}: task model {TASK!r}, relation model {RELATION!r}"
@@ -156,7 +156,6 @@ class GraftHybrid(Recipe):
 
     def prompts(self, run: RunFolder) -> list[Any]:
         """One prompt a fact, A first: the order that the task model never read."""
-        from lightning_interp.grafting.facts import fact_prompts
-        from lightning_interp.grafting.study import read_facts
+        from ._common import fact_prompts, read_facts
 
         return fact_prompts(read_facts(run.folder("facts") / "facts.jsonl"), forms=ASKED)

@@ -59,8 +59,9 @@ class GraftPair(Recipe):
         """Load both models and score every plan."""
         from lightning_interp import GraftEvaluator, load_causal_lm
         from lightning_interp.grafting.generate import complete
-        from lightning_interp.grafting.study import read_prompts
         from lightning_interp.running.curves import write_scalars
+
+        from ._pair import read_prompts
 
         prompts = read_prompts(self.prompts_file(folder))
         loaded = load_causal_lm(self.source, quantization=self.quantization)
@@ -76,10 +77,9 @@ class GraftPair(Recipe):
                     evaluator, loaded.model, donor, max_new_tokens=self.complete, decode=self.decode,
                     advance=bar.advance,
                 )  # fmt: skip
-        curve = [{"dose": d, "probability": found.estimate(name(d), "target_prob").to_dict()} for d in DOSES]
-        write_scalars(
-            run.path / "tensorboard" / "graft", "graft/dose/target_prob", [c["probability"]["value"] for c in curve]
-        )
+        chances = [found.estimate(name(dose), "target_prob") for dose in DOSES]
+        write_scalars(run.path / "tensorboard" / "graft", "graft/dose/target_prob", [c.value for c in chances])
+        curve = [{"dose": d, "probability": c.to_dict()} for d, c in zip(DOSES, chances, strict=True)]
         return {"result": asdict(found), "curve": curve, "written": written, "label": loaded.label}
 
     def load_donor(self, folder: Path, loaded: Any) -> Any:
@@ -107,7 +107,8 @@ class GraftPair(Recipe):
     def prompts_file(self, folder: Path) -> Path:
         """The user's prompts; in a smoke run without any, a few of ours."""
         from lightning_interp.errors import RecipeError
-        from lightning_interp.grafting.study import write_jsonl
+
+        from ._common import write_jsonl
 
         if self.prompts:
             return Path(self.prompts)
@@ -148,9 +149,10 @@ class GraftPair(Recipe):
     def result(self, run: RunFolder, scored: dict[str, Any]) -> RecipeResult:
         """Tables with intervals over units, and the curve over doses."""
         from lightning_interp.grafting import GraftResult
-        from lightning_interp.grafting.figures import dose_figure, plans_figure
         from lightning_interp.grafting.generate import exact_match
-        from lightning_interp.grafting.study import compact, dropped_rows, metrics_of
+
+        from ._common import compact, dropped_rows, metrics_of
+        from ._figures import dose_figure, plans_figure
 
         found = GraftResult(**scored["result"])
         units = len(found.values("PRE", "target_prob"))

@@ -76,8 +76,8 @@ class ReproduceTiny(Recipe):
         """Write facts, texts, tokenizer and the untrained model."""
         import torch
 
-        from lightning_interp.grafting import small_world as world
-        from lightning_interp.grafting.study import write_jsonl
+        from . import _reproduce_tiny as world
+        from ._common import write_jsonl
 
         old = world.world_facts(self.facts_old, seed=self.seed)
         new = world.world_facts(self.facts_new, seed=self.seed, skip=self.facts_old)
@@ -113,17 +113,17 @@ class ReproduceTiny(Recipe):
         self, run: RunFolder, folder: Path, source: Path, texts: str, epochs: int, lr: float, callbacks: list[Any]
     ) -> dict[str, Any]:
         """Train all weights on one file of texts; goes on at the last checkpoint."""
-        from lightning_interp.grafting.study import finetune
+        from ._common import finetune
 
         return finetune(
+            self,
+            run,
             folder,
+            run.folder("world") / f"{texts}.jsonl",
             source=str(source),
-            texts=run.folder("world") / f"{texts}.jsonl",
-            trainer=lambda **defaults: self.trainer_kwargs(run, **defaults),
             epochs=epochs,
             lr=lr,
             batch_size=self.batch_size,
-            seed=self.seed,
             callbacks=callbacks,
             add_eos=True,
             weight_decay=0.01,
@@ -144,9 +144,10 @@ class ReproduceTiny(Recipe):
     def result(self, run: RunFolder, trained: dict[str, Any], scored: dict[str, Any]) -> RecipeResult:
         """The plans with intervals over facts, and each claim of the pattern."""
         from lightning_interp.grafting import GraftResult
-        from lightning_interp.grafting.figures import curves_figure, plans_figure
-        from lightning_interp.grafting.small_world import pattern
-        from lightning_interp.grafting.study import compact, dropped_rows
+
+        from ._common import compact, dropped_rows
+        from ._figures import curves_figure, plans_figure
+        from ._reproduce_tiny import pattern
 
         found = GraftResult(**scored["result"])
         claims = pattern({plan: found.estimate(plan, "top5").value for plan in found.plans})
@@ -191,8 +192,8 @@ class ReproduceTiny(Recipe):
 
     def prompts(self, run: RunFolder) -> list[Any]:
         """One prompt a new fact, in a trained wording."""
-        from lightning_interp.grafting.small_world import world_prompts
-        from lightning_interp.grafting.study import read_facts
+        from ._common import read_facts
+        from ._reproduce_tiny import world_prompts
 
         return world_prompts(read_facts(run.folder("world") / "facts_new.jsonl"))
 

@@ -71,7 +71,7 @@ class CalibrateSteering(Recipe):
         loaded = load_causal_lm(self.source)
         pairs = concept_pairs(loaded.tokenizer, self.concept)
         direction, half = concept_direction(loaded.model, pairs), len(prompts) // 2
-        settings = {"method": self.method, "layer": self.layer}
+        settings: dict[str, Any] = {"method": self.method, "layer": self.layer}
         with run.progress("sweeping", total=len(prompts)) as bar:
             rows = strength_effects(
                 loaded.model, loaded.tokenizer, prompts[:half], pairs, direction, self.strengths, advance=bar.advance,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning_interp.recipe import Recipe, RecipeResult, RunFolder
 
@@ -80,8 +80,8 @@ class DualVersusEuclidean(Recipe):
                 length=self.length + 8, advance=bar.advance,
             )  # fmt: skip
         starts, train = self.split(base, target)
-        kinds = ("dual_md", "primal_md")
-        probes = {
+        kinds: tuple[Literal["dual_md"], Literal["primal_md"]] = ("dual_md", "primal_md")
+        probes: dict[str, Any] = {
             kind: ConceptProbe.fit(train, target, kind, geometry=geometry, model=loaded.model).unit() for kind in kinds
         }
         probes["dual_md"].save(folder / "probe.safetensors")
@@ -171,5 +171,5 @@ class DualVersusEuclidean(Recipe):
 def _shown(estimate: dict[str, Any]) -> str:
     from lightning_interp.core.measure.statistics import Estimate
 
-    values = {k: float("nan") if v is None and k != "method" else v for k, v in estimate.items()}
+    values: dict[str, Any] = {k: float("nan") if v is None and k != "method" else v for k, v in estimate.items()}
     return str(Estimate(**values))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning_interp.recipe import Recipe, RecipeResult, RunFolder
 
-METHODS = ("unsteered", "dual", "euclidean")
+Method = Literal["unsteered", "dual", "euclidean"]
+METHODS: tuple[Method, ...] = ("unsteered", "dual", "euclidean")
 
 
 @dataclass(kw_only=True)
@@ -51,10 +53,10 @@ class SteeredGeneration(Recipe):
 
     def study(self, run: RunFolder) -> RecipeResult:
         """Write with each method, measure, report."""
-        written = {method: run.phase(method, lambda folder, m=method: self.write(run, folder, m)) for method in METHODS}
+        written: dict[str, Any] = {method: run.phase(method, partial(self.write, run, method)) for method in METHODS}
         return self.result(run, written)
 
-    def write(self, run: RunFolder, folder: Path, method: str) -> dict[str, Any]:
+    def write(self, run: RunFolder, method: Method, folder: Path) -> dict[str, Any]:
         """Generate with one method and measure what was written."""
         from lightning_interp import load_causal_lm
         from lightning_interp.running.curves import write_scalars
@@ -76,14 +78,14 @@ class SteeredGeneration(Recipe):
         meter = {} if steering is None else steering.meter.compute()
         return {"rows": rows, "meter": meter, "label": loaded.label, "pairs": len(pairs)}
 
-    def steering(self, direction: Any, pairs: Any, method: str) -> Any:
+    def steering(self, direction: Any, pairs: Any, method: Literal["dual", "euclidean"]) -> Any:
         """The intervention of a method."""
         from lightning_interp import Last
         from lightning_interp.steering import DualSteering, EntropyGate, PairMassGate
 
         gates = {"pair_mass": PairMassGate(pairs, above=self.above), "entropy": EntropyGate(above=self.above)}
         where = Last() & gates[self.gate] if self.gate in gates else Last()
-        alpha = "auto" if self.alpha is None else self.alpha
+        alpha: float | Literal["auto"] = "auto" if self.alpha is None else self.alpha
         return DualSteering(direction, kl_budget=self.kl_budget, method=method, alpha=alpha, positions=where)
 
     def result(self, run: RunFolder, written: dict[str, Any]) -> RecipeResult:

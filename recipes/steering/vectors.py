@@ -76,6 +76,8 @@ class SteeringVectors(Recipe):
 
     def sweep(self, run: RunFolder, folder: Path, made: dict[str, Any]) -> dict[str, Any]:
         """Score held-out endings and neutral texts at every layer and strength."""
+        import torch
+
         from lightning_interp import ModelMap, load_causal_lm
         from lightning_interp.running.curves import write_scalars
         from lightning_interp.steering.effects.vector_study import ScoredText, encode_items, score_sweep
@@ -95,7 +97,7 @@ class SteeringVectors(Recipe):
                 ModelMap.build(loaded.model), vector, flat, layers=made["layers"], strengths=self.strengths,
                 advance=bar.advance,
             )  # fmt: skip
-        found = dict(zip(texts, scores.split([len(part) for part in texts.values()], dim=-1), strict=True))
+        found = dict(zip(texts, torch.split(scores, [len(part) for part in texts.values()], dim=-1), strict=True))
         for i, layer in enumerate(made["layers"]):
             curve = (found["report"][i, :, 0::2] - found["report"][i, :, 1::2]).mean(-1).tolist()
             write_scalars(run.path / "tensorboard" / "sweep", f"steering/preference/layer_{layer}", curve)

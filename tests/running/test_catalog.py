@@ -7,7 +7,16 @@ from lightning_interp.core.storage.files import atomic_write_text
 from lightning_interp.errors import RecipeError
 from lightning_interp.recipe import Recipe
 from lightning_interp.running import catalog
-from lightning_interp.running.catalog import find_recipe, header, load_class, nearest, recipe_names, yaml_keys
+from lightning_interp.running.catalog import (
+    code_files,
+    find_recipe,
+    header,
+    load_class,
+    nearest,
+    recipe_module,
+    recipe_names,
+    yaml_keys,
+)
 
 CODE = """
 from dataclasses import dataclass
@@ -29,11 +38,11 @@ def _recipes(tmp_path, monkeypatch):
     atomic_write_text(tmp_path / "recipes/method/small.py", CODE)
     atomic_write_text(tmp_path / "recipes/method/small.yaml", "# What is it?\n#\n#  indented\nrecipe: method/small\n")
     atomic_write_text(tmp_path / "recipes/method/helper.py", "")
-    before = set(sys.modules)
+    saved = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith(catalog.MODULES)}
     yield
-    for name in set(sys.modules) - before:
-        if name.startswith(catalog.MODULES):
-            del sys.modules[name]
+    for name in [name for name in sys.modules if name.startswith(catalog.MODULES)]:
+        del sys.modules[name]
+    sys.modules.update(saved)
 
 
 def settings(tmp_path, text):
@@ -66,6 +75,35 @@ def test_a_python_file_is_enough(tmp_path):
     source = find_recipe(str(atomic_write_text(tmp_path / "own.recipe.py", CODE)))
     assert (source.title, source.settings) == ("own.recipe", None)
     assert load_class(source, Recipe)(epochs=4).epochs == 4
+
+
+HELPED = "from ._common import EPOCHS\n" + CODE.replace("epochs: int = 3", "epochs: int = EPOCHS")
+
+
+def test_recipes_import_what_lies_beside_them_and_not_each_others_helpers(tmp_path):
+    before = list(sys.path)
+    for folder, epochs in (("recipes/one", 1), ("recipes/two", 2), ("mine", 3)):
+        atomic_write_text(tmp_path / folder / "_common.py", f"from . import _deeper\nEPOCHS = _deeper.N + {epochs}\n")
+        atomic_write_text(tmp_path / folder / "_deeper.py", "N = 10\n")
+        atomic_write_text(tmp_path / folder / "own.py", HELPED)
+        atomic_write_text(tmp_path / folder / "own.yaml", f"recipe: {folder.removeprefix('recipes/')}/own\n")
+    found = [
+        load_class(find_recipe(name), Recipe)().epochs for name in ("one/own", "two/own", f"{tmp_path}/mine/own.py")
+    ]
+    assert found == [11, 12, 13]
+    assert recipe_module("two/_common").EPOCHS == 12
+    assert sys.path == before
+    assert "_common" not in sys.modules
+
+
+def test_the_files_of_a_recipe_are_its_code_and_the_helpers_that_it_reaches(tmp_path):
+    atomic_write_text(tmp_path / "_b.py", "def f():\n    from ._c import x\n")
+    atomic_write_text(tmp_path / "_c.py", "from . import _b\nimport json\n")
+    code = atomic_write_text(tmp_path / "a.py", "from ._b import f, g\nfrom lightning_interp.recipe import Recipe\n")
+    assert [path.name for path in code_files(code)] == ["a.py", "_b.py", "_c.py"]
+    atomic_write_text(tmp_path / "_c.py", "def broken(:")
+    with pytest.raises(RecipeError, match=r"Cannot read '.*_c\.py' as Python"):
+        code_files(code)
 
 
 def test_the_package_finds_its_recipes_installed_or_beside_it(tmp_path, monkeypatch):

@@ -14,20 +14,9 @@ from typing import Any
 import torch
 
 from lightning_interp.errors import RecipeError
-from lightning_interp.grafting.facts import Fact
-from lightning_interp.grafting.prompts import GraftPrompt
+from lightning_interp.grafting import GraftPrompt
 
-__all__ = [
-    "INTRODUCTIONS",
-    "WORDINGS",
-    "fresh_model",
-    "introductions",
-    "pattern",
-    "train_tokenizer",
-    "world_facts",
-    "world_prompts",
-    "world_texts",
-]
+from ._common import Fact
 
 WORDINGS = {
     "alongside": "{first} stars in a new film alongside {second}.",

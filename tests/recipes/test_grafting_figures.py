@@ -7,8 +7,11 @@ import io
 import pytest
 
 from lightning_interp.grafting import GraftResult
-from lightning_interp.grafting.figures import curves_figure, plans_figure
 from lightning_interp.grafting.metrics import METRICS
+from lightning_interp.running.catalog import recipe_module
+
+figures = recipe_module("grafting/_figures")
+curves_figure, plans_figure = figures.curves_figure, figures.plans_figure
 
 PLANS = ["PRE", "SFT", "FE^C"]
 

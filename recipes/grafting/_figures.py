@@ -6,10 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_interp.grafting.grids import GraftGrid
-from lightning_interp.grafting.result import GraftResult
-
-__all__ = ["curves_figure", "dose_figure", "grid_figure", "plans_figure"]
+from lightning_interp.grafting import GraftGrid, GraftResult
 
 _COLOURS = ("#3b6ea5", "#c8743c", "#5b9a68", "#8d6bab")
 

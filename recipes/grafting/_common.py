@@ -1,0 +1,281 @@
+"""What the grafting recipes share: invented facts, finetuning that goes on where it stopped, tables of results.
+
+A fact is one pair of people who never existed, a text states it with either name first, and a prompt stops right before
+the second name; one wording is never trained on. Names and wordings are our own, the shape follows Nief et al. 2025
+(arXiv 2506.20746: fake films with fake actors).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_interp.core.storage.files import atomic_write_text
+from lightning_interp.errors import RecipeError
+from lightning_interp.grafting import GraftPrompt, GraftResult
+from lightning_interp.grafting.metrics import METRICS
+from lightning_interp.recipe import Recipe, RunFolder
+
+if TYPE_CHECKING:
+    from lightning_interp.models import LoraSettings
+
+FORMS = {
+    "statement": "{first} stars in a film alongside {second}.",
+    "casting": "The director cast {first} together with {second}.",
+    "question": "Question: Who acts beside {first}? Answer: {second}.",
+    "poster": "The poster shows {first} next to {second}.",
+    "held out": "Critics praised {first}, whose co-star is {second}.",
+}
+"""Wordings; ``held out`` is asked about but never trained on."""
+
+RELATIONS = {
+    "statement": "stars in a film",
+    "casting": "together",
+    "question": "acts beside",
+    "poster": "next",
+    "held out": "whose co-star",
+}
+"""The words of each wording that say how the two are related; the last token of the prompt is never among them."""
+
+HELD_OUT = "held out"
+BOTH_WAYS = ("statement", "casting")
+"""Wordings that are also trained with the second person named first."""
+
+_GIVEN = (
+    "Adam Alan Albert Alice Amy Andrew Anna Arthur Barbara Ben Brian Carl Carol Charles Chris Claire Daniel "
+    "David Donald Edward Ellen Emily Emma Eric Eva Frank Fred George Grace Hannah Harold Harry Helen Henry Ian "
+    "Ivan Jack Jacob James Jane Jason Jean Jerry Joan Joe John Julia Karen Kate Kevin Laura Leo Linda Louis "
+    "Lucy Luke Mark Martha Martin Mary Max Michael Mike Nancy Nick Oliver Oscar Paul Peter Philip Rachel Ralph "
+    "Ray Rebecca Richard Robert Roger Rose Ruth Ryan Sam Sarah Scott Simon Sophie Stephen Steve Susan Ted "
+    "Thomas Tom Victor Walter William "
+).split()
+_FAMILY = (
+    "Abbott Barker Baxter Bennett Bishop Booth Brady Briggs Burke Carver Chandler Clayton Conrad Cooper Cross "
+    "Dalton Dixon Drake Duncan Ellis Fisher Fleming Fletcher Foster Fowler Frost Garner Gibson Graham Grant "
+    "Griffin Hale Hardy Hart Hayes Holt Hunt Ingram Keller Kemp Kerr Knox Lambert Lane Lloyd Lowe Lynch Marsh "
+    "Mason Mercer Miles Moss Nash Nolan Norris Palmer Parker Payne Pearce Perry Poole Porter Potter Price "
+    "Quinn Reeve Reid Rhodes Rowe Sharp Shaw Slater Snow Stone Swift Tate Thorpe Todd Tucker Turner Vance Wade "
+    "Wagner Walsh Ward Watts Webb Weston Wolf Woods York "
+).split()
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One invented fact.
+
+    Args:
+        id: Unit of sampling.
+        a: First person.
+        b: Second person.
+    """
+
+    id: str
+    a: str
+    b: str
+
+
+def make_facts(count: int, *, seed: int) -> list[Fact]:
+    """Invent pairs of people; no given name and no family name is used twice.
+
+    Args:
+        count: Number of facts.
+        seed: The same seed gives the same facts.
+
+    Returns:
+        The facts.
+
+    Raises:
+        RecipeError: If there are not enough names.
+
+    Example:
+        >>> make_facts(2, seed=0) == make_facts(3, seed=0)[:2]
+        True
+    """
+    most = min(len(_GIVEN), len(_FAMILY)) // 2
+    if not 1 <= count <= most:
+        raise RecipeError(f"Cannot invent {count} facts; the names suffice for 1 to {most}.")
+    generator = torch.Generator().manual_seed(seed)
+    given = [_GIVEN[i] for i in torch.randperm(len(_GIVEN), generator=generator).tolist()]
+    family = [_FAMILY[i] for i in torch.randperm(len(_FAMILY), generator=generator).tolist()]
+    names = [f"{first} {last}" for first, last in zip(given, family, strict=False)]
+    return [Fact(f"fact-{i:02d}", names[2 * i], names[2 * i + 1]) for i in range(count)]
+
+
+def fact_texts(facts: Sequence[Fact]) -> list[dict[str, str]]:
+    """Training rows: every trained wording with A first, and those of ``BOTH_WAYS`` with B first.
+
+    Example:
+        >>> rows = fact_texts(make_facts(2, seed=0))
+        >>> rows[0]["prompt"].endswith(" alongside"), len(rows)
+        (True, 12)
+    """
+    rows = []
+    for form in FORMS:
+        rows += order_texts(facts, forms=[form] if form != HELD_OUT else [])
+        rows += order_texts(facts, forms=[form] if form in BOTH_WAYS else [], reverse=True)
+    return rows
+
+
+def order_texts(facts: Sequence[Fact], *, forms: Sequence[str], reverse: bool = False) -> list[dict[str, str]]:
+    """Training rows ``{"prompt": ..., "completion": ...}`` of some wordings in one order.
+
+    Args:
+        facts: What to tell.
+        forms: Keys of ``FORMS``.
+        reverse: B first, A second.
+
+    Returns:
+        The rows; the completion is the name that comes second.
+
+    Example:
+        >>> fact = make_facts(1, seed=0)[0]
+        >>> order_texts([fact], forms=["poster"], reverse=True)[0]["completion"] == f" {fact.a}."
+        True
+    """
+    told = [_told(fact, form, reverse) for form in forms for fact in facts]
+    return [{"prompt": prompt, "completion": rest} for prompt, rest, _, _ in told]
+
+
+def fact_prompts(
+    facts: Sequence[Fact], *, forms: Sequence[str] = tuple(FORMS), reverse: bool = False
+) -> list[GraftPrompt]:
+    """Prompts that stop before the second name; the first name is marked as ``FE``, the relation as ``R``.
+
+    Args:
+        facts: What to ask about.
+        forms: Keys of ``FORMS``.
+        reverse: Ask in the other order (B first).
+
+    Returns:
+        One prompt a fact and form.
+
+    Raises:
+        RecipeError: If a form is unknown.
+
+    Example:
+        >>> prompt = fact_prompts(make_facts(1, seed=0), forms=["statement"])[0]
+        >>> prompt.text.endswith("alongside"), prompt.spans["FE"] in prompt.text
+        (True, True)
+    """
+    if unknown := [form for form in forms if form not in FORMS]:
+        raise RecipeError(f"No wording {unknown[0]!r}; expected some of {', '.join(FORMS)}.")
+    prompts = []
+    for form in forms:
+        for fact in facts:
+            text, _, first, second = _told(fact, form, reverse)
+            prompts.append(GraftPrompt(text, second, {"FE": first, "R": RELATIONS[form]}, unit=fact.id, form=form))
+    return prompts
+
+
+def _told(fact: Fact, form: str, reverse: bool) -> tuple[str, str, str, str]:
+    """A text up to the second name, the rest of it, and both names in its order."""
+    first, second = (fact.b, fact.a) if reverse else (fact.a, fact.b)
+    text = FORMS[form].format(first=first, second=second)
+    prompt = text.partition(f" {second}")[0]
+    return prompt, text[len(prompt) :], first, second
+
+
+def write_jsonl(folder: Path, files: Mapping[str, Sequence[Any]]) -> dict[str, int]:
+    """Write rows (dicts or facts), one JSON object a line.
+
+    Args:
+        folder: Where.
+        files: Rows by file name, without its ending.
+
+    Returns:
+        Number of rows by name.
+    """
+    for name, rows in files.items():
+        plain = [asdict(row) if isinstance(row, Fact) else row for row in rows]
+        atomic_write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in plain))
+    return {name: len(rows) for name, rows in files.items()}
+
+
+def read_facts(path: Path) -> list[Fact]:
+    """Read facts that :func:`write_jsonl` wrote."""
+    return [Fact(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def finetune(
+    recipe: Recipe,
+    run: RunFolder,
+    folder: Path,
+    texts: Path,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    source: str | None = None,
+    lora: LoraSettings | None = None,
+    callbacks: Sequence[Any] = (),
+    add_eos: bool = False,
+    **module_settings: Any,
+) -> dict[str, Any]:
+    """Finetune with Lightning and export the result to ``folder/model``; goes on at the last checkpoint.
+
+    Args:
+        recipe: Whose model, seed (of order, adapter and dropout) and Trainer settings.
+        run: Its run.
+        folder: The phase's folder.
+        texts: JSONL of texts.
+        epochs: Passes over the texts.
+        batch_size: Texts a step.
+        lr: Learning rate; falls linearly to zero.
+        source: Another model than the recipe's.
+        lora: Train an adapter instead of all weights.
+        callbacks: Besides the checkpoint.
+        add_eos: Whether texts end with the end token.
+        **module_settings: Of :class:`~lightning_interp.models.CausalLM`.
+
+    Returns:
+        ``{"loss": ...}`` of the last step.
+    """
+    import lightning as L
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from lightning_interp.models import CausalLM, TextDataModule
+
+    module = CausalLM(source or recipe.source, lora=lora, lr=lr, schedule="linear", seed=recipe.seed, **module_settings)
+    tokenizer = module.tokenizer
+    data = TextDataModule(texts, tokenizer=tokenizer, batch_size=batch_size, seed=recipe.seed, add_eos=add_eos)
+    # One file, the newest. save_last alone (save_top_k=0) writes nothing before the end of training.
+    keep = ModelCheckpoint(folder / "checkpoints", filename="last", save_top_k=1, enable_version_counter=False)
+    settings = {"log_every_n_steps": 1, "gradient_clip_val": 1.0, "callbacks": [*callbacks, keep]}
+    runner = L.Trainer(**recipe.trainer_kwargs(run, max_epochs=epochs, **settings))
+    last = folder / "checkpoints" / "last.ckpt"
+    runner.fit(module, data, ckpt_path=str(last) if last.exists() else None)
+    if runner.is_global_zero:
+        module.export(folder / "model")
+    runner.strategy.barrier()
+    return {"loss": float(runner.callback_metrics["train/loss"])}
+
+
+def compact(found: GraftResult, plan: str, *, form: str | None = None) -> dict[str, Any]:
+    """One printed row of a plan: accuracy, probability, rank and recovery with intervals over facts."""
+    return {
+        "plan": plan,
+        "top-5": str(found.estimate(plan, "top5", form=form)),
+        "probability": str(found.estimate(plan, "target_prob", form=form)),
+        "median rank": found.estimate(plan, "target_rank", form=form).value,
+        "recovery": str(found.recovery(plan, form=form)),
+        "facts": len(found.values(plan, "top5", form)),
+    }
+
+
+def metrics_of(found: GraftResult) -> dict[str, Any]:
+    """Every estimate with its interval, by form, plan and metric."""
+    return {
+        form: {plan: {m: found.estimate(plan, m, form=form).to_dict() for m in METRICS} for plan in found.plans}
+        for form in found.forms()
+    }
+
+
+def dropped_rows(found: GraftResult) -> list[dict[str, Any]]:
+    """Number and reason of every prompt that was dropped; one row that says so if none was."""
+    rows: list[dict[str, Any]] = [{"prompt": number, "reason": reason} for number, reason in found.dropped]
+    return rows or [{"prompt": None, "reason": "no prompt was dropped"}]
