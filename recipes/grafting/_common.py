@@ -7,7 +7,6 @@ the second name; one wording is never trained on. Names and wordings are our own
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_interp.core.storage.files import atomic_write_text
+from lightning_interp.core.storage.jsonl import json_lines, write_json_lines
 from lightning_interp.errors import RecipeError
 from lightning_interp.grafting import GraftPrompt, GraftResult
 from lightning_interp.grafting.metrics import METRICS
@@ -191,14 +190,13 @@ def write_jsonl(folder: Path, files: Mapping[str, Sequence[Any]]) -> dict[str, i
         Number of rows by name.
     """
     for name, rows in files.items():
-        plain = [asdict(row) if isinstance(row, Fact) else row for row in rows]
-        atomic_write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in plain))
+        write_json_lines(folder / f"{name}.jsonl", (asdict(row) if isinstance(row, Fact) else row for row in rows))
     return {name: len(rows) for name, rows in files.items()}
 
 
 def read_facts(path: Path) -> list[Fact]:
     """Read facts that :func:`write_jsonl` wrote."""
-    return [Fact(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [Fact(**row) for _, row in json_lines(path, own=True)]
 
 
 def finetune(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
+from lightning_interp.core.storage.jsonl import json_lines
 from lightning_interp.errors import DataError
 from lightning_interp.grafting import GraftPrompt
 
@@ -21,24 +22,15 @@ def read_prompts(path: Path) -> list[GraftPrompt]:
     Raises:
         DataError: With file and line, if a line is no such object; if there is none.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read the prompts {str(path)!r}: {error}. Expected a JSONL file in UTF-8.") from error
-    prompts = [_prompt(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
+    expected = "one JSON object a line with 'text' and 'target'"
+    prompts = [_prompt(row, where) for where, row in json_lines(path, expected=expected)]
     if not prompts:
-        raise DataError(f"{path} holds no prompts. Expected one JSON object a line with 'text' and 'target'.")
+        raise DataError(f"{path} holds no prompts. Expected {expected}.")
     return prompts
 
 
-def _prompt(line: str, where: str) -> GraftPrompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: no JSON ({error}). Expected one object a line.") from error
+def _prompt(row: dict[str, Any], where: str) -> GraftPrompt:
     known = {"text": str, "target": str, "spans": dict, "unit": str | int, "form": str}
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: {type(row).__name__}, expected an object with 'text' and 'target'.")
     for key, value in row.items():
         if key not in known or not isinstance(value, known[key]):
             raise DataError(f"{where}: {key!r} is {value!r}; expected the keys {', '.join(known)} (spans: an object).")

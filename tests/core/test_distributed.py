@@ -169,32 +169,6 @@ class TestErrors:
         with pytest.raises(ManifestError, match=r"Cannot write '.*/file/out\.jsonl\.rank00000\.part': Not a directory"):
             JsonlWriter(blocker / "out.jsonl")
 
-    def test_a_full_disk_is_said_and_leaves_whole_lines(self, tmp_path, monkeypatch):
-        writer = JsonlWriter(tmp_path / "x")
-        writer.write([{"index": 0}])
-        kept = writer.part.read_bytes()
-
-        class Full:
-            """A file whose disk takes five more bytes."""
-
-            room = 5
-
-            def __getattr__(self, name):
-                return getattr(real, name)
-
-            def write(self, data):
-                if not self.room:
-                    raise OSError(28, "No space left on device")
-                self.room = 0
-                return real.write(data[:5])
-
-        real = writer._file
-        writer._file = Full()
-        with pytest.raises(ManifestError, match=r"Cannot write '.*x\.rank00000\.part': No space left"):
-            writer.write([{"index": 1}])
-        assert writer.part.read_bytes() == kept
-        writer.close()
-
     def test_many_ranks_without_a_way_to_wait_are_refused(self, tmp_path):
         with JsonlWriter(tmp_path / "x", rank=0, world_size=4) as writer:
             with pytest.raises(ManifestError, match=r"Cannot merge '.*x' from 4 ranks"):

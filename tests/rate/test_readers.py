@@ -123,7 +123,7 @@ class TestRewrites:
         ("content", "message"),
         [
             ("{", r"bad\.json: no valid JSON"),
-            ("[]", r"bad\.json: expected an object, got b'\[\]'"),
+            ("[]", r"bad\.json: expected an object, got list \[\]"),
             ("{}", r"bad\.json holds no units"),
             ({"a": 3}, r"bad\.json, id 'a': 3; expected an object with w_original"),
             ({"a": {"w_original": 1}}, r"id 'a': the keys are w_original; expected w_original and completions"),

@@ -135,8 +135,8 @@ def test_nothing_to_do(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"p.jsonl, line 2: no JSON"),
-        ("[1]", r"line 2: list, expected an object"),
+        ("{", r"p.jsonl, line 2: no valid JSON"),
+        ("[1]", r"line 2: expected an object, got list"),
         ('{"text": "a"}', r"line 2: 'target' is missing or empty"),
         ('{"text": "a", "target": ""}', r"line 2: 'target' is missing or empty"),
         ('{"text": 3, "target": "b"}', r"line 2: 'text' is 3"),
@@ -154,5 +154,5 @@ def test_no_prompts_at_all(tmp_path):
     (tmp_path / "p.jsonl").write_text("\n\n")
     with pytest.raises(DataError, match=r"p.jsonl holds no prompts"):
         read_prompts(tmp_path / "p.jsonl")
-    with pytest.raises(DataError, match=r"Cannot read the prompts '.*gone.jsonl'"):
+    with pytest.raises(DataError, match=r"gone.jsonl cannot be read: No such file"):
         read_prompts(tmp_path / "gone.jsonl")

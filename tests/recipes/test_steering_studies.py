@@ -179,7 +179,7 @@ def test_files_that_cannot_be_read(loaded, tmp_path):
     with pytest.raises(DataError, match=r"missing\.txt"):
         read_texts(str(tmp_path / "missing.txt"))
     (tmp_path / "texts.jsonl").write_text('{"text": "one"}\n{"words": 1}\n')
-    with pytest.raises(DataError, match=r"texts.jsonl, line 2"):
+    with pytest.raises(DataError, match=r"texts.jsonl, line 2: 'text' is None; expected a string"):
         read_texts(str(tmp_path / "texts.jsonl"))
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(DataError, match=r"empty\.txt holds no text"):

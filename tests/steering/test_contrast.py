@@ -65,8 +65,8 @@ def test_another_seed_divides_otherwise():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"mine.jsonl, line 2: no JSON"),
-        ("[1]", "line 2: list"),
+        ("{", r"mine.jsonl, line 2: no valid JSON"),
+        ("[1]", "line 2: expected an object, got list"),
         ({"positive": " good."}, "line 2: 'negative' is missing"),
         ({**GOOD, "positive": " "}, "line 2: 'positive' is missing or empty"),
         ({**GOOD, "prompt": 3}, "line 2: 'prompt' is 3"),
@@ -83,7 +83,7 @@ def test_what_is_no_set(tmp_path):
     with pytest.raises(RecipeError, match=r"no contrast set 'moody'. Name one of mood, formal, past"):
         read_contrasts("moody")
     (tmp_path / "mine.jsonl").write_bytes(b"\xff\xfe{")
-    with pytest.raises(DataError, match=r"Cannot read contrasts from .*mine.jsonl"):
+    with pytest.raises(DataError, match=r"mine.jsonl, line 1: no valid JSON"):
         read_contrasts(str(tmp_path / "mine.jsonl"))
     with pytest.raises(DataError, match="There are 3 contrast items"):
         split_contrasts([ContrastItem("a", "b")] * 3, seed=0)

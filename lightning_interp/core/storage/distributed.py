@@ -5,19 +5,19 @@ Nothing here starts a process group: it reads the one that Lightning (or ``torch
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, suppress
-from io import FileIO
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-from lightning_interp.core.storage.files import atomic_writer, json_bytes, jsonable, write_error
+from lightning_interp.core.storage.files import atomic_writer, jsonable
+from lightning_interp.core.storage.json_reading import parse_json
+from lightning_interp.core.storage.jsonl import JsonlAppender, raw_lines
 from lightning_interp.errors import DataError, ManifestError
 
-__all__ = ["JsonlWriter", "append_bytes", "cut_torn_line", "is_rank_zero", "rank_and_world_size"]
+__all__ = ["JsonlWriter", "is_rank_zero", "rank_and_world_size"]
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -90,12 +90,7 @@ class JsonlWriter:
         self.rank = found_rank if rank is None else rank
         self.world_size = found_world if world_size is None else world_size
         self.part = self.path.with_name(f"{self.path.name}.rank{self.rank:05d}.part")
-        self._file: FileIO | None = None
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            cut_torn_line(self.part)
-        except OSError as error:
-            raise write_error(self.part, error) from error
+        self._appender = JsonlAppender(self.part)
 
     def __enter__(self) -> Self:
         return self
@@ -113,15 +108,7 @@ class JsonlWriter:
             DataError: If a row has no integer ``index`` or a value without a JSON form; nothing is written then.
             ManifestError: If the disk is full or the folder cannot be written.
         """
-        lines = [json_bytes(_checked(row)) for row in rows]
-        if not lines:
-            return
-        try:
-            if self._file is None:
-                self._file = open(self.part, "ab", buffering=0)  # noqa: SIM115 - lives as long as the writer
-            append_bytes(self._file, b"\n".join(lines) + b"\n")
-        except OSError as error:
-            raise write_error(self.part, error) from error
+        self._appender.append(_checked(row) for row in rows)
 
     def written(self) -> set[int]:
         """Return the indices on disk, of every rank and of earlier attempts, also with another number of ranks.
@@ -165,9 +152,7 @@ class JsonlWriter:
 
     def close(self) -> None:
         """Close the part file; a later :meth:`write` opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._appender.close()
 
     def _sources(self) -> list[Path]:
         prefix, suffix = f"{self.path.name}.rank", ".part"
@@ -200,21 +185,17 @@ def _checked(row: Mapping[str, Any]) -> dict[str, Any]:
 def _lines(path: Path) -> Iterator[tuple[int, int, int]]:
     """Yield (index, start, length) of each complete line of a part or final file."""
     start = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return  # torn by a kill; its own rank cuts it off when it comes back
-            yield _index(line, path, number), start, len(line)
-            start += len(line)
+    for number, line in raw_lines(path, log=True):  # a torn line is cut off by its own rank when it comes back
+        yield _index(line, path, number), start, len(line)
+        start += len(line)
 
 
 def _index(line: bytes, path: Path, number: int) -> int:
     try:
-        row = json.loads(line)
-        index = row["index"]
+        index = parse_json(line, own=True)["index"]
     except (ValueError, KeyError, TypeError):
         index = None
-    if not isinstance(index, int):
+    if type(index) is not int:
         raise DataError(
             f"{path}, line {number}: expected a JSON object with an integer 'index', got {line[:80]!r}. "
             "Delete this line (its row is made again) or restore the file."
@@ -232,44 +213,3 @@ def _copy_rows(rows: Mapping[int, tuple[Path, int, int]], target: Path) -> None:
             source, start, length = rows[index]
             files[source].seek(start)
             out.write(files[source].read(length))
-
-
-def append_bytes(file: FileIO, data: bytes) -> None:
-    """Append all of ``data`` and force it to disk, or leave the file as it was (a full disk takes a part).
-
-    Args:
-        file: Open for appending, without a buffer.
-        data: What to append.
-    """
-    size = os.fstat(file.fileno()).st_size
-    rest = memoryview(data)
-    try:
-        while rest:
-            rest = rest[file.write(rest) :]
-        os.fsync(file.fileno())
-    except BaseException:
-        with suppress(OSError):
-            file.truncate(size)
-        raise
-
-
-def cut_torn_line(part: Path) -> None:
-    """Cut off what a kill left behind the last line end of a file; a file that is not there is no matter.
-
-    Args:
-        part: The file.
-    """
-    if not part.exists():
-        return
-    with open(part, "r+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        position, tail = end, b""
-        while position > 0 and b"\n" not in tail:
-            step = min(65536, position)
-            position -= step
-            file.seek(position)
-            tail = file.read(step)
-        complete = position + tail.rfind(b"\n") + 1
-        if complete < end:
-            file.truncate(complete)
-            os.fsync(file.fileno())

@@ -14,9 +14,10 @@ from typing import Any
 
 from lightning_interp.errors import DataError, InterpError
 
-__all__ = ["parse_json", "read_json"]
+__all__ = ["BOM", "parse_json", "read_json"]
 
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
+"""The byte order mark that some editors begin a file in UTF-8 with."""
 _DEEPEST = 200  # levels; Python's own functions that walk an object stop at some hundreds
 _MOST_DIGITS = 308  # of a whole number: what a float can still hold
 
@@ -44,7 +45,7 @@ def parse_json(data: bytes, *, own: bool = False) -> Any:
         ...
         ValueError: the key 'a' is there twice in one object
     """
-    text = data.removeprefix(_BOM).decode("utf-8")
+    text = data.removeprefix(BOM).decode("utf-8")
     try:
         found = json.loads(
             text, object_pairs_hook=_object, parse_int=int if own else _integer, parse_float=float if own else _float

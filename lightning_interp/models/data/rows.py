@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning_interp.core.storage.jsonl import json_lines
 from lightning_interp.errors import DataError
 
 __all__ = ["Row", "check_text", "raw_rows", "read_rows"]
@@ -84,7 +84,7 @@ def _raw(source: Any, name: str, expected: str) -> Iterator[tuple[str, Any]]:
         if path.is_dir():
             yield from _from_folder(path, expected)
         else:
-            yield from _from_file(path, expected)
+            yield from json_lines(path, expected=f"one object a line: {expected}")
     elif isinstance(source, Sequence) or (hasattr(source, "__getitem__") and hasattr(source, "column_names")):
         if isinstance(getattr(source, "column_names", None), Mapping):
             raise DataError(
@@ -109,28 +109,6 @@ def _from_folder(path: Path, expected: str) -> Iterator[tuple[str, Any]]:
             f"{path} is a folder, but no dataset written by save_to_disk ({error}). Give a JSONL file."
         ) from error
     yield from _raw(dataset, str(path), expected)
-
-
-def _from_file(path: Path, expected: str) -> Iterator[tuple[str, Any]]:
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
-                    yield f"{path}, line {number}", _parsed(line, path, number, expected)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}. Give the path of a JSONL file.") from error
-
-
-def _parsed(line: bytes, path: Path, number: int, expected: str) -> Any:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except ValueError as error:
-        raise DataError(
-            f"{path}, line {number}: no valid JSON ({error}), got {line[:80]!r}. "
-            f"Expected one object a line: {expected}."
-        ) from error
 
 
 def _checked(row: Any, where: str) -> Row:

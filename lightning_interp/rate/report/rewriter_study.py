@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_interp.core.measure.seeding import derived_seed
+from lightning_interp.core.storage.jsonl import json_object
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.rate.checks.compliance import (
     Contains,
@@ -23,7 +24,7 @@ from lightning_interp.rate.checks.compliance import (
 from lightning_interp.rate.rewriting.records import Unit
 from lightning_interp.rate.rewriting.rules import MarkToggle, OpenerToggle, RuleRewriter
 from lightning_interp.rate.rewriting.store import RewriteStore
-from lightning_interp.rate.rewriting.store_files import json_object, read_units
+from lightning_interp.rate.rewriting.store_files import read_units
 from lightning_interp.rate.rewriting.templates import RewriteTemplate, rewrite_template
 from lightning_interp.rate.texts.package_texts import Review
 

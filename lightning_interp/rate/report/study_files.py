@@ -9,10 +9,10 @@ from importlib import metadata
 from pathlib import Path
 
 from lightning_interp.core.storage.files import atomic_write_json
+from lightning_interp.core.storage.jsonl import json_object
 from lightning_interp.errors import DataError
 from lightning_interp.rate.estimators.triples import RewriteTriples
 from lightning_interp.rate.report.study import EffectStudy
-from lightning_interp.rate.rewriting.store_files import json_object
 
 __all__ = ["read_triples", "write_effects", "write_triples"]
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from lightning_interp.core.storage.files import atomic_writer, json_bytes
+from lightning_interp.core.storage.jsonl import json_lines
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.rate.rewriting.chain import Request
 from lightning_interp.rate.rewriting.driver import RewriteReport, RewriteRun
 from lightning_interp.rate.rewriting.endpoint import parse_answer
 from lightning_interp.rate.rewriting.records import RewriteResult, shown_ids
-from lightning_interp.rate.rewriting.store_files import json_lines
 
 __all__ = ["export_batch", "import_batch", "read_batch_answers"]
 
@@ -139,7 +139,7 @@ def read_batch_answers(path: str | os.PathLike[str]) -> dict[str, RewriteResult]
         DataError: If a line is no such answer, or one id has two that differ; names file and line.
     """
     found: dict[str, RewriteResult] = {}
-    for where, row in json_lines(path):
+    for where, row in json_lines(path, own=True):
         name = row.get("custom_id")
         if not isinstance(name, str) or not ("response" in row or "error" in row):
             raise DataError(

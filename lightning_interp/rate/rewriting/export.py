@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_interp.core.storage.files import atomic_writer, canonical_json, json_bytes
+from lightning_interp.core.storage.files import atomic_writer, canonical_json
+from lightning_interp.core.storage.jsonl import write_json_lines
 from lightning_interp.rate.estimators.triples import STAGES, RewriteTriples
 from lightning_interp.rate.rewriting.records import RewriterId
 from lightning_interp.rate.rewriting.store import RewriteStore
@@ -101,10 +102,7 @@ def export_units(store: RewriteStore, path: str | os.PathLike[str], *, attr: str
     Raises:
         DataError: If the store has no such attribute or rewriter.
     """
-    with atomic_writer(path) as out:
-        for row in unit_rows(store, attr, **options):
-            out.write(json_bytes(row) + b"\n")
-    return Path(path)
+    return write_json_lines(path, unit_rows(store, attr, **options))
 
 
 def to_dataset(source: RewriteStore | RewriteTriples, *, attr: str | None = None, **options: Any) -> Dataset:

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
-from lightning_interp.core.storage.distributed import append_bytes
-from lightning_interp.core.storage.files import atomic_write_json, check_writable, json_bytes, write_error
+from lightning_interp.core.storage.files import atomic_write_json, check_writable
+from lightning_interp.core.storage.jsonl import JsonlAppender, json_object
 from lightning_interp.core.storage.run_lock import RunLock
 from lightning_interp.errors import DataError, ManifestError
 from lightning_interp.rate.estimators.triples import Identical, Missing, RewriteTriples, assemble
 from lightning_interp.rate.rewriting.chain import Request, chain
 from lightning_interp.rate.rewriting.records import RewriteRecord, RewriterId, Unit, check_units
-from lightning_interp.rate.rewriting.store_files import (
-    json_object,
-    move_torn_aside,
-    read_records,
-    read_units,
-    winner,
-    write_units,
-)
+from lightning_interp.rate.rewriting.store_files import read_records, read_units, winner, write_units
 
 __all__ = ["RewriteStore", "StoreWriter"]
 
@@ -264,29 +256,24 @@ class StoreWriter:
     def __init__(self, store: RewriteStore) -> None:
         self.store = store
         self._lock: RunLock | None = None
-        self._file: FileIO | None = None
+        self._appender: JsonlAppender | None = None
 
     def __enter__(self) -> Self:
         self._lock = RunLock(self.store.folder)
         path = self.store.folder / _REWRITES
         try:
             self.store.reload()
-            if self.store.torn:
-                move_torn_aside(path, self.store.torn)
-                self.store.torn = b""
-            self._file = open(path, "ab", buffering=0)
-        except OSError as error:
-            self._lock.release()
-            raise write_error(path, error) from error
+            self._appender = JsonlAppender(path, torn=path.with_suffix(".torn"))
+            self.store.torn = b""
         except BaseException:
             self._lock.release()
             raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._appender is not None:
+            self._appender.close()
+            self._appender = None
         if self._lock is not None:
             self._lock.release()
 
@@ -299,7 +286,7 @@ class StoreWriter:
             instruction: How it asks.
         """
         path = self.store.folder / _REWRITERS
-        there = json_object(path.read_bytes(), str(path)) if path.exists() else {}
+        there = json_object(path.read_bytes(), str(path), own=True) if path.exists() else {}
         name = "/".join(by)
         if name not in there:
             there[name] = {**by._asdict(), "params": params, "instruction": instruction}
@@ -315,21 +302,15 @@ class StoreWriter:
             DataError: If the store has another text for the key of one; nothing is written then.
             ManifestError: If the disk is full, or the writer is not open.
         """
-        if self._file is None:
+        if self._appender is None:
             raise ManifestError(
                 f"The writer of {str(self.store.folder)!r} is closed. Use it inside `with store.writer() as writer:`."
             )
-        if not records:
-            return
-        path = self.store.folder / _REWRITES
         fresh: dict[str, RewriteRecord] = {}
         for record in records:
             old = fresh.get(record.key) or self.store.find(record.key)
-            fresh[record.key] = winner(old, record, str(path))
-        try:
-            append_bytes(self._file, b"".join(json_bytes(record.to_dict()) + b"\n" for record in records))
-        except OSError as error:
-            raise write_error(path, error) from error
+            fresh[record.key] = winner(old, record, str(self._appender.path))
+        self._appender.append(record.to_dict() for record in records)
         self.store._records.update(fresh)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lightning_interp.core.storage.files import digest
+from lightning_interp.core.storage.jsonl import json_lines
 from lightning_interp.errors import DataError
 from lightning_interp.models.scoring.text_scorer import Scorer
 from lightning_interp.rate.estimators.triples import RewriteTriples
@@ -217,16 +217,8 @@ _FIELDS: Sequence[tuple[str, Any]] = (
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read: {error}. Give the file that RewardScorer wrote.") from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            wrong = next((name for name, kind in _FIELDS if not isinstance(record[name], kind)), None)
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{file}, line {number}: {line!r:.80} is no reward ({error!r}). Score it again.") from error
-        if wrong is not None:
-            raise DataError(f"{file}, line {number}: {wrong!r} is {record[wrong]!r:.80}. Delete the line.")
+    for where, record in json_lines(file, expected="the file that RewardScorer wrote", own=True):
+        for name, kind in _FIELDS:
+            if name not in record or not isinstance(record[name], kind):
+                raise DataError(f"{where}: {name!r} is {record.get(name)!r:.80}. Delete the line and score it again.")
         yield record

@@ -7,9 +7,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_interp.core.storage.jsonl import json_lines
 from lightning_interp.errors import DataError
 from lightning_interp.rate.rewriting.records import Unit, check_units
-from lightning_interp.rate.rewriting.store_files import json_lines
 from lightning_interp.rate.texts.readers import ForeignRewrites
 
 __all__ = ["COLUMNS", "OWN_REWARDS", "read_own"]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_interp.core.storage.files import digest
+from lightning_interp.core.storage.jsonl import json_lines, json_object
 from lightning_interp.errors import DataError
 from lightning_interp.rate.estimators.triples import Identical, Missing, RewriteTriples, assemble
 from lightning_interp.rate.rewriting.batch_files import read_batch_answers
@@ -26,7 +27,6 @@ from lightning_interp.rate.rewriting.records import (
     shown_ids,
 )
 from lightning_interp.rate.rewriting.store import RewriteStore
-from lightning_interp.rate.rewriting.store_files import json_lines, json_object
 from lightning_interp.rate.scoring.rewards import MissingRewardError
 
 __all__ = ["ForeignRewrites", "read_batch", "read_effects", "read_rewrites"]

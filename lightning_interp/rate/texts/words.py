@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lightning_interp.core.storage.files import digest
+from lightning_interp.core.storage.jsonl import text_lines
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.rate.scoring.scores import CallableScorer
 
@@ -41,19 +42,13 @@ def word_counts(path: str | os.PathLike[str] | None = None) -> dict[str, int]:
         {'film': 90, 'great': 50}
     """
     file = _of_textblob() if path is None else Path(path)
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{file} cannot be read: {error}. Give a text file with a word and its count a line."
-        ) from error
     counts: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or line.startswith(";"):
+    for where, line in text_lines(file, expected="a word and its count a line"):
+        if line.startswith(";"):
             continue
         word, _, count = line.rpartition(" ")
         if not word or not count.isdecimal():
-            raise DataError(f"{file}, line {number}: {line!r:.80}; expected a word, a space and a count.")
+            raise DataError(f"{where}: {line!r:.80}; expected a word, a space and a count.")
         counts[word.lower()] = counts.get(word.lower(), 0) + int(count)
     return counts
 

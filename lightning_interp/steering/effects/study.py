@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,8 @@ from torch import Tensor
 from lightning_interp.core.hooks.capture import ActivationCapture
 from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
 from lightning_interp.core.model.sites import Site
+from lightning_interp.core.storage.json_reading import read_json
+from lightning_interp.core.storage.jsonl import json_lines, text_lines
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.steering.concepts.pairs import CounterfactualPairs
 from lightning_interp.steering.concepts.vocabulary import pairs_from_vocabulary
@@ -59,10 +60,7 @@ def concept_pairs(tokenizer: Any, concept: str) -> CounterfactualPairs:
         return CounterfactualPairs.from_strings(letters, tokenizer, name=concept, missing="drop")
     if not concept.endswith(".json"):
         return pairs_from_vocabulary(tokenizer, concept)  # type: ignore[arg-type]
-    try:
-        table = json.loads(Path(concept).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"Cannot read pairs from {concept!r}: {error}. Expected a JSON object of strings.") from error
+    table = read_json(concept, expected="a JSON object of strings")
     return CounterfactualPairs.from_strings(table, tokenizer, name=Path(concept).stem, missing="drop")
 
 
@@ -72,21 +70,15 @@ def read_texts(path: str) -> list[str]:
     Raises:
         DataError: With file and line.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read texts from {path!r}: {error}. Expected a UTF-8 file.") from error
-    found = []
-    for number, line in enumerate(lines, start=1):
-        if not path.endswith(".jsonl"):
-            found.append(line)
-            continue
-        try:
-            found.append(str(json.loads(line)["text"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}, line {number}: expected a JSON object with 'text', got {line[:60]!r}.") from error
-    if not (kept := [text for text in found if text.strip()]):
-        raise DataError(f"{path} holds no text. Expected one a line, or JSONL with 'text'.")
+    expected = "one text a line, or JSONL with 'text'"
+    found: list[tuple[str, Any]] = list(text_lines(path, expected=expected)) if not path.endswith(".jsonl") else []
+    if path.endswith(".jsonl"):
+        found = [(where, row.get("text")) for where, row in json_lines(path, expected=expected)]
+    for where, text in found:
+        if not isinstance(text, str):
+            raise DataError(f"{where}: 'text' is {text!r:.60}; expected a string.")
+    if not (kept := [text for _, text in found if text.strip()]):
+        raise DataError(f"{path} holds no text. Expected {expected}.")
     return kept
 
 

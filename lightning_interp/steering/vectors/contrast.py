@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from lightning_interp.core.measure.seeding import derived_seed
+from lightning_interp.core.storage.jsonl import json_lines
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.steering.vectors.contrast_sets import SETS
 
@@ -75,11 +75,8 @@ def read_contrasts(source: str) -> list[ContrastItem]:
             f"There is no contrast set {source!r}. Name one of {', '.join(SETS)}, or a JSONL file with 'positive' and "
             "'negative' in each line."
         )
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read contrasts from {source!r}: {error}. Expected JSONL in UTF-8.") from error
-    return [_item(line, f"{source}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    expected = "one object a line with 'positive' and 'negative'"
+    return [_item(row, where) for where, row in json_lines(path, expected=expected)]
 
 
 def split_contrasts(items: Sequence[ContrastItem], *, seed: int) -> ContrastSplit:
@@ -108,13 +105,7 @@ def split_contrasts(items: Sequence[ContrastItem], *, seed: int) -> ContrastSpli
     return ContrastSplit(tuple(mixed[:half]), tuple(mixed[half : half + quarter]), tuple(mixed[half + quarter :]))
 
 
-def _item(line: str, where: str) -> ContrastItem:
-    try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: no JSON ({error}). Expected one object a line.") from error
-    if not isinstance(row, Mapping):
-        raise DataError(f"{where}: {type(row).__name__}, expected an object with 'positive' and 'negative'.")
+def _item(row: dict[str, Any], where: str) -> ContrastItem:
     for key, value in row.items():
         if key not in _KEYS or not isinstance(value, str):
             raise DataError(f"{where}: {key!r} is {value!r:.60}; expected strings under {', '.join(_KEYS)}.")

@@ -1,0 +1,238 @@
+r"""Files of lines: one reader of JSONL, one of plain text, and one writer that only appends.
+
+A line ends at ``\n`` alone: a text may hold other line separators (U+2028, U+0085, a form feed) as they are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+from typing import Any, Self
+
+from lightning_interp.core.storage.files import atomic_writer, json_bytes, write_error
+from lightning_interp.core.storage.json_reading import BOM, parse_json
+from lightning_interp.errors import DataError
+
+__all__ = ["JsonlAppender", "json_lines", "json_object", "raw_lines", "text_lines", "torn_tail", "write_json_lines"]
+
+
+def json_lines(
+    path: str | os.PathLike[str], *, expected: str = "one JSON object a line", own: bool = False, log: bool = False
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read a JSONL file of objects, line by line; blank lines are skipped and a byte order mark is accepted.
+
+    Args:
+        path: The file.
+        expected: What the file should hold, for messages.
+        own: Whether this package wrote it; see :func:`~lightning_interp.core.storage.json_reading.parse_json`.
+        log: Whether it is appended to, so that a last line without its end was torn by a kill and does not count.
+
+    Yields:
+        File and line, for messages, and the object.
+
+    Raises:
+        DataError: If the file cannot be read or a line is no object; names file and line.
+
+    Example:
+        >>> import tempfile
+        >>> path = write_json_lines(Path(tempfile.mkdtemp()) / "a.jsonl", [{"text": "one"}, {"text": "two"}])
+        >>> [(where[-6:], row) for where, row in json_lines(path)]
+        [('line 1', {'text': 'one'}), ('line 2', {'text': 'two'})]
+    """
+    for number, line in raw_lines(path, expected=expected, log=log):
+        if line.removeprefix(BOM).strip():
+            where = f"{os.fspath(path)}, line {number}"
+            yield where, json_object(line, where, expected=expected, own=own)
+
+
+def json_object(data: bytes, where: str, *, expected: str = "a JSON object", own: bool = False) -> dict[str, Any]:
+    """Read one JSON object.
+
+    Args:
+        data: The text.
+        where: File and line, for messages.
+        expected: What it should be, for messages.
+        own: As for :func:`json_lines`.
+
+    Returns:
+        The object.
+
+    Raises:
+        DataError: If it is none.
+    """
+    try:
+        row = parse_json(data, own=own)
+    except ValueError as error:
+        raise DataError(f"{where}: no valid JSON ({error}), got {data[:80]!r}. Expected {expected}.") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object, got {type(row).__name__} {row!r:.80}. Expected {expected}.")
+    return row
+
+
+def text_lines(path: str | os.PathLike[str], *, expected: str = "one text a line") -> Iterator[tuple[str, str]]:
+    """Read a text file in UTF-8, line by line; blank lines are skipped and a byte order mark is accepted.
+
+    Args:
+        path: The file.
+        expected: What the file should hold, for messages.
+
+    Yields:
+        File and line, for messages, and the line without its end.
+
+    Raises:
+        DataError: If the file cannot be read or a line is not in UTF-8; names file and line.
+    """
+    for number, line in raw_lines(path, expected=expected):
+        where = f"{os.fspath(path)}, line {number}"
+        try:
+            text = line.removeprefix(BOM if number == 1 else b"").decode("utf-8").removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: not in UTF-8 ({error.reason}). Expected {expected}.") from error
+        if text.strip():
+            yield where, text
+
+
+def raw_lines(
+    path: str | os.PathLike[str], *, expected: str = "a file of lines", log: bool = False
+) -> Iterator[tuple[int, bytes]]:
+    """Read a file line by line, as it is.
+
+    Args:
+        path: The file.
+        expected: What the file should hold, for messages.
+        log: As for :func:`json_lines`.
+
+    Yields:
+        The line's number, from 1, and its bytes with their end.
+
+    Raises:
+        DataError: If the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not log or line.endswith(b"\n"):
+                    yield number, line
+    except OSError as error:
+        raise DataError(f"{os.fspath(path)} cannot be read: {error.strerror}. Expected {expected}.") from error
+
+
+def write_json_lines(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write a whole JSONL file; a reader sees the old file or the new one.
+
+    Args:
+        path: The file.
+        rows: Plain objects.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ManifestError: If the file cannot be written.
+    """
+    with atomic_writer(path) as out:
+        out.writelines(json_bytes(row) + b"\n" for row in rows)
+    return Path(path)
+
+
+class JsonlAppender:
+    r"""Appends rows to a JSONL file; each call returns when its rows are on disk, or leaves the file as it was.
+
+    What a kill left behind the last line end is cut off first. One process at a time may append to a file: lock its
+    folder, or give each rank a file of its own.
+
+    Args:
+        path: The file; made with the first row.
+        torn: Keep what is cut off, as a line of this file.
+
+    Raises:
+        ManifestError: If the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "log.jsonl"
+        >>> _ = path.write_bytes(b'{"n": 1}\n{"n": ')
+        >>> with JsonlAppender(path) as log:
+        ...     log.append([{"n": 2}, {"n": 3}])
+        >>> [row["n"] for _, row in json_lines(path)]
+        [1, 2, 3]
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, torn: str | os.PathLike[str] | None = None) -> None:
+        self.path = Path(path)
+        self._file: FileIO | None = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if tail := torn_tail(self.path):
+                if torn is not None:
+                    with open(torn, "ab", buffering=0) as aside:
+                        _append(aside, tail + b"\n")
+                os.truncate(self.path, self.path.stat().st_size - len(tail))
+        except OSError as error:
+            raise write_error(self.path, error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append a batch of rows and return when they are on disk.
+
+        Args:
+            rows: Plain objects.
+
+        Raises:
+            ManifestError: If the disk is full or the file cannot be written; nothing is written then.
+        """
+        data = b"".join(json_bytes(row) + b"\n" for row in rows)
+        if not data:
+            return
+        try:
+            if self._file is None:
+                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the appender
+            _append(self._file, data)
+        except OSError as error:
+            raise write_error(self.path, error) from error
+
+    def close(self) -> None:
+        """Close the file; a later :meth:`append` opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def torn_tail(path: str | os.PathLike[str]) -> bytes:
+    """Return what a kill left behind the last line end of a file; nothing of a file that is not there.
+
+    Args:
+        path: The file.
+    """
+    if not os.path.exists(path):
+        return b""
+    with open(path, "rb") as file:
+        position, tail = file.seek(0, os.SEEK_END), b""
+        while position > 0 and b"\n" not in tail:
+            step = min(65536, position)
+            position -= step
+            file.seek(position)
+            tail = file.read(step) + tail
+        return tail[tail.rfind(b"\n") + 1 :]
+
+
+def _append(file: FileIO, data: bytes) -> None:
+    """Append all of ``data`` and force it to disk, or leave the file as it was (a full disk takes a part)."""
+    size = os.fstat(file.fileno()).st_size
+    rest = memoryview(data)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+    except BaseException:
+        with suppress(OSError):
+            file.truncate(size)
+        raise
