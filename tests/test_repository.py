@@ -95,7 +95,8 @@ def make(*arguments):
 
 
 @pytest.mark.parametrize(
-    "target", ["quickstart", "test", "test-all", "test-newest", "test-lowest", "lint", "bench", "clean", "help"]
+    "target",
+    ["quickstart", "test", "test-all", "test-newest", "test-lowest", "budgets", "lint", "bench", "clean", "help"],
 )
 def test_make_help_lists_the_target(target):
     assert re.search(rf"^  make {target} +\S", make("help").stdout, flags=re.MULTILINE)
