@@ -289,6 +289,12 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["v.safetensors"]
 
 
+def test_a_vector_written_twice_has_one_hash(tmp_path):
+    same = made(resid_post_at_1=[1.0], resid_post_at_0=[2.0]), made(resid_post_at_0=[2.0], resid_post_at_1=[1.0])
+    found = {vector.save(tmp_path / "v.safetensors").read_bytes() for vector in same * 8}
+    assert len(found) == 1
+
+
 def test_files_that_are_no_vectors(tmp_path):
     with pytest.raises(DataError, match=r"'gone.safetensors'"):
         SteeringVector.load("gone.safetensors")
@@ -311,7 +317,7 @@ def test_files_that_are_no_vectors(tmp_path):
         with pytest.raises(DataError, match=message):
             SteeringVector.load(foreign)
     foreign.write_bytes(foreign.read_bytes()[:-3])
-    with pytest.raises(DataError, match=r"Cannot read the steering vector .*foreign"):
+    with pytest.raises(DataError, match=r"Cannot read the tensors of .*foreign"):
         SteeringVector.load(foreign)
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 
 from lightning_interp.core.callbacks.intervention_callback import InterventionCallback, Stage
 from lightning_interp.core.hooks.capture import ActivationCapture
 from lightning_interp.core.model.sites import Site
-from lightning_interp.core.storage.files import atomic_write_bytes
+from lightning_interp.core.storage.tensor_files import read_tensors, save_tensors
 from lightning_interp.core.tokens.positions import Positions
 from lightning_interp.errors import DataError
 
@@ -75,7 +74,7 @@ class CaptureCallback(InterventionCallback):
         facts = {"batch": str(batch_idx), "dataloader": str(dataloader_idx), "global_step": step}
         loader = f"-loader{dataloader_idx}" if dataloader_idx else ""
         name = f"rank{trainer.global_rank}{loader}-batch{batch_idx:06d}.safetensors"
-        atomic_write_bytes(Path(self.folder) / stage / name, save(tensors, metadata=facts))
+        save_tensors(Path(self.folder) / stage / name, tensors, facts)
         self.capture.clear()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -122,6 +121,6 @@ def load_captures(folder: str | Path) -> dict[str, list[torch.Tensor]]:
         )
     found: dict[str, list[torch.Tensor]] = {}
     for file in files:
-        for key, tensor in sorted(load_file(file).items(), key=lambda item: int(item[0].rpartition("/")[2])):
+        for key, tensor in sorted(read_tensors(file)[0].items(), key=lambda item: int(item[0].rpartition("/")[2])):
             found.setdefault(key.rpartition("/")[0], []).append(tensor)
     return found

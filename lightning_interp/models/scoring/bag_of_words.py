@@ -11,12 +11,13 @@ from typing import Any, Literal, Self, get_args
 import lightning as L
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lightning_interp.core.hooks.checks import check_strategy
 from lightning_interp.core.measure.undisturbed import undisturbed
+from lightning_interp.core.storage.tensor_files import save_tensors
 from lightning_interp.errors import DataError, IncompatibleModelError, RecipeError
 from lightning_interp.models.scoring.reward_text import Prompt, RewardEncoder, Scores, score_rows
 from lightning_interp.models.scoring.text_scorer import Scorer
@@ -265,8 +266,7 @@ class BagOfWords(L.LightningModule):
             ManifestError: If the folder holds files and ``overwrite`` is False, or cannot be written.
         """
         with atomic_folder(folder, overwrite=overwrite) as temporary:
-            weights = self.weights.weight.detach().float().cpu().contiguous()
-            save_file({"weights": weights}, temporary / "model.safetensors", metadata={"format": "pt"})
+            save_tensors(temporary / "model.safetensors", {"weights": self.weights.weight.float()}, {"format": "pt"})
             self.tokenizer.save_pretrained(temporary)
         return Path(folder)
 

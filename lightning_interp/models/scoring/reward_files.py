@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from lightning_interp.core.storage.files import atomic_write_json
+from lightning_interp.core.storage.tensor_files import read_tensors, save_tensors
 from lightning_interp.errors import DataError
 from lightning_interp.models.scoring.score_head import DecoderWithScore
 from lightning_interp.models.sources.adapters import save_adapter
@@ -106,9 +106,9 @@ def write_adapter_folder(
     """
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         save_adapter(model, temporary, base=base, tokenizer=tokenizer)
-        weights = load_file(temporary / "adapter_model.safetensors")
-        weights["base_model.model.score.weight"] = model.score.weight.detach().cpu().contiguous()
-        save_file(weights, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        weights, about = read_tensors(temporary / "adapter_model.safetensors")
+        weights["base_model.model.score.weight"] = model.score.weight
+        save_tensors(temporary / "adapter_model.safetensors", weights, about)
         config = json.loads((temporary / "adapter_config.json").read_text(encoding="utf-8"))
         atomic_write_json(temporary / "adapter_config.json", {**config, "modules_to_save": ["score"]})
         _write_text_settings(temporary, text)

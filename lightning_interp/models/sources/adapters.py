@@ -8,11 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_interp.core.measure.seeding import seeded_rng
+from lightning_interp.core.storage.tensor_files import save_tensors
 from lightning_interp.errors import DataError, IncompatibleModelError
 from lightning_interp.models.sources.folders import atomic_folder, check_safetensors
 
@@ -142,12 +143,10 @@ def save_adapter(
             setattr(config, name, sorted(value))
     # Only the adapter: PEFT's own choice about embedding layers asks the hub.
     found = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    weights: dict[str, Tensor] = {
-        f"{_PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in sorted(found.items())
-    }
+    weights = {f"{_PREFIX}{name}": tensor for name, tensor in found.items()}
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         config.save_pretrained(str(temporary))
-        save_file(weights, temporary / _WEIGHTS, metadata={"format": "pt"})
+        save_tensors(temporary / _WEIGHTS, weights, {"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
     return Path(folder)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_interp.core.model.sites import Site
-from lightning_interp.core.storage.files import atomic_write_bytes, canonical_json
+from lightning_interp.core.storage.files import canonical_json
+from lightning_interp.core.storage.tensor_files import read_tensors, save_tensors
 from lightning_interp.errors import DataError, IncompatibleModelError, InterpError, RecipeError
 from lightning_interp.steering.concepts.streamed_sums import StreamedSums
 
@@ -194,17 +195,15 @@ class ClassMoments:
         Raises:
             ManifestError: If the file cannot be written.
         """
-        from safetensors.torch import save
-
         tensors = {"counts": torch.tensor(self.counts)}
         for label, name in enumerate(CLASSES):
             total = self._total(label)
-            tensors[f"{name}.total"] = total.total.contiguous()
+            tensors[f"{name}.total"] = total.total
             if total.scatter is not None:
-                tensors[f"{name}.scatter"] = total.scatter.contiguous()
+                tensors[f"{name}.scatter"] = total.scatter
         site = None if self.site is None else str(self.site)
         facts = canonical_json({"width": self.width, "fingerprint": self.fingerprint, "site": site})
-        return atomic_write_bytes(path, save(tensors, metadata={"format": _FORMAT, "facts": facts}))
+        return save_tensors(path, tensors, {"format": _FORMAT, "facts": facts})
 
     @classmethod
     def load(cls, path: str | Path) -> ClassMoments:
@@ -219,14 +218,10 @@ class ClassMoments:
         Raises:
             DataError: If the file is missing, damaged, or holds something else.
         """
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+            tensors, metadata = read_tensors(path)
             return cls._read(metadata, tensors)
-        except (OSError, SafetensorError, KeyError, ValueError, InterpError) as error:
+        except (KeyError, ValueError, InterpError) as error:
             raise DataError(
                 f"{path} holds no class moments ({error}). Expected a file that ClassMoments.save wrote."
             ) from error

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
-from lightning_interp.core.storage.files import atomic_write_bytes, canonical_json, jsonable
+from lightning_interp.core.storage.files import canonical_json, jsonable
+from lightning_interp.core.storage.tensor_files import read_tensors, save_tensors
 from lightning_interp.errors import DataError, IncompatibleModelError, InterpError, RecipeError
 from lightning_interp.steering.concepts.moments import ClassMoments
 from lightning_interp.steering.concepts.probe_regression import calibrate, fit_logistic
@@ -294,10 +295,8 @@ class ConceptProbe:
             ManifestError: If the file cannot be written.
             DataError: If ``meta`` holds something that is no plain data.
         """
-        from safetensors.torch import save
-
         metadata = {"format": _FORMAT, "probe": canonical_json(self.to_dict())}
-        return atomic_write_bytes(path, save({"direction": self.direction.cpu().contiguous()}, metadata=metadata))
+        return save_tensors(path, {"direction": self.direction}, metadata)
 
     @classmethod
     def load(cls, path: str | Path, *, model: nn.Module | ModelMap | None = None) -> ConceptProbe:
@@ -314,16 +313,13 @@ class ConceptProbe:
             DataError: If the file is missing, damaged, or holds something else.
             IncompatibleModelError: If ``model`` is another model.
         """
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise DataError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
-                facts = json.loads(metadata["probe"])
-                probe = cls(file.get_tensor("direction"), **{**facts, "site": Site.parse(facts["site"])})
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, InterpError) as error:
+            tensors, metadata = read_tensors(path)
+            if metadata.get("format") != _FORMAT:
+                raise DataError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
+            facts = json.loads(metadata["probe"])
+            probe = cls(tensors["direction"], **{**facts, "site": Site.parse(facts["site"])})
+        except (KeyError, TypeError, ValueError, InterpError) as error:
             raise DataError(
                 f"{path} holds no concept probe ({error}). Expected a file that ConceptProbe.save wrote."
             ) from error

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lightning_interp.core.model.sites import Site
+from lightning_interp.core.storage.tensor_files import read_tensors
 from lightning_interp.errors import RecipeError
 
 __all__ = ["ReadDirection", "as_direction", "read_direction", "tensor_hash"]
@@ -132,7 +133,7 @@ def read_direction(probe: Any, site: Site | str | None = None) -> ReadDirection:
 def _load(path: str | os.PathLike[str]) -> Any:
     """A probe or a vector, as the file says that it is one."""
     from lightning_interp.steering.concepts.probes import ConceptProbe
-    from lightning_interp.steering.vectors.steering_vectors import SteeringVector, read_tensors
+    from lightning_interp.steering.vectors.steering_vectors import SteeringVector
 
     if str(path).lower().endswith(".safetensors") and "concept_probe" in read_tensors(path)[1].get("format", ""):
         return ConceptProbe.load(Path(path))

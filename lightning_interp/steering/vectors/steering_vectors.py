@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from lightning_interp.core.model.sites import Site
-from lightning_interp.core.storage.files import atomic_write_bytes, jsonable
+from lightning_interp.core.storage.files import jsonable
+from lightning_interp.core.storage.tensor_files import read_tensors, save_tensors
 from lightning_interp.errors import DataError, IncompatibleModelError, InterpError, RecipeError, SiteError
 from lightning_interp.steering.vectors.fingerprint import check_fingerprint
 from lightning_interp.steering.vectors.reading import as_direction, tensor_hash
@@ -204,16 +205,14 @@ class SteeringVector:
             SiteError: If a ``.gguf`` file cannot hold one of the sites.
             ManifestError: If the file cannot be written.
         """
-        from safetensors.torch import save
-
         if _suffix(path) == ".gguf":
             from lightning_interp.steering.vectors.gguf_vectors import save_control_vector
 
             return save_control_vector(self, path)
         about = jsonable({name: getattr(self, name) for name in _ABOUT})
         about["scale"] = {str(site): value for site, value in self.scale.items()}
-        tensors = {str(site): v.detach().cpu().contiguous().clone() for site, v in self.directions.items()}
-        return atomic_write_bytes(path, save(tensors, metadata={"format": FORMAT, "about": json.dumps(about)}))
+        tensors = {str(site): v for site, v in self.directions.items()}
+        return save_tensors(path, tensors, {"format": FORMAT, "about": json.dumps(about, sort_keys=True)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SteeringVector:
@@ -297,18 +296,3 @@ def _suffix(path: str | os.PathLike[str]) -> str:
     if suffix not in (".safetensors", ".gguf"):
         raise RecipeError(f"{str(path)!r} is no steering vector; expected a file that ends in .safetensors or .gguf.")
     return suffix
-
-
-def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
-
-    Raises:
-        DataError: If it is missing or damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"Cannot read the steering vector {str(path)!r}: {error}. Give a whole file.") from error
