@@ -29,6 +29,7 @@ from lightning_interp.grafting import locate_entity as locate_entity
 from lightning_interp.grafting import paper_plans as paper_plans
 from lightning_interp.models import CausalLM as CausalLM
 from lightning_interp.models import LoraSettings as LoraSettings
+from lightning_interp.models import Optimisation as Optimisation
 from lightning_interp.models import RewardModel as RewardModel
 from lightning_interp.models import TextDataModule as TextDataModule
 from lightning_interp.models import load_causal_lm as load_causal_lm

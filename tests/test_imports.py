@@ -35,8 +35,8 @@ LIGHT = {"recipe", "cli", "__main__"}
 CLI_MAY = {"jsonargparse", "omegaconf", "rich"}
 # Modules that are Lightning classes: all callbacks, these by the last part of their name, whole packages of them.
 LIGHTNING_FILES = {
-    *("bag_of_words", "causal_lm", "contract", "distributed", "dpo", "finetuning", "preferences"),
-    *("reward_model", "reward_scorer", "text_data"),
+    *("bag_of_words", "causal_lm", "contract", "distributed", "dpo", "finetuning", "optimised"),
+    *("preferences", "reward_model", "reward_scorer", "text_data"),
 }
 LIGHTNING_PACKAGES = {"cycles"}
 

@@ -4,6 +4,7 @@ from lightning_interp.models.scoring.bag_of_words import BagOfWords as BagOfWord
 from lightning_interp.models.scoring.reward_sources import LoadedReward as LoadedReward
 from lightning_interp.models.scoring.reward_sources import load_reward_model as load_reward_model
 from lightning_interp.models.scoring.reward_text import RewardEncoder as RewardEncoder
+from lightning_interp.models.scoring.reward_text import RewardText as RewardText
 from lightning_interp.models.scoring.reward_text import Scores as Scores
 from lightning_interp.models.scoring.text_scorer import Scorer as Scorer
 from lightning_interp.models.scoring.text_scorer import TextScorer as TextScorer
@@ -14,4 +15,5 @@ from lightning_interp.models.sources.tokenizers import check_same_tokenizer as c
 from lightning_interp.models.sources.words import word_tokenizer as word_tokenizer
 from lightning_interp.models.training.causal_lm import CausalLM as CausalLM
 from lightning_interp.models.training.lora import LoraSettings as LoraSettings
+from lightning_interp.models.training.optimisation import Optimisation as Optimisation
 from lightning_interp.models.training.reward_model import RewardModel as RewardModel

@@ -21,7 +21,7 @@ from lightning_interp.grafting.metrics import METRICS
 from lightning_interp.recipe import Recipe, RunFolder
 
 if TYPE_CHECKING:
-    from lightning_interp.models import LoraSettings
+    from lightning_interp.models import LoraSettings, Optimisation
 
 FORMS = {
     "statement": "{first} stars in a film alongside {second}.",
@@ -207,12 +207,11 @@ def finetune(
     *,
     epochs: int,
     batch_size: int,
-    lr: float,
+    optimisation: Optimisation,
     source: str | None = None,
     lora: LoraSettings | None = None,
     callbacks: Sequence[Any] = (),
     add_eos: bool = False,
-    **module_settings: Any,
 ) -> dict[str, Any]:
     """Finetune with Lightning and export the result to ``folder/model``; goes on at the last checkpoint.
 
@@ -223,12 +222,11 @@ def finetune(
         texts: JSONL of texts.
         epochs: Passes over the texts.
         batch_size: Texts a step.
-        lr: Learning rate; falls linearly to zero.
+        optimisation: How weights are trained.
         source: Another model than the recipe's.
         lora: Train an adapter instead of all weights.
         callbacks: Besides the checkpoint.
         add_eos: Whether texts end with the end token.
-        **module_settings: Of :class:`~lightning_interp.models.CausalLM`.
 
     Returns:
         ``{"loss": ...}`` of the last step.
@@ -238,7 +236,7 @@ def finetune(
 
     from lightning_interp.models import CausalLM, TextDataModule
 
-    module = CausalLM(source or recipe.source, lora=lora, lr=lr, schedule="linear", seed=recipe.seed, **module_settings)
+    module = CausalLM(source or recipe.source, lora=lora, optimisation=optimisation, seed=recipe.seed)
     tokenizer = module.tokenizer
     data = TextDataModule(texts, tokenizer=tokenizer, batch_size=batch_size, seed=recipe.seed, add_eos=add_eos)
     # One file, the newest. save_last alone (save_top_k=0) writes nothing before the end of training.

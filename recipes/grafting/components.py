@@ -57,7 +57,7 @@ class GraftComponents(Recipe):
 
     def train(self, run: RunFolder, folder: Path) -> dict[str, Any]:
         """Finetune an adapter, with graft scores on the way."""
-        from lightning_interp import GraftCallback, LoraSettings
+        from lightning_interp import GraftCallback, LoraSettings, Optimisation
 
         from ._common import finetune
 
@@ -68,7 +68,7 @@ class GraftComponents(Recipe):
             folder,
             run.folder("facts") / "train.jsonl",
             epochs=self.epochs,
-            lr=self.lr,
+            optimisation=Optimisation(lr=self.lr, schedule="linear"),
             batch_size=self.batch_size,
             lora=LoraSettings(r=self.rank, alpha=2 * self.rank),
             callbacks=[watch],

@@ -69,11 +69,12 @@ class GraftFacts(Recipe):
 
     def train(self, run: RunFolder, folder: Path) -> dict[str, Any]:
         """Finetune, with graft scores before and during training; goes on at the last checkpoint."""
-        from lightning_interp import GraftCallback, LoraSettings
+        from lightning_interp import GraftCallback, LoraSettings, Optimisation
 
         from ._common import fact_prompts, finetune
 
         lora = LoraSettings(r=self.rank, alpha=2 * self.rank) if self.mode == "lora" else None
+        lr = self.lr if self.lr is not None else (1e-3 if lora else 1e-4)
         prompts = fact_prompts(self.invented(run), forms=[TRAINED])
         watch = GraftCallback(prompts, plans=self.plans(), every_n_epochs=self.watch_every)
         told = finetune(
@@ -82,7 +83,7 @@ class GraftFacts(Recipe):
             folder,
             run.folder("facts") / "train.jsonl",
             epochs=self.epochs,
-            lr=self.lr if self.lr is not None else (1e-3 if lora else 1e-4),
+            optimisation=Optimisation(lr=lr, schedule="linear"),
             batch_size=self.batch_size,
             lora=lora,
             callbacks=[watch],

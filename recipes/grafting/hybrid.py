@@ -60,7 +60,7 @@ class GraftHybrid(Recipe):
 
     def train(self, run: RunFolder, folder: Path, which: str) -> dict[str, Any]:
         """Finetune one adapter on its texts."""
-        from lightning_interp import GraftCallback, LoraSettings
+        from lightning_interp import GraftCallback, LoraSettings, Optimisation
 
         from ._common import finetune
 
@@ -71,7 +71,7 @@ class GraftHybrid(Recipe):
             folder,
             run.folder("facts") / f"{which}.jsonl",
             epochs=self.epochs * (1 if which == "both" else 2),
-            lr=self.lr,
+            optimisation=Optimisation(lr=self.lr, schedule="linear"),
             batch_size=self.batch_size,
             lora=LoraSettings(r=self.rank, alpha=2 * self.rank),
             callbacks=[watch] if watch else [],

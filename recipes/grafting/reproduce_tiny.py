@@ -113,6 +113,8 @@ class ReproduceTiny(Recipe):
         self, run: RunFolder, folder: Path, source: Path, texts: str, epochs: int, lr: float, callbacks: list[Any]
     ) -> dict[str, Any]:
         """Train all weights on one file of texts; goes on at the last checkpoint."""
+        from lightning_interp import Optimisation
+
         from ._common import finetune
 
         return finetune(
@@ -122,12 +124,10 @@ class ReproduceTiny(Recipe):
             run.folder("world") / f"{texts}.jsonl",
             source=str(source),
             epochs=epochs,
-            lr=lr,
+            optimisation=Optimisation(lr=lr, schedule="linear", weight_decay=0.01, warmup_steps=20),
             batch_size=self.batch_size,
             callbacks=callbacks,
             add_eos=True,
-            weight_decay=0.01,
-            warmup_steps=20,
         )
 
     def graft(self, run: RunFolder, folder: Path) -> dict[str, Any]:

@@ -263,16 +263,25 @@ class TrainReward(Recipe):
 
     def module(self, run: RunFolder) -> Any:
         """The untrained reward model."""
-        from lightning_interp.models import BagOfWords, LoraSettings, RewardModel, word_tokenizer
+        from lightning_interp.models import (
+            BagOfWords,
+            LoraSettings,
+            Optimisation,
+            RewardModel,
+            RewardText,
+            word_tokenizer,
+        )
 
         if self.words:
             rows = json.loads((run.folder("tweets") / "train.json").read_text())
             texts = [row[key] for row in rows for key in ("response", "chosen", "rejected") if key in row]
             least = self.min_count
-            return BagOfWords(word_tokenizer(texts, min_count=least), lr=self.lr or 0.02, schedule="linear")
+            falling = Optimisation(lr=self.lr or 0.02, schedule="linear")
+            return BagOfWords(word_tokenizer(texts, min_count=least), optimisation=falling)
         lora = LoraSettings(r=self.rank, alpha=2 * self.rank) if self.rank else None
-        lr = self.lr or (2e-4 if lora else 2e-5)
-        return RewardModel(self.source, lora=lora, lr=lr, schedule="linear", max_length=256, seed=self.seed)
+        falling = Optimisation(lr=self.lr or (2e-4 if lora else 2e-5), schedule="linear")
+        text = RewardText(max_length=256)
+        return RewardModel(self.source, lora=lora, optimisation=falling, text=text, seed=self.seed)
 
     def scorer(self, folder: Path) -> Any:
         """The trained reward model."""

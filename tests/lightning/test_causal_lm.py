@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -23,7 +24,7 @@ from lightning_interp.errors import (
     RecipeError,
     UnsupportedStrategyError,
 )
-from lightning_interp.models import CausalLM, LoraSettings, TextDataModule, load_causal_lm
+from lightning_interp.models import CausalLM, LoraSettings, Optimisation, RewardModel, TextDataModule, load_causal_lm
 from lightning_interp.testing import byte_tokenizer, tiny_model
 
 LORA = LoraSettings(r=4, alpha=8)
@@ -202,15 +203,13 @@ class Stop(Callback):
 
 
 SETTINGS = {
-    "lora": {"lora": LORA, "lr": 5e-3},
-    "full": {"lr": 1e-3, "weight_decay": 0.1},
+    "lora": {"lora": LORA, "optimisation": Optimisation(lr=5e-3)},
+    "full": {"optimisation": Optimisation(lr=1e-3, weight_decay=0.1)},
     "lora dropout, linear": {
         "lora": LoraSettings(r=2, dropout=0.3),
-        "lr": 5e-3,
-        "schedule": "linear",
-        "warmup_steps": 2,
+        "optimisation": Optimisation(lr=5e-3, schedule="linear", warmup_steps=2),
     },
-    "full dropout, cosine": {"lr": 1e-3, "schedule": "cosine"},
+    "full dropout, cosine": {"optimisation": Optimisation(lr=1e-3, schedule="cosine")},
 }
 
 
@@ -308,20 +307,41 @@ def test_an_adapters_checkpoint_holds_the_adapter_alone(tmp_path):
 
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_load_from_checkpoint_needs_no_arguments(tmp_path, lora):
-    module = CausalLM("tiny:llama", lora=lora, lr=3e-3, betas=(0.8, 0.9), schedule="linear")
+    settings = Optimisation(lr=3e-3, betas=(0.8, 0.9), schedule="linear", gradient_checkpointing=True)
+    module = CausalLM("tiny:llama", lora=lora, optimisation=settings)
     path = saved(tmp_path, module)
     loaded = CausalLM.load_from_checkpoint(path)
     assert equal(weights(loaded), weights(module))
-    assert (loaded.lr, loaded.betas, loaded.schedule, loaded.has_adapter) == (
-        3e-3,
-        (0.8, 0.9),
-        "linear",
-        lora is not None,
-    )
+    assert (loaded.optimisation, loaded.has_adapter) == (settings, lora is not None)
     assert loaded.tokenizer is not None
     given = CausalLM.load_from_checkpoint(path, model=tiny_model("llama"), lr=0.5)
     assert equal(weights(given), weights(module))
-    assert given.lr == 0.5
+    assert given.optimisation == replace(settings, lr=0.5)
+    other = CausalLM.load_from_checkpoint(path, optimisation=Optimisation(lr=0.25))
+    assert other.optimisation == Optimisation(lr=0.25)
+
+
+def test_checkpoints_hold_settings_as_they_always_did(tmp_path):
+    path = saved(tmp_path, CausalLM("tiny:llama", lora=LORA, optimisation={"lr": 0.25}))
+    assert torch.load(path, weights_only=True)["hyper_parameters"] == {
+        "model": "tiny:llama",
+        "lora": LORA.to_dict(),
+        "lr": 0.25,
+        "weight_decay": 0.0,
+        "betas": [0.9, 0.999],
+        "warmup_steps": 0,
+        "schedule": "constant",
+        "gradient_checkpointing": False,
+        "quantization": None,
+        "dtype": "float32",
+        "seed": 0,
+    }
+
+
+def test_the_learning_rate_finder_sets_the_learning_rate(tmp_path):
+    module = CausalLM("tiny:llama", optimisation={"lr": 0.25, "schedule": "linear"})
+    module.lr = 0.5
+    assert (module.lr, module.optimisation) == (0.5, Optimisation(lr=0.5, schedule="linear"))
 
 
 def test_a_checkpoint_of_a_given_model_asks_for_it(tmp_path):
@@ -673,7 +693,9 @@ def test_a_batch_without_labels_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("argument", "match"),
     [
+        ({"optimisation": {"lr": -1.0}}, "lr=-1.0"),
         ({"lr": -1.0}, "lr=-1.0"),
+        ({"optimisation": Optimisation(lr=1.0), "lr": 2.0, "betas": (0, 0)}, "betas, lr is given beside Optimisation"),
         ({"schedule": "poly"}, "schedule='poly'"),
         ({"lora": {"r": 0}}, "rank r=0"),
         ({"dtype": "float5"}, "no type 'float5'"),
@@ -683,6 +705,26 @@ def test_a_batch_without_labels_is_refused(tmp_path):
 def test_wrong_arguments_are_refused(argument, match):
     with pytest.raises(RecipeError, match=match):
         CausalLM("tiny:llama", **argument)
+
+
+@pytest.mark.parametrize(
+    ("kind", "argument"),
+    [(CausalLM, {"schedules": "linear"}), (RewardModel, {"chats": True}), (CausalLM, {"optimisation": {"rate": 1}})],
+)
+def test_unknown_arguments_are_refused(kind, argument):
+    with pytest.raises(TypeError, match=r"unexpected keyword argument '(schedules|chats|rate)'"):
+        kind("tiny:llama", **argument)
+
+
+def test_jsonargparse_reads_settings():
+    from jsonargparse import ArgumentParser
+
+    for kind in (CausalLM, RewardModel):
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(kind, "model", skip={"tokenizer"})
+        read = parser.parse_args(["--model.model=tiny:llama", "--model.optimisation.schedule=linear"])
+        module = parser.instantiate_classes(read).model
+        assert module.optimisation == Optimisation(lr=1e-4, schedule="linear")
 
 
 def test_a_falling_schedule_needs_an_end(tmp_path):

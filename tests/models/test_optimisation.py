@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from lightning_interp.errors import RecipeError
-from lightning_interp.models.training.optimisation import adamw, check_optimisation, schedule_of
+from lightning_interp.models.training.optimisation import Optimisation, adamw, schedule_of
 
 
 def rates(schedule, warmup, total, steps):
-    optimizer = adamw([torch.nn.Parameter(torch.zeros(2, 2))], lr=2.0, weight_decay=0.0, betas=(0.9, 0.99))
-    scheduler = schedule_of(optimizer, schedule, warmup_steps=warmup, total_steps=total)
+    settings = Optimisation(lr=2.0, schedule=schedule, warmup_steps=warmup)
+    optimizer = adamw([torch.nn.Parameter(torch.zeros(2, 2))], settings)
+    scheduler = schedule_of(optimizer, settings, total_steps=total)
     seen = []
     for _ in range(steps):
         seen.append(optimizer.param_groups[0]["lr"])
@@ -37,7 +38,8 @@ def test_a_run_without_end_has_no_schedule_that_falls():
 def test_matrices_decay_and_vectors_do_not():
     frozen = torch.nn.Parameter(torch.zeros(2, 2), requires_grad=False)
     matrix, vector = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(2))
-    groups = adamw([matrix, frozen, vector], lr=1.0, weight_decay=0.3, betas=(0.5, 0.6)).param_groups
+    settings = Optimisation(lr=1.0, weight_decay=0.3, betas=(0.5, 0.6))
+    groups = adamw([matrix, frozen, vector], settings).param_groups
     assert [
         (len(g["params"]), g["params"][0] is p, g["weight_decay"])
         for g, p in zip(groups, (matrix, vector), strict=True)
@@ -61,6 +63,5 @@ def test_matrices_decay_and_vectors_do_not():
     ],
 )
 def test_wrong_settings_are_refused(setting, match):
-    good = {"lr": 1e-3, "weight_decay": 0.0, "betas": (0.9, 0.999), "warmup_steps": 0, "schedule": "constant"}
     with pytest.raises(RecipeError, match=match):
-        check_optimisation(**good | setting)
+        Optimisation(**{"lr": 1e-3} | setting)

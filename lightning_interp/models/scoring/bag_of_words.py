@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -22,17 +21,19 @@ from lightning_interp.errors import DataError, IncompatibleModelError, RecipeErr
 from lightning_interp.models.scoring.reward_text import Prompt, RewardEncoder, Scores, score_rows
 from lightning_interp.models.scoring.text_scorer import Scorer
 from lightning_interp.models.sources.folders import atomic_folder, check_weight_files
-from lightning_interp.models.training.optimisation import Schedule, check_optimisation, configured
+from lightning_interp.models.training.optimisation import Optimisation, no_more, plain, settings_of
+from lightning_interp.models.training.optimised import Optimised
 from lightning_interp.models.training.reward_metric import PairScores, PointScores, bradley_terry_loss
 
 __all__ = ["BagOfWords"]
 
 Loss = Literal["logistic", "squared"]
 
+_WORDS = Optimisation(lr=0.02)
 _TOKEN_BUDGET = 1 << 18  # ids of one scored batch
 
 
-class BagOfWords(L.LightningModule):
+class BagOfWords(Optimised):
     """A reward that is a sum over the different words of a text, with prompt, and an intercept.
 
     How often a word occurs and where does not matter, nor does anything else that the tokenizer does not see, so some
@@ -48,11 +49,8 @@ class BagOfWords(L.LightningModule):
         tokenizer: Of :func:`~lightning_interp.models.word_tokenizer`, or any other with an end token, which every text
             gets: its weight is the intercept.
         loss: Of rated texts.
-        lr: Learning rate after warm-up.
-        weight_decay: Decoupled decay of all weights.
-        betas: Decay rates of AdamW's two moments.
-        warmup_steps: Steps over which the learning rate rises from zero.
-        schedule: What the learning rate does afterwards: stay, or fall to zero by the last step.
+        optimisation: How its weights are trained, all of which decay: settings, or some of them as a dict.
+        **flat: Fields of :class:`Optimisation` under their own names, as checkpoints hold them.
 
     Attributes:
         tokenizer: The tokenizer.
@@ -75,14 +73,12 @@ class BagOfWords(L.LightningModule):
         tokenizer: PreTrainedTokenizerBase,
         *,
         loss: Loss = "logistic",
-        lr: float = 0.02,
-        weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        warmup_steps: int = 0,
-        schedule: Schedule = "constant",
+        optimisation: Optimisation | Mapping[str, Any] = _WORDS,
+        **flat: Any,
     ) -> None:
         super().__init__()
-        check_optimisation(lr=lr, weight_decay=weight_decay, betas=betas, warmup_steps=warmup_steps, schedule=schedule)
+        self.optimisation = settings_of(_WORDS, optimisation, flat)
+        no_more(self, flat)
         if loss not in get_args(Loss):
             raise RecipeError(f"BagOfWords(loss={loss!r}): expected one of {', '.join(get_args(Loss))}.")
         if tokenizer.eos_token_id is None:
@@ -90,11 +86,9 @@ class BagOfWords(L.LightningModule):
                 f"BagOfWords needs an end token, whose weight is the intercept, and the {type(tokenizer).__name__} of "
                 f"{len(tokenizer)} tokens has none. Set tokenizer.eos_token, or use word_tokenizer."
             )
-        self.save_hyperparameters(ignore=["tokenizer", "betas"], logger=False)
-        self.hparams.update(betas=[float(beta) for beta in betas])
+        self.save_hyperparameters(ignore=["tokenizer", "optimisation", "betas"], logger=False)
+        self.hparams.update(plain(self.optimisation))
         self.tokenizer, self.loss = tokenizer, loss
-        self.lr, self.weight_decay, self.betas = lr, weight_decay, (betas[0], betas[1])
-        self.warmup_steps, self.schedule = warmup_steps, schedule
         self.weights = nn.Embedding(len(tokenizer), 1)
         nn.init.zeros_(self.weights.weight)
         self.val_pairs, self.val_sides, self.val_points = PairScores(), PairScores(), PointScores()
@@ -178,14 +172,6 @@ class BagOfWords(L.LightningModule):
             UnsupportedStrategyError: If its strategy does.
         """
         check_strategy(self.trainer.strategy, reads_weights=True, purpose="BagOfWords")
-
-    def configure_optimizers(self) -> Any:
-        """Make AdamW and its schedule.
-
-        Raises:
-            RecipeError: If the learning rate is to fall by the end of a run that has none.
-        """
-        return configured(self)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss of a batch.

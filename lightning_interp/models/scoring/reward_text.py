@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.models.data.encoding import Encoder
 
-__all__ = ["EncodedText", "Prompt", "RewardEncoder", "Scores", "length_limit", "score_rows"]
+__all__ = ["ANY_TEXT", "EncodedText", "Prompt", "RewardEncoder", "RewardText", "Scores", "length_limit", "score_rows"]
 
 Prompt = str | Sequence[Mapping[str, str]]
 """What a text answers: a user's message, or the turns of a conversation that end with one."""
@@ -41,6 +41,37 @@ class Scores(NamedTuple):
 
     reward: Tensor
     truncated: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardText:
+    """How a reward model reads texts; None takes what its folder says, else what fits the model.
+
+    Attributes:
+        label: Which output of a model with several is the reward, by index or name.
+        chat: Write texts by the tokenizer's chat template; by default if it has one.
+        system_prompt: System text for prompts without one; None keeps the template's own implicit text.
+        add_eos: Whether a text ends with the end token without a chat template; by default if the score head is fresh.
+        max_length: Most tokens of a text; by default what the model and tokenizer can take.
+        token_budget: Most tokens of one batch when texts are scored.
+
+    Raises:
+        RecipeError: If ``token_budget`` is below 1.
+    """
+
+    label: int | str | None = None
+    chat: bool | None = None
+    system_prompt: str | None = None
+    add_eos: bool | None = None
+    max_length: int | None = None
+    token_budget: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.token_budget < 1:
+            raise RecipeError(f"A scorer cannot use token_budget={self.token_budget!r}: expected at least 1.")
+
+
+ANY_TEXT = RewardText()
 
 
 @dataclass(frozen=True, kw_only=True)

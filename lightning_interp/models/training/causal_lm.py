@@ -14,10 +14,10 @@ from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
 from lightning_interp.errors import DataError
 from lightning_interp.models.sources.loading import load_causal_lm
 from lightning_interp.models.sources.pretrained import Quantization
-from lightning_interp.models.training.finetuning import Finetuned, base_source
+from lightning_interp.models.training.finetuning import FINETUNING, SETTINGS, Finetuned, base_source
 from lightning_interp.models.training.lora import LoraSettings
 from lightning_interp.models.training.metric import IGNORED, TokenLoss, completion_loss
-from lightning_interp.models.training.optimisation import Schedule
+from lightning_interp.models.training.optimisation import Optimisation, no_more
 
 __all__ = ["CausalLM"]
 
@@ -39,15 +39,11 @@ class CausalLM(Finetuned):
             an adapter goes on training that adapter.
         tokenizer: Exported beside the model; taken from the source if that is a name.
         lora: Put in an adapter and train it: settings, or the same as a dict.
-        lr: Learning rate after warm-up.
-        weight_decay: Decoupled decay of matrices (not of biases and norms).
-        betas: Decay rates of AdamW's two moments.
-        warmup_steps: Steps over which the learning rate rises from zero.
-        schedule: What the learning rate does afterwards: stay, or fall to zero by the last step.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        optimisation: How its weights are trained: settings, or some of them as a dict.
         quantization: Load a named source with a ``"4bit"`` or ``"8bit"`` base; needs an adapter.
         dtype: Type of a named source's frozen weights.
         seed: Root seed of the adapter's start and of dropout.
+        **flat: Fields of :class:`Optimisation` under their own names, as checkpoints hold them.
 
     Attributes:
         model: The model.
@@ -72,23 +68,16 @@ class CausalLM(Finetuned):
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         lora: LoraSettings | Mapping[str, Any] | None = None,
-        lr: float = 1e-4,
-        weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        warmup_steps: int = 0,
-        schedule: Schedule = "constant",
-        gradient_checkpointing: bool = False,
+        optimisation: Optimisation | Mapping[str, Any] = FINETUNING,
         quantization: Quantization | None = None,
         dtype: str = "float32",
         seed: int = 0,
+        **flat: Any,
     ) -> None:
         super().__init__()
-        settings = LoraSettings(**lora) if isinstance(lora, Mapping) else lora
-        # Checkpoints are read with weights_only=True: plain values and nothing else.
-        self.save_hyperparameters(ignore=["model", "tokenizer", "lora", "betas"], logger=False)
-        self._keep_optimisation(
-            lora=settings, lr=lr, weight_decay=weight_decay, betas=betas, warmup_steps=warmup_steps, schedule=schedule
-        )
+        self.save_hyperparameters(ignore=SETTINGS, logger=False)
+        adapter = self._keep(lora, optimisation, flat)
+        no_more(self, flat)
         source = model if isinstance(model, str) else ""
         if isinstance(model, str):
             self.hparams.update(model=model)
@@ -96,7 +85,7 @@ class CausalLM(Finetuned):
             model, tokenizer = loaded.model, tokenizer or loaded.tokenizer
         self.source, self.seed = base_source(model, source), seed
         self.model, self.tokenizer = model, tokenizer
-        self._prepare(settings, gradient_checkpointing)
+        self._prepare(adapter)
         self._can_trim = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.val_loss, self.test_loss = TokenLoss(), TokenLoss()
         # transformers loads in evaluation mode, which Lightning would keep: dropout would stay off.

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,15 +18,21 @@ from lightning_interp.models.sources.bundled import ALIASES
 from lightning_interp.models.sources.folders import atomic_folder
 from lightning_interp.models.sources.pretrained import quiet_bars
 from lightning_interp.models.training.lora import LoraSettings, inject_lora, train_adapter
-from lightning_interp.models.training.optimisation import Schedule, check_optimisation, configured
+from lightning_interp.models.training.optimisation import Optimisation, plain, settings_of
+from lightning_interp.models.training.optimised import Optimised
 from lightning_interp.models.training.state import check_state, saved_names
 
-__all__ = ["Finetuned", "base_source"]
+__all__ = ["FINETUNING", "SETTINGS", "Finetuned", "base_source"]
+
+FINETUNING = Optimisation(lr=1e-4)
+
+SETTINGS = ["model", "tokenizer", "text", "lora", "optimisation", "betas"]
+"""Arguments that no checkpoint holds as they are given: it holds plain values, and settings under their own names."""
 
 _MODEL = "model."
 
 
-class Finetuned(L.LightningModule):
+class Finetuned(Optimised):
     """Trains a Hugging Face model, with an adapter or in full; subclasses say on what.
 
     With an adapter only its weights (and parameters that ask for gradients themselves) are trained, saved in
@@ -46,21 +51,17 @@ class Finetuned(L.LightningModule):
     tokenizer: PreTrainedTokenizerBase | None
     seed: int
 
-    def _keep_optimisation(
+    def _keep(
         self,
-        *,
-        lora: LoraSettings | None,
-        lr: float,
-        weight_decay: float,
-        betas: tuple[float, float],
-        warmup_steps: int,
-        schedule: Schedule,
-    ) -> None:
-        """Check and keep how it is trained; in the hyperparameters as plain values, which ``weights_only`` reads."""
-        check_optimisation(lr=lr, weight_decay=weight_decay, betas=betas, warmup_steps=warmup_steps, schedule=schedule)
-        self.hparams.update(lora=lora.to_dict() if lora else None, betas=[float(beta) for beta in betas])
-        self.lr, self.weight_decay, self.betas = lr, weight_decay, (betas[0], betas[1])
-        self.warmup_steps, self.schedule = warmup_steps, schedule
+        lora: LoraSettings | Mapping[str, Any] | None,
+        optimisation: Optimisation | Mapping[str, Any],
+        flat: dict[str, Any],
+    ) -> LoraSettings | None:
+        """Keep how it is trained, in the hyperparameters as plain values; gives the adapter's settings."""
+        adapter = LoraSettings(**lora) if isinstance(lora, Mapping) else lora
+        self.optimisation = settings_of(FINETUNING, optimisation, flat)
+        self.hparams.update(lora=adapter.to_dict() if adapter else None, **plain(self.optimisation))
+        return adapter
 
     @property
     def _title(self) -> str:
@@ -112,14 +113,6 @@ class Finetuned(L.LightningModule):
         for block in ModelMap.build(self.model).blocks:
             fully_shard(block, mesh=mesh["data_parallel"])
         fully_shard(self.model, mesh=mesh["data_parallel"])
-
-    def configure_optimizers(self) -> Any:
-        """Make AdamW over everything that is trained, and its schedule.
-
-        Raises:
-            RecipeError: If the learning rate is to fall by the end of a run that has none.
-        """
-        return configured(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the frozen base out of a checkpoint, but for two kinds that are read back whole or not at all.
@@ -186,7 +179,7 @@ class Finetuned(L.LightningModule):
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(temporary)
 
-    def _prepare(self, settings: LoraSettings | None, gradient_checkpointing: bool) -> None:
+    def _prepare(self, settings: LoraSettings | None) -> None:
         quantised = quantized_modules(self.model)
         if settings is None and not has_adapter(self.model):
             if quantised:
@@ -205,7 +198,7 @@ class Finetuned(L.LightningModule):
             else:
                 train_adapter(self.model)
             self.strict_loading = False
-        if gradient_checkpointing:
+        if self.optimisation.gradient_checkpointing:
             _enable_checkpointing(self.model)
 
     def _saved_names(self, state: Mapping[str, Any]) -> set[str]:

@@ -1,10 +1,11 @@
-"""AdamW and its learning rate over time."""
+"""AdamW and its learning rate over time, and how settings are given."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, TypeVar, get_args
 
 from torch import nn
 from torch.optim import AdamW
@@ -12,65 +13,138 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_interp.errors import RecipeError
 
-__all__ = ["Schedule", "adamw", "check_optimisation", "configured", "schedule_of"]
+__all__ = ["Optimisation", "Schedule", "adamw", "no_more", "plain", "schedule_of", "settings_of"]
 
 Schedule = Literal["constant", "linear", "cosine"]
 
+_Settings = TypeVar("_Settings")
 
-def check_optimisation(
-    *, lr: float, weight_decay: float, betas: Sequence[float], warmup_steps: int, schedule: str
-) -> None:
-    """Refuse settings that cannot work.
 
-    Args:
-        lr: Learning rate.
-        weight_decay: Decoupled decay.
-        betas: Decay rates of the two moments.
-        warmup_steps: Steps of rising learning rate.
-        schedule: What the learning rate does afterwards.
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """How weights are trained. Clipping gradients is the Trainer's part: ``Trainer(gradient_clip_val=1.0)``.
+
+    Attributes:
+        lr: Learning rate after warm-up.
+        weight_decay: Decoupled decay of matrices (not of biases and norms).
+        betas: Decay rates of AdamW's two moments.
+        warmup_steps: Steps over which the learning rate rises from zero.
+        schedule: What the learning rate does afterwards: stay, or fall to zero by the last step.
+        gradient_checkpointing: Recompute a language model's activations in the backward pass: less memory, about a
+            third more time.
 
     Raises:
-        RecipeError: With the name and value of the setting.
+        RecipeError: With the name and value of a setting that cannot work.
+
+    Example:
+        >>> Optimisation(lr=1e-3, schedule="linear").betas
+        (0.9, 0.999)
     """
-    wrong = {
-        "lr": (lr, lr > 0 and math.isfinite(lr), "a number above 0"),
-        "weight_decay": (weight_decay, weight_decay >= 0, "a number of at least 0"),
-        "betas": (betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers with 0 <= beta < 1"),
-        "warmup_steps": (warmup_steps, warmup_steps >= 0, "at least 0"),
-        "schedule": (schedule, schedule in get_args(Schedule), f"one of {', '.join(get_args(Schedule))}"),
-    }
-    for name, (value, fits, expected) in wrong.items():
-        if not fits:
-            raise RecipeError(f"Training cannot use {name}={value!r}: expected {expected}.")
+
+    lr: float
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_steps: int = 0
+    schedule: Schedule = "constant"
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        betas = self.betas
+        wrong = {
+            "lr": (self.lr > 0 and math.isfinite(self.lr), "a number above 0"),
+            "weight_decay": (self.weight_decay >= 0, "a number of at least 0"),
+            "betas": (len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers with 0 <= beta < 1"),
+            "warmup_steps": (self.warmup_steps >= 0, "at least 0"),
+            "schedule": (self.schedule in get_args(Schedule), f"one of {', '.join(get_args(Schedule))}"),
+        }
+        for name, (fits, expected) in wrong.items():
+            if not fits:
+                raise RecipeError(f"Training cannot use {name}={getattr(self, name)!r}: expected {expected}.")
+        object.__setattr__(self, "betas", (float(betas[0]), float(betas[1])))
 
 
-def adamw(parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float, betas: tuple[float, float]) -> AdamW:
+def settings_of(default: _Settings, given: _Settings | Mapping[str, Any], flat: dict[str, Any]) -> _Settings:
+    """Settings as an object, a mapping, or under their own names among a class's arguments, as in its checkpoints.
+
+    Args:
+        default: A dataclass; what is not given is taken from it.
+        given: An object, which is taken as it is, or a mapping; ``default`` itself stands for nothing.
+        flat: Arguments by name. Those that the dataclass has are taken out; beside ``given`` all of them, as a
+            checkpoint holds them, count for nothing.
+
+    Returns:
+        The settings.
+
+    Raises:
+        RecipeError: If single names are given beside ``given``.
+        TypeError: If a mapping holds a name that the dataclass does not have.
+
+    Example:
+        >>> flat = {"schedule": "linear", "seed": 1}
+        >>> default = Optimisation(lr=0.1)
+        >>> settings_of(default, default, flat).schedule, flat
+        ('linear', {'seed': 1})
+    """
+    base: Any = default
+    names = {field.name for field in fields(base)}
+    own = {name: flat.pop(name) for name in names & flat.keys()}
+    if given is default:
+        return replace(base, **own)  # type: ignore[no-any-return]
+    if own and own.keys() != names:
+        raise RecipeError(
+            f"{', '.join(sorted(own))} is given beside {type(default).__name__} settings, so one of the two would "
+            "count for nothing. Put it into the settings."
+        )
+    return replace(base, **given) if isinstance(given, Mapping) else given
+
+
+def no_more(module: Any, flat: Mapping[str, Any]) -> None:
+    """Refuse arguments that nothing has taken.
+
+    Args:
+        module: Whose they are.
+        flat: What is left of them.
+
+    Raises:
+        TypeError: With the first name.
+    """
+    if flat:
+        raise TypeError(f"{type(module).__name__}() got an unexpected keyword argument {next(iter(flat))!r}")
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """A settings object as values that a checkpoint can hold, which is read with ``weights_only=True``.
+
+    Args:
+        settings: A dataclass.
+    """
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
+
+
+def adamw(parameters: Iterable[nn.Parameter], settings: Optimisation) -> AdamW:
     """Make an AdamW that decays matrices only, not biases and norms.
 
     Args:
         parameters: All parameters; those without gradient are left out.
-        lr: Learning rate.
-        weight_decay: Decoupled decay of matrices.
-        betas: Decay rates of the two moments.
+        settings: Learning rate, decay of matrices, and decay rates of the moments.
 
     Returns:
         The optimizer.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
-        {"params": [parameter for parameter in trained if parameter.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trained if parameter.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [parameter for parameter in trained if parameter.dim() < 2], "weight_decay": 0.0},
     ]
-    return AdamW([group for group in groups if group["params"]], lr=lr, betas=betas)
+    return AdamW([group for group in groups if group["params"]], lr=settings.lr, betas=settings.betas)
 
 
-def schedule_of(optimizer: AdamW, schedule: Schedule, *, warmup_steps: int, total_steps: float) -> LRScheduler | None:
+def schedule_of(optimizer: AdamW, settings: Optimisation, *, total_steps: float) -> LRScheduler | None:
     """Make the scheduler that is stepped after each optimizer step.
 
     Args:
         optimizer: The optimizer.
-        schedule: What the learning rate does after warm-up.
-        warmup_steps: Steps over which it rises from zero.
+        settings: The warm-up, and what the learning rate does afterwards.
         total_steps: Optimizer steps of the run; infinity if the run has no end.
 
     Returns:
@@ -81,34 +155,15 @@ def schedule_of(optimizer: AdamW, schedule: Schedule, *, warmup_steps: int, tota
     """
     from transformers import get_scheduler
 
-    if schedule == "constant" and warmup_steps == 0:
+    constant = settings.schedule == "constant"
+    if constant and settings.warmup_steps == 0:
         return None
-    name = "constant_with_warmup" if schedule == "constant" else schedule
-    if schedule != "constant" and math.isinf(total_steps):
+    name = "constant_with_warmup" if constant else settings.schedule
+    if not constant and math.isinf(total_steps):
         raise RecipeError(
-            f"schedule={schedule!r} falls to zero by the last step, but this run has none. "
+            f"schedule={settings.schedule!r} falls to zero by the last step, but this run has none. "
             "Give the Trainer max_epochs or max_steps, or choose schedule='constant'."
         )
     steps = None if math.isinf(total_steps) else int(total_steps)
-    scheduler: LRScheduler = get_scheduler(name, optimizer, warmup_steps, steps)
+    scheduler: LRScheduler = get_scheduler(name, optimizer, settings.warmup_steps, steps)
     return scheduler
-
-
-def configured(module: Any) -> Any:
-    """Make what a LightningModule's ``configure_optimizers`` returns: AdamW over everything trained, and its schedule.
-
-    Args:
-        module: Has ``lr``, ``weight_decay``, ``betas``, ``warmup_steps`` and ``schedule``.
-
-    Returns:
-        The optimizer, or a dict of it and a schedule that moves every step.
-
-    Raises:
-        RecipeError: If the learning rate is to fall by the end of a run that has none.
-    """
-    optimizer = adamw(module.parameters(), lr=module.lr, weight_decay=module.weight_decay, betas=module.betas)
-    steps = float("inf") if module.schedule == "constant" else module.trainer.estimated_stepping_batches
-    scheduler = schedule_of(optimizer, module.schedule, warmup_steps=module.warmup_steps, total_steps=steps)
-    if scheduler is None:
-        return optimizer
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

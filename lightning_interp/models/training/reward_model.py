@@ -11,15 +11,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
 from lightning_interp.errors import DataError, IncompatibleModelError, RecipeError
-from lightning_interp.models.scoring.reward_files import TEXT_SETTINGS, write_adapter_folder, write_model_folder
+from lightning_interp.models.scoring.reward_files import write_adapter_folder, write_model_folder
 from lightning_interp.models.scoring.reward_sources import LoadedReward, load_reward_model
-from lightning_interp.models.scoring.reward_text import Prompt, RewardEncoder, Scores
+from lightning_interp.models.scoring.reward_text import ANY_TEXT, Prompt, RewardEncoder, RewardText, Scores
 from lightning_interp.models.scoring.score_head import DecoderWithScore, needs_score_head, scoring_model
 from lightning_interp.models.scoring.text_scorer import TextScorer, read_scores, settle_text
 from lightning_interp.models.sources.pretrained import Quantization
-from lightning_interp.models.training.finetuning import Finetuned, base_source
+from lightning_interp.models.training.finetuning import FINETUNING, SETTINGS, Finetuned, base_source
 from lightning_interp.models.training.lora import LoraSettings
-from lightning_interp.models.training.optimisation import Schedule
+from lightning_interp.models.training.optimisation import Optimisation, no_more, plain, settings_of
 from lightning_interp.models.training.reward_metric import PairScores, PointScores, bradley_terry_loss
 
 __all__ = ["RewardModel"]
@@ -41,22 +41,13 @@ class RewardModel(Finetuned):
         model: A source for :func:`load_reward_model`, or a loaded model, which is changed in place. A language model
             gets a fresh score head.
         tokenizer: Writes the texts; taken from the source if that is a name.
-        label: Which output of a model with several is the reward, by index or name.
-        chat: Write texts by the tokenizer's chat template; None does so if it has one.
-        system_prompt: System text for prompts without one; None keeps the template's own implicit text.
-        add_eos: Whether a text ends with the end token without a chat template; None: if the score head is fresh.
-        max_length: Most tokens of a text; None takes what the model and tokenizer can take.
-        token_budget: Most tokens of one batch in :meth:`score`.
+        text: How texts are written and which output is the reward: settings, or some of them as a dict.
         lora: Put in an adapter and train it: settings, or the same as a dict.
-        lr: Learning rate after warm-up.
-        weight_decay: Decoupled decay of matrices (not of biases and norms).
-        betas: Decay rates of AdamW's two moments.
-        warmup_steps: Steps over which the learning rate rises from zero.
-        schedule: What the learning rate does afterwards: stay, or fall to zero by the last step.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        optimisation: How its weights are trained: settings, or some of them as a dict.
         quantization: Load a named source with a ``"4bit"`` or ``"8bit"`` base; needs an adapter.
         dtype: Type of a named source's frozen weights.
         seed: Root seed of a fresh head, of the adapter's start and of dropout.
+        **flat: Fields of :class:`RewardText` and :class:`Optimisation` under their own names, as checkpoints hold them.
 
     Attributes:
         model: The model; its output has ``logits`` of shape ``[batch, labels]``.
@@ -81,32 +72,19 @@ class RewardModel(Finetuned):
         model: str | PreTrainedModel,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        label: int | str | None = None,
-        chat: bool | None = None,
-        system_prompt: str | None = None,
-        add_eos: bool | None = None,
-        max_length: int | None = None,
-        token_budget: int = 8192,
+        text: RewardText | Mapping[str, Any] = ANY_TEXT,
         lora: LoraSettings | Mapping[str, Any] | None = None,
-        lr: float = 1e-4,
-        weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        warmup_steps: int = 0,
-        schedule: Schedule = "constant",
-        gradient_checkpointing: bool = False,
+        optimisation: Optimisation | Mapping[str, Any] = FINETUNING,
         quantization: Quantization | None = None,
         dtype: str = "float32",
         seed: int = 0,
+        **flat: Any,
     ) -> None:
         super().__init__()
-        if token_budget < 1:
-            raise RecipeError(f"RewardModel cannot use token_budget={token_budget!r}: expected at least 1.")
-        adapter = LoraSettings(**lora) if isinstance(lora, Mapping) else lora
-        # Checkpoints are read with weights_only=True: plain values and nothing else.
-        self.save_hyperparameters(ignore=["model", "tokenizer", "lora", "betas"], logger=False)
-        self._keep_optimisation(
-            lora=adapter, lr=lr, weight_decay=weight_decay, betas=betas, warmup_steps=warmup_steps, schedule=schedule
-        )
+        self.save_hyperparameters(ignore=SETTINGS, logger=False)
+        adapter = self._keep(lora, optimisation, flat)
+        asked = plain(settings_of(ANY_TEXT, text, flat))
+        no_more(self, flat)
         if isinstance(model, str):
             self.hparams.update(model=model)
             loaded = load_reward_model(model, dtype=dtype, quantization=quantization, seed=seed)
@@ -115,14 +93,11 @@ class RewardModel(Finetuned):
             loaded = LoadedReward(scoring_model(model, seed=seed), tokenizer, "", needs_score_head(model))
             self.source = base_source(model, "")
         self.tokenizer, self.seed = tokenizer or loaded.tokenizer, seed
-        self.model, self.fresh, self.token_budget = loaded.model, loaded.fresh, token_budget
-        given = (chat, system_prompt, add_eos, max_length, label)
-        self._text = settle_text(
-            dict(zip(TEXT_SETTINGS, given, strict=True)), loaded.text, self.model, self.tokenizer, fresh=self.fresh
-        )
-        self.hparams.update(self._text)
+        self.model, self.fresh, self.token_budget = loaded.model, loaded.fresh, asked.pop("token_budget")
+        self._text = settle_text(asked, loaded.text, self.model, self.tokenizer, fresh=self.fresh)
+        self.hparams.update(self._text, token_budget=self.token_budget)
         self.label: int = self._text["label"]
-        self._prepare(adapter, gradient_checkpointing)
+        self._prepare(adapter)
         self.val_pairs, self.test_pairs = PairScores(), PairScores()
         self.val_points, self.test_points = PointScores(), PointScores()
         # transformers loads in evaluation mode, which Lightning would keep: dropout would stay off.
@@ -244,14 +219,14 @@ class RewardModel(Finetuned):
         """Log the same of the test."""
         self._log_epoch("test", self.test_pairs, self.test_points)
 
-    def _prepare(self, settings: LoraSettings | None, gradient_checkpointing: bool) -> None:
+    def _prepare(self, settings: LoraSettings | None) -> None:
         decoder = isinstance(self.model, DecoderWithScore)
         if settings is not None and not decoder:
             raise IncompatibleModelError(
                 f"RewardModel puts adapters into decoders only, and {type(self.model).__name__} of {self.source!r} "
                 "reads its score in another way. Leave lora out and train it in full."
             )
-        super()._prepare(settings, gradient_checkpointing)
+        super()._prepare(settings)
         if self.has_adapter and decoder:
             self.model.score.requires_grad_(True)
 
