@@ -1,3 +1,4 @@
+from lightning_interp.generation.work import Prices as Prices
 from lightning_interp.rate.callback import RewardAttributeEffect as RewardAttributeEffect
 from lightning_interp.rate.checks.compliance import Contains as Contains
 from lightning_interp.rate.checks.compliance import Lexicon as Lexicon
@@ -43,7 +44,6 @@ from lightning_interp.rate.rewriting.records import Unit as Unit
 from lightning_interp.rate.rewriting.rewriters import CallableRewriter as CallableRewriter
 from lightning_interp.rate.rewriting.rewriters import ReplayRewriter as ReplayRewriter
 from lightning_interp.rate.rewriting.rewriters import Rewriter as Rewriter
-from lightning_interp.rate.rewriting.rewriting_plan import Prices as Prices
 from lightning_interp.rate.rewriting.rewriting_plan import RewritePlan as RewritePlan
 from lightning_interp.rate.rewriting.rules import Drop as Drop
 from lightning_interp.rate.rewriting.rules import MarkToggle as MarkToggle

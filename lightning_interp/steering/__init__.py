@@ -10,8 +10,8 @@ The softmax's information geometry is in ``head``, ``geometry``, ``newton`` and 
 at the head and ``dual_callback`` its callback.
 
 ``pairs`` and ``vocabulary`` are the counterfactual tokens of a concept; ``moments``, ``probes``, ``class_reader`` and
-``probe_callback`` make its probe; ``metrics``, ``effects``, ``metric`` and ``text_quality`` say what steering did, and
-``figures`` draws it.
+``probe_callback`` make its probe; ``metrics``, ``effects`` and ``metric`` (with ``generation.text_quality``) say
+what steering did, and ``figures`` draws it.
 """
 
 from __future__ import annotations

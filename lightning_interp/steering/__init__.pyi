@@ -1,3 +1,5 @@
+from lightning_interp.generation.text_quality import perplexity as perplexity
+from lightning_interp.generation.text_quality import repetition as repetition
 from lightning_interp.steering.activation.affine import AffineMap as AffineMap
 from lightning_interp.steering.activation.callback import SteeringCallback as SteeringCallback
 from lightning_interp.steering.activation.family import ClampDirection as ClampDirection
@@ -28,8 +30,6 @@ from lightning_interp.steering.effects.metric import SteeringMetrics as Steering
 from lightning_interp.steering.effects.metrics import score_distributions as score_distributions
 from lightning_interp.steering.effects.metrics import score_path as score_path
 from lightning_interp.steering.effects.path_scores import SteeringResult as SteeringResult
-from lightning_interp.steering.effects.text_quality import perplexity as perplexity
-from lightning_interp.steering.effects.text_quality import repetition as repetition
 from lightning_interp.steering.softmax.curve import DualCurve as DualCurve
 from lightning_interp.steering.softmax.curve import SolverOptions as SolverOptions
 from lightning_interp.steering.softmax.dual import combine as combine

@@ -106,7 +106,7 @@ class SteeringVectors(Recipe):
     def write(self, run: RunFolder, folder: Path, swept: dict[str, Any]) -> dict[str, Any]:
         """Let the model write at every strength of the chosen layer, and read that with the unsteered model."""
         from lightning_interp import ModelMap, Site, load_causal_lm
-        from lightning_interp.steering.effects.text_quality import repeated_share
+        from lightning_interp.generation.text_quality import repeated_share
         from lightning_interp.steering.effects.vector_study import TextProbe, write_sweep
         from lightning_interp.steering.vectors.contrast_sets import OPENINGS
 

@@ -7,11 +7,11 @@ from rewriting import ATTR, Counting, store_of
 from served import completion
 
 from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.generation.work import Prices
 from lightning_interp.rate.rewriting.batch_files import export_batch, import_batch, read_batch_answers
 from lightning_interp.rate.rewriting.driver import RewriteRun
 from lightning_interp.rate.rewriting.endpoint import OpenAICompatibleRewriter
 from lightning_interp.rate.rewriting.records import RewriteResult
-from lightning_interp.rate.rewriting.rewriting_plan import Prices
 from lightning_interp.rate.rewriting.templates import RewriteTemplate
 
 PLAIN = RewriteTemplate(name="plain", version=1, body="{phrase}: {text}", phrases=("no", "yes"))

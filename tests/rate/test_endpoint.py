@@ -12,12 +12,12 @@ from rewriting import ATTR, store_of
 from served import completion, echo, serving
 
 from lightning_interp.errors import InterpError, RecipeError
+from lightning_interp.generation.pacing import Backoff
+from lightning_interp.generation.work import Prices
 from lightning_interp.rate.rewriting.driver import RewriteRun
 from lightning_interp.rate.rewriting.endpoint import OpenAICompatibleRewriter, parse_answer
 from lightning_interp.rate.rewriting.export import export_records
-from lightning_interp.rate.rewriting.pacing import Backoff
 from lightning_interp.rate.rewriting.rewriters import rewriter_id
-from lightning_interp.rate.rewriting.rewriting_plan import Prices
 from lightning_interp.rate.rewriting.store import RewriteStore
 from lightning_interp.rate.rewriting.templates import RewriteTemplate, rewrite_template
 

@@ -12,6 +12,7 @@ from rate_oracle import random_units
 from rewriting import ATTR, Counting, store_of
 
 from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.generation.work import Prices
 from lightning_interp.rate import (
     Contains,
     LongerThan,
@@ -26,7 +27,6 @@ from lightning_interp.rate import (
 )
 from lightning_interp.rate.report.audit_study import agreed, labelled, read_any, rewrite_all, running_estimates
 from lightning_interp.rate.report.emphasis_study import emphasis_rewriter, emphatic_units, exact_effects, made_up_scorer
-from lightning_interp.rate.rewriting.rewriting_plan import Prices
 from lightning_interp.rate.scoring.named import named_labeller, named_rule, named_template, named_toggle
 
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from rewriting import ATTR, Counting, KilledError, kill_after, store_of, units
 
 from lightning_interp.errors import DataError, ManifestError, RecipeError
+from lightning_interp.generation.work import Prices
 from lightning_interp.rate.rewriting.driver import RewriteRun
 from lightning_interp.rate.rewriting.export import export_records
 from lightning_interp.rate.rewriting.records import RewriteResult, Unit
-from lightning_interp.rate.rewriting.rewriting_plan import Prices
 from lightning_interp.rate.rewriting.store import RewriteStore
 
 FAILED = RewriteResult(text=None, status="error", error="no luck", tokens_in=0, tokens_out=0)

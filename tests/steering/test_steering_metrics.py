@@ -12,6 +12,13 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lightning_interp.errors import DataError, IncompatibleModelError, RecipeError
+from lightning_interp.generation.text_quality import (
+    distinct_n,
+    loop_period,
+    perplexity,
+    repeated_share,
+    repetition,
+)
 from lightning_interp.steering.concepts.pairs import CounterfactualPairs
 from lightning_interp.steering.concepts.probes import ConceptProbe
 from lightning_interp.steering.effects.metrics import (
@@ -27,13 +34,6 @@ from lightning_interp.steering.effects.metrics import (
     score_path,
 )
 from lightning_interp.steering.effects.path_scores import SteeringResult, bin_path, value_at_effect
-from lightning_interp.steering.effects.text_quality import (
-    distinct_n,
-    loop_period,
-    perplexity,
-    repeated_share,
-    repetition,
-)
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
 
 V, D = 30, 6

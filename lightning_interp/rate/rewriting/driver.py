@@ -10,13 +10,13 @@ from datetime import UTC, datetime
 from itertools import takewhile
 
 from lightning_interp.errors import RecipeError
+from lightning_interp.generation.work import Budget, Prices, Tally, WorkQueue, WorkReport, work_through
 from lightning_interp.rate.rewriting.chain import Request
 from lightning_interp.rate.rewriting.flags import rewrite_flags
 from lightning_interp.rate.rewriting.records import RewriteRecord, RewriteResult, Unit
 from lightning_interp.rate.rewriting.rewriters import Rewriter, ask, rewriter_id
-from lightning_interp.rate.rewriting.rewriting_plan import Prices, RewritePlan, estimate_tokens
+from lightning_interp.rate.rewriting.rewriting_plan import RewritePlan, estimate_tokens
 from lightning_interp.rate.rewriting.store import RewriteStore, StoreWriter
-from lightning_interp.rate.rewriting.work import Budget, WorkQueue, work_through
 
 __all__ = ["RewriteReport", "RewriteRun"]
 
@@ -24,35 +24,14 @@ _FINAL = ("refused", "empty", "truncated")
 
 
 @dataclass
-class RewriteReport:
+class RewriteReport(WorkReport):
     """What a run did.
 
     Args:
-        calls: Texts that were asked for.
-        statuses: Answers by status.
         flags: What looked wrong, by flag; see :data:`~lightning_interp.rate.rewriting.flags.FLAGS`.
-        tokens_in: Tokens read, as far as the rewriter told.
-        tokens_out: Tokens written, likewise.
-        cost: Price of them; None without prices.
-        stopped: Why the run ended early: ``"max_calls"``, ``"max_cost"`` or ``"errors"``; None if it did not.
-        missing: Rewrites that can be asked for now; after a run that did not stop, those that came back as errors.
-        last_error: What the last failed answer said.
     """
 
-    calls: int = 0
-    statuses: Counter[str] = field(default_factory=Counter)
     flags: Counter[str] = field(default_factory=Counter)
-    tokens_in: int = 0
-    tokens_out: int = 0
-    cost: float | None = None
-    stopped: str | None = None
-    missing: int = 0
-    last_error: str | None = None
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing is left to ask for."""
-        return self.missing == 0
 
 
 class RewriteRun:
@@ -188,7 +167,8 @@ class RewriteRun:
         budget = self._budget()
         size = int(getattr(self.rewriter, "batch_size", 1))
         queue = WorkQueue(self._lanes(), self._following, budget, size=size)
-        tally = _Tally(self.give_up_after)
+        report = RewriteReport()
+        tally = Tally(report, self.give_up_after)
         with self.store.writer() as writer:
             self._describe(writer)
 
@@ -207,7 +187,7 @@ class RewriteRun:
                 concurrency=int(getattr(self.rewriter, "concurrency", 1)),
                 stop=getattr(self.rewriter, "stop", None),
             )
-        return self._finish(tally.report, queue.stopped, budget.spent)
+        return self._finish(report, queue.stopped, budget.spent)
 
     def keep(self, answers: Iterable[tuple[Request, RewriteResult]]) -> RewriteReport:
         """Write answers that came another way, such as from a batch file.
@@ -221,15 +201,15 @@ class RewriteRun:
         Raises:
             ManifestError: If another process works on the store, or it cannot be written.
         """
-        tally = _Tally(None)
+        report = RewriteReport()
+        tally = Tally(report)
         with self.store.writer() as writer:
             self._describe(writer)
             self._write(writer, answers, tally)
-        report = tally.report
         spent = self.prices.cost(report.tokens_in, report.tokens_out) if self.prices is not None else 0.0
         return self._finish(report, None, spent)
 
-    def _budget(self) -> Budget:
+    def _budget(self) -> Budget[Request]:
         return Budget(
             max_calls=self.max_calls,
             max_cost=self.max_cost,
@@ -263,7 +243,9 @@ class RewriteRun:
             instruction=getattr(self.rewriter, "instruction", ""),
         )
 
-    def _write(self, writer: StoreWriter, answers: Iterable[tuple[Request, RewriteResult]], tally: _Tally) -> None:
+    def _write(
+        self, writer: StoreWriter, answers: Iterable[tuple[Request, RewriteResult]], tally: Tally[RewriteReport]
+    ) -> None:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         longer = bool(getattr(self.rewriter, "changes_length", False))
         records = [
@@ -271,7 +253,9 @@ class RewriteRun:
             for request, result in answers
         ]
         writer.append(records)
-        tally.add(records)
+        tally.add(record.result for record in records)
+        for record in records:
+            tally.report.flags.update(record.flags)
 
     def _finish(self, report: RewriteReport, stopped: str | None, spent: float) -> RewriteReport:
         report.stopped, report.missing = stopped, len(self.pending())
@@ -283,29 +267,6 @@ class RewriteRun:
                 stacklevel=3,
             )
         return report
-
-
-class _Tally:
-    """The report under construction."""
-
-    def __init__(self, give_up_after: int | None) -> None:
-        self.report = RewriteReport()
-        self._give_up_after, self._in_a_row = give_up_after, 0
-
-    @property
-    def hopeless(self) -> bool:
-        return self._give_up_after is not None and self._in_a_row >= self._give_up_after
-
-    def add(self, records: Sequence[RewriteRecord]) -> None:
-        for record in records:
-            result = record.result
-            self.report.calls += 1
-            self.report.statuses[result.status] += 1
-            self.report.flags.update(record.flags)
-            self.report.tokens_in += result.tokens_in or 0
-            self.report.tokens_out += result.tokens_out or 0
-            self._in_a_row = self._in_a_row + 1 if result.status == "error" else 0
-            self.report.last_error = result.error if result.status == "error" else self.report.last_error
 
 
 def _check_numbers(*, passes: int, draws: int, max_calls: int | None, give_up_after: int | None) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.errors import InterpError, RecipeError
-from lightning_interp.rate.rewriting.pacing import Backoff, Bucket, retry_after
+from lightning_interp.generation.pacing import Backoff, Bucket, retry_after
+from lightning_interp.generation.requests import tokens_of_characters
 from lightning_interp.rate.rewriting.records import RewriteResult, text_sha
-from lightning_interp.rate.rewriting.rewriting_plan import tokens_of_characters
 from lightning_interp.rate.rewriting.templates import RewriteTemplate
 
 __all__ = ["OpenAICompatibleRewriter", "parse_answer"]

@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.core.measure.undisturbed import undisturbed
 from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.generation.requests import tokens_of_characters
 from lightning_interp.models.sources.loading import load_causal_lm
 from lightning_interp.models.sources.pretrained import Quantization
 from lightning_interp.rate.rewriting.records import RewriteResult, text_sha
-from lightning_interp.rate.rewriting.rewriting_plan import tokens_of_characters
 from lightning_interp.rate.rewriting.templates import RewriteTemplate
 
 __all__ = ["LocalRewriter"]

@@ -102,6 +102,11 @@ class RewriteResult:
         if self.status == "ok" and self.text is not None and not self.text.strip():
             object.__setattr__(self, "status", "empty")
 
+    @property
+    def failed(self) -> bool:
+        """Whether there was no answer, so that it is asked for again."""
+        return self.status == "error"
+
 
 class RewriterId(NamedTuple):
     """Who wrote, and how it was asked: texts of two such are never mixed.

@@ -6,47 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_interp.errors import RecipeError
-
-__all__ = ["Prices", "RewritePlan", "estimate_tokens", "tokens_of_characters"]
-
-_CHARACTERS_A_TOKEN = 4  # of English text, roughly
-
-
-@dataclass(frozen=True)
-class Prices:
-    """What tokens cost.
-
-    Args:
-        read: Price of a million tokens that the model reads, in any currency.
-        written: Price of a million tokens that it writes.
-
-    Raises:
-        RecipeError: If a price is negative.
-
-    Example:
-        >>> Prices(2.5, 10.0).cost(1_000_000, 500_000)
-        7.5
-    """
-
-    read: float
-    written: float
-
-    def __post_init__(self) -> None:
-        if not (self.read >= 0 and self.written >= 0):
-            raise RecipeError(f"Prices(read={self.read}, written={self.written}): expected numbers of at least 0.")
-
-    def cost(self, tokens_in: float, tokens_out: float) -> float:
-        """Price of so many tokens.
-
-        Args:
-            tokens_in: Tokens read.
-            tokens_out: Tokens written.
-
-        Returns:
-            The price.
-        """
-        return (tokens_in * self.read + tokens_out * self.written) / 1e6
+__all__ = ["RewritePlan", "estimate_tokens"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,19 +76,3 @@ def estimate_tokens(rewriter: Any, text: str, prompt: str, w_target: int) -> tup
         return 0, 0
     read, written = estimate(text, prompt, w_target)
     return int(read), int(written)
-
-
-def tokens_of_characters(text: str) -> int:
-    """How many tokens a text has, roughly: for plans and limits only.
-
-    Args:
-        text: The text.
-
-    Returns:
-        A quarter of its characters.
-
-    Example:
-        >>> tokens_of_characters("A fine film.")
-        3
-    """
-    return -(-len(text) // _CHARACTERS_A_TOKEN)

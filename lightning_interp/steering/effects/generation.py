@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
 from lightning_interp.core.measure.statistics import Estimate
+from lightning_interp.generation.text_quality import distinct_n, perplexity, repeated_share
 from lightning_interp.steering.concepts.pairs import CounterfactualPairs
-from lightning_interp.steering.effects.text_quality import distinct_n, perplexity, repeated_share
 from lightning_interp.steering.softmax.dual_intervention import DualSteering
 from lightning_interp.steering.softmax.head import read_head
 

@@ -1,25 +1,146 @@
-"""The inside of a rewriting run: who is next, what is under way, and what the budget still allows."""
+"""The inside of a writing run: who is next, what is under way, what the budget still allows, and what was done."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from typing import Generic, TypeVar
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
-from lightning_interp.errors import InterpError
-from lightning_interp.rate.rewriting.chain import Request
-from lightning_interp.rate.rewriting.records import RewriteResult
-from lightning_interp.rate.rewriting.rewriting_plan import Prices
+from lightning_interp.errors import InterpError, RecipeError
 
-__all__ = ["Budget", "WorkQueue", "work_through"]
+__all__ = ["Answer", "Budget", "Keyed", "Prices", "Tally", "WorkQueue", "WorkReport", "work_through"]
+
+
+class Keyed(Protocol):
+    """What is asked for: found again by its key."""
+
+    @property
+    def key(self) -> str: ...  # noqa: D102
+
+
+class Answer(Protocol):
+    """What comes back."""
+
+    @property
+    def status(self) -> str: ...  # noqa: D102
+    @property
+    def error(self) -> str | None: ...  # noqa: D102
+    @property
+    def failed(self) -> bool: ...  # noqa: D102
+    @property
+    def tokens_in(self) -> int | None: ...  # noqa: D102
+    @property
+    def tokens_out(self) -> int | None: ...  # noqa: D102
+
 
 Lane = TypeVar("Lane")
-_UnderWay = dict[Future[Sequence[RewriteResult]], list[Request]]
+Asked = TypeVar("Asked", bound=Keyed)
+Given = TypeVar("Given", bound=Answer)
+Report = TypeVar("Report", bound="WorkReport")
 
 
-class Budget:
+@dataclass(frozen=True)
+class Prices:
+    """What tokens cost.
+
+    Args:
+        read: Price of a million tokens that the model reads, in any currency.
+        written: Price of a million tokens that it writes.
+
+    Raises:
+        RecipeError: If a price is negative.
+
+    Example:
+        >>> Prices(2.5, 10.0).cost(1_000_000, 500_000)
+        7.5
+    """
+
+    read: float
+    written: float
+
+    def __post_init__(self) -> None:
+        if not (self.read >= 0 and self.written >= 0):
+            raise RecipeError(f"Prices(read={self.read}, written={self.written}): expected numbers of at least 0.")
+
+    def cost(self, tokens_in: float, tokens_out: float) -> float:
+        """Price of so many tokens.
+
+        Args:
+            tokens_in: Tokens read.
+            tokens_out: Tokens written.
+
+        Returns:
+            The price.
+        """
+        return (tokens_in * self.read + tokens_out * self.written) / 1e6
+
+
+@dataclass
+class WorkReport:
+    """What a run did.
+
+    Args:
+        calls: Texts that were asked for.
+        statuses: Answers by status.
+        tokens_in: Tokens read, as far as the writer told.
+        tokens_out: Tokens written, likewise.
+        cost: Price of them; None without prices.
+        stopped: Why the run ended early: ``"max_calls"``, ``"max_cost"``, ``"errors"`` or ``"asked"``; None if it did
+            not.
+        missing: Texts that can be asked for now; after a run that did not stop, those that failed.
+        last_error: What the last failed answer said.
+    """
+
+    calls: int = 0
+    statuses: Counter[str] = field(default_factory=Counter)
+    tokens_in: int = 0
+    tokens_out: int = 0
+    cost: float | None = None
+    stopped: str | None = None
+    missing: int = 0
+    last_error: str | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to ask for."""
+        return self.missing == 0
+
+
+class Tally(Generic[Report]):
+    """Counts answers into a report, and tells when asking is hopeless.
+
+    Args:
+        report: The report.
+        give_up_after: So many failures in a row are hopeless; None never.
+    """
+
+    def __init__(self, report: Report, give_up_after: int | None = None) -> None:
+        self.report, self._give_up_after, self._in_a_row = report, give_up_after, 0
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether too many answers in a row failed."""
+        return self._give_up_after is not None and self._in_a_row >= self._give_up_after
+
+    def add(self, answers: Iterable[Answer]) -> None:
+        """Count answers.
+
+        Args:
+            answers: In the order in which they came.
+        """
+        for answer in answers:
+            self.report.calls += 1
+            self.report.statuses[answer.status] += 1
+            self.report.tokens_in += answer.tokens_in or 0
+            self.report.tokens_out += answer.tokens_out or 0
+            self._in_a_row = self._in_a_row + 1 if answer.failed else 0
+            self.report.last_error = answer.error if answer.failed else self.report.last_error
+
+
+class Budget(Generic[Asked]):
     """Calls and money that a run may spend; what is under way counts with its estimate.
 
     Once an answer has cost more than its estimate, all estimates are raised by that factor.
@@ -34,17 +155,17 @@ class Budget:
     def __init__(
         self,
         *,
-        max_calls: int | None,
-        max_cost: float | None,
-        prices: Prices | None,
-        estimate: Callable[[Request], tuple[int, int]],
+        max_calls: int | None = None,
+        max_cost: float | None = None,
+        prices: Prices | None = None,
+        estimate: Callable[[Asked], tuple[int, int]] = lambda asked: (0, 0),
     ) -> None:
         self._max_calls, self._max_cost, self._prices, self._estimate = max_calls, max_cost, prices, estimate
         self._reserved: dict[str, tuple[float, float]] = {}  # by key: the estimate, and what is set aside for it
         self._factor = 1.0  # the most that an answer cost of its estimate
         self.calls, self.spent = 0, 0.0
 
-    def refuses(self, request: Request) -> str | None:
+    def refuses(self, request: Asked) -> str | None:
         """Set what a request may cost aside, or say why it cannot be made.
 
         Args:
@@ -66,7 +187,7 @@ class Budget:
     def _under_way(self) -> float:
         return sum(aside for _, aside in self._reserved.values())
 
-    def settle(self, request: Request, result: RewriteResult) -> None:
+    def settle(self, request: Asked, result: Answer) -> None:
         """Replace what was set aside by what the answer cost, as far as it tells.
 
         Args:
@@ -77,7 +198,7 @@ class Budget:
         if self._prices is None:
             return
         if result.tokens_in is None and result.tokens_out is None:
-            self.spent += 0.0 if result.status == "error" else aside
+            self.spent += 0.0 if result.failed else aside
             return
         cost = self._prices.cost(result.tokens_in or 0, result.tokens_out or 0)
         self.spent += cost
@@ -85,11 +206,11 @@ class Budget:
             self._factor = max(self._factor, cost / price)
 
 
-class WorkQueue(Generic[Lane]):
-    """Lanes (a unit and a draw each) in their order; each has at most one request under way.
+class WorkQueue(Generic[Lane, Asked]):
+    """Lanes (such as a unit and a draw each) in their order; each has at most one request under way.
 
     A lane whose request was answered goes to the front, so that units become complete one after the other and a run
-    that ends early leaves as many complete ones as it can. Lanes that need the same rewrite wait for one answer.
+    that ends early leaves as many complete ones as it can. Lanes that need the same text wait for one answer.
 
     Args:
         lanes: All lanes.
@@ -101,8 +222,8 @@ class WorkQueue(Generic[Lane]):
     def __init__(
         self,
         lanes: Iterable[Lane],
-        following: Callable[[Lane, set[str]], Request | None],
-        budget: Budget,
+        following: Callable[[Lane, set[str]], Asked | None],
+        budget: Budget[Asked],
         *,
         size: int,
     ) -> None:
@@ -111,13 +232,13 @@ class WorkQueue(Generic[Lane]):
         self._answered: set[str] = set()
         self.stopped: str | None = None
 
-    def take(self) -> list[Request]:
+    def take(self) -> list[Asked]:
         """The next requests; none if all lanes are finished or waiting, or the run is stopped.
 
         Returns:
             Requests with different keys.
         """
-        batch: list[Request] = []
+        batch: list[Asked] = []
         while self._ready and len(batch) < self._size and self.stopped is None:
             lane = self._ready.popleft()
             request = self._following(lane, self._answered)
@@ -132,7 +253,7 @@ class WorkQueue(Generic[Lane]):
                 batch.append(request)
         return batch
 
-    def answered(self, batch: Sequence[Request], results: Sequence[RewriteResult]) -> None:
+    def answered(self, batch: Sequence[Asked], results: Sequence[Answer]) -> None:
         """Let the lanes that waited for these go on.
 
         Args:
@@ -148,9 +269,9 @@ class WorkQueue(Generic[Lane]):
 
 
 def work_through(
-    take: Callable[[], list[Request]],
-    ask: Callable[[list[Request]], Sequence[RewriteResult]],
-    keep: Callable[[list[Request], Sequence[RewriteResult]], None],
+    take: Callable[[], list[Asked]],
+    ask: Callable[[list[Asked]], Sequence[Given]],
+    keep: Callable[[list[Asked], Sequence[Given]], None],
     *,
     concurrency: int,
     stop: Callable[[], object] | None = None,
@@ -170,7 +291,7 @@ def work_through(
         while batch := take():
             keep(batch, ask(batch))
         return
-    under_way: _UnderWay = {}
+    under_way: dict[Future[Sequence[Given]], list[Asked]] = {}
     with ThreadPoolExecutor(concurrency) as pool:
         try:
             while _submit(pool, under_way, take, ask, concurrency):
@@ -187,9 +308,9 @@ def work_through(
 
 def _submit(
     pool: ThreadPoolExecutor,
-    under_way: _UnderWay,
-    take: Callable[[], list[Request]],
-    ask: Callable[[list[Request]], Sequence[RewriteResult]],
+    under_way: dict[Future[Sequence[Given]], list[Asked]],
+    take: Callable[[], list[Asked]],
+    ask: Callable[[list[Asked]], Sequence[Given]],
     concurrency: int,
 ) -> bool:
     """Fill up with new calls; whether any call is under way."""
@@ -198,7 +319,9 @@ def _submit(
     return bool(under_way)
 
 
-def _keep_the_rest(under_way: _UnderWay, keep: Callable[[list[Request], Sequence[RewriteResult]], None]) -> None:
+def _keep_the_rest(
+    under_way: dict[Future[Sequence[Given]], list[Asked]], keep: Callable[[list[Asked], Sequence[Given]], None]
+) -> None:
     for future, batch in under_way.items():
         if not future.cancel() and future.exception() is None:
             with suppress(InterpError):  # such as a full disk: what broke first is raised

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_interp.errors import RecipeError
-from lightning_interp.rate.rewriting.pacing import Backoff, Bucket, retry_after
+from lightning_interp.generation.pacing import Backoff, Bucket, retry_after
 
 
 class Clock:

@@ -1,0 +1,16 @@
+from lightning_interp.generation.completion_store import CompletionStore as CompletionStore
+from lightning_interp.generation.completion_store import write_all as write_all
+from lightning_interp.generation.replay import FunctionGenerator as FunctionGenerator
+from lightning_interp.generation.replay import ReplayGenerator as ReplayGenerator
+from lightning_interp.generation.requests import Completion as Completion
+from lightning_interp.generation.requests import TextGenerator as TextGenerator
+from lightning_interp.generation.requests import TextRequest as TextRequest
+from lightning_interp.generation.sampler import LocalSampler as LocalSampler
+from lightning_interp.generation.sampling import draw_tokens as draw_tokens
+from lightning_interp.generation.text_quality import distinct_n as distinct_n
+from lightning_interp.generation.text_quality import loop_period as loop_period
+from lightning_interp.generation.text_quality import perplexity as perplexity
+from lightning_interp.generation.text_quality import repeated_share as repeated_share
+from lightning_interp.generation.text_quality import repetition as repetition
+from lightning_interp.generation.work import Prices as Prices
+from lightning_interp.generation.work import WorkReport as WorkReport

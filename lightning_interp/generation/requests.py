@@ -1,0 +1,261 @@
+"""What a writer is asked for, and what it gives back: the same two types for a model, an endpoint and a function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, Literal, Protocol, Self, get_args, runtime_checkable
+
+from lightning_interp.core.measure.seeding import derived_seed
+from lightning_interp.core.storage.files import digest
+from lightning_interp.errors import DataError, RecipeError
+
+__all__ = [
+    "Completion",
+    "Status",
+    "TextGenerator",
+    "TextRequest",
+    "ask",
+    "check_sampling",
+    "completion_key",
+    "estimate_tokens",
+    "tokens_of_characters",
+]
+
+Status = Literal["complete", "truncated", "refused", "failed"]
+_MESSAGE_TOKENS = 8  # what a chat message costs beside its text
+_CHARACTERS_A_TOKEN = 4  # of English text, roughly
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRequest:
+    """One text to be written: an answer to a conversation, or what follows a raw text.
+
+    Args:
+        messages: Turns with ``role`` and ``content``, put through the model's own chat template. Without a system turn
+            the template's own implicit system text stays; a system turn with ``""`` asks for an explicit empty one.
+        prompt: Raw text, or token ids that are used as they are; instead of ``messages``.
+        max_new_tokens: Tokens it may have; as many as fit if None.
+        temperature: 0 takes the most likely token.
+        top_p: Sample from the most likely tokens that have this share of the probability together.
+        stop: The text ends before the first of these.
+        seed: Root seed.
+        key: Names the random numbers: requests with one seed and key draw the same ones, whatever they ask. If empty,
+            the content of the request is the key.
+
+    Raises:
+        RecipeError: If there are both or neither of ``messages`` and ``prompt``, or a value is wrong.
+
+    Example:
+        >>> one = TextRequest.chat("Hi", key=("draw", 0))
+        >>> one.row_seed == TextRequest.chat("Ho", key=("draw", 0)).row_seed != TextRequest.chat("Hi").row_seed
+        True
+        >>> one.digest == TextRequest(messages=[{"role": "user", "content": "Hi"}], key=("draw", 0)).digest
+        True
+    """
+
+    messages: Sequence[Mapping[str, str]] = ()
+    prompt: str | Sequence[int] | None = None
+    max_new_tokens: int | None = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: Sequence[str] = ()
+    seed: int = 0
+    key: Sequence[str | int] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("messages", "stop", "key"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.prompt is not None and not isinstance(self.prompt, str):
+            object.__setattr__(self, "prompt", tuple(int(one) for one in self.prompt))
+        if bool(self.messages) == (self.prompt is not None):
+            raise RecipeError(
+                f"TextRequest(messages={self.messages!r:.60}, prompt={self.prompt!r:.60}): give one of the two."
+            )
+        for turn in self.messages:
+            if not (isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)):
+                raise RecipeError(f"TextRequest: the message {turn!r:.80} has no text for 'role' and 'content'.")
+        if not all(isinstance(one, str) and one for one in self.stop):
+            raise RecipeError(f"TextRequest(stop={self.stop!r}): expected texts of at least one character.")
+        check_sampling(temperature=self.temperature, top_p=self.top_p, max_new_tokens=self.max_new_tokens)
+
+    @classmethod
+    def chat(cls, text: str, *, system: str | None = None, **more: Any) -> Self:
+        """Ask a chat model one thing.
+
+        Args:
+            text: The user's message.
+            system: System text; None keeps the template's own implicit one.
+            **more: Other arguments of the class.
+        """
+        turns = [] if system is None else [{"role": "system", "content": system}]
+        return cls(messages=[*turns, {"role": "user", "content": text}], **more)
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Self:
+        """Read back what :meth:`to_dict` gave."""
+        return cls(**row)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: what differs from the defaults."""
+        values = {one.name: (getattr(self, one.name), one.default) for one in fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default}
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that is asked for."""
+        return digest(self.to_dict())
+
+    @cached_property
+    def row_seed(self) -> int:
+        """Seed of this request's own random numbers."""
+        key = self.key or ("text", digest([self.messages, self.prompt]))
+        return derived_seed(self.seed, *key)
+
+    @property
+    def text(self) -> str:
+        """All that is to be read, as one text; empty for token ids."""
+        return "\n".join(turn["content"] for turn in self.messages) or (
+            self.prompt if isinstance(self.prompt, str) else ""
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """What was written.
+
+    Args:
+        text: The text; None if there is none.
+        status: ``"complete"``; ``"truncated"`` if it ran into a limit without an end token or stop text; ``"refused"``
+            if the model or a filter says so; ``"failed"`` if there was no answer, so that it may be asked for again.
+        token_ids: What a local model wrote, up to its end token: of a text that a stop text ended, that too.
+        error: Why it is not complete.
+        tokens_in: Tokens read, if known.
+        tokens_out: Tokens written, if known.
+        request: Digest of the request.
+
+    Raises:
+        DataError: If the status is unknown, or a complete one has no text.
+    """
+
+    text: str | None
+    status: Status = "complete"
+    token_ids: tuple[int, ...] = ()
+    error: str | None = None
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    request: str = ""
+
+    def __post_init__(self) -> None:
+        if self.status not in get_args(Status):
+            raise DataError(f"A text has the status {self.status!r}; expected one of {', '.join(get_args(Status))}.")
+        if not isinstance(self.text, str if self.status == "complete" else str | None):
+            raise DataError(f"A text with the status {self.status!r} is {self.text!r:.60}; expected a string.")
+
+    @property
+    def failed(self) -> bool:
+        """Whether there was no answer."""
+        return self.status == "failed"
+
+
+@runtime_checkable
+class TextGenerator(Protocol):
+    """Anything that writes texts.
+
+    It may also have ``batch_size`` and ``concurrency`` (how many requests it takes at once, and calls at the same time
+    from several threads; both are 1 if it does not say), and ``stop()``, called when a run breaks off.
+    """
+
+    def generate(self, requests: Sequence[TextRequest]) -> Sequence[Completion]:
+        """Write one text a request, in their order; a text must not depend on what else is asked."""
+        ...
+
+    def identity(self) -> Mapping[str, Any]:
+        """What decides, beside the request, what is written: plain values, the same for the same writer."""
+        ...
+
+
+def ask(generator: TextGenerator, requests: Sequence[TextRequest]) -> list[Completion]:
+    """Ask a writer, and check that it answered.
+
+    Args:
+        generator: Who writes.
+        requests: What is asked for.
+
+    Returns:
+        One completion a request.
+
+    Raises:
+        RecipeError: If there are too few or too many answers, or one is no completion.
+    """
+    found = list(generator.generate(requests))
+    wrong = [one for one in found if not isinstance(one, Completion)]
+    if wrong or len(found) != len(requests):
+        raise RecipeError(
+            f"{type(generator).__name__} gave {len(found)} answers to {len(requests)} requests"
+            f"{f', among them {wrong[0]!r:.60}' if wrong else ''}; expected one Completion for each."
+        )
+    return found
+
+
+def completion_key(writer: str, request: TextRequest) -> str:
+    """By which a text is found again.
+
+    Args:
+        writer: Digest of the writer's identity.
+        request: What was asked for.
+
+    Returns:
+        Both digests.
+    """
+    return f"{writer}/{request.digest}"
+
+
+def estimate_tokens(request: TextRequest) -> tuple[int, int]:
+    """Tokens that a request would read and write, roughly: for plans and limits only.
+
+    Args:
+        request: The request.
+
+    Returns:
+        ``(read, written)``; written as many as are read, or as are allowed.
+
+    Example:
+        >>> estimate_tokens(TextRequest.chat("A fine film.", max_new_tokens=5))
+        (11, 5)
+    """
+    prompt = request.prompt or ""
+    read = tokens_of_characters(prompt) if isinstance(prompt, str) else len(prompt)
+    read += sum(tokens_of_characters(turn["content"]) + _MESSAGE_TOKENS for turn in request.messages)
+    return read, read if request.max_new_tokens is None else min(read, request.max_new_tokens)
+
+
+def tokens_of_characters(text: str) -> int:
+    """How many tokens a text has, roughly: a quarter of its characters.
+
+    Example:
+        >>> tokens_of_characters("A fine film.")
+        3
+    """
+    return -(-len(text) // _CHARACTERS_A_TOKEN)
+
+
+def check_sampling(*, temperature: float, top_p: float = 1.0, **counts: int | None) -> None:
+    """Refuse settings of sampling that mean nothing.
+
+    Args:
+        temperature: At least 0.
+        top_p: Above 0, at most 1.
+        **counts: At least 1, or None.
+
+    Raises:
+        RecipeError: With the name and the value.
+    """
+    if not temperature >= 0:
+        raise RecipeError(f"temperature={temperature!r}; expected at least 0.")
+    if not 0 < top_p <= 1:
+        raise RecipeError(f"top_p={top_p!r}; expected a share above 0 and at most 1.")
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise RecipeError(f"{name}={value!r}; expected at least 1.")

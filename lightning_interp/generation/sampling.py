@@ -1,0 +1,85 @@
+"""From logits and one uniform number to a token, by the inverse of the cumulative distribution.
+
+Probabilities are summed as whole numbers (multiples of 2**-52), so a sum depends neither on the order in which a device
+adds nor on the rows beside it, and the same number gives the same token. Tokens below 2**-53 are never drawn.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_interp.errors import InterpError
+
+__all__ = ["draw_tokens", "uniform_numbers"]
+
+_ONE = 2**52
+
+
+def uniform_numbers(seeds: list[int], count: int) -> Tensor:
+    """The uniform numbers of each row, of a generator of its own; a longer row begins like a shorter one.
+
+    Args:
+        seeds: One a row.
+        count: Numbers a row.
+
+    Returns:
+        Float64 ``[rows, count]`` in [0, 1), on the CPU.
+
+    Example:
+        >>> bool((uniform_numbers([1, 2], 3)[1] == uniform_numbers([2], 9)[0, :3]).all())
+        True
+    """
+    draws = (torch.Generator().manual_seed(seed) for seed in seeds)
+    return torch.stack([torch.rand(count, generator=draw, dtype=torch.float64) for draw in draws])
+
+
+def draw_tokens(logits: Tensor, uniform: Tensor, *, temperature: Tensor, top_p: Tensor) -> Tensor:
+    """One token a row: the first whose cumulative probability exceeds the row's number.
+
+    Args:
+        logits: ``[B, V]``; ``-inf`` forbids a token.
+        uniform: Numbers in [0, 1), float64 ``[B]``.
+        temperature: ``[B]``; 0 takes the most likely token and uses no number.
+        top_p: ``[B]``; tokens behind the most likely ones that have this share together are left out.
+
+    Returns:
+        Token ids ``[B]``.
+
+    Raises:
+        InterpError: If a row has no token of finite logit, or a NaN.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0, -torch.inf, 0.0]]).expand(3, 4)
+        >>> ones = torch.ones(3)
+        >>> draw_tokens(logits, torch.tensor([0.1, 0.5, 0.99]).double(), temperature=ones, top_p=ones).tolist()
+        [0, 1, 3]
+    """
+    largest = logits.amax(-1)
+    if bool((~largest.isfinite()).any()):
+        row = int((~largest.isfinite()).nonzero()[0])
+        raise InterpError(
+            f"No token can be written in row {row}: the largest of its {logits.shape[1]} logits is "
+            f"{float(largest[row])}. Check what a logits processor or an intervention does there, or the model's dtype."
+        )
+    greedy = temperature == 0
+    if bool(greedy.all()):
+        return logits.argmax(-1)
+    scaled = logits.double() / torch.where(greedy, 1.0, temperature.double())[:, None]
+    weights = (scaled.softmax(-1) * _ONE).round().long()
+    if bool((top_p < 1).any()):
+        weights = _nucleus(weights, top_p)
+    cumulative = weights.cumsum(-1)
+    total = cumulative[:, -1:]
+    target = (uniform.to(logits.device)[:, None] * total.double()).long().clamp(max=total - 1)
+    drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return torch.where(greedy, logits.argmax(-1), drawn)
+
+
+def _nucleus(weights: Tensor, top_p: Tensor) -> Tensor:
+    """Weights without the tokens behind those that have the share together; equally likely ones by their ids."""
+    ordered, index = weights.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    share = (top_p.to(weights.device).double() * ordered.sum(-1))[:, None]
+    kept = ordered.masked_fill((before >= share) & (before > 0), 0)
+    return torch.zeros_like(weights).scatter(-1, index, kept)
