@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lightning_interp import __version__
 from lightning_interp.errors import InterpError, RecipeError
@@ -23,6 +23,7 @@ from lightning_interp.errors import InterpError, RecipeError
 if TYPE_CHECKING:
     from lightning_interp.recipe import Recipe
     from lightning_interp.running.catalog import RecipeSource
+    from lightning_interp.running.results import StoredRun
 
 __all__ = ["build_parser", "main"]
 
@@ -189,26 +190,34 @@ def _list(parsed: argparse.Namespace) -> int:
 
 
 def _show(parsed: argparse.Namespace) -> int:
-    from lightning_interp.core.storage.run_lock import is_in_use
     from lightning_interp.running.results import read_run
     from lightning_interp.running.terminal import print_table
 
     run = read_run(parsed.run_dir)
-    status = run.status
-    if status == "running" and not is_in_use(parsed.run_dir):
-        status = "stopped by a kill"
-    message = run.manifest["sessions"][-1].get("message") if run.manifest["sessions"] else None
-    print(f"{run.manifest['name']} in {run.path}: {status}{f' ({message})' if message else ''}")
+    print(f"{run.manifest['name']} in {run.path}: {run.state}{f' ({run.message})' if run.message else ''}")
     keys = ("status", "seconds", "attempts", "message")
     phases = [{"phase": name} | {key: phase.get(key) for key in keys} for name, phase in run.manifest["phases"].items()]
     if phases:
         print_table("phases", phases)
+    if children := _children(run):
+        print_table("child runs", children)
     if run.outcome.get("summary"):
         print_table(run.outcome["summary"], run.tables[run.outcome["summary"]])
         print(f"report: {run.path / 'report.html'}")
     else:
         print("No table yet. Start the run's command again to go on.")
     return 0
+
+
+def _children(run: StoredRun, above: str = "") -> list[dict[str, Any]]:
+    """A row for each run inside a run, and inside those."""
+    rows = []
+    for name, child in run.children.items():
+        phases = [phase["status"] for phase in child.manifest["phases"].values()]
+        done = f"{phases.count('finished')} of {len(phases)}"
+        about = {"status": child.state, "phases finished": done, "seconds": child.seconds, "message": child.message}
+        rows += [{"child": above + name} | about, *_children(child, f"{above}{name}/")]
+    return rows
 
 
 def _copy(parsed: argparse.Namespace) -> int:

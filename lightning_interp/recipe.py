@@ -153,6 +153,13 @@ class Recipe(ABC):
     """
 
     smoke_model: ClassVar[str] = "tiny:llama"
+    not_identity: ClassVar[tuple[str, ...]] = (
+        "run_dir",
+        *("trainer." + name for name in ("devices", "num_nodes", "default_root_dir", "logger", "log_every_n_steps")),
+        *("trainer." + name for name in ("enable_progress_bar", "enable_model_summary", "profiler")),
+    )
+    """Settings, with all below them, that may differ when a run goes on: they decide where and how it is computed and
+    shown, not what. A subclass names its own, which are added to those of its bases."""
 
     run_dir: str | None = None
     """Folder of the run: results, checkpoints, report. By default runs/<name>; the same command goes on there."""
@@ -218,6 +225,11 @@ class Recipe(ABC):
         config: dict[str, Any] = jsonable(values)
         return config
 
+    @classmethod
+    def identity_free(cls) -> tuple[str, ...]:
+        """Return the settings that do not identify a run: ``not_identity`` of the class and all its bases."""
+        return tuple(dict.fromkeys(key for base in cls.__mro__ for key in vars(base).get("not_identity", ())))
+
     def trainer_kwargs(self, run: RunFolder, **defaults: Any) -> dict[str, Any]:
         """Return arguments for a Trainer of the running phase: ours, then the recipe's, then the user's on top.
 
@@ -270,7 +282,12 @@ class Recipe(ABC):
 
         trainer_arguments(self.trainer)  # a wrong one is said before anything is done
         opened = RunManifest.open(
-            self.run_path, config=self.config(), name=self.name, versions=_versions(), outputs=OUTPUTS
+            self.run_path,
+            config=self.config(),
+            name=self.name,
+            versions=_versions(),
+            outputs=OUTPUTS,
+            not_identity=self.identity_free(),
         )
         with opened as manifest:
             run = RunFolder(manifest)

@@ -368,6 +368,23 @@ class TestOtherCommands:
         assert main(["show", "runs/method/squares"]) == 0
         assert "failed (DataError: facts.jsonl, line 3: no entity)" in capsys.readouterr().out
 
+    def test_show_lists_child_runs_with_their_state(self, capsys):
+        with RunManifest.open("work", config={}, name="demo") as run:
+            with run.child("cycle-0", config={}) as child:
+                child.phase("fit", lambda folder: 1)
+                child.child("inner", config={}).close()
+            child = run.child("cycle-1", config={})
+            main(["show", "work"])
+            child.close("failed", "no more disk")
+        assert "running" in capsys.readouterr().out.partition("cycle-1")[2]
+        main(["show", "work"])
+        lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+        head, _, *table = lines[lines.index("child runs") + 1 :]
+        assert head == "child status phases finished seconds message"
+        begun = [line.rpartition(" of ")[0] for line in table[:3]]
+        assert begun == ["cycle-0 finished 1", "cycle-0/inner finished 0", "cycle-1 failed 0"]
+        assert table[2].endswith("no more disk")
+
     def test_no_run_folder(self, capsys):
         for command in ("show", "report"):
             assert "'nothing' is no run folder" in said(capsys, command, "nothing", code=1)

@@ -133,6 +133,42 @@ class TestRun:
         with pytest.raises(ManifestError, match=r"holds a run of 'Squares', not of 'Other'"):
             Other(run_dir="moved").run()
 
+    def test_where_and_how_it_is_shown_may_differ_when_a_run_goes_on(self, tmp_path, monkeypatch):
+        first = Squares(run_dir="a", trainer={"devices": 1, "enable_progress_bar": False}).run()
+        monkeypatch.setattr(Squares, "fit", lambda *_: pytest.fail("fitted again"))
+        for trainer in (
+            {"devices": "auto", "num_nodes": 1, "enable_progress_bar": True, "enable_model_summary": True},
+            {"logger": False, "log_every_n_steps": 7, "profiler": "simple", "default_root_dir": "elsewhere"},
+            {},
+        ):
+            assert Squares(run_dir="a", trainer=trainer).run().metrics["w"] == first.metrics["w"]
+            assert read_manifest(tmp_path / "a")["config"]["trainer"] == trainer  # of the last start
+        for changed, message in (
+            ({"seed": 1}, "seed: 0 there, 1 now"),
+            ({"trainer": {"precision": "64-true"}}, r'trainer\.precision: not set there, "64-true" now'),
+            ({"trainer": {"strategy": "ddp"}}, r'trainer\.strategy: not set there, "ddp" now'),
+            (
+                {"trainer": {"devices": 2, "accelerator": "gpu"}},
+                r'configuration: trainer\.accelerator: not set there, "gpu"',
+            ),
+        ):
+            with pytest.raises(ManifestError, match=message):
+                Squares(run_dir="a", **changed).run()
+
+    def test_a_subclass_adds_settings_that_may_differ(self):
+        @dataclass(kw_only=True)
+        class Patient(Squares):
+            not_identity: ClassVar[tuple[str, ...]] = ("workers",)
+            workers: int = 1
+
+            def fit(self, run, folder, data):
+                return 0.5
+
+        Patient(run_dir="a").run()
+        Patient(run_dir="a", workers=2, trainer={"devices": 1}).run()
+        with pytest.raises(ManifestError, match=r"another configuration: scale: 1\.0 there, 2\.0 now\. "):
+            Patient(run_dir="a", workers=3, scale=2.0).run()
+
     def test_an_unwritable_folder_is_refused_before_the_study(self, tmp_path, monkeypatch):
         monkeypatch.setattr(Squares, "study", lambda *_: pytest.fail("it ran"))
         (tmp_path / "file").write_text("")

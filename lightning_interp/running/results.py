@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_interp.core.storage.child_place import child_folders
 from lightning_interp.core.storage.files import atomic_write_bytes, atomic_write_json, atomic_write_text, jsonable
 from lightning_interp.core.storage.manifest_file import read_manifest
+from lightning_interp.core.storage.phase_results import phase_result
+from lightning_interp.core.storage.run_lock import is_in_use
 from lightning_interp.errors import ManifestError, RecipeError
 from lightning_interp.running.terminal import columns
 
@@ -70,6 +73,38 @@ class StoredRun:
         """How the last start of the run ended, or ``running`` (which it also says after a kill)."""
         sessions = self.manifest["sessions"]
         return str(sessions[-1]["status"]) if sessions else "not started"
+
+    @property
+    def state(self) -> str:
+        """As ``status``, but a run that a kill has stopped is told from one that runs."""
+        return "stopped by a kill" if self.status == "running" and not is_in_use(self.path) else self.status
+
+    @property
+    def message(self) -> str | None:
+        """Why the last start did not finish."""
+        sessions = self.manifest["sessions"]
+        return sessions[-1].get("message") if sessions else None
+
+    @property
+    def children(self) -> dict[str, StoredRun]:
+        """The runs inside this run that have begun, by name; read anew each time."""
+        return {name: read_run(folder) for name, folder in child_folders(self.path).items()}
+
+    def result(self, phase: str) -> Any:
+        """Return what a phase returned, None if it is not finished.
+
+        Args:
+            phase: The phase's name.
+
+        Raises:
+            ManifestError: If the run has no such phase, or its file is missing or changed.
+        """
+        phases = self.manifest["phases"]
+        if phase not in phases:
+            raise ManifestError(
+                f"The run in {str(self.path)!r} has no phase {phase!r}; it has {', '.join(phases) or 'none yet'}."
+            )
+        return phase_result(self.path, phase, phases[phase])
 
     @property
     def seconds(self) -> float:

@@ -116,6 +116,29 @@ def test_a_run_is_read_before_and_after_it_is_finished(tmp_path):
     after = read_run(tmp_path)
     assert (after.status, after.metrics, after.tables) == ("finished", {"m": 1}, {"z": [{"a": 1}], "b": []})
     assert after.seconds >= 0
+    assert after.children == {}
     (tmp_path / "metrics.json").write_text("{")
     with pytest.raises(ManifestError, match=r"Cannot read '.*metrics\.json'"):
         read_run(tmp_path)
+
+
+def test_children_and_results_of_phases_are_read(tmp_path):
+    with RunManifest.open(tmp_path, config={}, name="demo") as run:
+        run.phase("texts", lambda folder: {"n": (1, 2)})
+        with run.child("a", config={}) as child:
+            child.phase("fit", lambda folder: 0.5)
+            with child.child("inner", config={}) as inner, pytest.raises(ZeroDivisionError):
+                inner.phase("fit", lambda folder: 1 / 0)
+        child = run.child("b", config={})
+        assert read_run(tmp_path).children["b"].state == "running"
+        child.close("failed", "no more disk")
+    found = read_run(tmp_path)
+    assert found.result("texts") == {"n": [1, 2]}
+    with pytest.raises(ManifestError, match=r"has no phase 'text'; it has texts\."):
+        found.result("text")
+    assert {name: (child.state, child.message) for name, child in found.children.items()} == {
+        "a": ("finished", None),
+        "b": ("failed", "no more disk"),
+    }
+    assert found.children["a"].result("fit") == 0.5
+    assert found.children["a"].children["inner"].result("fit") is None

@@ -142,7 +142,7 @@ class RunManifest:
             known = stored_run(path, config, name, outputs, not_identity)  # again: another process may have been here
             for torn in path.glob(".*.tmp"):
                 torn.unlink(missing_ok=True)  # left by a kill in the middle of a write
-            state = known or new_manifest(name, config)
+            state = new_manifest(name, config) if known is None else known | {"config": config}
             manifest = RunManifest(path, state, lock, place=place, not_identity=not_identity)
             manifest._begin_session(jsonable(versions, where="versions"))
         except BaseException:

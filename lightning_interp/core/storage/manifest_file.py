@@ -64,7 +64,7 @@ def new_manifest(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         The content: ``sessions`` has one entry for each time the run was started, ``phases`` one for each phase, and
-        ``outcome`` what the finished run says of itself.
+        ``outcome`` what the finished run says of itself; ``config`` is that of the last start.
     """
     return {
         "format": FORMAT,
