@@ -35,10 +35,12 @@ LIGHT = {"recipe", "cli", "__main__"}
 CLI_MAY = {"jsonargparse", "omegaconf", "rich"}
 # Modules that are Lightning classes: all callbacks, these by the last part of their name, whole packages of them.
 LIGHTNING_FILES = {
-    *("bag_of_words", "causal_lm", "contract", "distributed", "dpo", "finetuning", "optimised"),
-    *("preferences", "reward_model", "reward_scorer", "text_data"),
+    *("bag_of_words", "causal_lm", "contract", "distributed", "dpo", "finetuning", "monitor"),
+    *("optimised", "preferences", "reward_model", "reward_scorer", "text_data"),
 }
 LIGHTNING_PACKAGES = {"cycles"}
+# What is measured is a torchmetrics class, also in core.
+METRICS = {"core.measure.reduced"}
 
 # What a method package may import beside errors, core, testing and models.
 CROSSINGS = {"subliminal": {"lora", "cycles"}, "cycles": {"lora", "merging"}, "landscape": {"merging"}}
@@ -65,7 +67,7 @@ def layer(name):
         return "light"
     if last.endswith("callback") or last in LIGHTNING_FILES or first in LIGHTNING_PACKAGES:
         return "lightning"
-    return "core" if first in {"core", "testing"} else "method"
+    return "core" if first in {"core", "testing"} and name not in METRICS else "method"
 
 
 RUNNER = """

@@ -6,11 +6,10 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import lightning as L
 import torch
 from torch import nn
 
-from lightning_interp.core.hooks.checks import check_hookable, check_strategy
+from lightning_interp.core.callbacks.monitor import Monitor
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.errors import IncompatibleModelError, RecipeError
 from lightning_interp.grafting.adapter_donor import adapted_layers
@@ -23,12 +22,12 @@ __all__ = ["GraftCallback"]
 _LOGGED = ("top1", "top5", "target_prob", "target_logprob", "target_rank", "kl_to_donor")
 
 
-class GraftCallback(L.Callback):
+class GraftCallback(Monitor):
     """Every few epochs, graft the model being trained into its reference and log ``graft/<plan>/<metric>``.
 
     With a LoRA adapter the reference is the same model with the adapter off and costs nothing. In full finetuning it is
     a copy of the weights from before training (a second set of weights). Each process scores its share of the prompts.
-    The trained model is called, never changed: its modes and the random state are left as found.
+    The trained model is called, never changed; see :class:`~lightning_interp.core.callbacks.monitor.Monitor`.
 
     Args:
         prompts: What to ask.
@@ -52,6 +51,8 @@ class GraftCallback(L.Callback):
         []
     """
 
+    reads_weights = True
+
     def __init__(
         self,
         prompts: Sequence[GraftPrompt],
@@ -69,47 +70,27 @@ class GraftCallback(L.Callback):
     ) -> None:
         if every_n_epochs < 1:
             raise RecipeError(f"GraftCallback(every_n_epochs={every_n_epochs}) never runs; expected at least 1.")
+        super().__init__(every=f"{every_n_epochs} epochs", at_start=at_start, name=name)
         self.prompts = list(prompts)
         self.tokenizer = tokenizer
         self.plans = dict(plans) if plans is not None else None
         self.reference = reference
-        self.every_n_epochs = every_n_epochs
-        self.at_start = at_start
         self.target = target
         self.top_k = top_k
         self.token_budget = token_budget
         self.missing = missing
-        self.name = name
-        self.history: list[dict[str, float]] = []
         self._evaluator: GraftEvaluator | None = None
         self._snapshot: nn.Module | None = None
 
-    @property
-    def state_key(self) -> str:
-        """Distinguishes callbacks by their ``name``."""
-        return self._generate_state_key(name=self.name)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What was measured so far."""
-        return {"history": [dict(entry) for entry in self.history]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with what was measured before."""
-        self.history = [dict(entry) for entry in state_dict["history"]]
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse what cannot work; in full finetuning, copy the weights from before training.
+    def prepare(self, trainer: Any, module: Any, stage: str) -> None:
+        """In full finetuning, copy the weights from before training.
 
         Raises:
             IncompatibleModelError: If there is nothing to compare with.
         """
-        if stage not in ("fit", "validate"):
-            return
-        check_strategy(trainer.strategy, reads_weights=True, purpose=type(self).__name__)
-        check_hookable(pl_module)
-        model_map = ModelMap.build(pl_module, target=self.target)
+        model_map = ModelMap.build(module, target=self.target)
         model = model_map.model
-        self._evaluator = self._make_evaluator(trainer, pl_module)
+        self._evaluator = self._make_evaluator(trainer, module)
         if self.reference is not None or _adapter(model_map) is not None or self._snapshot is not None:
             return
         if stage != "fit":
@@ -134,24 +115,6 @@ class GraftCallback(L.Callback):
             missing=self.missing,
         )
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Score before the first step (not again when a run is resumed)."""
-        if self.at_start and trainer.global_step == 0:
-            logged = self._run(trainer, pl_module, epoch=0)
-            # Lightning forgets what is logged here before the first epoch, so the loggers would never see it.
-            for logger in trainer.loggers:
-                logger.log_metrics(logged, step=0)
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Score every ``every_n_epochs`` epochs."""
-        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._run(trainer, pl_module, epoch=trainer.current_epoch + 1)
-
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Score in ``Trainer.validate``; validation inside ``fit`` follows the training epochs."""
-        if getattr(trainer.state.fn, "value", trainer.state.fn) == "validate":
-            self._run(trainer, pl_module, epoch=trainer.current_epoch)
-
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Let the copy go: after an exception Lightning calls nothing else."""
         self._snapshot = None
@@ -160,47 +123,33 @@ class GraftCallback(L.Callback):
         """Let the copy go."""
         self._snapshot = None
 
-    def _run(self, trainer: Any, pl_module: Any, *, epoch: int) -> dict[str, float]:
-        scores = self._score(trainer, pl_module)
-        entry: dict[str, float] = {"epoch": float(epoch), "step": float(trainer.global_step)}
+    def look(self, trainer: Any, module: Any) -> dict[str, float]:
+        """Scores of every plan, as ``<plan>/<metric>``: means over the prompts, of the rank the median."""
+        scores = self._score(trainer, module)
+        found: dict[str, float] = {}
         for p, plan in enumerate(self._ready.plans):
             for metric in _LOGGED:
                 column = scores[:, p, METRICS.index(metric)]
-                value = column.median() if metric == "target_rank" else column.mean()
-                entry[f"{plan}/{metric}"] = float(value)
-        self.history.append(entry)
-        logged = {f"{self.name}/{key}": value for key, value in entry.items() if "/" in key}
-        # Every process holds the same reduced numbers, so nothing is left to synchronise.
-        pl_module.log_dict(
-            logged, on_step=False, on_epoch=True, sync_dist=False, batch_size=len(scores), rank_zero_only=False
-        )
-        return logged
+                found[f"{plan}/{metric}"] = float(column.median() if metric == "target_rank" else column.mean())
+        return found
 
     def _score(self, trainer: Any, pl_module: Any) -> torch.Tensor:
         """Scores of all prompts on every process, ``[n, plans, 8]``."""
+        evaluator = self._ready
         trained_map = ModelMap.build(pl_module, target=self.target)
-        trained = trained_map.model
-        adapter, evaluator = _adapter(trained_map), self._ready
+        trained, adapter = trained_map.model, _adapter(trained_map)
         recipient: nn.Module = self.reference or self._snapshot or trained
         donor: nn.Module | str = adapter if recipient is trained and adapter is not None else trained
         if recipient is not trained:
             recipient.to(next(trained.parameters()).device)
         metric = GraftScores(list(evaluator.plans)).to(pl_module.device)
-        training = {module: module.training for module in trained.modules()}
-        trained.eval()
-        try:
-            with trainer.strategy.precision_plugin.forward_context():
-                shares = evaluator.scores(
-                    ModelMap.build(recipient), donor, rank=trainer.global_rank, world_size=trainer.world_size
-                )
-                for index, scores, _ in shares:
-                    metric.update(index.to(pl_module.device), scores.to(pl_module.device))
-        finally:
-            for module, mode in training.items():
-                module.training = mode
-        if not metric.rows:
-            metric.update(torch.zeros(0), torch.zeros(0, len(evaluator.plans), len(METRICS)))
-        return metric.compute().cpu()
+        shares = evaluator.scores(
+            ModelMap.build(recipient), donor, rank=trainer.global_rank, world_size=trainer.world_size
+        )
+        for index, scores, _ in shares:
+            metric.update(index, scores)
+        found: torch.Tensor = metric.compute()
+        return found.cpu()
 
     @property
     def _ready(self) -> GraftEvaluator:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_interp.core.measure.undisturbed import evaluating
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.weights.masked_linear import Execution
 from lightning_interp.errors import PositionError, RecipeError
@@ -20,7 +21,7 @@ from lightning_interp.grafting.plan import GraftPlan
 from lightning_interp.grafting.prefixes import PrefixTree
 from lightning_interp.grafting.prompts import EncodedPrompt, GraftPrompt, PromptBatch, encode, spans_of
 from lightning_interp.grafting.result import GraftResult
-from lightning_interp.grafting.runner import Rows, evaluating, last_logits, whole_head
+from lightning_interp.grafting.runner import Rows, last_logits, whole_head
 
 __all__ = ["AnyPlan", "GraftEvaluator", "GraftPrompt", "GraftResult"]
 

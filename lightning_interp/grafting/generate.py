@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from lightning_interp.core.measure.statistics import Estimate, proportion_interval
+from lightning_interp.core.measure.undisturbed import evaluating
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.errors import RecipeError
 from lightning_interp.grafting.donors import AnyDonor, ModelDonor, make_donors
 from lightning_interp.grafting.intervention import Decode, Graft, decode_name
 from lightning_interp.grafting.plan import GraftPlan
 from lightning_interp.grafting.prompts import EncodedPrompt, PromptBatch
-from lightning_interp.grafting.runner import evaluating
 
 if TYPE_CHECKING:
     from lightning_interp.grafting.evaluate import GraftEvaluator

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torchmetrics import Metric
+
+from lightning_interp.core.measure.reduced import KeyedRows
 
 __all__ = ["METRICS", "GraftScores", "score_logits", "target_rank"]
 
@@ -89,7 +90,7 @@ def _kl(reference: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(dim=-1)
 
 
-class GraftScores(Metric):
+class GraftScores(KeyedRows):
     """Scores of every plan on every prompt, gathered over processes; a prompt counts once, whoever scored it.
 
     Args:
@@ -102,13 +103,9 @@ class GraftScores(Metric):
         torch.Size([1, 2, 8])
     """
 
-    full_state_update = False
-    rows: list[torch.Tensor]
-
     def __init__(self, plans: Sequence[str]) -> None:
-        super().__init__()
+        super().__init__(len(plans) * len(METRICS))
         self.plans = tuple(plans)
-        self.add_state("rows", default=[], dist_reduce_fx="cat")
 
     def update(self, index: torch.Tensor, scores: torch.Tensor) -> None:
         """Add scores.
@@ -117,13 +114,8 @@ class GraftScores(Metric):
             index: Which prompts, ``[n]``.
             scores: ``[n, plans, 8]``.
         """
-        flat = scores.double().reshape(len(index), len(self.plans) * len(METRICS))
-        self.rows.append(torch.cat([index.double().to(flat.device)[:, None], flat], dim=1))
+        self.add(index, scores)
 
     def compute(self) -> torch.Tensor:
         """Scores of all prompts in order of their index, ``[N, plans, 8]``."""
-        rows = torch.cat(self.rows) if isinstance(self.rows, list) else self.rows
-        order = torch.unique(rows[:, 0], return_inverse=True)[1]
-        first = torch.full((int(order.max()) + 1,), len(rows), dtype=torch.long, device=rows.device)
-        first.scatter_reduce_(0, order, torch.arange(len(rows), device=rows.device), reduce="amin")
-        return rows[first, 1:].reshape(-1, len(self.plans), len(METRICS))
+        return self.table()[1].reshape(-1, len(self.plans), len(METRICS))

@@ -18,7 +18,7 @@ from lightning_interp.errors import UnsupportedStrategyError
 from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.prefixes import PrefixTree
 
-__all__ = ["Rows", "evaluating", "last_logits", "model_inputs", "whole_head"]
+__all__ = ["Rows", "last_logits", "model_inputs", "whole_head"]
 
 
 @dataclass(frozen=True)
@@ -159,16 +159,3 @@ def whole_head(model_map: ModelMap) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode for every submodule, each put back as it was."""
-    modes = {module: module.training for model in models for module in model.modules()}
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -78,7 +78,7 @@ def _rank(rank, port, share, results):
         metrics = fill(SteeringMetrics(METHODS), share[rank])
         first = metrics.compute()
         again = metrics.compute()
-        results.put((rank, first.rows(), again.rows() == first.rows(), len(metrics.found)))
+        results.put((rank, first.rows(), again.rows() == first.rows(), len(metrics.rows)))
     finally:
         torch.distributed.destroy_process_group()
 
@@ -153,4 +153,4 @@ class TestErrors:
             metrics.update(0, "dual", {**scores(0, "dual"), **change})
         with pytest.raises(DataError, match=r"has no target_prob"):
             metrics.update(0, "dual", {"entropy": torch.ones(3)})
-        assert metrics.found == []
+        assert metrics.rows == []

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_interp.errors import CompiledModelError, QuantizedModelError, UnsupportedStrategyError
 
-__all__ = ["check_dense", "check_hookable", "check_strategy", "check_weights", "quantized_modules"]
+__all__ = ["check_dense", "check_hookable", "check_strategy", "check_weights", "is_sharded", "quantized_modules"]
 
 _REFUSED = {
     "FSDPStrategy": "FSDP1 un-shards weights only inside its own wrappers; use ModelParallelStrategy (FSDP2) or DDP",
@@ -119,9 +119,13 @@ def check_strategy(strategy: Any, *, reads_weights: bool, purpose: str) -> None:
     for name, remedy in _REFUSED.items():
         if name in names:
             raise UnsupportedStrategyError(f"{purpose} does not support {type(strategy).__name__}: {remedy}.")
-    sharded = next((name for name in _SHARDED if name in names), None)
-    if sharded and reads_weights:
+    if reads_weights and is_sharded(strategy):
         raise UnsupportedStrategyError(
             f"{purpose} uses weight values, which {type(strategy).__name__} keeps in shards. Use a single device or "
             "DDP."
         )
+
+
+def is_sharded(strategy: Any) -> bool:
+    """Whether a Lightning strategy shards weights, so that every process must take part in every forward pass."""
+    return any(cls.__name__ in _SHARDED for cls in type(strategy).__mro__)

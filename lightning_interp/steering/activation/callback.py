@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from lightning_interp.core.callbacks.intervention_callback import InterventionCallback, Stage
+from lightning_interp.core.callbacks.intervention_callback import Stage
+from lightning_interp.core.callbacks.metered_callback import MeteredCallback
 from lightning_interp.core.hooks.intervention import Compose
 from lightning_interp.core.storage.distributed import is_rank_zero
 from lightning_interp.errors import RecipeError
@@ -17,7 +18,7 @@ from lightning_interp.steering.activation.meter import MEASURES, SteeringMeter
 __all__ = ["SteeringCallback"]
 
 
-class SteeringCallback(InterventionCallback):
+class SteeringCallback(MeteredCallback):
     """Steer in the stages that you name; what was done stays with the run.
 
     The description of the steering (what, where, how much, of which vector) goes into checkpoints and, once a run, to
@@ -72,8 +73,6 @@ class SteeringCallback(InterventionCallback):
         super().__init__(whole, when=when, target=target, tokenizer=tokenizer, name=name)
         self.parts = parts
         self.log_measures = tuple(log)
-        self.measured: dict[str, dict[str, float]] = {}
-        self._meters = {stage: SteeringMeter() for stage in get_args(Stage)}
         self._recorded = False
 
     def describe(self) -> list[dict[str, Any]]:
@@ -82,7 +81,7 @@ class SteeringCallback(InterventionCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The description, and what was measured."""
-        return {"describe": self.describe(), "measured": {stage: dict(v) for stage, v in self.measured.items()}}
+        return {"describe": self.describe(), **super().state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with what was measured; warn if the checkpoint was steered in another way."""
@@ -93,60 +92,38 @@ class SteeringCallback(InterventionCallback):
                 f"{json.dumps(state_dict['describe'])[:400]}.",
                 stacklevel=2,
             )
-        self.measured = {stage: dict(values) for stage, values in state_dict["measured"].items()}
+        super().load_state_dict(state_dict)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """See :meth:`InterventionCallback.setup`."""
         super().setup(trainer, pl_module, stage)
         self._recorded = False
-        for meter in self._meters.values():
-            meter.reset()
+
+    def make_meter(self) -> SteeringMeter:
+        """Share and shift."""
+        return SteeringMeter()
+
+    def meter_on(self, meter: Any) -> None:
+        """Feed it, if something is to be logged."""
+        for part in self.parts if self.log_measures else ():
+            part.observe = meter.update
+
+    def kept(self, found: Mapping[str, float]) -> dict[str, float]:
+        """What was asked for."""
+        return {measure: found[measure] for measure in self.log_measures}
 
     def _enter(self, stage: str, trainer: Any, pl_module: Any) -> None:
         super()._enter(stage, trainer, pl_module)
-        if not self.attached:
-            return
-        if not self._recorded and is_rank_zero():
-            for logger in trainer.loggers:
+        if self.attached and not self._recorded:
+            self._recorded = True
+            for logger in trainer.loggers if is_rank_zero() else ():
                 _record(logger, str(self.name), self.describe())
-        self._recorded = True
-        for part in self.parts if self.log_measures else ():
-            part.observe = self._meters[stage].update
 
     def release(self) -> None:
         """Take every hook off. Safe to call at any time."""
         super().release()
         for part in self.parts:
             part.observe = None
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log what was asked for."""
-        self._measure("train", trainer, pl_module)
-
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log what was asked for."""
-        self._measure("validate", trainer, pl_module)
-
-    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log what was asked for."""
-        self._measure("test", trainer, pl_module)
-
-    def on_predict_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Keep what was asked for."""
-        self._measure("predict", trainer, pl_module)
-
-    def _measure(self, stage: str, trainer: Any, pl_module: Any) -> None:
-        if not self.log_measures or self._stage != stage:
-            return
-        found = self._meters[stage].compute(trainer)
-        self._meters[stage].reset()
-        if trainer.sanity_checking:
-            return
-        self.measured[stage] = {measure: found[measure] for measure in self.log_measures}
-        if stage != "predict":
-            logged = {f"{self.name}/{stage}/{measure}": value for measure, value in self.measured[stage].items()}
-            # Every process holds the same sums already.
-            pl_module.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=False)
 
 
 def _settings(described: dict[str, Any]) -> dict[str, Any]:

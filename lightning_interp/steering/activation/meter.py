@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from lightning_interp.core.measure.reduced import Sums
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.tokens.step import StepContext
 
@@ -14,10 +13,10 @@ __all__ = ["MEASURES", "SteeringMeter"]
 MEASURES = ("share", "shift")
 
 
-class SteeringMeter:
+class SteeringMeter(Sums):
     """Share of real tokens whose activation changed, and how far the changed ones moved relative to their length.
 
-    Put :meth:`update` into ``steering.observe``. Each site counts by itself, so with several sites the share is the
+    Put ``update`` into ``steering.observe``. Each site counts by itself, so with several sites the share is the
     mean over them.
 
     Example:
@@ -28,37 +27,24 @@ class SteeringMeter:
     """
 
     def __init__(self) -> None:
-        self._sums: torch.Tensor | None = None  # tokens, changed ones, sum of relative moves
+        super().__init__("tokens", "changed", "moved")
 
-    @torch.no_grad()
     def update(self, site: Site, x: torch.Tensor, new: torch.Tensor, step: StepContext) -> None:
         """Count the tokens of one site in one pass; a replay by gradient checkpointing does not count again."""
-        if (self, site) in step.cache:
+        if (id(self), site) in step.cache:
             return
-        step.cache[self, site] = True
+        step.cache[id(self), site] = True
         valid = step.fit(step.valid, x.shape[1]).to(x.device)
         moved = (new != x).any(dim=-1) & valid
         before = x.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
         relative = ((new.float() - x.float()).norm(dim=-1) / before).masked_fill(~moved, 0.0)
-        with torch.inference_mode(False):
-            found = torch.stack([valid.sum(), moved.sum(), relative.double().sum()]).double()
-            self._sums = found if self._sums is None else self._sums.to(found.device) + found
+        self.add(torch.stack([valid.sum(), moved.sum(), relative.double().sum()]))
 
-    def compute(self, trainer: Any = None) -> dict[str, float]:
-        """The measures so far.
-
-        Args:
-            trainer: Sum over its processes; None for this one alone. Every process must call it.
+    def compute(self) -> dict[str, float]:
+        """The measures so far, over all processes; every process must call it.
 
         Returns:
             ``{"share": ..., "shift": ...}``; 0 where nothing was steered.
         """
-        sums = torch.zeros(3, dtype=torch.float64) if self._sums is None else self._sums
-        if trainer is not None and trainer.world_size > 1:
-            sums = trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="sum")
-        tokens, changed, moved = sums.tolist()
+        tokens, changed, moved = self.totals()
         return {"share": changed / tokens if tokens else 0.0, "shift": moved / changed if changed else 0.0}
-
-    def reset(self) -> None:
-        """Forget what was counted."""
-        self._sums = None

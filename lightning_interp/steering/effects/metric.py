@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from lightning_interp.core.measure.reduced import KeyedRows
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.steering.effects.metrics import SCORES
 from lightning_interp.steering.effects.path_scores import SteeringResult
@@ -17,7 +17,7 @@ __all__ = ["SteeringMetrics"]
 _PLACES = 3  # context, method, point
 
 
-class SteeringMetrics(Metric):
+class SteeringMetrics(KeyedRows):
     """Collect scored paths of several methods; a context counts once for each method, whoever scored it.
 
     Give every process contexts of its own and call :meth:`update` for each; :meth:`compute` then gives the same result
@@ -36,18 +36,11 @@ class SteeringMetrics(Metric):
         1.5
     """
 
-    full_state_update = False
-    is_differentiable = False
-    found: list[Tensor]
-
     def __init__(self, methods: Sequence[str]) -> None:
-        super().__init__()
+        super().__init__(len(SCORES), keys=_PLACES)
         if not methods or len(set(methods)) != len(methods):
             raise RecipeError(f"SteeringMetrics(methods={list(methods)}): expected at least one name, each once.")
         self.methods = tuple(methods)
-        # Flat and in the metric's own type: what a process without any context gives has one dimension and that type.
-        self.add_state("found", default=[], dist_reduce_fx="cat")
-        self.set_dtype(torch.float64)
 
     def update(self, context: int, method: str, scores: Mapping[str, Tensor]) -> None:
         """Add the path of one context.
@@ -68,9 +61,8 @@ class SteeringMetrics(Metric):
         n = len(scores["target_prob"])
         unknown = torch.full((n,), torch.nan, dtype=torch.float64)
         columns = [scores[name].detach().cpu().double() if name in scores else unknown for name in SCORES]
-        place = torch.tensor([context, self.methods.index(method)], dtype=torch.float64).expand(n, 2)
-        rows = torch.cat([place, torch.arange(n, dtype=torch.float64)[:, None], torch.stack(columns, 1)], 1)
-        self.found.append(rows.to(self.device).flatten())
+        place = torch.tensor([context, self.methods.index(method)]).expand(n, 2)
+        self.add(torch.cat([place, torch.arange(n)[:, None]], dim=1), torch.stack(columns, dim=1))
 
     def compute(self) -> SteeringResult:
         """Return the paths of all contexts and processes.
@@ -78,26 +70,16 @@ class SteeringMetrics(Metric):
         Raises:
             DataError: If nothing was added.
         """
-        rows = torch.cat(self.found) if isinstance(self.found, list) and self.found else self.found
-        if not isinstance(rows, Tensor) or not len(rows):
+        keys, rows = (found.cpu() for found in self.table())
+        if not len(rows):
             raise DataError(f"SteeringMetrics({list(self.methods)}) has no path. Call update for every context first.")
-        return SteeringResult(self._paths(_unique(rows.cpu().reshape(-1, _PLACES + len(SCORES)))))
-
-    def _paths(self, rows: Tensor) -> dict[str, dict[int, dict[str, Tensor]]]:
         paths: dict[str, dict[int, dict[str, Tensor]]] = {method: {} for method in self.methods}
-        for place in torch.unique_consecutive(rows[:, :2], dim=0).tolist():
-            points = rows[(rows[:, 0] == place[0]) & (rows[:, 1] == place[1])][:, _PLACES:]
+        for place in torch.unique_consecutive(keys[:, :2], dim=0):
+            points = rows[(keys[:, :2] == place).all(1)]
             known = {name: column for name, column in zip(SCORES, points.T, strict=True) if not column.isnan().all()}
-            paths[self.methods[int(place[1])]][int(place[0])] = {"target_prob": points[:, 0], **known}
-        return {method: contexts for method, contexts in paths.items() if contexts}
-
-
-def _unique(rows: Tensor) -> Tensor:
-    """Rows in order of context, method and point, the first one of each."""
-    _, place = torch.unique(rows[:, :_PLACES], dim=0, return_inverse=True)
-    first = torch.full((int(place.max()) + 1,), len(rows), dtype=torch.long)
-    first = first.scatter_reduce(0, place, torch.arange(len(rows)), reduce="amin")
-    return rows[first]
+            context, method = place.tolist()
+            paths[self.methods[method]][context] = {"target_prob": points[:, 0], **known}
+        return SteeringResult({method: contexts for method, contexts in paths.items() if contexts})
 
 
 def _check(context: int, method: str, scores: Mapping[str, Tensor]) -> None:

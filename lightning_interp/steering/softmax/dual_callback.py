@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from lightning_interp.core.callbacks.intervention_callback import InterventionCallback, Stage
+from lightning_interp.core.callbacks.intervention_callback import Stage
+from lightning_interp.core.callbacks.metered_callback import MeteredCallback
 from lightning_interp.errors import RecipeError
 from lightning_interp.steering.softmax.dual_intervention import DualSteering
 from lightning_interp.steering.softmax.dual_meter import DUAL_MEASURES, DualMeter
@@ -13,7 +14,7 @@ from lightning_interp.steering.softmax.dual_meter import DUAL_MEASURES, DualMete
 __all__ = ["DualSteeringCallback"]
 
 
-class DualSteeringCallback(InterventionCallback):
+class DualSteeringCallback(MeteredCallback):
     """Steer the next-token distribution in the stages that you name, and log what it changed and cost.
 
     At the end of each epoch that steered something,
@@ -56,51 +57,23 @@ class DualSteeringCallback(InterventionCallback):
             )
         super().__init__(steering, when=when, target=target, tokenizer=tokenizer, name=name)
         self.steering = steering
-        self.measured: dict[str, dict[str, float]] = {}
-        self._meters = {each: DualMeter() for each in get_args(Stage)}
+
+    def make_meter(self) -> DualMeter:
+        """What was changed, and its cost."""
+        return DualMeter()
+
+    def meter_on(self, meter: Any) -> None:
+        """Feed it."""
+        self.steering.meter = meter
+
+    def kept(self, found: Mapping[str, float]) -> Mapping[str, float]:
+        """All, if something was steered."""
+        return found if found["tokens"] else {}
+
+    def logged(self, kept: Mapping[str, float]) -> Mapping[str, float]:
+        """The means."""
+        return {measure: kept[measure] for measure in DUAL_MEASURES}
 
     def state_dict(self) -> dict[str, Any]:
         """What is done, and what was measured."""
-        return {
-            "describe": self.steering.describe(),
-            "measured": {stage: dict(values) for stage, values in self.measured.items()},
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with what was measured."""
-        self.measured = {stage: dict(values) for stage, values in state_dict["measured"].items()}
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log."""
-        self._measure("train", trainer, pl_module)
-
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log."""
-        self._measure("validate", trainer, pl_module)
-
-    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log."""
-        self._measure("test", trainer, pl_module)
-
-    def on_predict_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Keep."""
-        self._measure("predict", trainer, pl_module)
-
-    def _enter(self, stage: str, trainer: Any, pl_module: Any) -> None:
-        super()._enter(stage, trainer, pl_module)
-        if stage != "train" or self._suspended is None:  # not when training goes on after its validation
-            self._meters[stage].reset()
-        self.steering.meter = self._meters[stage]
-
-    def _measure(self, stage: str, trainer: Any, pl_module: Any) -> None:
-        if self._stage != stage:
-            return
-        found = self._meters[stage].compute(trainer)
-        self._meters[stage].reset()
-        if trainer.sanity_checking or not found["tokens"]:
-            return
-        self.measured[stage] = found
-        if stage != "predict":
-            logged = {f"{self.name}/{stage}/{measure}": found[measure] for measure in DUAL_MEASURES}
-            # Every process holds the same means already.
-            pl_module.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=False)
+        return {"describe": self.steering.describe(), **super().state_dict()}

@@ -1,0 +1,110 @@
+"""Quantities that come in batches on several processes, and are the same on every one of them once computed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+__all__ = ["KeyedRows", "Sums"]
+
+
+class Sums(Metric):
+    """Sums of named quantities over batches and processes; a subclass says what is summed and what is made of it.
+
+    Args:
+        *names: Of the quantities.
+
+    Example:
+        >>> class Mean(Sums):
+        ...     def update(self, x):
+        ...         self.add(torch.stack([x.sum(), x.new_tensor(float(len(x)))]))
+        ...     def compute(self):
+        ...         total, count = self.totals()
+        ...         return total / count
+        >>> mean = Mean("total", "count")
+        >>> mean.update(torch.tensor([1.0, 2.0])), mean.update(torch.tensor([6.0])), mean.compute()
+        (None, None, 3.0)
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    sums: Tensor
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.names = names
+        self.add_state("sums", default=torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
+
+    @property
+    def update_called(self) -> bool:
+        """Always: sums over nothing are zero, and a process that saw nothing is no cause for a warning."""
+        return True
+
+    def add(self, found: Tensor) -> None:
+        """Add one value a name, ``[names]``; what was summed so far follows it to its device."""
+        # Not in place: sums made inside inference mode could not be changed outside of it.
+        self.sums = self.sums.to(found.device) + found.detach().double()
+
+    def totals(self) -> list[float]:
+        """The sums, in the order of their names."""
+        return [float(total) for total in self.sums.tolist()]
+
+
+class KeyedRows(Metric):
+    """Rows of numbers, each known by integers; a row counts once, on whichever process or how often it came.
+
+    Args:
+        width: Numbers in a row.
+        keys: Integers that name a row, each below 2**53.
+
+    Example:
+        >>> class Scores(KeyedRows):
+        ...     def update(self, index, values):
+        ...         self.add(index, values)
+        ...     def compute(self):
+        ...         return self.table()[1]
+        >>> scores = Scores(1)
+        >>> scores.update(torch.tensor([1, 0, 1]), torch.tensor([[5.0], [7.0], [5.0]]))
+        >>> scores.compute().tolist()
+        [[7.0], [5.0]]
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    rows: list[Tensor]
+
+    def __init__(self, width: int, *, keys: int = 1) -> None:
+        super().__init__()
+        self.width, self.keys = width, keys
+        # Flat and in one type: what a process without any row gives has one dimension and the type of the metric.
+        self.add_state("rows", default=[], dist_reduce_fx="cat")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Float64 where the device has it; also of what a process without any row sends."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
+    def add(self, keys: Tensor, values: Tensor) -> None:
+        """Add rows.
+
+        Args:
+            keys: ``[n]``, or ``[n, keys]``.
+            values: ``[n, width]``, or any shape of as many numbers.
+        """
+        count = len(keys)
+        parts = (keys.reshape(count, self.keys), values.reshape(count, self.width))
+        self.rows.append(torch.cat([part.detach().to(self.device, self.dtype) for part in parts], dim=1).flatten())
+
+    def table(self) -> tuple[Tensor, Tensor]:
+        """Keys ``[N, keys]`` in increasing order and their rows ``[N, width]``, the first that came for each key."""
+        found = torch.cat(self.rows) if isinstance(self.rows, list) and self.rows else self.rows
+        if not isinstance(found, Tensor):
+            found = torch.zeros(0, dtype=torch.float64)
+        rows = found.reshape(-1, self.keys + self.width)
+        if not len(rows):
+            return rows[:, : self.keys].long(), rows[:, self.keys :]
+        keys, place = torch.unique(rows[:, : self.keys], dim=0, return_inverse=True)
+        first = torch.full((len(keys),), len(rows), dtype=torch.long, device=rows.device)
+        first.scatter_reduce_(0, place, torch.arange(len(rows), device=rows.device), reduce="amin")
+        return keys.long(), rows[first, self.keys :]
