@@ -54,7 +54,7 @@ class CalibrateSteering(Recipe):
 
     def write(self, run: RunFolder) -> list[str]:
         """The prompts."""
-        from lightning_interp.steering.effects.study import texts_or_samples
+        from ._common import texts_or_samples
 
         sizes = {"count": self.count, "length": self.length, "seed": self.seed}
         return texts_or_samples(self.source, self.prompts, **sizes, progress=run.progress)
@@ -64,9 +64,9 @@ class CalibrateSteering(Recipe):
         from lightning_interp import load_causal_lm
         from lightning_interp.core.storage.files import atomic_write_text
         from lightning_interp.running.curves import write_scalars
-        from lightning_interp.steering.effects.calibration import chosen_strength, strength_effects
-        from lightning_interp.steering.effects.generation import concept_direction
-        from lightning_interp.steering.effects.study import concept_pairs
+
+        from ._calibrate import chosen_strength, strength_effects
+        from ._common import concept_direction, concept_pairs
 
         loaded = load_causal_lm(self.source)
         pairs = concept_pairs(loaded.tokenizer, self.concept)
@@ -90,7 +90,7 @@ class CalibrateSteering(Recipe):
 
     def result(self, run: RunFolder, swept: dict[str, Any]) -> RecipeResult:
         """The curve, the choice and its confirmation."""
-        from lightning_interp.steering.effects.calibration import calibration_figure, summarised
+        from ._calibrate import calibration_figure, summarised
 
         curve, test = summarised(swept["rows"]), summarised(swept["test"])
         chosen = test[-1]

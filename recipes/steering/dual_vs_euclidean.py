@@ -60,7 +60,7 @@ class DualVersusEuclidean(Recipe):
 
     def write(self, run: RunFolder) -> list[str]:
         """The texts."""
-        from lightning_interp.steering.effects.study import texts_or_samples
+        from ._common import texts_or_samples
 
         sizes = {"count": self.count, "length": self.length, "seed": self.seed}
         return texts_or_samples(self.source, self.texts, **sizes, progress=run.progress)
@@ -70,7 +70,9 @@ class DualVersusEuclidean(Recipe):
         from lightning_interp import load_causal_lm
         from lightning_interp.running.curves import write_scalars
         from lightning_interp.steering import ConceptProbe, SoftmaxGeometry
-        from lightning_interp.steering.effects.study import concept_pairs, sides_of_texts, steered_paths
+
+        from ._common import concept_pairs
+        from ._dual_vs_euclidean import sides_of_texts, steered_paths
 
         loaded = load_causal_lm(self.source)
         geometry, pairs = SoftmaxGeometry.from_model(loaded.model), concept_pairs(loaded.tokenizer, self.concept)
@@ -125,8 +127,7 @@ class DualVersusEuclidean(Recipe):
 
     def result(self, run: RunFolder, scored: dict[str, Any]) -> RecipeResult:
         """Tables, the three panels, and the comparison at equal effect."""
-        from lightning_interp.steering.effects.figures import steering_figure
-        from lightning_interp.steering.effects.path_scores import SteeringResult
+        from lightning_interp.steering import SteeringResult, steering_figure
 
         result = SteeringResult.from_rows(scored["rows"])
         compared = [

@@ -60,8 +60,9 @@ class SteeredGeneration(Recipe):
         """Generate with one method and measure what was written."""
         from lightning_interp import load_causal_lm
         from lightning_interp.running.curves import write_scalars
-        from lightning_interp.steering.effects.generation import PROMPTS, concept_direction, measured_generation
-        from lightning_interp.steering.effects.study import concept_pairs, read_texts
+
+        from ._common import concept_direction, concept_pairs, read_texts
+        from ._generate import PROMPTS, measured_generation
 
         loaded = load_causal_lm(self.source)
         pairs = concept_pairs(loaded.tokenizer, self.concept)
@@ -91,7 +92,8 @@ class SteeredGeneration(Recipe):
     def result(self, run: RunFolder, written: dict[str, Any]) -> RecipeResult:
         """Means over prompts with intervals, and every text."""
         from lightning_interp.core.measure.statistics import mean_interval
-        from lightning_interp.steering.effects.generation import MEASURES, generation_figure
+
+        from ._generate import MEASURES, generation_figure
 
         estimates = {
             method: {name: mean_interval([row[name] for row in told["rows"]]) for name in MEASURES}

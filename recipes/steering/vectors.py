@@ -57,7 +57,8 @@ class SteeringVectors(Recipe):
         """Make the vector at every layer, and save it."""
         from lightning_interp import All, Last, ModelMap, Site, load_causal_lm
         from lightning_interp.steering import extract_vector
-        from lightning_interp.steering.effects.vector_study import spread_layers
+
+        from ._vectors import spread_layers
 
         loaded = load_causal_lm(self.source)
         train = self.split().train
@@ -80,9 +81,10 @@ class SteeringVectors(Recipe):
 
         from lightning_interp import ModelMap, load_causal_lm
         from lightning_interp.running.curves import write_scalars
-        from lightning_interp.steering.effects.vector_study import ScoredText, encode_items, score_sweep
-        from lightning_interp.steering.vectors.contrast_sets import NEUTRAL
         from lightning_interp.steering.vectors.features import encode_texts
+
+        from ._contrasts import NEUTRAL
+        from ._vectors import ScoredText, encode_items, score_sweep
 
         loaded, parts = load_causal_lm(self.source), self.split()
         neutral = NEUTRAL[:2] if self.smoke else NEUTRAL
@@ -107,8 +109,9 @@ class SteeringVectors(Recipe):
         """Let the model write at every strength of the chosen layer, and read that with the unsteered model."""
         from lightning_interp import ModelMap, Site, load_causal_lm
         from lightning_interp.generation.text_quality import repeated_share
-        from lightning_interp.steering.effects.vector_study import TextProbe, write_sweep
-        from lightning_interp.steering.vectors.contrast_sets import OPENINGS
+
+        from ._contrasts import OPENINGS
+        from ._vectors import TextProbe, write_sweep
 
         loaded, parts = load_causal_lm(self.source), self.split()
         model_map, layer = ModelMap.build(loaded.model), self.chosen(swept).layer
@@ -127,7 +130,8 @@ class SteeringVectors(Recipe):
     ) -> RecipeResult:
         """Cells on the reporting part, chosen on the other; two figures; every text."""
         from lightning_interp.core.measure.statistics import mean_interval
-        from lightning_interp.steering.effects.vector_figures import layer_figure, sweep_figure
+
+        from ._vectors import layer_figure, sweep_figure
 
         chosen, report = self.chosen(swept), self.cells(swept, "report")
         here = [cell for cell in report if cell.layer == chosen.layer]
@@ -185,7 +189,7 @@ class SteeringVectors(Recipe):
 
     def split(self) -> Any:
         """The three parts of the items, the same in every phase."""
-        from lightning_interp.steering.vectors.contrast import read_contrasts, split_contrasts
+        from ._contrasts import read_contrasts, split_contrasts
 
         items = read_contrasts(self.behaviour)
         return split_contrasts(items[:12] if self.smoke else items, seed=self.seed)
@@ -200,13 +204,13 @@ class SteeringVectors(Recipe):
         """Effect and cost of every layer and strength on one part."""
         import torch
 
-        from lightning_interp.steering.effects.vector_study import cells
+        from ._vectors import cells
 
         endings, neutral = (torch.tensor(swept[name], dtype=torch.float64) for name in (part, "neutral"))
         return cells(endings, neutral, swept["layers"], self.strengths)
 
     def chosen(self, swept: dict[str, Any]) -> Any:
         """The cell that the choosing part prefers."""
-        from lightning_interp.steering.effects.vector_study import choose_cell
+        from ._vectors import choose_cell
 
         return choose_cell(self.cells(swept, "choose"), max_damage=self.max_damage)

@@ -17,10 +17,9 @@ import torch
 
 from lightning_interp import cli, paper_plans
 from lightning_interp.core.storage.manifest_file import read_manifest
-from lightning_interp.running.catalog import recipe_module
+from lightning_interp_recipes.grafting._common import FORMS, HELD_OUT
 
 ROOT = Path(__file__).parents[2]
-FORMS, HELD_OUT = (vars(recipe_module("grafting/_common"))[name] for name in ("FORMS", "HELD_OUT"))
 # Not a smoke run, which allows two epochs only.
 TINY = ["--model=tiny:llama", "--facts=4", "--batch_size=4", "--epochs=3", "--watch_every=1", "--rank=4", "--lr=0.01"]
 PLANS = list(paper_plans())

@@ -8,10 +8,7 @@ import pytest
 
 from lightning_interp.grafting import GraftResult
 from lightning_interp.grafting.metrics import METRICS
-from lightning_interp.running.catalog import recipe_module
-
-figures = recipe_module("grafting/_figures")
-curves_figure, plans_figure = figures.curves_figure, figures.plans_figure
+from lightning_interp_recipes.grafting._figures import curves_figure, plans_figure
 
 PLANS = ["PRE", "SFT", "FE^C"]
 

@@ -6,11 +6,16 @@ import pytest
 import torch
 
 from lightning_interp.errors import RecipeError
-from lightning_interp.running.catalog import recipe_module
+from lightning_interp_recipes.grafting._common import (
+    BOTH_WAYS,
+    FORMS,
+    HELD_OUT,
+    RELATIONS,
+    fact_prompts,
+    fact_texts,
+    make_facts,
+)
 
-common = recipe_module("grafting/_common")
-fact_prompts, fact_texts, make_facts = common.fact_prompts, common.fact_texts, common.make_facts
-BOTH_WAYS, FORMS, HELD_OUT, RELATIONS = common.BOTH_WAYS, common.FORMS, common.HELD_OUT, common.RELATIONS
 FACTS = make_facts(20, seed=3)
 
 

@@ -12,10 +12,9 @@ from peft import LoraConfig, get_peft_model
 from lightning_interp import cli
 from lightning_interp.errors import DataError
 from lightning_interp.grafting import GraftEvaluator, GraftPrompt
-from lightning_interp.running.catalog import recipe_module
 from lightning_interp.testing import byte_tokenizer, tiny_pair
+from lightning_interp_recipes.grafting._pair import read_prompts
 
-read_prompts = recipe_module("grafting/_pair").read_prompts
 ROWS = [
     {"text": "Ann Lee stars alongside", "target": "Bo", "spans": {"FE": "Ann Lee"}, "unit": 1},
     {"text": "A film with Cy Ray and", "target": "Di", "spans": {"FE": "Cy Ray"}, "unit": 2},

@@ -11,15 +11,11 @@ import torch
 from lightning_interp import cli, load_causal_lm
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.steering import SoftmaxGeometry, dual_steer
-from lightning_interp.steering.effects.calibration import chosen_strength, strength_effects, summarised
-from lightning_interp.steering.effects.generation import PROMPTS, concept_direction, measured_generation
-from lightning_interp.steering.effects.study import (
-    concept_pairs,
-    read_texts,
-    sample_texts,
-    sides_of_texts,
-    steered_paths,
-)
+from lightning_interp_recipes.steering import _calibrate as calibrate
+from lightning_interp_recipes.steering._calibrate import chosen_strength, strength_effects, summarised
+from lightning_interp_recipes.steering._common import concept_direction, concept_pairs, read_texts, sample_texts
+from lightning_interp_recipes.steering._dual_vs_euclidean import sides_of_texts, steered_paths
+from lightning_interp_recipes.steering._generate import PROMPTS, measured_generation
 
 MODEL = "tiny:llama"
 
@@ -137,16 +133,15 @@ def test_both_methods_spend_the_budget(tmp_path):
 def test_a_stopped_run_goes_on_to_the_same_result(tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert cli.main(["run", "steering/calibrate", "--smoke=true", f"--run_dir={whole}"]) == 0
-    from lightning_interp.steering.effects import calibration
 
-    original = calibration.chosen_strength
+    original = calibrate.chosen_strength
 
     def boom(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibration, "chosen_strength", boom)
+    monkeypatch.setattr(calibrate, "chosen_strength", boom)
     assert cli.main(["run", "steering/calibrate", "--smoke=true", f"--run_dir={parts}"]) != 0
-    monkeypatch.setattr(calibration, "chosen_strength", original)
+    monkeypatch.setattr(calibrate, "chosen_strength", original)
     assert cli.main(["run", "steering/calibrate", "--smoke=true", f"--run_dir={parts}"]) == 0
     assert (whole / "metrics.json").read_bytes() == (parts / "metrics.json").read_bytes()
     settings = json.loads((parts / "phases/sweep/calibrated.json").read_text())

@@ -10,7 +10,7 @@ import pytest
 from lightning_interp import Site, cli, load_causal_lm
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.steering import AddDirection, SteeringVector, load_control_vector
-from lightning_interp.steering.vectors.contrast import read_contrasts, split_contrasts
+from lightning_interp_recipes.steering._contrasts import read_contrasts, split_contrasts
 
 
 def run(folder, *settings):

@@ -11,22 +11,23 @@ from lightning_interp import ModelMap, Site
 from lightning_interp.core.measure.statistics import Estimate
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.steering import AddDirection, SteeringVector
-from lightning_interp.steering.effects.vector_figures import layer_figure, sweep_figure
-from lightning_interp.steering.effects.vector_study import (
+from lightning_interp.testing import byte_tokenizer, tiny_model
+from lightning_interp.testing.snapshot import snapshot
+from lightning_interp_recipes.steering._contrasts import ContrastItem
+from lightning_interp_recipes.steering._vectors import (
     Cell,
     ScoredText,
     TextProbe,
     cells,
     choose_cell,
     encode_items,
+    layer_figure,
     preferences,
     score_sweep,
     spread_layers,
+    sweep_figure,
     write_sweep,
 )
-from lightning_interp.steering.vectors.contrast import ContrastItem
-from lightning_interp.testing import byte_tokenizer, tiny_model
-from lightning_interp.testing.snapshot import snapshot
 
 TOKENIZER = byte_tokenizer()
 ITEMS = [

@@ -11,12 +11,10 @@ from torch import Tensor
 
 from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
 from lightning_interp.core.measure.statistics import Estimate
-from lightning_interp.generation.text_quality import distinct_n, perplexity, repeated_share
-from lightning_interp.steering.concepts.pairs import CounterfactualPairs
-from lightning_interp.steering.softmax.dual_intervention import DualSteering
-from lightning_interp.steering.softmax.head import read_head
+from lightning_interp.generation.text_quality import distinct_n, repeated_share
+from lightning_interp.steering import CounterfactualPairs, DualSteering, perplexity
 
-__all__ = ["MEASURES", "PROMPTS", "concept_direction", "generation_figure", "measured_generation"]
+from ._common import BLUE, GREY, ORANGE, tidy, whiskers
 
 PROMPTS = (
     "The weather this week", "My favourite meal is", "In the old house", "The train to the city",
@@ -26,22 +24,6 @@ PROMPTS = (
 
 MEASURES = ("pair_share", "perplexity", "distinct_2", "repeated_4")
 """Target tokens among tokens of pairs, perplexity of the unsteered model, different 2-grams, repeated 4-grams."""
-
-
-def concept_direction(model: Any, pairs: CounterfactualPairs) -> Tensor:
-    """Mean difference of the unembedding's rows of the two sides, of length 1.
-
-    Args:
-        model: The model.
-        pairs: The concept.
-
-    Returns:
-        ``[d]``.
-    """
-    weight = read_head(model).weight.detach().float()
-    difference = weight[pairs.target_ids].mean(0) - weight[pairs.base_ids].mean(0)
-    unit: Tensor = difference / difference.norm()
-    return unit
 
 
 def measured_generation(
@@ -118,17 +100,14 @@ def generation_figure(estimates: Mapping[str, Mapping[str, Estimate]], *, title:
     """
     from matplotlib.figure import Figure
 
-    methods = list(estimates)
     names = list(next(iter(estimates.values())))
     figure = Figure(figsize=(2.7 * len(names) + 0.3, 3.4), layout="constrained")
-    panels = figure.subplots(1, len(names), squeeze=False)[0]
-    for axis, name in zip(panels, names, strict=True):
-        found = [estimates[method][name] for method in methods]
-        values = [e.value for e in found]
-        spans = [[max(0.0, e.value - e.low) for e in found], [max(0.0, e.high - e.value) for e in found]]
-        axis.bar(methods, values, yerr=spans, color=["#6b6b6b", "#3b6ea5", "#c8743c"][: len(methods)], capsize=3)
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        found = [measures[name] for measures in estimates.values()]
+        bars = {"color": [GREY, BLUE, ORANGE][: len(found)], "capsize": 3}
+        axis.bar(list(estimates), [e.value for e in found], yerr=whiskers(found), **bars)
         axis.set_title(name.replace("_", " "), fontsize=9)
         axis.tick_params(axis="x", labelrotation=20)
-        axis.spines[["top", "right"]].set_visible(False)
+        tidy(axis, grid=False)
     figure.suptitle(f"{title}\nmeans and 95 % intervals over prompts".strip(), fontsize=10)
     return figure

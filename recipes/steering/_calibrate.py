@@ -9,17 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_interp.core.hooks.capture import ActivationCapture
+from lightning_interp import ActivationCapture, Last, Site
 from lightning_interp.core.measure.statistics import mean_interval
-from lightning_interp.core.model.sites import Site
-from lightning_interp.core.tokens.positions import Last
 from lightning_interp.errors import RecipeError
-from lightning_interp.steering.activation.intervention import AddDirection
-from lightning_interp.steering.concepts.pairs import CounterfactualPairs
+from lightning_interp.steering import AddDirection, CounterfactualPairs, DualSteering
 from lightning_interp.steering.effects.metrics import kl_divergence
-from lightning_interp.steering.softmax.dual_intervention import DualSteering
 
-__all__ = ["calibration_figure", "chosen_strength", "strength_effects", "summarised"]
+from ._common import BLUE, GREY, ORANGE, band, tidy, whiskers
 
 
 def strength_effects(
@@ -150,19 +146,11 @@ def calibration_figure(
     panels = figure.subplots(1, 3)
     labels = {"target_prob": "P(W=1)", "kl": "KL to unsteered (nats)", "pair_mass": "mass of the pairs"}
     for axis, (name, label) in zip(panels, labels.items(), strict=True):
-        x, found = [row["strength"] for row in curve], [row[name] for row in curve]
-        axis.plot(x, [e.value for e in found], "o-", ms=4, color="#3b6ea5", label="validation")
-        axis.fill_between(x, [e.low for e in found], [e.high for e in found], color="#3b6ea5", alpha=0.18, lw=0)
-        test = chosen[name]
-        spread = [[max(0.0, test.value - test.low)], [max(0.0, test.high - test.value)]]
-        axis.errorbar(
-            [chosen["strength"]], [test.value], yerr=spread, fmt="D", color="#c8743c", capsize=3, label="test"
-        )
-        axis.set_xlabel(across)
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    panels[0].axhline(wanted, color="#6b6b6b", lw=0.8, ls="--")
+        band(axis, [row["strength"] for row in curve], [row[name] for row in curve], BLUE, label="validation")
+        look = {"fmt": "D", "color": ORANGE, "capsize": 3, "label": "test"}
+        axis.errorbar([chosen["strength"]], [chosen[name].value], yerr=whiskers([chosen[name]]), **look)
+        tidy(axis, across=across, up=label)
+    panels[0].axhline(wanted, color=GREY, lw=0.8, ls="--")
     panels[0].legend(frameon=False)
     figure.suptitle(f"{title}\n95 % intervals over prompts".strip(), fontsize=10)
     return figure

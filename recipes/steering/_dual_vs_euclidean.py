@@ -1,140 +1,24 @@
-"""What steering recipes share: text from the model itself, states of a concept, and paths of steered states."""
+"""Hidden states of a concept, and scored paths from them in both geometries."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_interp.core.hooks.capture import ActivationCapture
-from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
-from lightning_interp.core.model.sites import Site
-from lightning_interp.core.storage.json_reading import read_json
-from lightning_interp.core.storage.jsonl import json_lines, text_lines
-from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.steering.concepts.pairs import CounterfactualPairs
-from lightning_interp.steering.concepts.vocabulary import pairs_from_vocabulary
-from lightning_interp.steering.effects.metrics import score_path
-from lightning_interp.steering.effects.path_scores import SteeringResult
-from lightning_interp.steering.softmax.curve import SolverOptions
-from lightning_interp.steering.softmax.dual import dual_steer
-from lightning_interp.steering.softmax.euclidean import euclidean_steer
-from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
-
-__all__ = ["concept_pairs", "read_texts", "sample_texts", "sides_of_texts", "steered_paths", "texts_or_samples"]
-
-OPENINGS = (
-    "The", "It was", "In the morning", "She said that", "There are", "When I was", "One of the", "They want to",
-    "We have", "If you", "He went to", "The best way to", "My friend", "On Monday,", "At the end of", "Most people",
-    "A good", "The children", "To make", "Last year", "For a long time", "You can", "The city", "Every day",
-)  # fmt: skip
-_BATCH = 16
-
-
-def concept_pairs(tokenizer: Any, concept: str) -> CounterfactualPairs:
-    """Pairs of a concept: made from the vocabulary by a rule, or read from a file.
-
-    Args:
-        tokenizer: Of the model.
-        concept: A kind of ``pairs_from_vocabulary``; ``letters`` (lower-case
-            against upper-case single letters, which byte tokenizers have too); or a JSON file that maps base strings to
-            target strings.
-
-    Returns:
-        The pairs.
-
-    Raises:
-        DataError: If the file cannot be read, or no pair is left.
-        RecipeError: If the kind is unknown.
-
-    Example:
-        >>> from lightning_interp.testing import byte_tokenizer
-        >>> len(concept_pairs(byte_tokenizer(), "letters"))
-        26
-    """
-    if concept == "letters":
-        letters = {chr(97 + i): chr(65 + i) for i in range(26)}
-        return CounterfactualPairs.from_strings(letters, tokenizer, name=concept, missing="drop")
-    if not concept.endswith(".json"):
-        return pairs_from_vocabulary(tokenizer, concept)  # type: ignore[arg-type]
-    table = read_json(concept, expected="a JSON object of strings")
-    return CounterfactualPairs.from_strings(table, tokenizer, name=Path(concept).stem, missing="drop")
-
-
-def read_texts(path: str) -> list[str]:
-    """Texts of a user: one a line, or JSONL with ``text``.
-
-    Raises:
-        DataError: With file and line.
-    """
-    expected = "one text a line, or JSONL with 'text'"
-    found: list[tuple[str, Any]] = list(text_lines(path, expected=expected)) if not path.endswith(".jsonl") else []
-    if path.endswith(".jsonl"):
-        found = [(where, row.get("text")) for where, row in json_lines(path, expected=expected)]
-    for where, text in found:
-        if not isinstance(text, str):
-            raise DataError(f"{where}: 'text' is {text!r:.60}; expected a string.")
-    if not (kept := [text for _, text in found if text.strip()]):
-        raise DataError(f"{path} holds no text. Expected {expected}.")
-    return kept
-
-
-def sample_texts(
-    model: Any, tokenizer: Any, *, count: int, length: int, seed: int, advance: Callable[[int], object] = lambda n: None
-) -> list[str]:
-    """Texts that the model writes itself, after short openings: real text of its own kind, and nothing to download.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer, which pads on the left.
-        count: Texts.
-        length: New tokens of each.
-        seed: Root seed; each batch has generators of its own.
-        advance: Called with the number of texts just written.
-
-    Returns:
-        The texts, openings included.
-    """
-    written: list[str] = []
-    for begin in range(0, count, _BATCH):
-        opened = [OPENINGS[i % len(OPENINGS)] for i in range(begin, min(count, begin + _BATCH))]
-        batch = tokenizer(opened, return_tensors="pt", padding=True).to(model.device)
-        with torch.no_grad(), seeded_rng(derived_seed(seed, "texts", begin), model.device):
-            out = model.generate(
-                **batch, max_new_tokens=length, do_sample=True, top_k=0, pad_token_id=tokenizer.pad_token_id or 0
-            )
-        written += tokenizer.batch_decode(out, skip_special_tokens=True)
-        advance(len(opened))
-    return written
-
-
-def texts_or_samples(
-    source: str, path: str, *, count: int, length: int, seed: int, progress: Callable[..., Any]
-) -> list[str]:
-    """The texts of a file, or else as many as wanted that the model writes itself.
-
-    Args:
-        source: Of the model, as :func:`~lightning_interp.models.load_causal_lm` takes it.
-        path: For :func:`read_texts`; empty to let the model write.
-        count: As in :func:`sample_texts`.
-        length: As in :func:`sample_texts`.
-        seed: As in :func:`sample_texts`.
-        progress: A recipe run's ``progress``.
-
-    Returns:
-        The texts.
-    """
-    from lightning_interp.models.sources.loading import load_causal_lm
-
-    if path:
-        return read_texts(path)
-    loaded = load_causal_lm(source)
-    loaded.tokenizer.padding_side = "left"
-    with progress("writing texts", total=count) as bar:
-        return sample_texts(loaded.model, loaded.tokenizer, count=count, length=length, seed=seed, advance=bar.advance)
+from lightning_interp import ActivationCapture, Site
+from lightning_interp.errors import RecipeError
+from lightning_interp.steering import (
+    CounterfactualPairs,
+    SoftmaxGeometry,
+    SolverOptions,
+    SteeringResult,
+    dual_steer,
+    euclidean_steer,
+    score_path,
+)
 
 
 def sides_of_texts(

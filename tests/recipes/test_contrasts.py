@@ -10,8 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.steering.vectors.contrast import ContrastItem, read_contrasts, split_contrasts
-from lightning_interp.steering.vectors.contrast_sets import NEUTRAL, OPENINGS, SETS
+from lightning_interp_recipes.steering._contrasts import (
+    NEUTRAL,
+    OPENINGS,
+    SETS,
+    ContrastItem,
+    read_contrasts,
+    split_contrasts,
+)
 
 GOOD = {"prompt": "The day was", "positive": " good.", "negative": " bad."}
 

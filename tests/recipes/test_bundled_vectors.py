@@ -7,9 +7,9 @@ import torch
 
 from lightning_interp import All, ModelMap, Site, load_causal_lm
 from lightning_interp.steering import AddDirection, extract_vector
-from lightning_interp.steering.effects.vector_study import encode_items, preferences, score_sweep
-from lightning_interp.steering.vectors.contrast import read_contrasts, split_contrasts
 from lightning_interp.testing import needs
+from lightning_interp_recipes.steering._contrasts import read_contrasts, split_contrasts
+from lightning_interp_recipes.steering._vectors import encode_items, preferences, score_sweep
 
 STRENGTHS = [-2.0, 0.0, 2.0]
 LAYER = 9

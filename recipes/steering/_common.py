@@ -1,0 +1,169 @@
+"""What the steering recipes share: texts from a file or the model itself, a concept's pairs, and bands in figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
+from lightning_interp.core.measure.statistics import Estimate
+from lightning_interp.core.storage.json_reading import read_json
+from lightning_interp.core.storage.jsonl import json_lines, text_lines
+from lightning_interp.errors import DataError
+from lightning_interp.steering import CounterfactualPairs, pairs_from_vocabulary, read_head
+
+BLUE, ORANGE, GREY = "#3b6ea5", "#c8743c", "#6b6b6b"
+OPENINGS = (
+    "The", "It was", "In the morning", "She said that", "There are", "When I was", "One of the", "They want to",
+    "We have", "If you", "He went to", "The best way to", "My friend", "On Monday,", "At the end of", "Most people",
+    "A good", "The children", "To make", "Last year", "For a long time", "You can", "The city", "Every day",
+)  # fmt: skip
+_BATCH = 16
+
+
+def concept_pairs(tokenizer: Any, concept: str) -> CounterfactualPairs:
+    """Pairs of a concept: made from the vocabulary by a rule, or read from a file.
+
+    Args:
+        tokenizer: Of the model.
+        concept: A kind of ``pairs_from_vocabulary``; ``letters`` (lower-case
+            against upper-case single letters, which byte tokenizers have too); or a JSON file that maps base strings to
+            target strings.
+
+    Returns:
+        The pairs.
+
+    Raises:
+        DataError: If the file cannot be read, or no pair is left.
+        RecipeError: If the kind is unknown.
+
+    Example:
+        >>> from lightning_interp.testing import byte_tokenizer
+        >>> len(concept_pairs(byte_tokenizer(), "letters"))
+        26
+    """
+    if concept == "letters":
+        letters = {chr(97 + i): chr(65 + i) for i in range(26)}
+        return CounterfactualPairs.from_strings(letters, tokenizer, name=concept, missing="drop")
+    if not concept.endswith(".json"):
+        return pairs_from_vocabulary(tokenizer, concept)  # type: ignore[arg-type]
+    table = read_json(concept, expected="a JSON object of strings")
+    return CounterfactualPairs.from_strings(table, tokenizer, name=Path(concept).stem, missing="drop")
+
+
+def concept_direction(model: Any, pairs: CounterfactualPairs) -> Tensor:
+    """Mean difference of the unembedding's rows of the two sides, of length 1.
+
+    Args:
+        model: The model.
+        pairs: The concept.
+
+    Returns:
+        ``[d]``.
+    """
+    weight = read_head(model).weight.detach().float()
+    difference = weight[pairs.target_ids].mean(0) - weight[pairs.base_ids].mean(0)
+    unit: Tensor = difference / difference.norm()
+    return unit
+
+
+def read_texts(path: str) -> list[str]:
+    """Texts of a user: one a line, or JSONL with ``text``.
+
+    Raises:
+        DataError: With file and line.
+    """
+    expected = "one text a line, or JSONL with 'text'"
+    found: list[tuple[str, Any]] = list(text_lines(path, expected=expected)) if not path.endswith(".jsonl") else []
+    if path.endswith(".jsonl"):
+        found = [(where, row.get("text")) for where, row in json_lines(path, expected=expected)]
+    for where, text in found:
+        if not isinstance(text, str):
+            raise DataError(f"{where}: 'text' is {text!r:.60}; expected a string.")
+    if not (kept := [text for _, text in found if text.strip()]):
+        raise DataError(f"{path} holds no text. Expected {expected}.")
+    return kept
+
+
+def sample_texts(
+    model: Any, tokenizer: Any, *, count: int, length: int, seed: int, advance: Callable[[int], object] = lambda n: None
+) -> list[str]:
+    """Texts that the model writes itself, after short openings: real text of its own kind, and nothing to download.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer, which pads on the left.
+        count: Texts.
+        length: New tokens of each.
+        seed: Root seed; each batch has generators of its own.
+        advance: Called with the number of texts just written.
+
+    Returns:
+        The texts, openings included.
+    """
+    written: list[str] = []
+    for begin in range(0, count, _BATCH):
+        opened = [OPENINGS[i % len(OPENINGS)] for i in range(begin, min(count, begin + _BATCH))]
+        batch = tokenizer(opened, return_tensors="pt", padding=True).to(model.device)
+        with torch.no_grad(), seeded_rng(derived_seed(seed, "texts", begin), model.device):
+            out = model.generate(
+                **batch, max_new_tokens=length, do_sample=True, top_k=0, pad_token_id=tokenizer.pad_token_id or 0
+            )
+        written += tokenizer.batch_decode(out, skip_special_tokens=True)
+        advance(len(opened))
+    return written
+
+
+def texts_or_samples(
+    source: str, path: str, *, count: int, length: int, seed: int, progress: Callable[..., Any]
+) -> list[str]:
+    """The texts of a file, or else as many as wanted that the model writes itself.
+
+    Args:
+        source: Of the model, as :func:`~lightning_interp.models.load_causal_lm` takes it.
+        path: For :func:`read_texts`; empty to let the model write.
+        count: As in :func:`sample_texts`, like ``length`` and ``seed``.
+        length: New tokens of each.
+        seed: Root seed.
+        progress: A recipe run's ``progress``.
+
+    Returns:
+        The texts.
+    """
+    from lightning_interp import load_causal_lm
+
+    if path:
+        return read_texts(path)
+    loaded = load_causal_lm(source)
+    loaded.tokenizer.padding_side = "left"
+    with progress("writing texts", total=count) as bar:
+        return sample_texts(loaded.model, loaded.tokenizer, count=count, length=length, seed=seed, advance=bar.advance)
+
+
+def whiskers(estimates: Sequence[Estimate]) -> list[list[float]]:
+    """How far intervals reach below and above their estimates, as ``errorbar`` takes it."""
+    ends = [(e.value - e.low, e.high - e.value) for e in estimates]
+    return [[0.0 if math.isnan(end) else max(0.0, end) for end in side] for side in zip(*ends, strict=True)]
+
+
+def band(axis: Any, x: Sequence[float], estimates: Sequence[Estimate], colour: str, **look: Any) -> None:
+    """A curve with a band of its intervals."""
+    values, (below, above) = [e.value for e in estimates], whiskers(estimates)
+    axis.plot(x, values, "o-", ms=4, color=colour, **look)
+    low = [value - reach for value, reach in zip(values, below, strict=True)]
+    high = [value + reach for value, reach in zip(values, above, strict=True)]
+    axis.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
+
+
+def tidy(axis: Any, *, across: str = "", up: str = "", grid: bool = True) -> None:
+    """The look of all panels."""
+    axis.set_xlabel(across)
+    axis.set_ylabel(up)
+    if grid:
+        axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
