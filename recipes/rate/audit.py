@@ -150,8 +150,8 @@ class RateAudit(Recipe):
 
     def given(self) -> Any:
         """The user's texts, labelled."""
-        from lightning_interp.rate.report.audit_study import labelled, read_any
-        from lightning_interp.rate.scoring.named import named_labeller
+        from ._audit import labelled, read_any
+        from ._named import named_labeller
 
         read = read_any(self.data)
         texts = [unit.text for unit in read.units]
@@ -174,8 +174,9 @@ class RateAudit(Recipe):
     def stored(self, run: RunFolder, folder: Path) -> tuple[Any, Any, str, int]:
         """The store, who wrote, what was planned and how often was asked; the plan is shown before that."""
         from lightning_interp.rate import Prices, RewriteRun, RewriteStore
-        from lightning_interp.rate.report.audit_study import agreed, rewrite_all
-        from lightning_interp.rate.report.emphasis_study import emphatic_units
+
+        from ._audit import agreed, rewrite_all
+        from ._example import emphatic_units
 
         if self.rewriter == "replay":
             return RewriteStore.open(self.store), self.whose or None, "", 0
@@ -205,8 +206,9 @@ class RateAudit(Recipe):
     def writer(self) -> Any:
         """Who rewrites."""
         from lightning_interp.rate import LocalRewriter, OpenAICompatibleRewriter, RuleRewriter
-        from lightning_interp.rate.report.emphasis_study import emphasis_rewriter
-        from lightning_interp.rate.scoring.named import named_rule, named_template, named_toggle
+
+        from ._example import emphasis_rewriter
+        from ._named import named_rule, named_template, named_toggle
 
         if self.example:
             return emphasis_rewriter()
@@ -247,8 +249,9 @@ class RateAudit(Recipe):
     def score(self, run: RunFolder, folder: Path) -> dict[str, Any]:
         """Rewards of all texts; those of a model are written text by text, so that a killed run goes on."""
         from lightning_interp.rate import RewardScorer
-        from lightning_interp.rate.report.emphasis_study import exact_effects, made_up_scorer
-        from lightning_interp.rate.scoring.named import named_scorer
+
+        from ._example import exact_effects, made_up_scorer
+        from ._named import named_scorer
 
         triples = self.triples(run)
         finished = self.finished(triples)
@@ -268,18 +271,15 @@ class RateAudit(Recipe):
 
     def effects(self, run: RunFolder, scored: dict[str, Any]) -> Any:
         """The effects with all checks."""
-        import torch
-
         from lightning_interp.rate import TripleScores, read_rewards, study_effects
-        from lightning_interp.rate.scoring.named import named_labeller
+
+        from ._named import named_labeller
 
         triples = self.triples(run)
         if scored["rewards"] is None:
             scores = read_rewards(run.folder("score") / "rewards.jsonl").scores(triples, scored["scorer"])
         else:
-            reward = {stage: torch.tensor(row, dtype=torch.float64) for stage, row in scored["rewards"].items()}
-            whole = {stage: torch.zeros(len(row), dtype=torch.bool) for stage, row in reward.items()}
-            scores = TripleScores(scored["scorer"], reward, whole)
+            scores = TripleScores.from_dict({"scorer": scored["scorer"], "reward": scored["rewards"]})
         name = "contains:!" if self.example else self.check or self.label
         clustered = "paired" if triples.cluster is None else "cluster"
         options: dict[str, Any] = {"se": self.se or clustered, "ci": self.ci, "missing": self.missing}
@@ -291,9 +291,10 @@ class RateAudit(Recipe):
 
     def result(self, run: RunFolder, texts: dict[str, Any], scored: dict[str, Any]) -> RecipeResult:
         """Tables, figures, and what speaks against the numbers."""
-        from lightning_interp.rate.report.audit_study import running_estimates
         from lightning_interp.rate.report.study_files import write_effects
         from lightning_interp.running.curves import write_scalars
+
+        from ._audit import running_estimates
 
         study = self.effects(run, scored)
         run.phase("effects", lambda folder: {"file": write_effects(folder, study, seed=self.seed).name})

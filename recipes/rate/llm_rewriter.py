@@ -89,7 +89,8 @@ class LanguageModelRewriter(Recipe):
         """The units, with their labels."""
         from lightning_interp.core.storage.files import atomic_write_json
         from lightning_interp.rate import read_reviews
-        from lightning_interp.rate.report.rewriter_study import made_up_reviews, review_units, units_of
+
+        from ._llm_rewriter import made_up_reviews, review_units, units_of
 
         made_up = self.smoke and not self.texts
         if self.texts:
@@ -151,11 +152,7 @@ class LanguageModelRewriter(Recipe):
             triples = self.triples(run, by)
             counts[by[0]] = len(triples)
             if len(triples):
-                scores = score_triples(scorer, triples)
-                rewards = {stage: values.double().tolist() for stage, values in scores.reward.items()}
-                cut = {stage: values.tolist() for stage, values in scores.truncated.items()}
-                rows = {"scorer": scorer.name, "reward": rewards, "truncated": cut}
-                atomic_write_json(folder / f"rewards_{number}.json", rows)
+                atomic_write_json(folder / f"rewards_{number}.json", score_triples(scorer, triples).to_dict())
                 write_effects(folder, self.studied(run, by, number), name=f"effects_{number}", seed=self.seed)
             three = self.triples(run, by, self.passes)
             if self.passes == 3 and len(three) > 1:
@@ -169,9 +166,10 @@ class LanguageModelRewriter(Recipe):
         """The report: what came back, what it is worth, and effects with and without selection."""
         from lightning_interp.rate import RewriteStore
         from lightning_interp.rate.report.figures import effects_figure, overlay_figure
-        from lightning_interp.rate.report.rewriter_figures import quality_figure
-        from lightning_interp.rate.report.rewriter_study import answer_rows, described
         from lightning_interp.rate.report.study_tables import effects_rows
+
+        from ._llm_rewriter import answer_rows, described
+        from ._rewriter_quality import quality_figure
 
         tried = self.tried([unit.text for unit in self.units(run)])
         store = RewriteStore.open(run.folder("rewrite") / "store")
@@ -218,8 +216,9 @@ class LanguageModelRewriter(Recipe):
 
     def findings(self, run: RunFolder, tried: Any, store: Any, rewriters: list[list[str]]) -> tuple[Any, ...]:
         """Of each rewriter the counts, the study, effects by which units, the third rewrite, and what is to be said."""
-        from lightning_interp.rate.checks.rewriter_quality import rewriter_quality, selected, verdict
         from lightning_interp.rate.rewriting.records import RewriterId
+
+        from ._rewriter_quality import rewriter_quality, selected, verdict
 
         qualities, studies, effects, thirds, notes = [], {}, {}, {}, []
         for number, by in enumerate(rewriters):
@@ -258,7 +257,7 @@ class LanguageModelRewriter(Recipe):
 
     def tried(self, texts: list[str]) -> Any:
         """The attribute; ``texts`` divide long from short."""
-        from lightning_interp.rate.report.rewriter_study import read_attribute
+        from ._llm_rewriter import read_attribute
 
         return read_attribute(self.attribute, texts, made_up=self.smoke and not self.texts)
 
@@ -290,7 +289,8 @@ class LanguageModelRewriter(Recipe):
     def scored_by(self) -> Any:
         """The scorer."""
         from lightning_interp.rate import CallableScorer, as_scorer, fluency_scorer, vader_scorer
-        from lightning_interp.rate.report.rewriter_study import WORDS_OF_MOOD
+
+        from ._llm_rewriter import WORDS_OF_MOOD
 
         if self.smoke and self.scorer == "vader":
             return CallableScorer(
@@ -330,17 +330,9 @@ class LanguageModelRewriter(Recipe):
         """Effects of one rewriter's texts with all checks."""
         import warnings
 
-        import torch
+        from lightning_interp.rate import TripleScores, study_effects
 
-        from lightning_interp.rate import TripleScores
-        from lightning_interp.rate.report.study import study_effects
-
-        found = json.loads((run.folder("score") / f"rewards_{number}.json").read_text())
-        scores = TripleScores(
-            found["scorer"],
-            {stage: torch.tensor(values, dtype=torch.float64) for stage, values in found["reward"].items()},
-            {stage: torch.tensor(values) for stage, values in found["truncated"].items()},
-        )
+        scores = TripleScores.from_dict(json.loads((run.folder("score") / f"rewards_{number}.json").read_text()))
         tried, triples = self.tried([unit.text for unit in self.units(run)]), self.triples(run, by)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # kept in the result

@@ -84,7 +84,8 @@ class TrainReward(Recipe):
         """Divide the tweets, and write rows to train on and units to ask about."""
         from lightning_interp.core.storage.files import atomic_write_json
         from lightning_interp.rate import read_tweets
-        from lightning_interp.rate.report.reward_study import (
+
+        from ._train_reward import (
             ATTRIBUTES,
             judged_rows,
             made_up_tweets,
@@ -113,7 +114,8 @@ class TrainReward(Recipe):
     def rewrite(self, run: RunFolder, folder: Path) -> dict[str, Any]:
         """Rewrite every unit twice by rules, into a store."""
         from lightning_interp.rate import RewriteRun, RewriteStore
-        from lightning_interp.rate.report.reward_study import ATTRIBUTES, tweet_rewriter
+
+        from ._train_reward import ATTRIBUTES, tweet_rewriter
 
         calls = {}
         for name in ATTRIBUTES:
@@ -127,7 +129,8 @@ class TrainReward(Recipe):
         """Train with the effects watched; goes on at the last checkpoint."""
         from lightning_interp.models import PreferenceDataModule
         from lightning_interp.rate import RewardAttributeEffect
-        from lightning_interp.rate.report.reward_study import ATTRIBUTES, edited_exactly, train_reward
+
+        from ._train_reward import ATTRIBUTES, edited_exactly, train_reward
 
         module = self.module(run)
         rows = {name: json.loads((run.folder("tweets") / f"{name}.json").read_text()) for name in ("train", "val")}
@@ -156,8 +159,9 @@ class TrainReward(Recipe):
         """Score originals, rewrites, exact edits and exactly edited rewrites with the trained model."""
         from lightning_interp.core.storage.files import atomic_write_json
         from lightning_interp.rate import score_triples
-        from lightning_interp.rate.report.reward_study import ATTRIBUTES, edited_exactly, rewritten_exactly
         from lightning_interp.rate.report.study_files import write_effects
+
+        from ._train_reward import ATTRIBUTES, edited_exactly, rewritten_exactly
 
         scorer = self.scorer(run.folder("train") / "model")
         with run.progress("scoring", total=3 * len(ATTRIBUTES)) as bar:
@@ -170,11 +174,7 @@ class TrainReward(Recipe):
                 }
                 found = {}
                 for kind, units in asked.items():
-                    scores = score_triples(scorer, units)
-                    found[kind] = {
-                        "reward": {stage: reward.double().tolist() for stage, reward in scores.reward.items()},
-                        "truncated": {stage: cut.tolist() for stage, cut in scores.truncated.items()},
-                    }
+                    found[kind] = score_triples(scorer, units).to_dict()
                     bar.advance()
                 atomic_write_json(folder / f"{name}.json", {"scorer": scorer.name, **found})
                 write_effects(folder, self.studied(run, name), name=f"{name}_effects", seed=self.seed)
@@ -184,8 +184,8 @@ class TrainReward(Recipe):
         self, run: RunFolder, read: dict[str, Any], trained: dict[str, Any], audited: dict[str, Any]
     ) -> RecipeResult:
         """Effects beside the truth, over training and at the end."""
-        from lightning_interp.rate.report.reward_figures import training_figure, truth_figure
-        from lightning_interp.rate.report.reward_study import ATTRIBUTES, edited_exactly, rewritten_exactly, truth_rows
+        from ._train_reward import ATTRIBUTES, edited_exactly, rewritten_exactly, truth_rows
+        from ._truth_figures import training_figure, truth_figure
 
         studies, truths, on_rewrites = {}, {}, {}
         for name in ATTRIBUTES:
@@ -302,16 +302,16 @@ class TrainReward(Recipe):
     def triples(self, run: RunFolder, name: str, count: int = 0) -> Any:
         """The rewritten units of an attribute, or the first of them."""
         from lightning_interp.rate import RewriteStore
-        from lightning_interp.rate.report.reward_study import first_units
 
-        triples = RewriteStore.open(run.folder("rewrite") / "store").triples(name, missing="drop")
-        return first_units(triples, count)
+        store = RewriteStore.open(run.folder("rewrite") / "store")
+        return store.triples(name, missing="drop").first(count)
 
     def studied(self, run: RunFolder, name: str) -> Any:
         """Effects of an attribute with all checks."""
         from lightning_interp.rate import Contains
-        from lightning_interp.rate.report.reward_study import THANKS
         from lightning_interp.rate.report.study import study_effects
+
+        from ._train_reward import THANKS
 
         labeller = {"exclamation": Contains("!"), "thanks": Contains(THANKS)}[name]
         scores = self.scores(run, name)["rewritten"]
@@ -319,17 +319,8 @@ class TrainReward(Recipe):
 
     def scores(self, run: RunFolder, name: str) -> dict[str, Any]:
         """The rewards that the audit found, by kind of texts."""
-        import torch
-
         from lightning_interp.rate import TripleScores
 
         found = json.loads((run.folder("audit") / f"{name}.json").read_text())
         scorer = found.pop("scorer")
-        return {
-            kind: TripleScores(
-                scorer,
-                {stage: torch.tensor(values, dtype=torch.float64) for stage, values in part["reward"].items()},
-                {stage: torch.tensor(values) for stage, values in part["truncated"].items()},
-            )
-            for kind, part in found.items()
-        }
+        return {kind: TripleScores.from_dict({"scorer": scorer, **part}) for kind, part in found.items()}

@@ -67,7 +67,9 @@ class RateTypos(Recipe):
     def texts(self) -> list[Any]:
         """The reviews."""
         from lightning_interp.rate import read_reviews
-        from lightning_interp.rate.report.typo_study import made_up_reviews, own_reviews
+        from lightning_interp.rate.report.typo_study import made_up_reviews
+
+        from ._typos import own_reviews
 
         if self.reviews:
             return own_reviews(self.reviews)
@@ -117,7 +119,9 @@ class RateTypos(Recipe):
     def score(self, run: RunFolder, folder: Path) -> dict[str, Any]:
         """Rewards of all texts, and the answer by exact edits of the texts without typos."""
         from lightning_interp.rate import CallableScorer, OpenerToggle, score_triples
-        from lightning_interp.rate.report.typo_study import exact_effect, misspelt_units
+        from lightning_interp.rate.report.typo_study import misspelt_units
+
+        from ._typos import exact_effect
 
         scorer, rewards = CallableScorer(self.reward(), name=self.scorer, each=True), {}
         with run.progress("scoring", total=len(self.rates)) as bar:
@@ -136,19 +140,13 @@ class RateTypos(Recipe):
 
     def studies(self, run: RunFolder, scored: dict[str, Any]) -> tuple[dict[float, Any], Any]:
         """Effects at every rate, and everything about the highest one."""
-        import torch
-
         from lightning_interp.rate import Fluency, StartsWithVowel, TripleScores, study_effects
         from lightning_interp.rate.checks.off_target import MEASURES
 
         errors: dict[str, Any] = {"se": "cluster" if self.by_movie else "paired"}
         found = {}
         for rate in self.rates:
-            rewards = scored["rewards"][f"{rate:g}"]
-            reward = {stage: torch.tensor(values, dtype=torch.float64) for stage, values in rewards.items()}
-            scores = TripleScores(
-                self.scorer, reward, {s: torch.zeros(len(r), dtype=torch.bool) for s, r in reward.items()}
-            )
+            scores = TripleScores.from_dict({"scorer": self.scorer, "reward": scored["rewards"][f"{rate:g}"]})
             found[rate] = (self.triples(run, rate), scores)
         results = {rate: scores.effects(triples, **errors) for rate, (triples, scores) in found.items()}
         top = results[self.rates[-1]]
@@ -168,8 +166,9 @@ class RateTypos(Recipe):
     def result(self, run: RunFolder, scored: dict[str, Any]) -> RecipeResult:
         """Effects by rate, their slopes, and the checks at the highest rate."""
         from lightning_interp.rate import effects_figure, effects_rows, trend_figure, write_effects
-        from lightning_interp.rate.report.typo_study import slope_rows
         from lightning_interp.running.curves import write_scalars
+
+        from ._typos import slope_rows
 
         results, study = self.studies(run, scored)
         truth, slopes = scored["truth"], slope_rows(results)

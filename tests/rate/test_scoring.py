@@ -17,7 +17,7 @@ from lightning_interp.errors import DataError, IncompatibleModelError, RecipeErr
 from lightning_interp.models import RewardModel
 from lightning_interp.models.scoring.score_head import scoring_model
 from lightning_interp.models.scoring.text_scorer import Scorer, TextScorer
-from lightning_interp.rate import rate_effects
+from lightning_interp.rate import TripleScores, rate_effects
 from lightning_interp.rate.estimators.triples import RewriteTriples
 from lightning_interp.rate.scoring.rewards import (
     MissingRewardError,
@@ -408,3 +408,26 @@ def test_keys_differ_where_anything_differs(pairs):
     keys = {row.key(sha) for row in rows for sha in ("x", "y")}
     assert len(keys) == 2 * len(rows)
     assert all(0 <= key < 2**60 for key in keys)
+
+
+def test_rewards_are_read_back_and_divided():
+    scores = TripleScores(
+        "mine",
+        {stage: torch.tensor([1.0, 2.0, float("nan")]) + k for k, stage in enumerate(("original", "rewrite"))},
+        {stage: torch.tensor([False, True, k == 0]) for k, stage in enumerate(("original", "rewrite"))},
+    )
+    again = TripleScores.from_dict(scores.to_dict())
+    assert again.scorer == "mine"
+    for stage in ("original", "rewrite"):
+        torch.testing.assert_close(again.reward[stage], scores.reward[stage].double(), equal_nan=True, rtol=0, atol=0)
+        assert torch.equal(again.truncated[stage], scores.truncated[stage])
+    few = scores.select([1, 0])
+    assert few.reward["rewrite"].tolist() == [3.0, 2.0]
+    assert few.truncated["original"].tolist() == [True, False]
+    assert not TripleScores.from_dict({"scorer": "s", "reward": {"original": [1]}}).truncated["original"].any()
+
+
+@pytest.mark.parametrize("found", [{}, {"scorer": "s"}, {"scorer": "s", "reward": [1]}, {"reward": {"original": [1]}}])
+def test_what_holds_no_rewards(found):
+    with pytest.raises(DataError, match=r"holds no rewards .* Expected scorer, and reward by stage"):
+        TripleScores.from_dict(found)

@@ -250,3 +250,18 @@ def test_a_table_without_rows():
     empty = RewriteTriples(attr="a", ids=[], w=[], prompts=[], original=[], rewrite=[], rewrite2=[], draw=[])
     assert empty.rows() == []
     assert empty.identical() == {"rewrite": {"w1": 0, "w0": 0}, "rewrite2": {"w1": 0, "w0": 0}}
+
+
+def test_some_rows_keep_every_column_together():
+    names = "abcd"
+    triples = RewriteTriples(
+        attr="x", ids=[*names], w=[1, 0, 1, 0], prompts=[f"p{n}" for n in names], draw=[0, 0, 1, 0],
+        **{stage: [f"{stage} {n}" for n in names] for stage in ("original", "rewrite", "rewrite2", "rewrite3")},
+        cluster=[*"uuvv"], dropped={"unlabelled": {"none": 2}},
+    )  # fmt: skip
+    few = triples.select([3, 0])
+    assert few.rows() == [triples.rows()[3], triples.rows()[0]]
+    assert few.dropped == triples.dropped
+    assert triples.select(range(4)) == triples == triples.first(0) == triples.first(9)
+    assert triples.first(2).rows() == triples.rows()[:2]
+    assert len(triples.select([])) == 0

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 import warnings
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+from served import completion, serving
 
 from lightning_interp import cli
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.rate import MarkToggle, RewriteRun, RewriteStore, RuleRewriter, Unit, rate_effects
 from lightning_interp.rate.rewriting.store import StoreWriter
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "rate"))
-from served import completion, serving
 
 
 def _with(*packages):
@@ -436,7 +432,7 @@ class TestWrongSettings:
 
         with pytest.MonkeyPatch.context() as patch:
             marks = CallableScorer(lambda text: text.count("!"), name="marks", each=True)
-            patch.setattr("lightning_interp.rate.scoring.named.vader_scorer", lambda: marks)
+            patch.setattr("lightning_interp_recipes.rate._named.vader_scorer", lambda: marks)
             result = recipe("audit", **ask, whose="two", run_dir=str(tmp_path / "b")).run()
         assert result.metrics["effects"]["raw"]["rate"]["ate"]["estimate"] == 1.0
 

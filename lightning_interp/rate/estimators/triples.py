@@ -7,7 +7,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise, zip_longest
 from typing import Any, Literal, get_args
 
@@ -18,6 +18,8 @@ __all__ = ["STAGES", "Identical", "Missing", "RewriteTriples", "assemble", "same
 
 STAGES = ("original", "rewrite", "rewrite2", "rewrite3")
 """Texts of a unit, in the order in which they are made."""
+
+_COLUMNS = ("ids", "w", "prompts", "original", "rewrite", "rewrite2", "rewrite3", "draw", "cluster")
 
 Missing = Literal["raise", "drop"]
 Identical = Literal["keep", "drop", "raise"]
@@ -88,6 +90,37 @@ class RewriteTriples:
             raise DataError(f"There is no stage {stage!r} of {self.attr!r}; these are: {', '.join(self.stages)}.")
         texts: list[str] = getattr(self, stage)
         return texts
+
+    def select(self, rows: Iterable[int]) -> RewriteTriples:
+        """Some of the rows, such as those of the units on which a rewriter complied.
+
+        Args:
+            rows: Their numbers, from 0, in the order that is wanted.
+
+        Returns:
+            The same attribute, and what was dropped, with these rows alone.
+
+        Example:
+            >>> triples = RewriteTriples(attr="long", ids=["a", "b"], w=[1, 0], prompts=["", ""],
+            ...     original=["oh!", "ah"], rewrite=["oh", "ah!"], rewrite2=["oh!", "ah"], draw=[0, 0])
+            >>> triples.select([1]).rows()[0]["rewrite"]
+            'ah!'
+        """
+        chosen = list(rows)
+        columns = {name: getattr(self, name) for name in _COLUMNS}
+        fewer: dict[str, Any] = {name: [c[row] for row in chosen] for name, c in columns.items() if c is not None}
+        return replace(self, **fewer)
+
+    def first(self, count: int) -> RewriteTriples:
+        """The first rows.
+
+        Args:
+            count: How many; all if 0.
+
+        Returns:
+            The rows.
+        """
+        return self.select(range(count)) if 0 < count < len(self) else self
 
     def rows(self) -> list[dict[str, Any]]:
         """One plain dict a row: ``id, attr, draw, w, cluster, prompt`` and a text for each stage."""

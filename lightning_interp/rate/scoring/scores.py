@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -166,6 +166,54 @@ class TripleScores:
     scorer: str
     reward: Mapping[str, Tensor]
     truncated: Mapping[str, Tensor]
+
+    def select(self, rows: Sequence[int]) -> TripleScores:
+        """The rewards of some rows, as :meth:`RewriteTriples.select` takes them.
+
+        Args:
+            rows: Their numbers.
+        """
+        chosen = list(rows)
+        return replace(
+            self,
+            reward={stage: values[chosen] for stage, values in self.reward.items()},
+            truncated={stage: flags[chosen] for stage, flags in self.truncated.items()},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, which :meth:`from_dict` reads: ``scorer``, and ``reward`` and ``truncated`` by stage."""
+        return {
+            "scorer": self.scorer,
+            "reward": {stage: values.double().tolist() for stage, values in self.reward.items()},
+            "truncated": {stage: flags.tolist() for stage, flags in self.truncated.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> TripleScores:
+        """Rewards from plain data.
+
+        Args:
+            found: What :meth:`to_dict` gave; without ``truncated`` no text was cut.
+
+        Returns:
+            The rewards, in float64.
+
+        Raises:
+            DataError: If something else is given.
+
+        Example:
+            >>> scores = TripleScores.from_dict({"scorer": "mine", "reward": {"original": [1.0, 2.0]}})
+            >>> scores.truncation()
+            {'original': 0.0}
+        """
+        try:
+            reward = {name: torch.tensor(row, dtype=torch.float64) for name, row in found["reward"].items()}
+            cut = found.get("truncated") or {name: [False] * len(row) for name, row in reward.items()}
+            return cls(found["scorer"], reward, {name: torch.tensor(row) for name, row in cut.items()})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{found!r:.80} holds no rewards ({error!r}). Expected scorer, and reward by stage."
+            ) from error
 
     def truncation(self) -> dict[str, float]:
         """Share of cut texts by stage: an effect on cut texts is one on their beginnings."""

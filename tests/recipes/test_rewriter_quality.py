@@ -19,9 +19,8 @@ from lightning_interp.rate import (
     Unit,
     score_triples,
 )
-from lightning_interp.rate.checks.rewriter_quality import rewriter_quality, selected, verdict
-from lightning_interp.rate.report.rewriter_figures import quality_figure
-from lightning_interp.rate.report.rewriter_study import (
+from lightning_interp.rate.report.study import study_effects
+from lightning_interp_recipes.rate._llm_rewriter import (
     KNOWN,
     answer_rows,
     made_up_reviews,
@@ -29,7 +28,7 @@ from lightning_interp.rate.report.rewriter_study import (
     review_units,
     units_of,
 )
-from lightning_interp.rate.report.study import study_effects
+from lightning_interp_recipes.rate._rewriter_quality import quality_figure, rewriter_quality, selected, verdict
 
 MARK = Contains("!")
 

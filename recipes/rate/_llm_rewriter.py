@@ -28,18 +28,6 @@ from lightning_interp.rate.rewriting.store_files import read_units
 from lightning_interp.rate.rewriting.templates import RewriteTemplate, rewrite_template
 from lightning_interp.rate.texts.package_texts import Review
 
-__all__ = [
-    "KNOWN",
-    "WORDS_OF_MOOD",
-    "TriedAttribute",
-    "answer_rows",
-    "described",
-    "made_up_reviews",
-    "read_attribute",
-    "review_units",
-    "units_of",
-]
-
 KNOWN = ("sentiment", "length", "exclamation", "vowel")
 """Attributes that :func:`read_attribute` knows by name."""
 

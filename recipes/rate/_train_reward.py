@@ -22,22 +22,6 @@ from lightning_interp.rate.rewriting.records import Unit
 from lightning_interp.rate.rewriting.rules import Drop, MarkToggle, OpenerToggle, RuleRewriter
 from lightning_interp.rate.texts.package_texts import Tweet
 
-__all__ = [
-    "ATTRIBUTES",
-    "THANKS",
-    "TweetSplit",
-    "edited_exactly",
-    "first_units",
-    "judged_rows",
-    "made_up_tweets",
-    "rewritten_exactly",
-    "split_tweets",
-    "train_reward",
-    "truth_rows",
-    "tweet_rewriter",
-    "tweet_units",
-]
-
 THANKS = r"^\s*(?:thanks|thank you)\b"
 """How a text begins that opens with thanks."""
 
@@ -241,32 +225,7 @@ def rewritten_exactly(attribute: str, triples: RewriteTriples) -> RewriteTriples
     """
     toggle = ATTRIBUTES[attribute]
     back = [toggle(text, w) for text, w in zip(triples.rewrite, triples.w, strict=True)]
-    return RewriteTriples(
-        attr=f"{triples.attr} exact on rewrites",
-        ids=triples.ids,
-        w=triples.w,
-        prompts=triples.prompts,
-        original=triples.original,
-        rewrite=triples.rewrite,
-        rewrite2=back,
-        draw=triples.draw,
-    )
-
-
-def first_units(triples: RewriteTriples, count: int) -> RewriteTriples:
-    """The first of some units.
-
-    Args:
-        triples: Complete units.
-        count: How many; all if 0.
-
-    Returns:
-        The units.
-    """
-    if not 0 < count < len(triples):
-        return triples
-    names = ("ids", "w", "prompts", "original", "rewrite", "rewrite2", "draw")
-    return replace(triples, **{name: getattr(triples, name)[:count] for name in names})
+    return replace(triples, attr=f"{triples.attr} exact on rewrites", rewrite2=back)
 
 
 def truth_rows(attribute: str, result: RateResult, truth: Effect, on_rewrites: Effect) -> list[dict[str, Any]]:

@@ -15,8 +15,6 @@ from lightning_interp.rate.rewriting.templates import Kind, RewriteTemplate, rew
 from lightning_interp.rate.scoring.scores import as_scorer, vader_scorer
 from lightning_interp.rate.texts.words import fluency_scorer, word_counts
 
-__all__ = ["named_labeller", "named_rule", "named_scorer", "named_template", "named_toggle"]
-
 
 def named_labeller(name: str, texts: Sequence[str] = ()) -> Labeller:
     """A labeller by its name.

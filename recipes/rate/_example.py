@@ -20,8 +20,6 @@ from lightning_interp.rate.rewriting.rules import Drop, MarkToggle, RuleRewriter
 from lightning_interp.rate.scoring.scores import CallableScorer
 from lightning_interp.rate.texts.package_texts import Review
 
-__all__ = ["emphasis_rewriter", "emphatic_units", "exact_effects", "made_up_scorer"]
-
 _MARK = MarkToggle("!!!")
 _KIND = "I love the cinema:"
 _SHARES = (0.1, 0.8)  # of the texts without and with the marks that open with it

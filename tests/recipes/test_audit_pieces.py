@@ -25,9 +25,9 @@ from lightning_interp.rate import (
     StartsWithVowel,
     rate_effects,
 )
-from lightning_interp.rate.report.audit_study import agreed, labelled, read_any, rewrite_all, running_estimates
-from lightning_interp.rate.report.emphasis_study import emphasis_rewriter, emphatic_units, exact_effects, made_up_scorer
-from lightning_interp.rate.scoring.named import named_labeller, named_rule, named_template, named_toggle
+from lightning_interp_recipes.rate._audit import agreed, labelled, read_any, rewrite_all, running_estimates
+from lightning_interp_recipes.rate._example import emphasis_rewriter, emphatic_units, exact_effects, made_up_scorer
+from lightning_interp_recipes.rate._named import named_labeller, named_rule, named_template, named_toggle
 
 
 class TestNames:
@@ -47,7 +47,7 @@ class TestNames:
 
     def test_sentiment_needs_its_package(self, monkeypatch):
         monkeypatch.setattr(
-            "lightning_interp.rate.scoring.named.vader_labeller", lambda threshold: ("vader", threshold)
+            "lightning_interp_recipes.rate._named.vader_labeller", lambda threshold: ("vader", threshold)
         )
         assert named_labeller("vader") == ("vader", 0.0)
         assert named_labeller("vader:0.3") == ("vader", 0.3)

@@ -9,12 +9,10 @@ import pytest
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.rate import Contains, Tweet, rate_effects
 from lightning_interp.rate.estimators.triples import RewriteTriples
-from lightning_interp.rate.report.reward_figures import training_figure, truth_figure
-from lightning_interp.rate.report.reward_study import (
+from lightning_interp_recipes.rate._train_reward import (
     ATTRIBUTES,
     THANKS,
     edited_exactly,
-    first_units,
     judged_rows,
     made_up_tweets,
     rewritten_exactly,
@@ -23,6 +21,7 @@ from lightning_interp.rate.report.reward_study import (
     tweet_rewriter,
     tweet_units,
 )
+from lightning_interp_recipes.rate._truth_figures import training_figure, truth_figure
 
 TEXTS = [
     "@air thanks! thank you so much",
@@ -121,8 +120,8 @@ def test_exact_edits_are_the_truth():
     assert edited.rewrite == triples.rewrite
     assert effect(edited).rate.ate.value == effect(triples).rate.ate.value == 2.0
     assert abs(effect(triples).single.att.value - 2.0) > 0.1
-    few = first_units(triples, 7)
-    assert (few.ids, few.rewrite2, len(first_units(triples, 0)), len(first_units(triples, 99))) == (
+    few = triples.first(7)
+    assert (few.ids, few.rewrite2, len(triples.first(0)), len(triples.first(99))) == (
         triples.ids[:7], triples.rewrite2[:7], len(units), len(units),
     )  # fmt: skip
 

@@ -6,22 +6,17 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_interp.core.measure.statistics import Estimate, proportion_interval
+from lightning_interp.errors import RecipeError
+from lightning_interp.rate import EffectStudy, RateResult, RewriteStore, RewriteTriples, TripleScores
 from lightning_interp.rate.checks.compliance import Labeller, labels
 from lightning_interp.rate.checks.diagnostics import ThirdRewrite
-from lightning_interp.rate.estimators.result import RateResult
-from lightning_interp.rate.estimators.triples import RewriteTriples
-from lightning_interp.rate.report.study import EffectStudy
 from lightning_interp.rate.rewriting.chain import Request
 from lightning_interp.rate.rewriting.flags import FLAGS
 from lightning_interp.rate.rewriting.records import RewriteRecord, RewriterId
-from lightning_interp.rate.rewriting.store import RewriteStore
-from lightning_interp.rate.scoring.scores import TripleScores
-
-__all__ = ["PassQuality", "RewriterQuality", "rewriter_quality", "selected", "verdict"]
 
 _STATUSES = ("truncated", "empty", "refused", "error")
 
@@ -216,28 +211,10 @@ def selected(triples: RewriteTriples, scores: TripleScores, ids: frozenset[str])
     if not keep:
         return None
 
-    def part(column: Sequence[Any]) -> list[Any]:
-        return [column[row] for row in keep]
-
-    columns: dict[str, Any] = {
-        name: part(getattr(triples, name))
-        for name in ("ids", "w", "prompts", "original", "rewrite", "rewrite2", "draw")
-    }
-    fewer = replace(
-        triples,
-        **columns,
-        cluster=None if triples.cluster is None else part(triples.cluster),
-        rewrite3=None,
-    )
-    stages = fewer.stages
-    rewards = TripleScores(
-        scores.scorer,
-        {stage: scores.reward[stage][keep] for stage in stages},
-        {stage: scores.truncated[stage][keep] for stage in stages},
-    )
+    fewer = triples.select(keep)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # kept in the result
-        return rewards.effects(fewer, se="paired" if fewer.cluster is None else "cluster")
+        return scores.select(keep).effects(fewer, se="paired" if fewer.cluster is None else "cluster")
 
 
 def verdict(quality: RewriterQuality, study: EffectStudy | None, third: ThirdRewrite | None = None) -> list[str]:
@@ -296,3 +273,45 @@ def _third(name: str, third: ThirdRewrite | None) -> list[str]:
     if gap.low <= 0 <= gap.high:
         return [f"A third rewrite by {name} shows no other effect (difference {gap}, {gap.n} units)."]
     return [f"A third rewrite by {name} gives another effect (difference {gap}): the assumptions do not hold."]
+
+
+_COLOURS = {"complied": "#3b6ea5", "not complied": "#c8743c", "cannot tell": "#d9c9a3", "unusable": "#9a9a9a"}
+
+
+def quality_figure(qualities: Sequence[RewriterQuality], *, title: str = "") -> Any:
+    """What became of the rewrites, a bar for each pass and direction of each rewriter.
+
+    Args:
+        qualities: The counts.
+        title: Above the panel.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        RecipeError: If no rewrite was asked for.
+    """
+    from matplotlib.figure import Figure
+
+    bars = [(quality.rewriter, one) for quality in qualities for one in quality.passes]
+    if not bars:
+        raise RecipeError(f"quality_figure() got {len(qualities)} rewriters without a rewrite. Fill the store first.")
+    figure = Figure(figsize=(8.4, 1.5 + 0.34 * len(bars)), layout="constrained")
+    axis = figure.subplots()
+    left = [0.0] * len(bars)
+    for name, colour in _COLOURS.items():
+        widths = [one.shares()[name] for _, one in bars]
+        axis.barh(range(len(bars)), widths, left=left, color=colour, label=name, height=0.72)
+        for place, (start, width) in enumerate(zip(left, widths, strict=True)):
+            if width > 0.07:
+                axis.text(start + width / 2, place, f"{width:.0%}", ha="center", va="center", fontsize=8, color="white")
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    labels = [f"{name}, pass {one.number}, {one.direction} ({one.asked})" for name, one in bars]
+    axis.set_yticks(range(len(bars)), labels, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1)
+    axis.set_xlabel("share of the rewrites that were asked for (their number in brackets)")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axis.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure

@@ -19,8 +19,6 @@ from lightning_interp.rate.rewriting.driver import RewriteReport, RewriteRun
 from lightning_interp.rate.texts.own_files import read_own
 from lightning_interp.rate.texts.readers import ForeignRewrites, read_rewrites
 
-__all__ = ["agreed", "labelled", "read_any", "rewrite_all", "running_estimates"]
-
 
 def read_any(path: str | os.PathLike[str]) -> ForeignRewrites:
     """Read texts in whichever layout they are.

@@ -10,8 +10,6 @@ from lightning_interp.errors import RecipeError
 from lightning_interp.rate.estimators.result import Effect, RateResult
 from lightning_interp.rate.report.figures import COLOURS, LABELS, effects_figure
 
-__all__ = ["training_figure", "truth_figure"]
-
 _ERRORS = {"naive": "naive_se", "single": "single_se", "ate": "ate_se"}
 _NAMES = {"naive": "naive", "single": "single", "ate": "rate"}
 _TRUTH = {"color": "black", "linestyle": (0, (4, 2)), "linewidth": 1.2, "label": "truth (exact edit of the originals)"}

@@ -18,14 +18,8 @@ from lightning_interp.rate import (
     fluency_scorer,
     rate_effects,
 )
-from lightning_interp.rate.report.typo_study import (
-    exact_effect,
-    made_up_reviews,
-    misspelt_units,
-    own_reviews,
-    slope,
-    slope_rows,
-)
+from lightning_interp.rate.report.typo_study import made_up_reviews, misspelt_units
+from lightning_interp_recipes.rate._typos import exact_effect, own_reviews, slope, slope_rows
 
 COUNTS = {word.strip("."): 3 * len(word) for review in made_up_reviews() for word in review.text.lower().split()} | {
     "well": 900,
