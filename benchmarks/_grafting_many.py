@@ -13,8 +13,8 @@ from _measure import PeakMemory, alternate, compare, row
 from grafting import Grafted, Plain, T, build, with_lora
 
 from lightning_interp import GraftEvaluator, GraftPlan, GraftPrompt, ModelMap, paper_plans
+from lightning_interp.core.weights.sources import make_sources
 from lightning_interp.grafting import CheckpointDonor, component_grid
-from lightning_interp.grafting.donors import make_donors
 from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.prefixes import PrefixTree
 from lightning_interp.grafting.runner import Rows, last_logits, whole_head
@@ -37,7 +37,7 @@ class Map:
     def __init__(self, model: Any, donor: Any, plans: list[GraftPlan], ids: torch.Tensor, *, share: bool) -> None:
         self.map, self.donors, self.plans, self.ids, self.share = (
             ModelMap.build(model),
-            make_donors(donor),
+            make_sources(donor),
             plans,
             ids,
             share,
@@ -100,7 +100,7 @@ class Evaluated:
         texts = ["".join(letters[i] for i in torch.randint(0, 26, (T,), generator=generator)) for _ in range(prompts)]
         asked = [GraftPrompt(text, "x", {"FE": text[2:5]}) for text in texts]
         self.evaluator = GraftEvaluator(asked, byte_tokenizer(), plans=paper_plans(), share_prefixes=share)
-        self.map, self.donors = ModelMap.build(model), make_donors(donor)
+        self.map, self.donors = ModelMap.build(model), make_sources(donor)
 
     def __call__(self) -> Any:
         self.evaluator.tokens = {"fed": 0, "without sharing": 0}

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_interp import FromBatch, Graft, GraftPlan, Last, ModelMap, paper_plans
 from lightning_interp.core.tokens.kv_cache import cache_argument
-from lightning_interp.grafting.donors import make_donors
+from lightning_interp.core.weights.sources import make_sources
 
 T = 14
 ENTITY = slice(2, 5)
@@ -52,7 +52,7 @@ class Grafted:
     """Our side: plans as rows of one forward pass, attaching included."""
 
     def __init__(self, model: Any, donor: Any, plans: list[GraftPlan], ids: torch.Tensor) -> None:
-        self.model, self.map, self.donor, self.plans = model, ModelMap.build(model), make_donors(donor), plans
+        self.model, self.map, self.donor, self.plans = model, ModelMap.build(model), make_sources(donor), plans
         self.ids = ids.expand(len(plans), -1).contiguous()
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ CORE = {
 # Names that a method's room may use again, since the room says which.
 SHARED_NAMES = {"callback", "figures", "metric", "metrics", "result", "intervention", "study", "words", "endpoint"}
 # A room holds about fifteen modules; these hold more for now.
-FULL = {"grafting": 21, "steering/softmax": 17}
+FULL = {"steering/softmax": 17}
 MOST = 16
 
 

@@ -1,9 +1,9 @@
 """Dynamic weight grafting: which weights, used at which token, retrieve a finetuned fact.
 
-``plan`` says what is grafted (``experiments`` and ``grids`` make many of them), ``schedule`` works plans out for a
-model, ``intervention`` does it in one forward pass, ``donors``, ``adapters`` and ``streamed`` are where weights come
-from, ``locate`` finds entities in a text, ``evaluate`` scores many plans at once (``prefixes`` and ``runner`` share
-what they have in common), ``patching`` is the contrast with activations, and ``callback`` watches while a model trains.
+``plan`` says what is grafted (``experiments`` and ``grids`` make many of them), ``compiled_plan`` works plans out for a
+model, ``intervention`` does it in one forward pass (weights come from ``core/weights/sources``), ``prompts`` finds
+entities in a text, ``evaluate`` scores many plans at once (``prefixes`` and ``runner`` share what they have in common),
+``patching`` is the contrast with activations, and ``callback`` watches while a model trains.
 """
 
 from __future__ import annotations

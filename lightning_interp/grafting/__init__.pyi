@@ -1,6 +1,7 @@
-from lightning_interp.grafting.adapter_donor import AdapterDonor as AdapterDonor
+from lightning_interp.core.weights.sources import AdapterSource as AdapterSource
+from lightning_interp.core.weights.sources import CheckpointSource as CheckpointSource
+from lightning_interp.core.weights.sources import ModelSource as ModelSource
 from lightning_interp.grafting.callback import GraftCallback as GraftCallback
-from lightning_interp.grafting.donors import ModelDonor as ModelDonor
 from lightning_interp.grafting.dropout import GraftDropout as GraftDropout
 from lightning_interp.grafting.evaluate import GraftEvaluator as GraftEvaluator
 from lightning_interp.grafting.experiments import EXPERIMENTS as EXPERIMENTS
@@ -16,8 +17,10 @@ from lightning_interp.grafting.experiments import static_plans as static_plans
 from lightning_interp.grafting.grids import GraftGrid as GraftGrid
 from lightning_interp.grafting.grids import component_grid as component_grid
 from lightning_interp.grafting.grids import layer_grid as layer_grid
+from lightning_interp.grafting.intervention import AdapterDonor as AdapterDonor
+from lightning_interp.grafting.intervention import CheckpointDonor as CheckpointDonor
 from lightning_interp.grafting.intervention import Graft as Graft
-from lightning_interp.grafting.locate import locate_entity as locate_entity
+from lightning_interp.grafting.intervention import ModelDonor as ModelDonor
 from lightning_interp.grafting.patching import ActivationPatch as ActivationPatch
 from lightning_interp.grafting.patching import PatchPlan as PatchPlan
 from lightning_interp.grafting.patching import patch_plans as patch_plans
@@ -25,5 +28,5 @@ from lightning_interp.grafting.plan import GROUPS as GROUPS
 from lightning_interp.grafting.plan import GraftPlan as GraftPlan
 from lightning_interp.grafting.plan import GraftRule as GraftRule
 from lightning_interp.grafting.prompts import GraftPrompt as GraftPrompt
+from lightning_interp.grafting.prompts import locate_entity as locate_entity
 from lightning_interp.grafting.result import GraftResult as GraftResult
-from lightning_interp.grafting.streamed import CheckpointDonor as CheckpointDonor

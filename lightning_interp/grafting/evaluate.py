@@ -11,8 +11,8 @@ from torch import nn
 from lightning_interp.core.measure.undisturbed import evaluating
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.weights.masked_linear import Execution
+from lightning_interp.core.weights.sources import AnySource, ModelSource, WeightSource, make_sources
 from lightning_interp.errors import PositionError, RecipeError
-from lightning_interp.grafting.donors import AnyDonor, Donor, ModelDonor, make_donors
 from lightning_interp.grafting.experiments import paper_plans
 from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.metrics import METRICS, score_logits
@@ -115,7 +115,7 @@ class GraftEvaluator:
     def evaluate(
         self,
         model: nn.Module | ModelMap,
-        donor: AnyDonor | Mapping[str, AnyDonor],
+        donor: AnySource | Mapping[str, AnySource],
         *,
         advance: Callable[[int], object] | None = None,
     ) -> GraftResult:
@@ -141,7 +141,7 @@ class GraftEvaluator:
     def scores(
         self,
         model: nn.Module | ModelMap,
-        donor: AnyDonor | Mapping[str, AnyDonor],
+        donor: AnySource | Mapping[str, AnySource],
         *,
         rank: int = 0,
         world_size: int = 1,
@@ -158,9 +158,9 @@ class GraftEvaluator:
             Prompt indices ``[n]``, scores ``[n, plans, 8]`` (columns as in ``METRICS``), favourite token of each plan.
         """
         model_map = model if isinstance(model, ModelMap) else ModelMap.build(model)
-        donors = make_donors(donor)
+        donors = make_sources(donor)
         mine = sorted(self.encoded[rank::world_size], key=lambda prompt: len(prompt.ids))
-        models = [each.map.model for each in donors.values() if isinstance(each, ModelDonor)]
+        models = [each.map.model for each in donors.values() if isinstance(each, ModelSource)]
         names = list(self.plans)
         grafts = [plan for plan in self.plans.values() if isinstance(plan, GraftPlan)]
         graft = Graft(donors, grafts, execution=self.execution)
@@ -205,7 +205,9 @@ class GraftEvaluator:
             if isinstance(plan, GraftPlan)
         }
 
-    def _patched(self, model_map: ModelMap, donors: dict[str, Donor], batch: PromptBatch) -> dict[str, torch.Tensor]:
+    def _patched(
+        self, model_map: ModelMap, donors: dict[str, WeightSource], batch: PromptBatch
+    ) -> dict[str, torch.Tensor]:
         """The same for activation patches: the donor runs once, then the recipient once a plan."""
         found: dict[str, torch.Tensor] = {}
         plans = {name: plan for name, plan in self.plans.items() if isinstance(plan, PatchPlan)}

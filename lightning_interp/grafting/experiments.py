@@ -23,10 +23,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
+from lightning_interp.core.model.layers import Layers
 from lightning_interp.core.tokens.positions import All, FromBatch, Last, Positions
 from lightning_interp.errors import RecipeError
 from lightning_interp.grafting.dropout import GraftDropout
-from lightning_interp.grafting.layers import Layers
 from lightning_interp.grafting.plan import GraftPlan, GraftRule, Policy
 
 __all__ = [

@@ -11,8 +11,8 @@ from torch import nn
 from lightning_interp.core.measure.statistics import Estimate, proportion_interval
 from lightning_interp.core.measure.undisturbed import evaluating
 from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.weights.sources import AnySource, ModelSource, make_sources
 from lightning_interp.errors import RecipeError
-from lightning_interp.grafting.donors import AnyDonor, ModelDonor, make_donors
 from lightning_interp.grafting.intervention import Decode, Graft, decode_name
 from lightning_interp.grafting.plan import GraftPlan
 from lightning_interp.grafting.prompts import EncodedPrompt, PromptBatch
@@ -27,7 +27,7 @@ __all__ = ["complete", "exact_match"]
 def complete(
     evaluator: GraftEvaluator,
     model: nn.Module | ModelMap,
-    donor: AnyDonor | Mapping[str, AnyDonor],
+    donor: AnySource | Mapping[str, AnySource],
     *,
     max_new_tokens: int = 12,
     decode: Decode = "recipient",
@@ -63,9 +63,9 @@ def complete(
     if max_new_tokens < 1 or num_beams < 1:
         raise RecipeError(f"complete(max_new_tokens={max_new_tokens}, num_beams={num_beams}): both must be at least 1.")
     model_map = model if isinstance(model, ModelMap) else ModelMap.build(model)
-    donors = make_donors(donor)
+    donors = make_sources(donor)
     plans = {name: plan for name, plan in evaluator.plans.items() if isinstance(plan, GraftPlan)}
-    models = [each.map.model for each in donors.values() if isinstance(each, ModelDonor)]
+    models = [each.map.model for each in donors.values() if isinstance(each, ModelSource)]
     rows: list[dict[str, Any]] = []
     with evaluating(model_map.model, *models):
         for prompt in evaluator.encoded:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lightning_interp.core.model.layers import resolve_layers
 from lightning_interp.core.tokens.positions import FromBatch, Last, Positions
 from lightning_interp.errors import RecipeError
-from lightning_interp.grafting.layers import resolve_layers
 from lightning_interp.grafting.plan import GraftPlan, GraftRule
 
 __all__ = ["GraftGrid", "component_grid", "layer_grid"]

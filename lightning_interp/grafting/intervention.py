@@ -22,15 +22,28 @@ from lightning_interp.core.model.components import Part, mixing_modules
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.tokens.step import StepContext
+from lightning_interp.core.weights.adapted_layers import adapted_layers, own_map, takes_empty
 from lightning_interp.core.weights.masked_linear import Execution, MaskedMap, RowMask, attach_masked
+from lightning_interp.core.weights.sources import AdapterSource, AnySource, CheckpointSource, ModelSource, make_sources
 from lightning_interp.errors import PositionError, RecipeError, SiteError, UnsupportedStrategyError
-from lightning_interp.grafting.adapter_donor import AdapterDonor, adapted_layers, own_map, takes_empty
 from lightning_interp.grafting.compiled_plan import EVERYWHERE, NOWHERE, Schedule, Signature, without_padding
-from lightning_interp.grafting.donors import AnyDonor, ModelDonor, make_donors
 from lightning_interp.grafting.dose import Doses, check_doses, dosed, dosed_delta
 from lightning_interp.grafting.plan import GraftPlan
 
-__all__ = ["DECODE", "Decode", "DecodePolicy", "Graft", "decode_name"]
+__all__ = [
+    "DECODE",
+    "AdapterDonor",
+    "CheckpointDonor",
+    "Decode",
+    "DecodePolicy",
+    "Graft",
+    "ModelDonor",
+    "decode_name",
+]
+
+AdapterDonor = AdapterSource
+ModelDonor = ModelSource
+CheckpointDonor = CheckpointSource
 
 DecodePolicy = Literal["recipient", "donor", "like_last", "outside"]
 Decode = DecodePolicy | Callable[[StepContext], DecodePolicy | torch.Tensor]
@@ -71,7 +84,7 @@ class Graft(Intervention):
 
     def __init__(
         self,
-        donor: AnyDonor | Mapping[str, AnyDonor],
+        donor: AnySource | Mapping[str, AnySource],
         plan: GraftPlan | Sequence[GraftPlan],
         *,
         execution: Execution = "auto",
@@ -84,7 +97,7 @@ class Graft(Intervention):
             raise RecipeError(
                 f"Graft(execution={execution!r}) is unknown; expected auto, overwrite, partition or dense."
             )
-        self.donors = make_donors(donor)
+        self.donors = make_sources(donor)
         self.plans = (plan,) if isinstance(plan, GraftPlan) else tuple(plan)
         self.per_row = not isinstance(plan, GraftPlan)
         if not self.plans:
@@ -94,7 +107,7 @@ class Graft(Intervention):
         self.doses: Doses = dict(doses or {})
         self.given: torch.Tensor | None = None
         """Codes ``[B, T]`` of the coming pass, from :meth:`schedule`; for callers that know them already."""
-        self.reads_weights = any(isinstance(source, ModelDonor) for source in self.donors.values())
+        self.reads_weights = any(isinstance(source, ModelSource) for source in self.donors.values())
         for name in dict.fromkeys(source for each in self.plans for source in each.sources):
             if name not in self.donors:
                 raise RecipeError(f"A rule takes weights from {name!r}, but the donors are {', '.join(self.donors)}.")
@@ -133,7 +146,7 @@ class Graft(Intervention):
             check_doses(rule, rule.cells(model_map), self.doses, len(model_map))
         groups = {name for rule in rules for name in (*rule.components, *(("ALL",) if rule.others else ()))}
         _check_reached(model_map, groups)
-        if any(isinstance(donor, AdapterDonor) for donor in self.donors.values()):
+        if any(isinstance(donor, AdapterSource) for donor in self.donors.values()):
             inside = {id(part.module) for _, _, part in model_map.cells()}
             lost = [path for path, layer, _ in adapted_layers(model_map) if id(layer) not in inside]
             if lost:
@@ -195,7 +208,7 @@ class _State:
         self.tables: dict[tuple[Signature, torch.device], torch.Tensor] = {}
         place = {plan: i for i, plan in enumerate(self.schedule.plans)}
         self.row_plan = [place[plan] for plan in graft.plans]
-        self.adapters = [donor for donor in graft.donors.values() if isinstance(donor, AdapterDonor)]
+        self.adapters = [donor for donor in graft.donors.values() if isinstance(donor, AdapterSource)]
         self.adapted = [layer for _, layer, _ in adapted_layers(model_map)] if self.adapters else []
         modules = (module for layer in self.adapted for module in layer.modules())
         self.dropouts = [module for module in modules if isinstance(module, nn.Dropout) and module.p > 0]
@@ -248,7 +261,7 @@ class _State:
         """The source that an adapted layer computes when it is called; -1 if it may be none of them."""
         if len(self.adapters) > 1 or list(getattr(module, "active_adapters", ())) != [self.adapters[0].name]:
             return -1
-        return 1 + next(i for i, d in enumerate(self.graft.donors.values()) if isinstance(d, AdapterDonor))
+        return 1 + next(i for i, d in enumerate(self.graft.donors.values()) if isinstance(d, AdapterSource))
 
     def check_call(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse calls whose head rows cannot be told, and adapter dropout that is on."""

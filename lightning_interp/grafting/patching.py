@@ -16,14 +16,14 @@ import torch
 
 from lightning_interp.core.hooks.capture import ActivationCapture
 from lightning_interp.core.hooks.intervention import Intervention
+from lightning_interp.core.model.layers import Layers, resolve_layers
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.tokens.positions import Positions
 from lightning_interp.core.tokens.step import StepContext
+from lightning_interp.core.weights.sources import WeightSource
 from lightning_interp.errors import RecipeError
-from lightning_interp.grafting.adapter_donor import Donor
 from lightning_interp.grafting.intervention import Graft
-from lightning_interp.grafting.layers import Layers, resolve_layers
 from lightning_interp.grafting.plan import GraftPlan, Policy
 from lightning_interp.grafting.runner import model_inputs
 
@@ -106,7 +106,7 @@ class ActivationPatch(Intervention):
 @torch.no_grad()
 def patched_logits(
     model_map: ModelMap,
-    donors: Mapping[str, Donor],
+    donors: Mapping[str, WeightSource],
     source: str,
     plans: Mapping[str, PatchPlan],
     ids: torch.Tensor,

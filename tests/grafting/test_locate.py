@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lightning_interp.errors import PositionError
-from lightning_interp.grafting.locate import encode_prompt, first_target_token, locate_entity
+from lightning_interp.grafting.prompts import encode_prompt, first_target_token, locate_entity
 from lightning_interp.testing import byte_tokenizer
 
 BYTES = byte_tokenizer()

@@ -12,7 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.tokens.positions import Last, Span
 from lightning_interp.errors import QuantizedModelError, RecipeError
-from lightning_interp.grafting import Graft, GraftEvaluator, GraftPlan, GraftPrompt, ModelDonor
+from lightning_interp.grafting import Graft, GraftEvaluator, GraftPlan, GraftPrompt, ModelSource
 from lightning_interp.testing.tiny import byte_tokenizer, tiny_model, tiny_pair
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
@@ -77,7 +77,7 @@ def dequantised(model):
 
 def test_both_compares_the_quantised_pair(four):
     _, (recipient, donor) = four
-    both = ModelDonor(donor, quantized="both")
+    both = ModelSource(donor, quantized="both")
     assert torch.equal(grafted(recipient, both, GraftPlan.whole()), run(donor))
     assert torch.equal(grafted(recipient, both, GraftPlan()), run(recipient))
     expected = grafted(dequantised(recipient), dequantised(donor), PLANS)
@@ -90,7 +90,7 @@ def test_both_compares_the_quantised_pair(four):
 def test_mixed_takes_dense_rows_and_warns(four, swap):
     (_, dense), (quantised, _) = four
     recipient, donor = (dense, quantised) if swap else (quantised, dense)
-    mixed = ModelDonor(donor, quantized="mixed")
+    mixed = ModelSource(donor, quantized="mixed")
     with pytest.warns(UserWarning, match=r"Linear4bit.*finetuning and quantisation error together"):
         mixed.check(ModelMap.build(recipient))
     with warnings.catch_warnings():
@@ -109,15 +109,15 @@ def test_what_is_refused(four, hook_count):
             Graft(donor, GraftPlan.at(Last())).attach(recipient)
         assert hook_count(recipient, donor) == 0
     with pytest.raises(QuantizedModelError, match=r"recipient has Linear4bit and the donor no quantised weights"):
-        ModelDonor(other, quantized="both").check(ModelMap.build(quantised))
+        ModelSource(other, quantized="both").check(ModelMap.build(quantised))
     with pytest.raises(RecipeError, match=r"quantized='perhaps'"):
-        ModelDonor(other, quantized="perhaps")
+        ModelSource(other, quantized="perhaps")
 
 
 def test_the_choice_reaches_the_evaluator(four):
     _, (recipient, donor) = four
     evaluator = GraftEvaluator([GraftPrompt("Ann met", "Bo", {"FE": "Ann"})], byte_tokenizer())
-    rows = evaluator.evaluate(recipient, ModelDonor(donor, quantized="both")).rows
+    rows = evaluator.evaluate(recipient, ModelSource(donor, quantized="both")).rows
     assert {row["plan"] for row in rows} == set(evaluator.plans)
 
 

@@ -9,7 +9,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -19,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lightning_interp.core.weights.tensors import TensorFolder
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.models.scoring.reward_files import read_text_settings
 from lightning_interp.models.scoring.score_head import DecoderWithScore, empty_score, scoring_model
@@ -157,11 +157,9 @@ def _own_class(where: str | Path, options: LoadOptions) -> PreTrainedModel:
 
 
 def _score_weight(folder: Path) -> Tensor:
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            if _SCORE in tensors.keys():  # noqa: SIM118 - the file is no dict
-                found: Tensor = tensors.get_tensor(_SCORE)
-                return found
+    tensors = TensorFolder(folder)
+    if _SCORE in tensors:
+        return tensors.tensor(_SCORE)
     raise DataError(
         f"The weights in {str(folder)!r} lack {_SCORE!r}, the map from the decoder's last state to the score. Give the "
         "local folder that RewardModel.export wrote, whole."

@@ -8,14 +8,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_interp.core.measure.seeding import seeded_rng
 from lightning_interp.core.storage.tensor_files import save_tensors
+from lightning_interp.core.weights.tensors import TensorFolder
 from lightning_interp.errors import DataError, IncompatibleModelError
-from lightning_interp.models.sources.folders import atomic_folder, check_safetensors
+from lightning_interp.models.sources.folders import atomic_folder
 
 __all__ = ["ADAPTER", "adapter_base", "attach_adapter_folder", "has_adapter", "is_adapter_folder", "save_adapter"]
 
@@ -153,13 +153,5 @@ def save_adapter(
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    path = folder / _WEIGHTS
-    if not path.exists():
-        found = ", ".join(sorted(file.name for file in folder.iterdir()))
-        raise DataError(
-            f"{folder} has no {_WEIGHTS}; it holds {found}. Pickled adapters (.bin) are not read: "
-            "load the adapter where it is trusted and save it again with safe_serialization=True."
-        )
-    check_safetensors(path)
     # Without the prefix of PEFT's wrapping class: names as the model itself has them.
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in TensorFolder(folder, stem="adapter_model")}

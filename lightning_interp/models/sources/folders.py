@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -11,11 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from lightning_interp.core.weights.tensors import TensorFolder
+from lightning_interp.errors import ManifestError
 
-from lightning_interp.errors import DataError, ManifestError
-
-__all__ = ["atomic_folder", "check_safetensors", "check_weight_files", "remove_stale"]
+__all__ = ["atomic_folder", "check_weight_files", "remove_stale"]
 
 
 @contextmanager
@@ -60,27 +58,8 @@ def atomic_folder(target: str | os.PathLike[str], *, overwrite: bool = False) ->
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_safetensors(path: Path) -> None:
-    """Refuse a safetensors file that is cut short or is no safetensors file; only its header is read.
-
-    Args:
-        path: The file.
-
-    Raises:
-        DataError: With the file's name.
-    """
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise DataError(
-            f"{path} is damaged or cut short ({_first_line(error)}; {_size(path)} bytes on disk). "
-            "Copy or download it again."
-        ) from error
-
-
 def check_weight_files(folder: Path) -> None:
-    """Refuse a model folder whose safetensors weights are missing, incomplete or damaged.
+    """Refuse a model folder whose safetensors weights are missing, incomplete or damaged; only headers are read.
 
     Args:
         folder: A folder in Hugging Face format.
@@ -88,21 +67,7 @@ def check_weight_files(folder: Path) -> None:
     Raises:
         DataError: With the name of the file that is missing or damaged.
     """
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if single.exists():
-        check_safetensors(single)
-    elif index.exists():
-        for name in _shards(index):
-            if not (folder / name).exists():
-                raise DataError(f"{folder} lacks the shard {name!r}, which {index.name} names. Copy the folder again.")
-            check_safetensors(folder / name)
-    else:
-        found = sorted(path.name for path in folder.iterdir()) or ["nothing"]
-        raise DataError(
-            f"{folder} has no model.safetensors; it holds {', '.join(found[:12])}. Pickled weights (.bin, .pt) are "
-            "not read: load the model where it is trusted and save it again with save_pretrained."
-        )
+    TensorFolder(folder).check()
 
 
 def remove_stale(target: Path, *, older_than: float = 3600.0) -> None:
@@ -116,18 +81,6 @@ def remove_stale(target: Path, *, older_than: float = 3600.0) -> None:
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > older_than:
                 _remove(path)
-
-
-def _shards(index: Path) -> list[str]:
-    try:
-        mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({str(name) for name in mapping.values()})
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(f"{index} is no index of safetensors shards ({_first_line(error)}). Copy it again.") from error
-    for name in names:
-        if Path(name).name != name:
-            raise DataError(f"{index} names the shard {name!r}, which lies outside its folder. Copy it again.")
-    return names
 
 
 def _check_free(target: Path, overwrite: bool) -> None:
@@ -184,14 +137,6 @@ def _sync(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _cannot_write(path: Path, error: OSError) -> ManifestError:

@@ -1,0 +1,84 @@
+"""Whether two models are finetunings of one architecture, so that modules of one can stand in for the other's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lightning_interp.core.hooks.checks import quantized_modules
+from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.errors import IncompatibleModelError
+
+__all__ = ["check_same_shapes", "check_settings", "quantized_kinds"]
+
+_WEIGHTLESS = (
+    "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "activation_function", "rope_parameters",
+    "sliding_window", "layer_types", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar",
+)  # fmt: skip
+"""Settings of what has no weights and so always runs as the recipient's: attention, rotary tables, activations."""
+
+
+def check_same_shapes(recipient: ModelMap, donor: ModelMap) -> None:
+    """Refuse a donor whose parameters have other names or shapes.
+
+    Args:
+        recipient: The model that is grafted into.
+        donor: Where weights come from.
+
+    Raises:
+        IncompatibleModelError: Naming the first three tensors that differ.
+    """
+    kinds = [getattr(m.model.config, "model_type", type(m.model).__name__) for m in (recipient, donor)]
+    if kinds[0] != kinds[1]:
+        raise IncompatibleModelError(
+            f"Recipient is a {kinds[0]!r} and donor a {kinds[1]!r} model. Grafting needs two finetunings of one "
+            "architecture."
+        )
+    ours, theirs = _shapes(recipient.model), _shapes(donor.model)
+    wrong = [f"{n} is missing in the donor" for n in ours if n not in theirs]
+    wrong += [f"{n} is missing in the recipient" for n in theirs if n not in ours]
+    wrong += [
+        f"{n} is {ours[n]} in the recipient and {theirs[n]} in the donor"
+        for n in ours
+        if n in theirs and ours[n] != theirs[n]
+    ]
+    if wrong:
+        raise IncompatibleModelError(
+            f"Recipient and donor differ in {len(wrong)} tensors: {'; '.join(wrong[:3])}. Grafting needs the same "
+            "names and shapes; an embedding that was resized for new tokens must be resized in both."
+        )
+
+
+def check_settings(recipient: Any, donor: Any) -> None:
+    """Refuse configurations that differ in what has no weights.
+
+    Raises:
+        IncompatibleModelError: Naming the first setting that differs.
+    """
+    for name in _WEIGHTLESS:
+        ours, theirs = getattr(recipient, name, None), getattr(donor, name, None)
+        if ours != theirs:
+            raise IncompatibleModelError(
+                f"Recipient has {name}={ours!r} and donor {name}={theirs!r}. No weights belong to it, so a graft would "
+                "run both models' tokens with the recipient's; give them one value."
+            )
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    packed = set(quantized_modules(model))  # their weights lie in another shape than the one they stand for
+    plain = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if "lora_" in name or "modules_to_save" in name:
+            continue
+        shape, (path, _, leaf) = tuple(parameter.shape), name.rpartition(".")
+        if path in packed and leaf == "weight":
+            module: Any = model.get_submodule(path)
+            shape = (module.out_features, module.in_features)
+        plain[name.replace(".base_layer", "").replace(".original_module", "")] = shape
+    return plain
+
+
+def quantized_kinds(model: nn.Module) -> list[str]:
+    """Class names of the quantised modules of a model."""
+    return sorted({type(model.get_submodule(name)).__name__ for name in quantized_modules(model)})

@@ -1,0 +1,191 @@
+"""Folders of safetensors: what is in them costs no reading, and a walk holds one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lightning_interp.errors import DataError
+
+__all__ = ["TensorFolder", "TensorHeader"]
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class TensorHeader(NamedTuple):
+    """What a file says of a tensor; ``dtype`` is None for one that torch has no name for."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+
+
+class TensorFolder:
+    """The safetensors of a folder, in one file or in shards with an index. Nothing is unpickled.
+
+    Args:
+        folder: Holds ``<stem>.safetensors``, or ``<stem>.safetensors.index.json`` and the shards that it names.
+        stem: ``model``, as Hugging Face names weights.
+
+    Attributes:
+        files: Which file holds each tensor.
+
+    Raises:
+        DataError: If there are no such files (pickled ones are not read), or the file or index is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_interp.testing import tiny_model
+        >>> place = tempfile.mkdtemp()
+        >>> tiny_model("llama").save_pretrained(place, max_shard_size="50KB")
+        >>> folder = TensorFolder(place)
+        >>> len(set(folder.files.values())) > 1, folder.headers["model.norm.weight"].shape
+        (True, (32,))
+        >>> sum(tensor.numel() for _, tensor in folder) == sum(p.numel() for p in tiny_model("llama").parameters())
+        True
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, stem: str = "model") -> None:
+        self.folder = Path(folder)
+        single = self.folder / f"{stem}.safetensors"
+        index = self.folder / f"{stem}.safetensors.index.json"
+        if single.exists():
+            with _opened(single) as file:
+                self.files = dict.fromkeys(file.offset_keys(), single)
+        elif index.exists():
+            self.files = _weight_map(index)
+        else:
+            here = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
+            raise DataError(
+                f"{self.folder} has no {single.name}; it holds {', '.join(here[:12]) or 'nothing'}. Pickled weights "
+                "(.bin, .pt) are not read: load the model where it is trusted and save it again with save_pretrained."
+            )
+
+    @property
+    def shards(self) -> list[Path]:
+        """The files, each once, in the order of their names."""
+        return sorted(set(self.files.values()))
+
+    @cached_property
+    def headers(self) -> dict[str, TensorHeader]:
+        """Shape and type of each tensor, in the order in which they lie in the files.
+
+        Raises:
+            DataError: If a shard is missing or damaged, or lacks a tensor that the index puts there.
+        """
+        found: dict[str, TensorHeader] = {}
+        for shard in self.shards:
+            with _opened(shard) as file:
+                for name in self._inside(shard, file):
+                    part = file.get_slice(name)
+                    found[name] = TensorHeader(tuple(part.get_shape()), _DTYPES.get(part.get_dtype()))
+        return found
+
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        """Tied tensors that are stored once: other name to stored name, as the files' own notes say."""
+        found: dict[str, str] = {}
+        for shard in self.shards:
+            with _opened(shard) as file:
+                found |= {name: kept for name, kept in (file.metadata() or {}).items() if kept in self.files}
+        return found
+
+    def check(self) -> None:
+        """Refuse a folder whose shards are missing, incomplete or damaged; only headers are read.
+
+        Raises:
+            DataError: With the name of the file.
+        """
+        _ = self.headers
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.files or name in self.aliases
+
+    def tensor(self, name: str, device: str | torch.device = "cpu") -> torch.Tensor:
+        """Read one tensor.
+
+        Args:
+            name: As stored, or an alias.
+            device: Where to put it.
+
+        Raises:
+            DataError: If there is none, or its file is missing or damaged.
+        """
+        stored = name if name in self.files else self.aliases.get(name, name)
+        if stored not in self.files:
+            raise DataError(f"{self.folder} has no tensor {name!r} among its {len(self.files)}.")
+        with _opened(self.files[stored], device) as file:
+            return _read(file, stored, self.files[stored])
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every stored tensor with its name, shard by shard as they lie in the files.
+
+        Raises:
+            DataError: If a shard is missing or damaged, or lacks a tensor that the index puts there.
+        """
+        for shard in self.shards:
+            with _opened(shard) as file:
+                for name in self._inside(shard, file):
+                    yield name, _read(file, name, shard)
+
+    def _inside(self, shard: Path, file: Any) -> list[str]:
+        names = [name for name in file.offset_keys() if self.files.get(name) == shard]
+        lost = {name for name, where in self.files.items() if where == shard}.difference(names)
+        if lost:
+            raise DataError(f"{shard} lacks the tensor {min(lost)!r}, which the index puts there. Copy it again.")
+        return names
+
+
+@contextmanager
+def _opened(path: Path, device: str | torch.device = "cpu") -> Iterator[Any]:
+    if not path.exists():
+        raise DataError(f"{path.parent} lacks the shard {path.name!r}, which its index names. Copy the folder again.")
+    try:
+        file = safe_open(path, framework="pt", device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    with file:
+        yield file
+
+
+def _read(file: Any, name: str, path: Path) -> torch.Tensor:
+    try:
+        found: torch.Tensor = file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    return found
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{path} is damaged or cut short ({_first_line(error)}; {path.stat().st_size} bytes on disk). "
+        "Copy or download it again."
+    )
+
+
+def _weight_map(index: Path) -> dict[str, Path]:
+    try:
+        mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {str(name): str(file) for name, file in mapping.items()}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DataError(f"{index} is no index of safetensors shards ({_first_line(error)}). Copy it again.") from error
+    for file in files.values():
+        if Path(file).name != file:
+            raise DataError(f"{index} names the shard {file!r}, which lies outside its folder. Copy it again.")
+    return {name: index.parent / file for name, file in files.items()}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
