@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.errors import RecipeError
 
-__all__ = ["Backoff", "Bucket", "retry_after"]
+__all__ = ["Backoff", "Bucket", "Pace", "retry_after"]
 
 
 class Bucket:
@@ -109,6 +111,42 @@ class Backoff:
             The seconds.
         """
         return max(at_least, self._draws.uniform(0.0, min(self._most, self._first * 2.0**attempt)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How fast an endpoint is called.
+
+    Args:
+        max_concurrency: Calls at the same time.
+        requests_per_minute: Calls a minute; no limit if None.
+        tokens_per_minute: Tokens a minute, read and written, estimated beforehand; no limit if None.
+        max_retries: Further attempts after a failure that may pass.
+        timeout: Seconds that one attempt may take.
+        backoff: When to try again.
+        sleep: Waits; for tests.
+        clock: Seconds that never go back; for tests.
+
+    Raises:
+        RecipeError: If a number is too small.
+    """
+
+    max_concurrency: int = 8
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    max_retries: int = 6
+    timeout: float = 120.0
+    backoff: Backoff | None = None
+    sleep: Callable[[float], object] | None = None
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        if self.max_concurrency < 1:
+            raise RecipeError(f"max_concurrency={self.max_concurrency!r}; expected at least 1.")
+        if self.max_retries < 0:
+            raise RecipeError(f"max_retries={self.max_retries!r}; expected at least 0.")
+        if not self.timeout > 0:
+            raise RecipeError(f"timeout={self.timeout!r}; expected seconds, more than 0.")
 
 
 def retry_after(headers: Mapping[str, str], *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> float:

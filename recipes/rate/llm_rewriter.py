@@ -107,7 +107,6 @@ class LanguageModelRewriter(Recipe):
         """Say what it will cost, then ask for what is missing; the rules rewrite the same texts."""
         from lightning_interp.errors import RecipeError
         from lightning_interp.rate import Prices, RewriteRun, RewriteStore
-        from lightning_interp.rate.rewriting.rewriters import rewriter_id
         from lightning_interp.running.curves import write_scalars
 
         units = self.units(run)
@@ -134,7 +133,7 @@ class LanguageModelRewriter(Recipe):
                     f"({report.stopped or report.last_error}). All {report.calls} answers of this go are kept; start "
                     "the same command again to go on."
                 )
-            by = rewriter_id(rewriter)
+            by = job.by
             found["rewriters"].append(list(by))
             usable = [float(record.usable) for record in store.records(tried.name) if record.by == by]
             shares = [sum(usable[:n]) / n for n in range(1, len(usable) + 1)]

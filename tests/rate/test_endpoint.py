@@ -6,20 +6,24 @@ import threading
 import time
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from rewriting import ATTR, store_of
-from served import completion, echo, serving
 
 from lightning_interp.errors import InterpError, RecipeError
+from lightning_interp.generation.endpoint import parse_answer
 from lightning_interp.generation.pacing import Backoff
 from lightning_interp.generation.work import Prices
+from lightning_interp.rate.rewriting.chat_rewriters import OpenAICompatibleRewriter, as_result
 from lightning_interp.rate.rewriting.driver import RewriteRun
-from lightning_interp.rate.rewriting.endpoint import OpenAICompatibleRewriter, parse_answer
 from lightning_interp.rate.rewriting.export import export_records
 from lightning_interp.rate.rewriting.rewriters import rewriter_id
 from lightning_interp.rate.rewriting.store import RewriteStore
 from lightning_interp.rate.rewriting.templates import RewriteTemplate, rewrite_template
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "generation"))
+from served import completion, echo, serving
 
 pytest.importorskip("openai", reason="the extra [endpoint] is not installed")
 
@@ -94,7 +98,7 @@ class TestAnswers:
         ("body", "status", "text", "error"),
         [
             (completion("  a \n"), "ok", "a", None),
-            (completion(None), "empty", None, None),
+            (completion(None), "empty", "", None),
             (completion("   "), "empty", "", None),
             (completion("cut o", reason="length"), "truncated", "cut o", "ran into the limit of tokens"),
             (completion("x", reason="content_filter"), "refused", "x", "content_filter"),
@@ -102,11 +106,11 @@ class TestAnswers:
             ({"choices": []}, "error", None, "an answer without choices: {'choices': []}"),
             ({"detail": "odd"}, "error", None, "an answer without choices: {'detail': 'odd'}"),
             ([1], "error", None, r"an answer without choices: [1]"),
-            ({"choices": [{"message": None}]}, "empty", None, None),
+            ({"choices": [{"message": None}]}, "empty", "", None),
         ],
     )
     def test_other_ones(self, body, status, text, error):
-        result = parse_answer(body)
+        result = as_result(parse_answer(body))
         assert (result.status, result.text, result.error) == (status, text, error)
         with serving(answer=lambda _: body) as served:
             assert ask(rewriter_of(served), "a") == [result]
@@ -237,7 +241,7 @@ class TestFailures:
 class TestLimits:
     @pytest.mark.parametrize("most", [1, 3, 6])
     def test_calls_at_the_same_time(self, most):
-        with serving(hold=lambda: time.sleep(0.01)) as served:
+        with serving(hold=lambda: time.sleep(0.05)) as served:
             ask(rewriter_of(served, max_concurrency=most), *(f"t{i}" for i in range(24)))
         assert served.most_at_once == most
 

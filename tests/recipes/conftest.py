@@ -6,4 +6,5 @@ from pathlib import Path
 from lightning_interp.running.catalog import recipe_module
 
 recipe_module("grafting/_common")  # makes the package lightning_interp_recipes known
-sys.path.insert(0, str(Path(__file__).parents[1] / "rate"))  # its stores, servers and oracles
+for room in ("generation", "rate"):  # their stores, servers and oracles
+    sys.path.insert(0, str(Path(__file__).parents[1] / room))

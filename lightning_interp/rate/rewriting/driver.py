@@ -14,7 +14,7 @@ from lightning_interp.generation.work import Budget, Prices, Tally, WorkQueue, W
 from lightning_interp.rate.rewriting.chain import Request
 from lightning_interp.rate.rewriting.flags import rewrite_flags
 from lightning_interp.rate.rewriting.records import RewriteRecord, RewriteResult, Unit
-from lightning_interp.rate.rewriting.rewriters import Rewriter, ask, rewriter_id
+from lightning_interp.rate.rewriting.rewriters import Rewriter, ask, identity_in
 from lightning_interp.rate.rewriting.rewriting_plan import RewritePlan, estimate_tokens
 from lightning_interp.rate.rewriting.store import RewriteStore, StoreWriter
 
@@ -96,8 +96,8 @@ class RewriteRun:
         self.store, self.rewriter, self.attr = store, rewriter, attr
         self.passes, self.draws, self.retry_final = passes, draws, retry_final
         self.prices, self.max_calls, self.max_cost, self.give_up_after = prices, max_calls, max_cost, give_up_after
-        self.by = rewriter_id(rewriter)
         store.units(attr)  # an unknown attribute is refused here
+        self.by = identity_in(store, attr, rewriter)
 
     def plan(self) -> RewritePlan:
         """Count what is there and what would be asked for; nothing is called.

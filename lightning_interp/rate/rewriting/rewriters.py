@@ -12,7 +12,7 @@ from lightning_interp.rate.rewriting.chain import Request
 from lightning_interp.rate.rewriting.records import RewriteResult, RewriterId, rewrite_key, text_sha
 from lightning_interp.rate.rewriting.store import RewriteStore
 
-__all__ = ["CallableRewriter", "ReplayRewriter", "Rewriter", "ask", "rewriter_id"]
+__all__ = ["CallableRewriter", "ReplayRewriter", "Rewriter", "ask", "identity_in", "rewriter_id"]
 
 
 @runtime_checkable
@@ -73,6 +73,27 @@ def rewriter_id(rewriter: Rewriter) -> RewriterId:
         return fixed
     params, instruction = getattr(rewriter, "params", {}), getattr(rewriter, "instruction", "")
     return RewriterId(rewriter.name, digest(params), digest(instruction))
+
+
+def identity_in(store: RewriteStore, attr: str, rewriter: Rewriter) -> RewriterId:
+    """Under which identity a rewriter goes on in a store.
+
+    A rewriter whose way of writing has changed may have ``earlier_params``, its settings as they were: a store that
+    was begun with those is continued under that identity, so that what is finished stays.
+
+    Args:
+        store: The store.
+        attr: Name of the attribute.
+        rewriter: The rewriter.
+
+    Returns:
+        The identity, now or as it was.
+    """
+    now, params = rewriter_id(rewriter), getattr(rewriter, "earlier_params", None)
+    if params is None:
+        return now
+    earlier, there = RewriterId(now.rewriter, digest(params), now.instruction_sha), store.rewriters(attr)
+    return earlier if earlier in there and now not in there else now
 
 
 def ask(rewriter: Rewriter, requests: Sequence[Request]) -> list[RewriteResult]:

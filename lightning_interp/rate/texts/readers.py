@@ -15,9 +15,10 @@ from typing import Any
 from lightning_interp.core.storage.files import digest
 from lightning_interp.core.storage.jsonl import json_lines, json_object
 from lightning_interp.errors import DataError
+from lightning_interp.generation.batch_files import read_answers
 from lightning_interp.rate.estimators.triples import Identical, Missing, RewriteTriples, assemble
-from lightning_interp.rate.rewriting.batch_files import read_batch_answers
 from lightning_interp.rate.rewriting.chain import Request
+from lightning_interp.rate.rewriting.chat_rewriters import as_result
 from lightning_interp.rate.rewriting.records import (
     RewriteRecord,
     RewriteResult,
@@ -263,7 +264,7 @@ def read_batch(
         asked[name] = str(messages[-1].get("content"))
     found: dict[str, RewriteResult] = {}
     for path in answers:
-        found.update(read_batch_answers(path))
+        found.update((key, as_result(answer)) for key, answer in read_answers(path).items())
     strange = [name for name in found if name not in asked]
     if strange:
         raise DataError(

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 from rewriting import ATTR, Counting, store_of
-from served import completion
 
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.generation.work import Prices
-from lightning_interp.rate.rewriting.batch_files import export_batch, import_batch, read_batch_answers
+from lightning_interp.rate.rewriting.chat_rewriters import OpenAICompatibleRewriter
 from lightning_interp.rate.rewriting.driver import RewriteRun
-from lightning_interp.rate.rewriting.endpoint import OpenAICompatibleRewriter
-from lightning_interp.rate.rewriting.records import RewriteResult
+from lightning_interp.rate.rewriting.rewrite_batches import export_batch, import_batch
 from lightning_interp.rate.rewriting.templates import RewriteTemplate
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "generation"))
+from served import completion
 
 PLAIN = RewriteTemplate(name="plain", version=1, body="{phrase}: {text}", phrases=("no", "yes"))
 
@@ -131,41 +134,8 @@ def test_two_answers_to_one_request_are_refused(tmp_path):
     two = answered(
         requests, tmp_path / "b.jsonl", lambda request: answer({**request, "body": {"messages": [{"content": "x"}]}})
     )
-    with pytest.raises(DataError, match=r"b\.jsonl: request '[0-9a-f]{64}' has another answer in another file"):
+    with pytest.raises(DataError, match=r"b\.jsonl, line 1: custom_id '[0-9a-f]{64}' has another answer in another f"):
         import_batch(run, one, two)
-    both = tmp_path / "both.jsonl"
-    both.write_text(one.read_text() + two.read_text())
-    with pytest.raises(DataError, match=r"both\.jsonl, line 2: custom_id '[0-9a-f]{64}' has another answer above"):
-        read_batch_answers(both)
-    both.write_text(one.read_text() * 2)
-    assert len(read_batch_answers(both)) == 1
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", r"a\.jsonl, line 1: no valid JSON"),
-        ('{"custom_id": "1"}', r"a\.jsonl, line 1: the keys are custom_id and custom_id is '1'; expected"),
-        ('{"response": {}}', r"a\.jsonl, line 1: the keys are response and custom_id is None; expected"),
-        ('{"custom_id": 1, "error": null}', r"custom_id is 1; expected"),
-    ],
-)
-def test_a_broken_line_is_named(tmp_path, line, message):
-    (tmp_path / "a.jsonl").write_text(line + "\n")
-    with pytest.raises(DataError, match=message):
-        read_batch_answers(tmp_path / "a.jsonl")
-
-
-@pytest.mark.parametrize("response", ["text", {"status_code": 200}, {"status_code": 200, "body": "x"}, None])
-def test_an_answer_without_a_body_is_an_error(tmp_path, response):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"custom_id": "1", "response": response, "error": None}) + "\n")
-    assert read_batch_answers(tmp_path / "a.jsonl")["1"].status == "error"
-
-
-def test_no_status_is_a_good_one(tmp_path):
-    line = {"custom_id": "1", "response": {"body": completion("fine")}}
-    (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n")
-    assert read_batch_answers(tmp_path / "a.jsonl") == {"1": RewriteResult(text="fine", tokens_in=7, tokens_out=5)}
 
 
 def test_a_rewriter_without_requests_is_refused(tmp_path):

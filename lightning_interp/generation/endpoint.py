@@ -1,0 +1,276 @@
+"""A language model behind an OpenAI-compatible endpoint as a writer: OpenAI, vLLM, SGLang, ``transformers serve``."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_interp.errors import InterpError, RecipeError
+from lightning_interp.generation.pacing import Backoff, Bucket, Pace, retry_after
+from lightning_interp.generation.requests import Completion, TextRequest, estimate_tokens
+
+__all__ = ["EndpointGenerator", "parse_answer"]
+
+_SETUP_IS_WRONG = {401, 403, 404}  # nothing can be written before that is repaired
+_MOST_CANDIDATES = 20  # how many likely tokens the protocol tells
+
+
+class EndpointGenerator:
+    """Asks a model at an endpoint, one request a call, several calls at a time.
+
+    Conversations go to chat completions, raw prompts to completions. Failures that may pass (429, 5xx, timeouts,
+    dropped connections) are tried again after an exponential wait with full jitter, or what the server asks for in
+    ``Retry-After``. Other refusals belong to their request and are kept as failures; a wrong key, model or address ends
+    the run. Needs the package ``openai``.
+
+    Args:
+        model: Name of the model.
+        base_url: Address of the endpoint, such as ``http://localhost:8000/v1``; OpenAI's own if None.
+        api_key_env: Environment variable that holds the key; the only place a key is taken from. An endpoint with a
+            ``base_url`` may need none.
+        send_seed: Send each request's own seed, for endpoints that take one.
+        extra: Further fields of each call, such as ``{"reasoning_effort": "low"}``; part of the identity.
+        name: What to call it; ``openai:<model>`` if None. The address is no part of the identity.
+        pace: How many calls at a time and a minute, and when to try again.
+
+    Raises:
+        RecipeError: If an argument has a wrong value.
+
+    Example:
+        >>> writer = EndpointGenerator("llama", base_url="http://localhost:8000/v1")
+        >>> body = writer.body(TextRequest.chat("Hi", temperature=0.5, max_new_tokens=9))
+        >>> body["messages"], body["temperature"], body["max_tokens"]
+        ([{'role': 'user', 'content': 'Hi'}], 0.5, 9)
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str | None = None,
+        api_key_env: str = "OPENAI_API_KEY",
+        send_seed: bool = True,
+        extra: Mapping[str, Any] | None = None,
+        name: str | None = None,
+        pace: Pace | None = None,
+    ) -> None:
+        pace = pace or Pace()
+        self.model, self.name, self.send_seed, self.extra = (
+            model,
+            name or f"openai:{model}",
+            send_seed,
+            dict(extra or {}),
+        )
+        self.concurrency, self.pace = pace.max_concurrency, pace
+        self._base_url, self._key_name = base_url, api_key_env
+        self._client: Any = None
+        self._opening = threading.Lock()
+        self._slots = threading.BoundedSemaphore(pace.max_concurrency)
+        self._requests = Bucket(pace.requests_per_minute, clock=pace.clock)
+        self._tokens = Bucket(pace.tokens_per_minute, clock=pace.clock)
+        self._backoff = pace.backoff or Backoff()
+        self._halt = threading.Event()
+
+    def identity(self) -> dict[str, Any]:
+        """Name, model, and what else is sent."""
+        what = {"name": self.name, "model": self.model, "extra": self.extra, "send_seed": self.send_seed}
+        return {"kind": "endpoint", **what}
+
+    def generate(self, requests: Sequence[TextRequest]) -> list[Completion]:
+        """Ask for each request.
+
+        Raises:
+            RecipeError: If the key, the model or the address is wrong, or the package is missing.
+            InterpError: If :meth:`stop` was called while a request waited.
+        """
+        return self._all(self._one, requests)
+
+    def next_token_probs(self, requests: Sequence[TextRequest], texts: Sequence[str]) -> Tensor:
+        """Probability that an answer begins with each of some texts, such as digits, as far as the endpoint tells.
+
+        Args:
+            requests: Conversations.
+            texts: Candidates of one token each.
+
+        Returns:
+            Float64 ``[requests, texts]``; 0 for what is not among the likeliest tokens, NaN where there is no answer.
+        """
+        rows = self._all(lambda request: self._first_token(request, texts), requests)
+        return torch.tensor(rows, dtype=torch.float64).reshape(len(requests), len(texts))
+
+    def body(self, request: TextRequest) -> dict[str, Any]:
+        """A request as the protocol has it; also what a batch file holds.
+
+        Args:
+            request: The request.
+        """
+        if request.messages:
+            asked: dict[str, Any] = {"messages": [dict(turn) for turn in request.messages]}
+        else:
+            asked = {"prompt": request.prompt if isinstance(request.prompt, str) else list(request.prompt or ())}
+        more = {
+            "max_tokens": request.max_new_tokens,
+            "top_p": None if request.top_p == 1 else request.top_p,
+            "stop": list(request.stop) or None,
+            "seed": request.row_seed >> 32 if self.send_seed else None,
+        }
+        sent = {name: value for name, value in more.items() if value is not None}
+        return {"model": self.model, **asked, "temperature": request.temperature, **sent, **self.extra}
+
+    def estimate_tokens(self, request: TextRequest) -> tuple[int, int]:
+        """Tokens that a call would read and write, roughly."""
+        return estimate_tokens(request)
+
+    def stop(self) -> None:
+        """Let calls that wait for another attempt end now."""
+        halt, self._halt = self._halt, threading.Event()
+        halt.set()
+
+    def _all(self, one: Any, requests: Sequence[TextRequest]) -> list[Any]:
+        if len(requests) == 1:
+            return [one(requests[0])]
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            return list(pool.map(one, requests))
+
+    def _one(self, request: TextRequest) -> Completion:
+        answer = self._answer(self.body(request), sum(self.estimate_tokens(request)))
+        found = answer if isinstance(answer, Completion) else parse_answer(answer[0])
+        return replace(found, request=request.digest)
+
+    def _first_token(self, request: TextRequest, texts: Sequence[str]) -> list[float]:
+        more = {"max_tokens": 1, "logprobs": True, "top_logprobs": _MOST_CANDIDATES}
+        answer = self._answer(self.body(request) | more, sum(self.estimate_tokens(request)))
+        try:
+            told = {} if isinstance(answer, Completion) else answer[0]["choices"][0]["logprobs"]["content"][0]
+            likely = [(str(row["token"]), math.exp(row["logprob"])) for row in told["top_logprobs"]]
+        except (KeyError, IndexError, TypeError):  # an endpoint that tells none
+            likely = []
+        return [sum(p for token, p in likely if token.strip() == text) if likely else math.nan for text in texts]
+
+    def _answer(self, body: Mapping[str, Any], estimate: int) -> tuple[Any] | Completion:
+        """What the server answers in the end, or the failure."""
+        halt, reason = self._halt, ""
+        for attempt in range(self.pace.max_retries + 1):
+            self._wait(max(self._requests.take(1), self._tokens.take(estimate)), halt)
+            answer, reason, again_after = self._attempt(body)
+            if isinstance(answer, tuple):
+                usage = _object(answer[0], "usage")
+                if usage.get("prompt_tokens") is not None:
+                    used = usage["prompt_tokens"] + (usage.get("completion_tokens") or 0)
+                    self._tokens.give_back(estimate - used)
+            if answer is not None:
+                return answer
+            if attempt < self.pace.max_retries:
+                self._wait(self._backoff.seconds(attempt, at_least=again_after), halt)
+        return Completion(text=None, status="failed", error=f"{self.pace.max_retries + 1} attempts: {reason}"[:500])
+
+    def _attempt(self, body: Mapping[str, Any]) -> tuple[tuple[Any] | Completion | None, str, float]:
+        """One call: what came of it; or None, what failed and how long the server wants to be left alone."""
+        openai, client = _openai(), self._opened()
+        way = client.chat.completions if "messages" in body else client.completions
+        try:
+            with self._slots:
+                return (way.with_raw_response.create(**_split(body)).http_response.json(),), "", 0.0
+        except openai.APIStatusError as error:
+            status, reason = error.status_code, self._redacted(f"{error.status_code}: {error.message}")
+            if status in _SETUP_IS_WRONG:
+                raise RecipeError(
+                    f"The endpoint {self._address()} refuses model {self.model!r} ({reason:.300}). Check the key in "
+                    f"${self._key_name}, the model's name and base_url."
+                ) from None
+            if status == 429 or status >= 500:
+                return None, reason, retry_after(error.response.headers)
+            return Completion(text=None, status="failed", error=reason[:500]), "", 0.0
+        except (openai.APIError, ValueError) as error:  # no connection, no answer in time, or half an answer
+            return None, self._redacted(f"{type(error).__name__}: {error}"), 0.0
+
+    def _opened(self) -> Any:
+        with self._opening:
+            if self._client is None:
+                key = os.environ.get(self._key_name, "")
+                if not key and self._base_url is None:
+                    raise RecipeError(
+                        f"No key for OpenAI: the environment variable {self._key_name} is not set. Set it, or give the "
+                        "base_url of another endpoint."
+                    )
+                self._client = _openai().OpenAI(
+                    api_key=key or "none", base_url=self._base_url, max_retries=0, timeout=self.pace.timeout
+                )
+            return self._client
+
+    def _address(self) -> str:
+        return "of OpenAI" if self._base_url is None else repr(self._base_url.rpartition("@")[2])
+
+    def _redacted(self, text: str) -> str:
+        key = os.environ.get(self._key_name, "")
+        return text.replace(key, "***") if key else text
+
+    def _wait(self, seconds: float, halt: threading.Event) -> None:
+        if seconds > 0 and self.pace.sleep is not None:
+            self.pace.sleep(seconds)
+        elif seconds > 0:
+            halt.wait(seconds)
+        if halt.is_set():
+            raise InterpError(f"The run was stopped while {self.name!r} waited to call again. Start it again.")
+
+
+def parse_answer(body: Any) -> Completion:
+    """Read the answer of a completion.
+
+    Args:
+        body: The response, as the protocol has it.
+
+    Returns:
+        The completion: ``truncated`` if the answer ran into the limit of tokens, ``refused`` if the model or a filter
+        refused, ``failed`` if it is no answer.
+
+    Example:
+        >>> choice = {"message": {"content": "A fine film."}, "finish_reason": "stop"}
+        >>> parse_answer({"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 4}}).text
+        'A fine film.'
+    """
+    usage = _object(body, "usage")
+    counts: dict[str, Any] = {"tokens_in": usage.get("prompt_tokens"), "tokens_out": usage.get("completion_tokens")}
+    choices = body.get("choices") if isinstance(body, Mapping) else None
+    if not isinstance(choices, Sequence) or not choices or not isinstance(choices[0], Mapping):
+        return Completion(text=None, status="failed", error=f"an answer without choices: {body!r:.200}", **counts)
+    message, reason = _object(choices[0], "message"), choices[0].get("finish_reason")
+    content = message.get("content", choices[0].get("text"))
+    text = content if isinstance(content, str) else None
+    refusal = message.get("refusal")
+    if refusal or reason == "content_filter":
+        return Completion(text=text, status="refused", error=str(refusal or reason)[:500], **counts)
+    if reason == "length":
+        return Completion(text=text, status="truncated", error="ran into the limit of tokens", **counts)
+    return Completion(text=text or "", **counts)
+
+
+def _object(row: Any, key: str) -> Mapping[str, Any]:
+    value = row.get(key) if isinstance(row, Mapping) else None
+    return value if isinstance(value, Mapping) else {}
+
+
+def _split(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Named arguments of the client, and whatever else is sent as it is."""
+    named = ("model", "messages", "prompt", "temperature", "max_tokens", "seed")
+    rest = {key: value for key, value in body.items() if key not in named}
+    return {**{key: body[key] for key in named if key in body}, **({"extra_body": rest} if rest else {})}
+
+
+def _openai() -> Any:
+    try:
+        import openai
+    except ImportError as error:
+        raise RecipeError(
+            "An endpoint needs the package openai, which is not installed. Install it with "
+            "`pip install 'lightning-interp[endpoint]'`."
+        ) from error
+    return openai
