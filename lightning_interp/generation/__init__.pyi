@@ -3,6 +3,13 @@ from lightning_interp.generation.batch_files import import_completions as import
 from lightning_interp.generation.completion_store import CompletionStore as CompletionStore
 from lightning_interp.generation.completion_store import write_all as write_all
 from lightning_interp.generation.endpoint import EndpointGenerator as EndpointGenerator
+from lightning_interp.generation.judges import ChatJudge as ChatJudge
+from lightning_interp.generation.judges import ClassifierJudge as ClassifierJudge
+from lightning_interp.generation.judges import EmbeddingJudge as EmbeddingJudge
+from lightning_interp.generation.judges import Judge as Judge
+from lightning_interp.generation.judges import LikelihoodJudge as LikelihoodJudge
+from lightning_interp.generation.judges import WordShare as WordShare
+from lightning_interp.generation.labellers import compliance as compliance
 from lightning_interp.generation.pacing import Backoff as Backoff
 from lightning_interp.generation.pacing import Pace as Pace
 from lightning_interp.generation.replay import FunctionGenerator as FunctionGenerator

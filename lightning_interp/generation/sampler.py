@@ -24,7 +24,7 @@ from lightning_interp.generation.requests import Completion, TextRequest
 from lightning_interp.generation.sampling import draw_tokens, uniform_numbers
 from lightning_interp.models.scoring.text_scorer import weights_digest
 
-__all__ = ["LocalSampler", "Processors", "left_padded", "request_ids"]
+__all__ = ["LocalSampler", "Processors", "padded", "request_ids"]
 
 Processors = Sequence[LogitsProcessor] | Callable[[TextRequest], Sequence[LogitsProcessor]]
 """What forbids or favours tokens: the same for every request, or made for each; they never see padding."""
@@ -157,11 +157,11 @@ class LocalSampler:
                 raise DataError(f"{text!r} is {len(found)} tokens of this tokenizer; expected one, to read its chance.")
         rows = [self._row(request) for request in requests]
         probs = torch.zeros(len(rows), len(texts), dtype=torch.float64)
+        device = next(self.model.parameters()).device
         with undisturbed(self.model):
             for batch in self._batches(rows, range(len(rows))):
-                padded, mask = left_padded([rows[i].ids for i in batch], self._pad())
-                device = next(self.model.parameters()).device
-                logits = self.model(input_ids=padded.to(device), attention_mask=mask.to(device)).logits[:, -1]
+                read, mask = (x.to(device) for x in padded([rows[i].ids for i in batch], self._pad(), left=False))
+                logits = self.model(input_ids=read, attention_mask=mask).logits[range(len(batch)), mask.sum(1) - 1]
                 probs[batch] = logits.double().softmax(-1)[:, [one for (one,) in ids]].cpu()
         return probs
 
@@ -196,7 +196,7 @@ class LocalSampler:
         return batches
 
     def _write(self, rows: Sequence[_Row]) -> list[Completion]:
-        ids, mask = left_padded([row.ids for row in rows], self._pad())
+        ids, mask = padded([row.ids for row in rows], self._pad(), left=True)
         device, width, ends = next(self.model.parameters()).device, ids.shape[1], self._ends()
         stopping = _RowEnds(rows, self.tokenizer, width)
         # A plain configuration: what a model's own says of sampling is not part of the key.
@@ -350,23 +350,26 @@ def request_ids(tokenizer: PreTrainedTokenizerBase, request: TextRequest) -> lis
     return list(ids)
 
 
-def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Rows of token ids of one width, padded on the left where generation needs it.
+def padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Rows of token ids of one width.
 
     Args:
         rows: Token ids.
         pad: The id of padding.
+        left: Pad on the left, as generation needs it.
 
     Returns:
         Ids and mask (1 for tokens), each ``[rows, width]``.
 
     Example:
-        >>> left_padded([[1, 2], [3]], 0)[0].tolist()
+        >>> padded([[1, 2], [3]], 0, left=True)[0].tolist()
         [[1, 2], [0, 3]]
     """
     width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(len(row))
+        ids[i, place], mask[i, place] = torch.tensor(row, dtype=torch.long), 1
     return ids, mask
 
 

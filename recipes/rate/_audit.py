@@ -13,7 +13,7 @@ import numpy as np
 from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.core.storage.jsonl import json_lines
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.rate.checks.compliance import Labeller, labels
+from lightning_interp.generation.labellers import Labeller, labels
 from lightning_interp.rate.estimators.result import RateResult
 from lightning_interp.rate.rewriting.driver import RewriteReport, RewriteRun
 from lightning_interp.rate.texts.own_files import read_own

@@ -13,7 +13,7 @@ from typing import Any
 from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.core.storage.jsonl import json_object
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.rate.checks.compliance import (
+from lightning_interp.generation.labellers import (
     Contains,
     Labeller,
     Lexicon,

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.generation.labellers import Contains, Labeller, LongerThan, StartsWithVowel, vader_labeller
 from lightning_interp.models.scoring.text_scorer import Scorer, TextScorer
-from lightning_interp.rate.checks.compliance import Contains, Labeller, LongerThan, StartsWithVowel, vader_labeller
 from lightning_interp.rate.rewriting.rules import Drop, MarkToggle, OpenerToggle, RepairTranspositions, Rule, Toggle
 from lightning_interp.rate.rewriting.templates import Kind, RewriteTemplate, rewrite_template
 from lightning_interp.rate.scoring.scores import as_scorer, vader_scorer

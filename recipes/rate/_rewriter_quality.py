@@ -11,8 +11,8 @@ from typing import Any
 
 from lightning_interp.core.measure.statistics import Estimate, proportion_interval
 from lightning_interp.errors import RecipeError
+from lightning_interp.generation.labellers import Labeller, labels
 from lightning_interp.rate import EffectStudy, RateResult, RewriteStore, RewriteTriples, TripleScores
-from lightning_interp.rate.checks.compliance import Labeller, labels
 from lightning_interp.rate.checks.diagnostics import ThirdRewrite
 from lightning_interp.rate.rewriting.chain import Request
 from lightning_interp.rate.rewriting.flags import FLAGS

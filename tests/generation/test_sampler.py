@@ -299,7 +299,9 @@ class TestPrompts:
         with pytest.raises(DataError, match="does not say how many tokens it takes"):
             written(model, tokenizer, [TextRequest(prompt="a", max_new_tokens=None)])
 
-    def test_chances_of_the_first_token(self, model, tokenizer):
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    def test_chances_of_the_first_token(self, tokenizer, family):
+        model = tiny_model(family)
         sampler, digits = LocalSampler(model, tokenizer, batch_size=2), list("0123456789")
         found = sampler.next_token_probs(asked(), digits)
         ids = [tokenizer(digit, add_special_tokens=False).input_ids[0] for digit in digits]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.rate.checks.compliance import Contains, StartsWithVowel
+from lightning_interp.generation.labellers import Contains, StartsWithVowel
 from lightning_interp.rate.rewriting.rewriters import rewriter_id
 from lightning_interp.rate.rewriting.rules import (
     Drop,

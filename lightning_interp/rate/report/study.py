@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from lightning_interp.errors import DataError
-from lightning_interp.rate.checks.compliance import Compliance, Labeller, compliance_rates, labels
+from lightning_interp.generation.labellers import Labeller, labels
+from lightning_interp.rate.checks.compliance import Compliance, compliance_rates
 from lightning_interp.rate.checks.diagnostics import (
     Attenuation,
     SensitivityLine,

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_interp.errors import DataError
-from lightning_interp.rate.checks.compliance import StartsWithVowel, label_units
+from lightning_interp.generation.labellers import StartsWithVowel
+from lightning_interp.rate.checks.compliance import label_units
 from lightning_interp.rate.rewriting.records import Unit
 from lightning_interp.rate.rewriting.rules import swap_letters
 from lightning_interp.rate.texts.package_texts import Review

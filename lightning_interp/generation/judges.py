@@ -1,0 +1,309 @@
+"""Judges: one number a text, from words, a classifier, an embedding, a likelihood, or a chat model's mark."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_interp.core.measure.undisturbed import undisturbed
+from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.generation.labellers import words_of
+from lightning_interp.generation.requests import TextGenerator, TextRequest, ask
+from lightning_interp.generation.sampler import padded
+from lightning_interp.generation.text_quality import perplexity
+from lightning_interp.models.data.encoding import Encoder
+from lightning_interp.models.data.rows import Row
+from lightning_interp.models.scoring.reward_text import RewardEncoder, score_rows
+from lightning_interp.models.scoring.text_scorer import TextScorer
+
+__all__ = ["ChatJudge", "ClassifierJudge", "EmbeddingJudge", "Judge", "LikelihoodJudge", "Marks", "WordShare"]
+
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+class Judge(Protocol):
+    """Gives each text a number."""
+
+    def score(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> Tensor:
+        """Judge texts.
+
+        Args:
+            texts: The texts.
+            prompts: What each of them answers; nothing if None.
+
+        Returns:
+            Float64 ``[n]`` on the CPU; NaN where a text cannot be judged, such as a blank one.
+        """
+        ...
+
+
+def _where_written(
+    texts: Sequence[str], prompts: Sequence[str] | None, score: Callable[[list[str], list[str]], Tensor]
+) -> Tensor:
+    """Scores of texts that are not blank, and NaN for the others."""
+    asked = [""] * len(texts) if prompts is None else list(prompts)
+    if len(asked) != len(texts):
+        raise DataError(f"There are {len(asked)} prompts for {len(texts)} texts; expected one prompt a text.")
+    kept = [i for i, text in enumerate(texts) if text.strip()]
+    found = torch.full((len(texts),), torch.nan, dtype=torch.float64)
+    if kept:
+        found[kept] = score([texts[i] for i in kept], [asked[i] for i in kept]).double().cpu()
+    return found
+
+
+@dataclass(frozen=True)
+class WordShare:
+    """Share of a text's words that are in a list; whole words, in any case.
+
+    Args:
+        words: The list.
+
+    Example:
+        >>> WordShare({"good"}).score(["Good, goodness!", ""]).tolist()
+        [0.5, nan]
+    """
+
+    words: Collection[str]
+
+    def score(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> Tensor:
+        """See :meth:`Judge.score`."""
+        listed, found = {word.lower() for word in self.words}, [words_of(text) for text in texts]
+        shares = [sum(one in listed for one in words) / len(words) if words else torch.nan for words in found]
+        return torch.tensor(shares, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class ClassifierJudge:
+    """Probability of a class, by a sequence classifier.
+
+    Args:
+        scorer: The classifier, and which ``label`` of it; a model with one output gives its sigmoid.
+
+    Example:
+        >>> from lightning_interp.models.scoring.score_head import scoring_model
+        >>> from lightning_interp.testing import byte_tokenizer, tiny_model
+        >>> scorer = TextScorer(scoring_model(tiny_model("llama"), seed=0), byte_tokenizer(), max_length=64)
+        >>> 0 < float(ClassifierJudge(scorer).score(["A film."])) < 1
+        True
+    """
+
+    scorer: TextScorer
+
+    def score(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> Tensor:
+        """See :meth:`Judge.score`."""
+        model, label = self.scorer.model, self.scorer.label
+
+        def probability(ids: Tensor, mask: Tensor) -> Tensor:
+            output: Any = model(input_ids=ids, attention_mask=mask)
+            logits = output.logits.double().reshape(len(ids), -1)
+            found: Tensor = logits[:, 0].sigmoid() if logits.shape[1] == 1 else logits.softmax(-1)[:, label]
+            return found
+
+        def judged(texts: list[str], prompts: list[str]) -> Tensor:
+            rows = [one.ids for one in self.scorer.encoder.encode_texts(prompts, texts)]
+            return _scored(model, probability, rows, self.scorer.encoder.pad_id, self.scorer.token_budget)
+
+        return _where_written(texts, prompts, judged)
+
+
+class EmbeddingJudge:
+    """Cosine of a text and some reference texts: mean last hidden states over tokens, then over the references.
+
+    Args:
+        model: A model of transformers, decoder or encoder.
+        tokenizer: Its tokenizer.
+        references: Texts that a text should be like.
+        token_budget: Most tokens of one batch.
+
+    Raises:
+        DataError: If there is no reference text.
+
+    Example:
+        >>> from lightning_interp.testing import byte_tokenizer, tiny_model
+        >>> judge = EmbeddingJudge(tiny_model("llama"), byte_tokenizer(), ["A film."])
+        >>> round(float(judge.score(["A film."])), 6)
+        1.0
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, references: Sequence[str], *, token_budget: int = 8192) -> None:
+        self.model, self.token_budget = model, token_budget
+        self._encoder = RewardEncoder(tokenizer=tokenizer, chat=False, add_eos=False)
+        if not any(text.strip() for text in references):
+            raise DataError("EmbeddingJudge got no reference text; expected at least one.")
+        with undisturbed(model):
+            device = next(model.parameters()).device
+            rows = [torch.tensor([ids], device=device) for ids in self._rows(references)]
+            units = [F.normalize(self._embedded(ids, torch.ones_like(ids)), dim=-1) for ids in rows]
+        self._reference = torch.cat(units).mean(0)
+
+    def score(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> Tensor:
+        """See :meth:`Judge.score`; prompts are not read."""
+
+        def cosine(ids: Tensor, mask: Tensor) -> Tensor:
+            return F.cosine_similarity(self._embedded(ids, mask), self._reference, dim=-1)
+
+        return _where_written(
+            texts, None, lambda texts, _: _scored(self.model, cosine, self._rows(texts), self._encoder.pad_id,
+                                                  self.token_budget)
+        )  # fmt: skip
+
+    def _rows(self, texts: Sequence[str]) -> list[list[int]]:
+        return [one.ids for one in self._encoder.encode_texts([""] * len(texts), texts) if one.ids]
+
+    def _embedded(self, ids: Tensor, mask: Tensor) -> Tensor:
+        states = self.model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state.double()
+        mean: Tensor = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return mean
+
+
+@dataclass(frozen=True)
+class LikelihoodJudge:
+    """Mean log-probability of a text's tokens after its prompt, in nats a token.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        chat: Prompt and text are a user's and an assistant's turn.
+        batch_size: Texts at once.
+
+    Example:
+        >>> from lightning_interp.testing import byte_tokenizer, tiny_model
+        >>> judge = LikelihoodJudge(tiny_model("llama"), byte_tokenizer())
+        >>> float(judge.score(["4"], ["2+2="])) < 0
+        True
+    """
+
+    model: Any
+    tokenizer: Any
+    chat: bool = False
+    batch_size: int = 8
+
+    def score(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> Tensor:
+        """See :meth:`Judge.score`."""
+        encoder = Encoder(tokenizer=self.tokenizer, chat=self.chat, add_eos=False)
+        device = next(self.model.parameters()).device
+
+        def judged(texts: list[str], prompts: list[str]) -> Tensor:
+            pairs = [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, texts, strict=True)]
+            rows = [encoder.encode(Row(f"texts[{i}]", "prompt", pair)) for i, pair in enumerate(pairs)]
+            found = torch.zeros(len(rows), dtype=torch.float64)
+            order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+            with undisturbed(self.model):
+                for part in (order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)):
+                    ids, mask = (x.to(device) for x in padded([rows[i].ids for i in part], 0, left=False))
+                    scored = padded([rows[i].scored for i in part], 0, left=False)[0].to(device).bool()
+                    logits = self.model(input_ids=ids, attention_mask=mask).logits
+                    found[part] = -perplexity(logits, ids, scored).double().log().cpu()
+            return found
+
+        return _where_written(texts, prompts, judged)
+
+
+class Marks(NamedTuple):
+    """What a chat model says of texts.
+
+    Attributes:
+        score: Float64 ``[n]``; NaN where there is no mark.
+        refused: How many texts it gave no number for, though it answered.
+        failed: For how many there was no answer.
+    """
+
+    score: Tensor
+    refused: int
+    failed: int
+
+
+@dataclass(frozen=True)
+class ChatJudge:
+    """A chat model's mark of a text.
+
+    Where the writer tells the probabilities of its first token, the mark is their mean over the digits, which is
+    finer than one number and needs no sampling; otherwise it is the number that is written at temperature 0.
+
+    Args:
+        generator: Who judges.
+        question: How it is asked, with ``{text}``, and ``{prompt}`` if it is to see that; it asks for a number.
+        lowest: Least mark.
+        highest: Greatest mark; at most 9, so that a mark is one token.
+        least_mass: Share of the probability that digits must have together; with less, the judge would say something
+            else than a number, and the text counts as refused.
+
+    Raises:
+        RecipeError: If the question has no ``{text}``, or the marks are no digits.
+
+    Example:
+        >>> from lightning_interp.generation.replay import FunctionGenerator
+        >>> five = FunctionGenerator(lambda request: "I give it a 5.", name="five")
+        >>> ChatJudge(five, "From 0 to 9, how kind is this? {text}").marks(["Oh", ""])
+        Marks(score=tensor([5., nan], dtype=torch.float64), refused=0, failed=0)
+    """
+
+    generator: TextGenerator
+    question: str
+    lowest: int = 0
+    highest: int = 9
+    least_mass: float = 0.5
+
+    def __post_init__(self) -> None:
+        if "{text}" not in self.question or not 0 <= self.lowest < self.highest <= 9:
+            raise RecipeError(
+                f"ChatJudge(question={self.question!r:.60}, lowest={self.lowest}, highest={self.highest}): expected a "
+                "question with {text}, and marks from 0 to 9."
+            )
+
+    def score(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> Tensor:
+        """See :meth:`Judge.score`."""
+        return self.marks(texts, prompts).score
+
+    def marks(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> Marks:
+        """Marks of texts, with refusals and failures counted apart.
+
+        Args:
+            texts: The texts.
+            prompts: What each of them answers; nothing if None.
+        """
+        counts = {"refused": 0, "failed": 0}
+
+        def judged(texts: list[str], prompts: list[str]) -> Tensor:
+            places = [{"text": text, "prompt": prompt} for text, prompt in zip(texts, prompts, strict=True)]
+            asked = [self._question(one) for one in places]
+            read = getattr(self.generator, "next_token_probs", None)
+            values = torch.arange(self.lowest, self.highest + 1, dtype=torch.float64)
+            probs = None if read is None else read(asked, [str(int(value)) for value in values])
+            if probs is None or bool(probs.isnan().all()):  # nobody tells probabilities
+                return self._numbers(asked, counts)
+            mass = probs.sum(-1)
+            counts["failed"] += int(mass.isnan().sum())
+            counts["refused"] += int((mass < self.least_mass).sum())
+            return torch.where(mass >= self.least_mass, probs @ values / mass, torch.nan)
+
+        return Marks(_where_written(texts, prompts, judged), **counts)
+
+    def _question(self, places: dict[str, str]) -> TextRequest:
+        filled = re.sub(r"\{(text|prompt)\}", lambda match: places[match[1]], self.question)
+        return TextRequest.chat(filled, temperature=0.0, max_new_tokens=16)
+
+    def _numbers(self, asked: list[TextRequest], counts: dict[str, int]) -> Tensor:
+        marks = []
+        for answer in ask(self.generator, asked):
+            number = _NUMBER.search(answer.text or "") if answer.status != "refused" else None
+            mark = float(number[0]) if number else torch.nan
+            fits = self.lowest <= mark <= self.highest
+            counts["failed"] += answer.failed
+            counts["refused"] += not fits and not answer.failed
+            marks.append(mark if fits else torch.nan)
+        return torch.tensor(marks, dtype=torch.float64)
+
+
+def _scored(
+    model: Any, forward: Callable[[Tensor, Tensor], Tensor], rows: list[list[int]], pad: int, budget: int
+) -> Tensor:
+    device = next(model.parameters()).device
+    with undisturbed(model):
+        return score_rows(forward, rows, pad_id=pad, device=device, token_budget=budget)
