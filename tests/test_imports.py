@@ -173,7 +173,7 @@ def allowed(name):
     if first in below:
         return below[first]
     if first in {"models", "testing"}:
-        return {"errors", "lazy_names", "core", "models", "testing"}
+        return {"errors", "lazy_names", "core", "models", first}
     if first == "generation":
         return {"errors", "lazy_names", "core", "models", first}
     return {"errors", "lazy_names", "core", "models", "generation", first} | CROSSINGS.get(first, set())

@@ -23,7 +23,18 @@ CORE = {
     "callbacks": {"model", "tokens", "hooks", "measure", "storage", "callbacks"},
 }
 # Names that a method's room may use again, since the room says which.
-SHARED_NAMES = {"callback", "figures", "metric", "metrics", "result", "intervention", "study", "words", "endpoint"}
+SHARED_NAMES = {
+    "callback",
+    "figures",
+    "metric",
+    "metrics",
+    "result",
+    "intervention",
+    "study",
+    "words",
+    "endpoint",
+    "tiny",
+}
 # A room holds about fifteen modules; these hold more for now.
 FULL = {"steering/softmax": 17}
 MOST = 16

@@ -119,7 +119,7 @@ class GraftPair(Recipe):
 
     def example_donor(self, folder: Path) -> Path:
         """A tiny donor, for a smoke run without one."""
-        from lightning_interp.testing import byte_tokenizer, tiny_pair
+        from lightning_interp.models.sources.tiny import byte_tokenizer, tiny_pair
 
         if not (folder / "donor").exists():
             tiny_pair("llama")[1].save_pretrained(folder / "donor")

@@ -63,7 +63,7 @@ def load_causal_lm(
     Args:
         source: What to load; the first of these that fits:
 
-            - ``tiny:<family>``: a tiny random model of ``lightning_interp.testing``, for smoke runs;
+            - ``tiny:<family>``: a tiny random model, see :func:`~lightning_interp.testing.tiny_model`, for smoke runs;
             - ``smollm2-135m-instruct`` or ``gemma-3-270m``: a model that a Python package carries, dequantised once
               into a cache folder (Gemma is under Google's Gemma Terms of Use);
             - a folder in Hugging Face format with safetensors weights, or a PEFT adapter folder (its base is
@@ -119,7 +119,7 @@ def _load(source: str, options: LoadOptions, adapter: Path | None = None) -> Loa
 
 
 def _tiny(source: str, options: LoadOptions) -> LoadedModel:
-    from lightning_interp.testing import byte_tokenizer, tiny_model
+    from lightning_interp.models.sources.tiny import byte_tokenizer, tiny_model
 
     model, tokenizer = tiny_model(source.removeprefix(_TINY), dtype=options.dtype), byte_tokenizer()
     if options.quantization is not None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_interp.errors import RecipeError
-from lightning_interp.testing.tiny import (
+from lightning_interp.models.sources.tiny import (
     EXTRA_FAMILIES,
     FAMILIES,
     byte_tokenizer,
