@@ -14,7 +14,7 @@ PACKAGE = ROOT / "lightning_interp"
 
 # What each room of core may import of core; Lightning enters in callbacks alone.
 CORE = {
-    "model": {"model"},
+    "model": {"measure", "model"},
     "tokens": {"model", "tokens"},
     "hooks": {"model", "tokens", "hooks"},
     "weights": {"model", "tokens", "hooks", "weights"},
@@ -36,7 +36,7 @@ SHARED_NAMES = {
     "tiny",
 }
 # A room holds about fifteen modules; these hold more for now.
-FULL = {"steering/softmax": 17}
+FULL: dict[str, int] = {}
 MOST = 16
 
 

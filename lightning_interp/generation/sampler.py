@@ -18,13 +18,14 @@ from transformers import (
 )
 
 from lightning_interp.core.measure.undisturbed import undisturbed
+from lightning_interp.core.model.fingerprint import weights_digest
 from lightning_interp.core.storage.files import digest
+from lightning_interp.core.tokens.batches import padded
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.generation.requests import Completion, TextRequest
 from lightning_interp.generation.sampling import draw_tokens, uniform_numbers
-from lightning_interp.models.scoring.text_scorer import weights_digest
 
-__all__ = ["LocalSampler", "Processors", "padded", "request_ids"]
+__all__ = ["LocalSampler", "Processors", "request_ids"]
 
 Processors = Sequence[LogitsProcessor] | Callable[[TextRequest], Sequence[LogitsProcessor]]
 """What forbids or favours tokens: the same for every request, or made for each; they never see padding."""
@@ -160,7 +161,7 @@ class LocalSampler:
         device = next(self.model.parameters()).device
         with undisturbed(self.model):
             for batch in self._batches(rows, range(len(rows))):
-                read, mask = (x.to(device) for x in padded([rows[i].ids for i in batch], self._pad(), left=False))
+                read, mask = (x.to(device) for x in padded([rows[i].ids for i in batch], self._pad()))
                 logits = self.model(input_ids=read, attention_mask=mask).logits[range(len(batch)), mask.sum(1) - 1]
                 probs[batch] = logits.double().softmax(-1)[:, [one for (one,) in ids]].cpu()
         return probs
@@ -196,7 +197,7 @@ class LocalSampler:
         return batches
 
     def _write(self, rows: Sequence[_Row]) -> list[Completion]:
-        ids, mask = padded([row.ids for row in rows], self._pad(), left=True)
+        ids, mask = padded([row.ids for row in rows], self._pad(), side="left")
         device, width, ends = next(self.model.parameters()).device, ids.shape[1], self._ends()
         stopping = _RowEnds(rows, self.tokenizer, width)
         # A plain configuration: what a model's own says of sampling is not part of the key.
@@ -348,29 +349,6 @@ def request_ids(tokenizer: PreTrainedTokenizerBase, request: TextRequest) -> lis
     if not ids:
         raise DataError(f"The prompt {request.prompt!r} has no token, so nothing can follow it. Give a longer one.")
     return list(ids)
-
-
-def padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Rows of token ids of one width.
-
-    Args:
-        rows: Token ids.
-        pad: The id of padding.
-        left: Pad on the left, as generation needs it.
-
-    Returns:
-        Ids and mask (1 for tokens), each ``[rows, width]``.
-
-    Example:
-        >>> padded([[1, 2], [3]], 0, left=True)[0].tolist()
-        [[1, 2], [0, 3]]
-    """
-    width = max(map(len, rows))
-    ids, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(len(row))
-        ids[i, place], mask[i, place] = torch.tensor(row, dtype=torch.long), 1
-    return ids, mask
 
 
 def _places(model: Any) -> int | None:

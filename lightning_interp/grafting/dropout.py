@@ -6,13 +6,13 @@ same plan gives the same graft in every run and in every batch.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
+from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.errors import RecipeError
 
 __all__ = ["DRAWS", "Cell", "GraftDropout"]
@@ -82,8 +82,7 @@ class GraftDropout:
         cells = set(cells)
         by_layer = self.unit == "layer"
         units = sorted({(layer, "" if by_layer else name) for name, layer in cells if layer is not None})
-        key = hashlib.sha256(f"graft dropout/{self.seed}/{draw}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, "graft dropout", draw))
         if self.mode == "count":
             order = torch.randperm(len(units), generator=generator).tolist()
             gone = {units[i] for i in order[: int(self.share * len(units) + 1e-9)]}

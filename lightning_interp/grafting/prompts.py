@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lightning_interp.core.tokens.batches import padded
 from lightning_interp.core.tokens.positions import FromBatch, Positions
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.core.tokens.text import find_occurrence
@@ -66,18 +67,13 @@ class PromptBatch:
     @classmethod
     def of(cls, prompts: Sequence[EncodedPrompt]) -> PromptBatch:
         """Pad prompts on the left."""
-        width = max(len(prompt.ids) for prompt in prompts)
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        valid = torch.zeros(len(prompts), width, dtype=torch.bool)
+        ids, mask = padded([prompt.ids for prompt in prompts], side="left")
         names = dict.fromkeys(name for prompt in prompts for name in prompt.spans)
-        masks = {name: torch.zeros(len(prompts), width, dtype=torch.bool) for name in names}
+        masks = {name: torch.zeros_like(mask, dtype=torch.bool) for name in names}
         for row, prompt in enumerate(prompts):
-            start = width - len(prompt.ids)
-            ids[row, start:] = torch.tensor(prompt.ids)
-            valid[row, start:] = True
             for name, tokens in prompt.spans.items():
-                masks[name][row, torch.tensor(tokens) + start] = True
-        return cls(ids, valid, masks, torch.tensor([prompt.target for prompt in prompts]))
+                masks[name][row, torch.tensor(tokens) + ids.shape[1] - len(prompt.ids)] = True
+        return cls(ids, mask.bool(), masks, torch.tensor([prompt.target for prompt in prompts]))
 
     def step(self, tokenizer: Any) -> StepContext:
         """What position selectors see of these prompts."""

@@ -1,3 +1,7 @@
+from lightning_interp.core.model.fingerprint import check_fingerprint as check_fingerprint
+from lightning_interp.core.model.fingerprint import model_fingerprint as model_fingerprint
+from lightning_interp.core.model.head import SoftmaxHead as SoftmaxHead
+from lightning_interp.core.model.head import read_head as read_head
 from lightning_interp.generation.text_quality import perplexity as perplexity
 from lightning_interp.generation.text_quality import repetition as repetition
 from lightning_interp.steering.activation.affine import AffineMap as AffineMap
@@ -39,8 +43,6 @@ from lightning_interp.steering.softmax.dual_intervention import DualSteering as 
 from lightning_interp.steering.softmax.dual_intervention import dual_steering as dual_steering
 from lightning_interp.steering.softmax.euclidean import euclidean_steer as euclidean_steer
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry as SoftmaxGeometry
-from lightning_interp.steering.softmax.head import SoftmaxHead as SoftmaxHead
-from lightning_interp.steering.softmax.head import read_head as read_head
 from lightning_interp.steering.softmax.implicit import dual_step as dual_step
 from lightning_interp.steering.softmax.request import Target as Target
 from lightning_interp.steering.softmax.result import SteerResult as SteerResult
@@ -50,8 +52,6 @@ from lightning_interp.steering.vectors.directions import METHODS as METHODS
 from lightning_interp.steering.vectors.directions import direction_between as direction_between
 from lightning_interp.steering.vectors.directions import extract_vector as extract_vector
 from lightning_interp.steering.vectors.features import text_features as text_features
-from lightning_interp.steering.vectors.fingerprint import check_fingerprint as check_fingerprint
-from lightning_interp.steering.vectors.fingerprint import model_fingerprint as model_fingerprint
 from lightning_interp.steering.vectors.gguf_vectors import load_control_vector as load_control_vector
 from lightning_interp.steering.vectors.gguf_vectors import save_control_vector as save_control_vector
 from lightning_interp.steering.vectors.steering_vectors import SteeringVector as SteeringVector

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lightning_interp.core.hooks.intervention import Attachment, Compose, Intervention
+from lightning_interp.core.measure.seeding import seeded_rng
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.tokens.kv_cache import cache_argument, cache_of
@@ -239,8 +240,7 @@ class InterventionContract:
         from peft import LoraConfig, inject_adapter_in_model
 
         model = self.model(family)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded_rng(0):
             config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
             model = inject_adapter_in_model(config, model).eval()
         intervention, batch = self.make(model), _batch(model, self.texts)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_interp.core.measure.seeding import seeded_rng
 from lightning_interp.errors import InterpError
 from lightning_interp.testing.snapshot import Snapshot, snapshot
 from lightning_interp.testing.tiny import byte_tokenizer, tiny_model
@@ -123,8 +124,7 @@ class CallbackContract:
         found = []
         for callbacks in ((), (callback,)):
             module = self.make_module(library)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+            with seeded_rng(0):
                 self._run(library, module, "train", *callbacks)
                 state = snapshot(module.model)
             found.append({name: state[name] for name in ("weights", "random")})

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lightning_interp.core.measure.seeding import seeded_rng
 from lightning_interp.errors import RecipeError
 from lightning_interp.grafting import GraftPrompt
 
@@ -171,8 +172,7 @@ def fresh_model(folder: Path, tokenizer: Any, *, layers: int, width: int, heads:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded_rng(seed):
         GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

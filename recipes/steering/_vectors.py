@@ -15,9 +15,10 @@ import torch
 from lightning_interp import All, ModelMap, Site
 from lightning_interp.core.measure.statistics import Estimate, mean_interval
 from lightning_interp.core.measure.undisturbed import undisturbed
+from lightning_interp.core.tokens.batches import padded
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.steering import AddDirection, SteeringVector, text_features
-from lightning_interp.steering.vectors.features import encode_texts, pack_rows, padded
+from lightning_interp.steering.vectors.features import encode_texts, pack_rows
 
 from ._common import BLUE, ORANGE, band, tidy
 from ._contrasts import ContrastItem
@@ -275,9 +276,7 @@ def write_sweep(
     """
     rows = encode_texts(tokenizer, prompts)
     width = max(map(len, rows))
-    ids, mask = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(2))
-    for i, row in enumerate(rows):  # on the left, where generation needs it
-        ids[i, width - len(row) :], mask[i, width - len(row) :] = torch.tensor(row), 1
+    ids, mask = padded(rows, side="left")
     device = next(model.model.parameters()).device
     ids, mask = (x.repeat(len(strengths), 1).to(device) for x in (ids, mask))
     steer = AddDirection(vector, site=Site("resid_post", layer), strength=list(strengths))

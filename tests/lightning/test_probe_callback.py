@@ -9,13 +9,13 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_interp import Last, Site
+from lightning_interp.core.model.fingerprint import model_fingerprint
 from lightning_interp.errors import DataError, IncompatibleModelError, PositionError, RecipeError, SiteError
 from lightning_interp.steering.concepts.class_reader import ClassReader, PredictedSide
 from lightning_interp.steering.concepts.moments import ClassMoments
 from lightning_interp.steering.concepts.pairs import CounterfactualPairs
 from lightning_interp.steering.concepts.probe_callback import ProbeCallback
 from lightning_interp.steering.concepts.probes import ConceptProbe
-from lightning_interp.steering.vectors.fingerprint import model_fingerprint
 from lightning_interp.testing import CallbackContract, tiny_model
 
 PAIRS = CounterfactualPairs([(i, i + 120) for i in range(10, 120)])

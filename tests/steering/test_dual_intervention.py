@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_interp import All, Generated, GenerationSteps, Last, Site, Tokens
+from lightning_interp.core.model.fingerprint import model_fingerprint
 from lightning_interp.core.tokens.kv_cache import cache_of
 from lightning_interp.errors import (
     CompiledModelError,
@@ -17,7 +18,6 @@ from lightning_interp.steering import ConceptProbe, CounterfactualPairs, DualSte
 from lightning_interp.steering.softmax.curve import SolverOptions
 from lightning_interp.steering.softmax.dual import dual_steer
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
-from lightning_interp.steering.vectors.fingerprint import model_fingerprint
 from lightning_interp.testing import InterventionContract, byte_tokenizer, tiny_model
 
 IDS = torch.arange(5, 13).view(1, 8)

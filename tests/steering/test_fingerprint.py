@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_interp.core.model import fingerprint
+from lightning_interp.core.model.fingerprint import check_fingerprint, model_fingerprint
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.errors import IncompatibleModelError
-from lightning_interp.steering.vectors import fingerprint
-from lightning_interp.steering.vectors.fingerprint import check_fingerprint, model_fingerprint
 from lightning_interp.testing import tiny_model
 
 

@@ -8,9 +8,9 @@ import torch
 from core.decoder_types import MODELS, build
 
 from lightning_interp import ModelMap
+from lightning_interp.core.model.head import read_head
 from lightning_interp.errors import IncompatibleModelError, SiteError
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
-from lightning_interp.steering.softmax.head import read_head
 from lightning_interp.testing import FAMILIES, tiny_model
 
 IDS = torch.arange(5, 12)[None]

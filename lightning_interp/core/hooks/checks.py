@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_interp.core.model.whole import check_weights
 from lightning_interp.errors import CompiledModelError, QuantizedModelError, UnsupportedStrategyError
 
 __all__ = ["check_dense", "check_hookable", "check_strategy", "check_weights", "is_sharded", "quantized_modules"]
@@ -53,28 +54,6 @@ def _is_compiled(module: nn.Module) -> bool:
         return True
     forward = module.__dict__.get("forward")  # model.forward = torch.compile(model.forward)
     return forward is not None and hasattr(forward, "_torchdynamo_orig_callable")
-
-
-def check_weights(module: nn.Module, *, purpose: str) -> None:
-    """Refuse models whose weight values are not whole on this process.
-
-    Args:
-        module: The model.
-        purpose: What needs the weights, for the message.
-
-    Raises:
-        UnsupportedStrategyError: If a parameter is sharded.
-    """
-    for name, parameter in module.named_parameters():
-        if (
-            type(parameter).__name__ == "DTensor"
-            or "DTensor" in type(parameter.data).__name__
-            or hasattr(parameter, "ds_id")
-        ):
-            raise UnsupportedStrategyError(
-                f"{purpose} needs whole weights, but {name} of {type(module).__name__} is sharded. Use a single "
-                "device or DDP."
-            )
 
 
 def quantized_modules(module: nn.Module) -> list[str]:

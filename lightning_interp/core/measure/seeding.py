@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["derived_seed", "seeded_rng"]
+__all__ = ["derived_seed", "hashed_number", "seeded_rng"]
 
 
 def derived_seed(root: int, *key: object) -> int:
@@ -25,7 +25,16 @@ def derived_seed(root: int, *key: object) -> int:
         >>> derived_seed(0, "order", 1) == derived_seed(0, "order", 1) != derived_seed(0, "order", 2)
         True
     """
-    text = "/".join(str(part) for part in (root, *key))
+    return hashed_number("/".join(str(part) for part in (root, *key)))
+
+
+def hashed_number(text: str) -> int:
+    """A number below 2**63 that stands for a text, the same in every process (SHA-256).
+
+    Example:
+        >>> hashed_number("review-7") == hashed_number("review-7") != hashed_number("review-8")
+        True
+    """
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 

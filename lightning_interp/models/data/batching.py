@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_interp.core.measure.seeding import derived_seed
+from lightning_interp.core.tokens.batches import padded
 from lightning_interp.models.data.encoding import EncodedRow
 from lightning_interp.models.training.metric import IGNORED
 
@@ -65,14 +66,8 @@ class Collator:
         Returns:
             ``input_ids``, ``attention_mask`` and ``labels``, each of shape ``[batch, time]``.
         """
-        shape = (len(rows), max(len(ids) for ids, _ in rows))
-        input_ids = torch.full(shape, self.pad_id, dtype=torch.int64)
-        attention_mask = torch.zeros(shape, dtype=torch.int64)
-        labels = torch.full(shape, IGNORED, dtype=torch.int64)
-        for index, (ids, scored) in enumerate(rows):
-            input_ids[index, : len(ids)] = ids.long()
-            attention_mask[index, : len(ids)] = 1
-            labels[index, : len(ids)] = torch.where(scored, ids.long(), IGNORED)
+        input_ids, attention_mask = padded([ids for ids, _ in rows], self.pad_id)
+        labels, _ = padded([torch.where(scored, ids.long(), IGNORED) for ids, scored in rows], IGNORED)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_interp.core.tokens.batches import padded
 from lightning_interp.errors import DataError
 from lightning_interp.models.data.rows import check_text, raw_rows
 
@@ -160,12 +161,7 @@ class PairCollator:
             False for fillers.
         """
         texts = [row.ids[place] for place in range(len(rows[0].ids)) for row in rows]
-        longest = max(map(len, texts))
-        ids = torch.full((len(texts), longest), self.pad_id, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for index, text in enumerate(texts):
-            ids[index, : len(text)] = torch.tensor(text)
-            mask[index, : len(text)] = 1
+        ids, mask = padded(texts, self.pad_id)
         value = torch.tensor([row.value for row in rows], dtype=torch.float32)
         real = torch.tensor([row.real for row in rows])
         name = "margin" if len(rows[0].ids) == 2 else "reward"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_interp.core.tokens.batches import padded
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.models.data.encoding import Encoder
 
@@ -234,7 +235,7 @@ def score_rows(
     unique = list(place)
     scores = torch.zeros(len(unique))
     for batch in _batches([len(row) for row in unique], token_budget, one_length):
-        ids, mask = _padded([unique[index] for index in batch], pad_id)
+        ids, mask = padded([unique[index] for index in batch], pad_id)
         found = forward(ids.to(device, non_blocking=True), mask.to(device, non_blocking=True))
         if found.shape != (len(batch),):
             raise DataError(f"A scorer gave scores of shape {tuple(found.shape)} for {len(batch)} texts; expected one.")
@@ -261,10 +262,3 @@ def _batches(lengths: Sequence[int], token_budget: int, one_length: bool) -> lis
             longest = lengths[index]
         batches[-1].append(index)
     return batches
-
-
-def _padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    longest = max(map(len, rows))
-    ids = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    return ids, mask

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lightning_interp.core.measure.seeding import derived_seed
+from lightning_interp.core.tokens.batches import aligned_left
 from lightning_interp.errors import DataError, IncompatibleModelError
 
 __all__ = [
@@ -115,10 +116,7 @@ def align_left(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor
     """
     if attention_mask is None:
         return input_ids, torch.ones_like(input_ids)
-    real = attention_mask != 0
-    if bool((real[:, 1:] & ~real[:, :-1]).any()):
-        order = real.int().argsort(dim=1, descending=True, stable=True)
-        input_ids, real = input_ids.gather(1, order), real.gather(1, order)
+    input_ids, real = aligned_left(input_ids, attention_mask)
     if not bool(real[:, 0].all()):
         row = int((~real[:, 0]).int().argmax())
         raise DataError(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_interp.core.measure.undisturbed import undisturbed
+from lightning_interp.core.model.fingerprint import weights_digest
 from lightning_interp.errors import IncompatibleModelError, RecipeError
 from lightning_interp.models.scoring.reward_files import TEXT_SETTINGS
 from lightning_interp.models.scoring.reward_sources import load_reward_model
@@ -20,7 +20,12 @@ from lightning_interp.models.scoring.reward_text import Prompt, RewardEncoder, S
 from lightning_interp.models.scoring.score_head import DecoderWithScore, label_index, needs_score_head, scoring_model
 from lightning_interp.models.sources.pretrained import Quantization
 
-__all__ = ["Scorer", "TextScorer", "read_scores", "settle_text", "weights_digest"]
+__all__ = [
+    "Scorer",
+    "TextScorer",
+    "read_scores",
+    "settle_text",
+]
 
 
 class Scorer(ABC):
@@ -212,30 +217,6 @@ def read_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tenso
     if score is None:
         score = output.logits[:, label]
     return score.reshape(len(input_ids)).float()
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Digest of a sample of every parameter, by which two stages of a training are told apart.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Hexadecimal digits: of names, types, shapes, and up to 64 evenly spaced values of each parameter, bit by bit.
-        It is quick for any size of model, and does not see a change that leaves all these values as they were.
-
-    Example:
-        >>> one, other = nn.Linear(3, 3), nn.Linear(3, 3)
-        >>> weights_digest(one) == weights_digest(one), weights_digest(one) == weights_digest(other)
-        (True, False)
-    """
-    found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)].cpu().contiguous().view(torch.uint8)
-        found.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} ".encode())
-        found.update(sample.numpy().tobytes())
-    return found.hexdigest()
 
 
 def settle_text(

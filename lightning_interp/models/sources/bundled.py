@@ -125,7 +125,7 @@ def _check_source(model: BundledModel, file: Path) -> None:
 
 
 def _stamp(model: BundledModel, folder: Path) -> dict[str, Any]:
-    files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    files = {path.name: _file_stamp(path) for path in sorted(folder.iterdir()) if path.is_file()}
     return {
         "format": _FORMAT,
         "sha256": model.sha256,
@@ -141,7 +141,7 @@ def _is_whole(folder: Path, model: BundledModel) -> bool:
         stamp = json.loads((folder / _STAMP).read_text(encoding="utf-8"))
         if stamp["format"] != _FORMAT or stamp["sha256"] != model.sha256:
             return False
-        if any(_fingerprint(folder / name) != fingerprint for name, fingerprint in stamp["files"].items()):
+        if any(_file_stamp(folder / name) != known for name, known in stamp["files"].items()):
             return False
         check_weight_files(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -149,7 +149,7 @@ def _is_whole(folder: Path, model: BundledModel) -> bool:
     return True
 
 
-def _fingerprint(path: Path) -> str:
+def _file_stamp(path: Path) -> str:
     """Size of a file, with its hash where that is quick: hashing the weights would take longer than loading them."""
     size = path.stat().st_size
     if size > _HASHED_UP_TO:

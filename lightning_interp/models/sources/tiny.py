@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from lightning_interp.core.measure.seeding import seeded_rng
 from lightning_interp.errors import RecipeError
 
 __all__ = ["EXTRA_FAMILIES", "FAMILIES", "byte_tokenizer", "tiny_config", "tiny_model", "tiny_pair"]
@@ -164,7 +165,7 @@ def tiny_model(
         torch.Size([1, 5, 261])
     """
     config = tiny_config(family, **overrides)
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with seeded_rng(seed), torch.device("cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for module_name, module in model.named_modules():

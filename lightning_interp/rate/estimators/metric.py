@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_interp.core.measure.seeding import hashed_number
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.rate.estimators.columns import shown
 from lightning_interp.rate.estimators.effects import Settings, rate_effects
@@ -42,7 +42,7 @@ def unit_key(unit: int | str) -> int:
         (7, True)
     """
     if isinstance(unit, str):
-        return int.from_bytes(hashlib.sha256(unit.encode()).digest()[:8], "big") >> 1
+        return hashed_number(unit)
     if isinstance(unit, bool) or not isinstance(unit, int) or not -(2**63) <= unit < 2**63:
         raise DataError(f"Unit id {unit!r:.80} is no string and no integer of 64 bits. Give every unit such an id.")
     return unit

@@ -15,8 +15,10 @@ from typing import Any, Self
 import torch
 
 from lightning_interp.core.hooks.intervention import Attachment, Intervention, hook_site
+from lightning_interp.core.model.fingerprint import tensor_hash
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
+from lightning_interp.core.model.widths import check_width
 from lightning_interp.core.storage.files import jsonable
 from lightning_interp.core.tokens.positions import All, Positions
 from lightning_interp.core.tokens.step import StepContext
@@ -30,9 +32,8 @@ from lightning_interp.steering.activation.selectors import (
 )
 from lightning_interp.steering.activation.strength import check_strength, per_row
 from lightning_interp.steering.activation.strength_schedule import AnySchedule, factors, make_schedule, schedule_to_dict
-from lightning_interp.steering.activation.widths import check_width
 from lightning_interp.steering.vectors.compatibility import CheckModel, check_model_choice, check_vector_model
-from lightning_interp.steering.vectors.reading import as_direction, tensor_hash
+from lightning_interp.steering.vectors.reading import as_direction
 from lightning_interp.steering.vectors.steering_vectors import SteeringVector
 
 __all__ = ["AddDirection", "Steering"]

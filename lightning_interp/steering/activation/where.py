@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from lightning_interp.core.hooks.intervention import Attachment, hook_site
+from lightning_interp.core.model.fingerprint import check_fingerprint, model_fingerprint
 from lightning_interp.core.model.sites import Site
+from lightning_interp.core.model.widths import site_width
 from lightning_interp.core.tokens.positions import Positions
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import IncompatibleModelError, PositionError
-from lightning_interp.steering.activation.widths import site_width
-from lightning_interp.steering.vectors.fingerprint import check_fingerprint, model_fingerprint
 from lightning_interp.steering.vectors.reading import ReadDirection, read_direction
 
 __all__ = ["Gate", "ProbeGate", "spread_columns"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_interp.core.hooks.intervention import Attachment, Intervention
+from lightning_interp.core.model.fingerprint import model_fingerprint
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.tokens.positions import All, Positions
@@ -19,7 +20,6 @@ from lightning_interp.steering.activation.selectors import bind_positions, check
 from lightning_interp.steering.concepts.moments import ClassMoments
 from lightning_interp.steering.concepts.pairs import CounterfactualPairs
 from lightning_interp.steering.softmax.geometry import Softcap, SoftmaxGeometry
-from lightning_interp.steering.vectors.fingerprint import model_fingerprint
 
 __all__ = ["ClassReader", "PredictedSide"]
 

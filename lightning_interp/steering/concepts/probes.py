@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_interp.core.model.fingerprint import check_fingerprint, model_fingerprint
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.storage.files import canonical_json, jsonable
@@ -23,7 +24,6 @@ from lightning_interp.errors import DataError, IncompatibleModelError, InterpErr
 from lightning_interp.steering.concepts.moments import ClassMoments
 from lightning_interp.steering.concepts.probe_regression import calibrate, fit_logistic
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
-from lightning_interp.steering.vectors.fingerprint import check_fingerprint, model_fingerprint
 
 __all__ = ["ConceptProbe", "ProbeKind"]
 
@@ -44,7 +44,7 @@ class ConceptProbe:
         kind: How it was made; ``given`` for one that somebody wrote down.
         scale: Slope of the log odds in the probe value; only probabilities depend on it.
         alpha: Regularisation to steer with, if it was chosen together with the probe.
-        fingerprint: Of the model, see :func:`~lightning_interp.steering.vectors.fingerprint.model_fingerprint`.
+        fingerprint: Of the model, see :func:`~lightning_interp.core.model.fingerprint.model_fingerprint`.
         site: Where its states are read.
         n_base: Base states it rests on.
         n_target: Target states.

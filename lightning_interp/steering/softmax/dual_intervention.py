@@ -11,15 +11,16 @@ import torch
 from torch import nn
 
 from lightning_interp.core.hooks.intervention import Attachment, Intervention, hook_site
+from lightning_interp.core.model.fingerprint import check_fingerprint, model_fingerprint, tensor_hash
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
+from lightning_interp.core.model.widths import check_width
 from lightning_interp.core.storage.files import jsonable
 from lightning_interp.core.tokens.positions import Last, Positions
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import RecipeError
 from lightning_interp.steering.activation.selectors import bind_positions, check_positions, describe_positions
 from lightning_interp.steering.activation.strength import per_row
-from lightning_interp.steering.activation.widths import check_width
 from lightning_interp.steering.softmax.curve import SolverOptions
 from lightning_interp.steering.softmax.dual import dual_steer
 from lightning_interp.steering.softmax.dual_meter import DualMeter
@@ -28,8 +29,7 @@ from lightning_interp.steering.softmax.geometry import Softcap, SoftmaxGeometry
 from lightning_interp.steering.softmax.implicit import dual_step
 from lightning_interp.steering.softmax.request import Target, TokenPairs, as_numbers
 from lightning_interp.steering.softmax.result import SteerResult
-from lightning_interp.steering.vectors.fingerprint import check_fingerprint, model_fingerprint
-from lightning_interp.steering.vectors.reading import as_direction, tensor_hash
+from lightning_interp.steering.vectors.reading import as_direction
 
 __all__ = ["DualSteering", "dual_steering"]
 

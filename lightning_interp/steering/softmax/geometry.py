@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import nn
 
+from lightning_interp.core.model.head import SoftmaxHead, read_head
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.errors import IncompatibleModelError
 from lightning_interp.steering.softmax.arithmetic import exact_arithmetic, working_dtype
-from lightning_interp.steering.softmax.head import SoftmaxHead, read_head
 from lightning_interp.steering.softmax.newton import NewtonResult, Potential, minimise
 
 __all__ = ["Softcap", "SoftmaxGeometry"]
@@ -117,7 +117,7 @@ class SoftmaxGeometry:
     def from_head(
         cls, head: SoftmaxHead, *, on_softcap: Softcap = "error", vocab_size: int | None = None
     ) -> SoftmaxGeometry:
-        """The geometry of a head that was read before (:func:`~lightning_interp.steering.softmax.head.read_head`)."""
+        """The geometry of a head that was read before (:func:`~lightning_interp.core.model.head.read_head`)."""
         size = len(head.weight) if vocab_size is None else vocab_size
         if not 0 < size <= len(head.weight):
             raise IncompatibleModelError(f"vocab_size={vocab_size}: {head.name} has {len(head.weight)} rows.")

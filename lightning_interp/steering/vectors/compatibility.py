@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import Literal
 
+from lightning_interp.core.model.fingerprint import check_fingerprint, model_fingerprint
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.errors import IncompatibleModelError, RecipeError
-from lightning_interp.steering.vectors.fingerprint import check_fingerprint, model_fingerprint
 from lightning_interp.steering.vectors.steering_vectors import SteeringVector
 
 __all__ = ["CheckModel", "check_model_choice", "check_vector_model"]

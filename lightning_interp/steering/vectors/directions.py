@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from lightning_interp.core.model.fingerprint import model_fingerprint
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.tokens.positions import Last, Positions
@@ -22,7 +23,6 @@ from lightning_interp.steering.activation.selectors import check_positions
 from lightning_interp.steering.concepts.probe_regression import fit_logistic
 from lightning_interp.steering.concepts.streamed_sums import StreamedSums
 from lightning_interp.steering.vectors.features import text_features
-from lightning_interp.steering.vectors.fingerprint import model_fingerprint
 from lightning_interp.steering.vectors.steering_vectors import SteeringVector
 
 __all__ = ["METHODS", "Method", "direction_between", "extract_vector"]

@@ -13,11 +13,12 @@ from lightning_interp.core.hooks.intervention import Intervention
 from lightning_interp.core.measure.undisturbed import undisturbed
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
+from lightning_interp.core.tokens.batches import padded
 from lightning_interp.core.tokens.positions import Last, Positions
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import DataError, PositionError
 
-__all__ = ["TextFeatures", "encode_texts", "pack_rows", "padded", "text_features"]
+__all__ = ["TextFeatures", "encode_texts", "pack_rows", "text_features"]
 
 TextFeatures = tuple[list[int], dict[Site, torch.Tensor]]
 
@@ -100,21 +101,6 @@ def pack_rows(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
         size = max(1, token_budget // lengths[order[0]])
         yield order[:size]
         order = order[size:]
-
-
-def padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask ``[B, T]``, padded on the right, where padding changes nothing before it.
-
-    Example:
-        >>> [x.tolist() for x in padded([[7, 8], [9]])]
-        [[[7, 8], [9, 0]], [[1, 1], [1, 0]]]
-    """
-    width = max(len(row) for row in rows)
-    ids, mask = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(2))
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-    return ids, mask
 
 
 class _Reader(Intervention):

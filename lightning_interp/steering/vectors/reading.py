@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +10,12 @@ from typing import Any
 
 import torch
 
+from lightning_interp.core.model.fingerprint import tensor_hash
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.storage.tensor_files import read_tensors
 from lightning_interp.errors import RecipeError
 
-__all__ = ["ReadDirection", "as_direction", "read_direction", "tensor_hash"]
+__all__ = ["ReadDirection", "as_direction", "read_direction"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,20 +34,6 @@ class ReadDirection:
     def sha256(self) -> str:
         """Hash of the direction's numbers."""
         return tensor_hash(self.direction)
-
-
-def tensor_hash(*tensors: torch.Tensor) -> str:
-    """SHA-256 of tensors' shapes and numbers, as float32, in hexadecimal.
-
-    Example:
-        >>> tensor_hash(torch.ones(2)) == tensor_hash(torch.ones(2, dtype=torch.float64))
-        True
-    """
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(str(list(tensor.shape)).encode())
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def as_direction(value: Any, *, what: str = "The direction") -> torch.Tensor:

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from lightning_interp.core.model.fingerprint import check_fingerprint, tensor_hash
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.storage.files import jsonable
 from lightning_interp.core.storage.tensor_files import read_tensors, save_tensors
 from lightning_interp.errors import DataError, IncompatibleModelError, InterpError, RecipeError, SiteError
-from lightning_interp.steering.vectors.fingerprint import check_fingerprint
-from lightning_interp.steering.vectors.reading import as_direction, tensor_hash
+from lightning_interp.steering.vectors.reading import as_direction
 
 __all__ = ["SteeringVector"]
 

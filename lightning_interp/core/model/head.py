@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_interp.core.hooks.checks import check_weights
+from lightning_interp.core.measure.undisturbed import evaluating
 from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.model.whole import check_weights
 from lightning_interp.errors import IncompatibleModelError, SiteError
 
 __all__ = ["SoftmaxHead", "read_head"]
@@ -88,7 +87,7 @@ def _linear_map(module: nn.Module, model_map: ModelMap) -> tuple[torch.Tensor, t
     width = int(model_map.config_value("hidden_size") or inner.in_features)
     like = next(p for p in module.parameters() if p.is_floating_point() or p.dtype == torch.uint8)
     dtype = like.dtype if like.is_floating_point() else torch.float32
-    with _eval_mode(module):
+    with evaluating(module):
         zero = module.forward(torch.zeros(1, width, dtype=dtype, device=like.device))[0]
         rows = torch.eye(width, dtype=dtype, device=like.device)
         columns = [module.forward(part) - zero for part in torch.split(rows, 256)]
@@ -106,7 +105,7 @@ def _observe(model_map: ModelMap, module: nn.Module) -> tuple[torch.Tensor, torc
     seen: list[torch.Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     try:
-        with _eval_mode(model):
+        with evaluating(model):
             logits = model(input_ids=ids, use_cache=False).logits
     finally:
         handle.remove()
@@ -147,14 +146,3 @@ def _nearest_setting(fitted: float, model_map: ModelMap) -> float:
     known = [1.0, *(float(v) for v in named if v), *(1.0 / v for v in named if v)]
     nearest = min(known, key=lambda value: abs(value - fitted))
     return nearest if abs(nearest - fitted) <= 1e-2 * abs(fitted) else fitted
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, training in modes:
-            child.training = training

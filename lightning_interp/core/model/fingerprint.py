@@ -1,4 +1,4 @@
-"""Whose activations a direction belongs to: a name for the space that a model's hidden states live in."""
+"""Which model: a fingerprint names the space of its hidden states, a digest its weights, a hash some numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.errors import IncompatibleModelError
 
-__all__ = ["check_fingerprint", "model_fingerprint"]
+__all__ = ["check_fingerprint", "model_fingerprint", "tensor_hash", "weights_digest"]
 
 _CHUNK = 2**22  # numbers that are hashed at a time
 _SHOWN = 12  # digits of a fingerprint in messages
@@ -95,6 +95,44 @@ def check_fingerprint(
         f"{what} was made for a model with fingerprint {expected[:_SHOWN]}, but {model} has {found[:_SHOWN]}. "
         "Use it on the model that it was made from, or make it again on this one."
     )
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Digest of a sample of every parameter, by which two stages of a training are told apart.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Hexadecimal digits: of names, types, shapes, and up to 64 evenly spaced values of each parameter, bit by bit.
+        It is quick for any size of model, and does not see a change that leaves all these values as they were.
+
+    Example:
+        >>> one, other = nn.Linear(3, 3), nn.Linear(3, 3)
+        >>> weights_digest(one) == weights_digest(one), weights_digest(one) == weights_digest(other)
+        (True, False)
+    """
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)].cpu().contiguous().view(torch.uint8)
+        found.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} ".encode())
+        found.update(sample.numpy().tobytes())
+    return found.hexdigest()
+
+
+def tensor_hash(*tensors: torch.Tensor) -> str:
+    """SHA-256 of tensors' shapes and numbers, as float32, in hexadecimal.
+
+    Example:
+        >>> tensor_hash(torch.ones(2)) == tensor_hash(torch.ones(2, dtype=torch.float64))
+        True
+    """
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(str(list(tensor.shape)).encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _vocabulary(model_map: ModelMap) -> Any:
