@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from rate_oracle import GOLDEN, random_units, slow
 
+from lightning_interp.core.measure.resampling import draw_counts, interval_ends
 from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.rate import rate_effects
-from lightning_interp.rate.estimators.bootstrap import bootstrap_effects, bootstrap_interval, draw_counts
+from lightning_interp.rate.estimators.bootstrap import bootstrap_effects
 from lightning_interp.rate.texts.inputs import Raw, prepare
 
 pytestmark = pytest.mark.kernels
@@ -92,14 +93,14 @@ def test_the_spread_of_the_replicates_is_the_analytic_error():
 class TestInterval:
     def test_percentile_and_basic(self):
         draws = np.arange(101.0)
-        assert bootstrap_interval(40.0, draws, alpha=0.1) == pytest.approx((5, 95))
-        assert bootstrap_interval(40.0, draws, alpha=0.1, kind="basic") == pytest.approx((-15, 75))
+        assert interval_ends(40.0, draws, alpha=0.1) == pytest.approx((5, 95))
+        assert interval_ends(40.0, draws, alpha=0.1, kind="basic") == pytest.approx((-15, 75))
 
     def test_resamples_without_an_arm_are_left_out_unless_they_are_most(self):
         draws = np.r_[np.arange(60.0), np.full(40, np.nan)]
-        assert bootstrap_interval(30.0, draws, alpha=0.5) == pytest.approx((14.75, 44.25))
-        assert np.isnan(bootstrap_interval(30.0, np.r_[1.0, np.nan, np.nan], alpha=0.5)).all()
-        assert np.isnan(bootstrap_interval(np.nan, np.arange(9.0), alpha=0.5)).all()
+        assert interval_ends(30.0, draws, alpha=0.5) == pytest.approx((14.75, 44.25))
+        assert np.isnan(interval_ends(30.0, np.r_[1.0, np.nan, np.nan], alpha=0.5)).all()
+        assert np.isnan(interval_ends(np.nan, np.arange(9.0), alpha=0.5)).all()
 
 
 class TestEffects:

@@ -8,10 +8,9 @@ import torch
 from rate_oracle import GOLDEN, IDS, PROMPTS, random_units, slow
 from scipy import stats
 
+from lightning_interp.core.measure.clustered import Point, point_interval
 from lightning_interp.errors import RecipeError
 from lightning_interp.rate import rate_effects
-from lightning_interp.rate.estimators.effects import point_interval
-from lightning_interp.rate.estimators.standard_errors import Point
 
 pytestmark = pytest.mark.kernels
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_interp.core.measure.resampling import interval_ends
 from lightning_interp.errors import RecipeError
 
 __all__ = [
@@ -158,10 +159,7 @@ def bootstrap_interval(
         return Estimate(value, math.nan, math.nan, n, level, "bootstrap")
     draws = np.random.default_rng(seed).integers(0, n, size=(resamples, n))
     spread = np.asarray(statistic(*(array[draws] for array in arrays)))
-    if np.isnan(spread).all():
-        return Estimate(value, math.nan, math.nan, n, level, "bootstrap")
-    low, high = np.nanquantile(spread, [0.5 - level / 2, 0.5 + level / 2])
-    return Estimate(value, float(low), float(high), n, level, "bootstrap")
+    return Estimate(value, *interval_ends(value, spread, alpha=1 - level), n, level, "bootstrap")
 
 
 def _check_level(level: float) -> None:

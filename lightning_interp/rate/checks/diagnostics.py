@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from lightning_interp.core.measure.clustered import Mask, Vector, mean_point, point_interval
 from lightning_interp.core.measure.statistics import Estimate, proportion_interval
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.rate.estimators.columns import label_column, number_column
-from lightning_interp.rate.estimators.effects import Settings, point_interval
+from lightning_interp.rate.estimators.effects import Settings
 from lightning_interp.rate.estimators.result import Effect, RateResult, Units
-from lightning_interp.rate.estimators.standard_errors import Mask, Vector, mean_point
 from lightning_interp.rate.texts.inputs import Raw, prepare
 
 __all__ = [

@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from lightning_interp.core.measure.clustered import Mask, Vector, mean_point, point_interval
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.rate.estimators.columns import label_column
-from lightning_interp.rate.estimators.effects import point_interval
 from lightning_interp.rate.estimators.result import Effect
-from lightning_interp.rate.estimators.standard_errors import Mask, Vector, mean_point
 
 __all__ = ["MEASURES", "TextChange", "text_changes"]
 

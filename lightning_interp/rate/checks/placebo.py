@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from lightning_interp.core.measure.clustered import mean_point, point_interval
 from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.core.measure.statistics import Estimate, proportion_interval
 from lightning_interp.errors import RecipeError
-from lightning_interp.rate.estimators.effects import Settings, effects_of_units, point_interval
+from lightning_interp.rate.estimators.effects import Settings, effects_of_units
 from lightning_interp.rate.estimators.result import Effect, RateResult, Units
-from lightning_interp.rate.estimators.standard_errors import mean_point
 from lightning_interp.rate.texts.inputs import Prepared
 
 __all__ = ["DummyOutcome", "PermutationCheck", "dummy_outcome_check", "permutation_check"]

@@ -6,21 +6,18 @@ one matrix product of counts with those columns, and no array of units by resamp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_interp.core.measure.clustered import Vector
+from lightning_interp.core.measure.resampling import CHUNK, draw_counts
 from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.rate.estimators.result import Units
-from lightning_interp.rate.estimators.standard_errors import Vector
 
-__all__ = ["Replicates", "bootstrap_effects", "bootstrap_interval", "draw_counts"]
-
-CHUNK = 2**18
-"""Counts that are held at once: so few that they stay in the cache (each takes 24 bytes while it is made)."""
-
+__all__ = ["Replicates", "bootstrap_effects"]
 
 Block = tuple[slice, NDArray[np.float64]]
 
@@ -76,32 +73,6 @@ def bootstrap_effects(
     return _statistics(sums, original=units.r_orig is not None)
 
 
-def draw_counts(
-    generator: np.random.Generator, n: int, resamples: int, *, chunk: int = CHUNK
-) -> Iterator[NDArray[np.float64]]:
-    """How often each of ``n`` things is drawn when ``n`` are drawn with replacement, a block of resamples at a time.
-
-    Args:
-        generator: Where the draws come from.
-        n: Things.
-        resamples: Rows in all.
-        chunk: Counts in a block, at least one row.
-
-    Yields:
-        Counts ``[rows, n]``; each row sums to ``n``. The draws do not depend on ``chunk``.
-
-    Example:
-        >>> [block.sum(axis=1).tolist() for block in draw_counts(np.random.default_rng(0), 4, 3, chunk=8)]
-        [[4.0, 4.0], [4.0]]
-    """
-    rows = max(1, chunk // max(n, 1))
-    for start in range(0, resamples if n else 0, rows):
-        block = min(rows, resamples - start)
-        drawn = generator.integers(0, n, size=(block, n))
-        drawn += np.arange(block)[:, None] * n
-        yield np.bincount(drawn.ravel(), minlength=block * n).reshape(block, n).astype(np.float64)
-
-
 def _columns(units: Units) -> list[Vector]:
     """Per unit what the statistics are sums of: one, its contrasts, and its reward and the square of that."""
     columns = [np.ones(units.w.size), units.delta]
@@ -142,28 +113,3 @@ def _statistics(sums: NDArray[np.float64], *, original: bool) -> Replicates:
 
 def _effects(name: str, one: Vector, zero: Vector, n1: Vector, n0: Vector) -> dict[str, Vector]:
     return {f"{name}/ate": (one + zero) / (n1 + n0), f"{name}/att": one / n1, f"{name}/atu": zero / n0}
-
-
-def bootstrap_interval(
-    value: float, replicates: Vector, *, alpha: float, kind: str = "percentile"
-) -> tuple[float, float]:
-    """Ends of a bootstrap interval.
-
-    Args:
-        value: The estimate.
-        replicates: The estimate in each resample; NaN where a resample gives none.
-        alpha: One minus the confidence level.
-        kind: ``"percentile"``, or ``"basic"`` (mirrored at the estimate).
-
-    Returns:
-        Low and high; NaN where fewer than half of the resamples give an estimate.
-
-    Example:
-        >>> bootstrap_interval(1.0, np.array([0.0, 1.0, 4.0]), alpha=0.5, kind="basic")
-        (-0.5, 1.5)
-    """
-    usable = replicates[np.isfinite(replicates)]
-    if not np.isfinite(value) or 2 * usable.size < replicates.size:
-        return float("nan"), float("nan")
-    low, high = (float(end) for end in np.quantile(usable, [alpha / 2, 1 - alpha / 2]))
-    return (low, high) if kind == "percentile" else (2 * value - high, 2 * value - low)

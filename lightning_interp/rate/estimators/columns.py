@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_interp.core.measure.clustered import Mask, Vector
 from lightning_interp.errors import DataError
-from lightning_interp.rate.estimators.standard_errors import Mask, Vector
 
 __all__ = ["codes", "label_column", "number_column", "shown", "sort_key", "unit_ids"]
 

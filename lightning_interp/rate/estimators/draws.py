@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_interp.core.measure.clustered import Mask, Vector
 from lightning_interp.errors import DataError
 from lightning_interp.rate.estimators.columns import codes, label_column, number_column, shown
-from lightning_interp.rate.estimators.standard_errors import Mask, Vector
 
 __all__ = ["UnitRewards", "combine_draws"]
 

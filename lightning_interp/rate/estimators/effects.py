@@ -17,23 +17,15 @@ from typing import Any
 
 import numpy as np
 
+from lightning_interp.core.measure.clustered import Point, difference_point, mean_point, point_interval
+from lightning_interp.core.measure.resampling import interval_ends
 from lightning_interp.errors import RecipeError
-from lightning_interp.rate.estimators.bootstrap import Replicates, bootstrap_effects, bootstrap_interval
+from lightning_interp.rate.estimators.bootstrap import Replicates, bootstrap_effects
 from lightning_interp.rate.estimators.result import Effect, Effects, EffectTable, RateResult, Units
-from lightning_interp.rate.estimators.standard_errors import (
-    Point,
-    contrast_points,
-    mean_point,
-    naive_point,
-    pooled_sd,
-    unpaired_points,
-)
+from lightning_interp.rate.estimators.standard_errors import contrast_points, pooled_sd, unpaired_points
 from lightning_interp.rate.texts.inputs import Prepared, Raw, check_choice, prepare
 
-__all__ = ["Settings", "effects_of_units", "point_interval", "rate_effects"]
-
-SMALL = 100
-"""Below this many units (or clusters), ``ci="auto"`` uses Student's t."""
+__all__ = ["Settings", "effects_of_units", "rate_effects"]
 
 MIN_BOOT = 1000
 
@@ -203,7 +195,7 @@ def _points(units: Units, se: str) -> dict[str, Point]:
     if units.r_orig is None or units.sigma is None:
         return found
     found |= named("single", contrast_points(units.sigma, w, cluster=cluster, stratified=se == "stratified"))
-    found["naive"] = naive_point(units.r_orig, w, cluster)
+    found["naive"] = difference_point(units.r_orig, w, cluster)
     for name, arm in (("b1", w), ("b0", ~w)):
         found[name] = mean_point((units.r_rw2 - units.r_orig)[arm], None if cluster is None else cluster[arm])
     return found
@@ -221,36 +213,11 @@ def _replicates(units: Units, settings: Settings) -> Replicates | None:
     )
 
 
-def point_interval(point: Point, *, ci: str, alpha: float) -> tuple[float, float, str]:
-    """Normal or Student's interval of a point.
-
-    Args:
-        point: Estimate and error.
-        ci: ``"auto"``, ``"normal"`` or ``"t"``.
-        alpha: One minus the confidence level.
-
-    Returns:
-        Low, high, and the name of the distribution.
-
-    Example:
-        >>> low, high, name = point_interval(Point(0.0, 1.0, 9.0, 10, 10), ci="auto", alpha=0.05)
-        >>> round(high, 4), name
-        (2.2622, 't(9)')
-    """
-    from scipy.special import ndtri, stdtrit
-
-    student = ci == "t" or (ci == "auto" and point.smallest < SMALL)
-    if math.isnan(point.se):
-        return math.nan, math.nan, "none"
-    reach = float(stdtrit(point.df, 1 - alpha / 2) if student else ndtri(1 - alpha / 2)) * point.se
-    return point.value - reach, point.value + reach, f"t({point.df:.4g})" if student else "normal"
-
-
 def _effect(name: str, point: Point, settings: Settings, replicates: Replicates | None) -> Effect:
     if replicates is None:
         low, high, how = point_interval(point, ci=settings.ci, alpha=settings.alpha)
     else:
-        low, high = bootstrap_interval(point.value, replicates.values[name], alpha=settings.alpha, kind=settings.boot)
+        low, high = interval_ends(point.value, replicates.values[name], alpha=settings.alpha, kind=settings.boot)
         drawn = {"cluster": "clusters", "stratified": "units within arms"}.get(settings.se, "units")
         how = f"{settings.boot} bootstrap of {drawn}, B={settings.n_boot}"
         if math.isnan(point.se):

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_interp.core.measure.clustered import Mask, Vector
 from lightning_interp.errors import DataError
 from lightning_interp.rate.estimators import triples
 from lightning_interp.rate.estimators.columns import shown
 from lightning_interp.rate.estimators.result import Counts
-from lightning_interp.rate.estimators.standard_errors import Mask, Vector
 
 __all__ = ["STAGES", "Table", "count_units", "leave_out_identical", "notes_of", "refuse_incomplete"]
 

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_interp.core.measure.clustered import Vector
 from lightning_interp.core.measure.seeding import hashed_number
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.rate.estimators.columns import shown
 from lightning_interp.rate.estimators.effects import Settings, rate_effects
 from lightning_interp.rate.estimators.left_out import STAGES
 from lightning_interp.rate.estimators.result import RateResult
-from lightning_interp.rate.estimators.standard_errors import Vector
 
 __all__ = ["RewriteTreatmentEffect", "unit_key"]
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_interp.core.measure.clustered import Mask, Vector
 from lightning_interp.core.measure.statistics import Estimate
 from lightning_interp.errors import RecipeError
-from lightning_interp.rate.estimators.standard_errors import Mask, Vector
 
 __all__ = ["Counts", "Effect", "EffectTable", "Effects", "RateResult", "Units"]
 

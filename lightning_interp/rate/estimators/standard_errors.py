@@ -1,59 +1,19 @@
-"""Means of contrasts and their standard errors: paired, stratified, unpaired, and by cluster.
+"""Contrasts of rewards and their standard errors: paired, stratified, unpaired, and by cluster.
 
-All arrays are float64 on the CPU, one value a unit; ``w`` is True where the original has the attribute. Every sample
-variance divides by n - 1. The estimators are Algorithm 1 of Reber et al. (arXiv 2410.11348).
+``w`` is True where the original has the attribute. The estimators are Algorithm 1 of Reber et al. (arXiv 2410.11348).
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-__all__ = ["Mask", "Point", "Vector", "contrast_points", "mean_point", "naive_point", "pooled_sd", "unpaired_points"]
+from lightning_interp.core.measure.clustered import Codes, Mask, Point, Vector, mean_point, squares, variance
 
-Vector = NDArray[np.float64]
-Mask = NDArray[np.bool_]
-Codes = NDArray[np.int64]
+__all__ = ["contrast_points", "pooled_sd", "unpaired_points"]
 
 _NAN = math.nan
-
-
-class Point(NamedTuple):
-    """An estimate before it has an interval.
-
-    Args:
-        value: The estimate.
-        se: Its standard error; NaN where the sample carries none.
-        df: Degrees of freedom for Student's t.
-        n: Units that it rests on.
-        smallest: Units (or clusters) in the smallest sample that the error is estimated from.
-    """
-
-    value: float
-    se: float
-    df: float
-    n: int
-    smallest: int
-
-
-def mean(x: Vector) -> float:
-    """Mean of a sample; exact where all values are equal, NaN where there is none."""
-    if x.size == 0:
-        return _NAN
-    return float(x[0]) if (x == x[0]).all() else float(x.mean())
-
-
-def squares(x: Vector) -> float:
-    """Sum of squared deviations from the mean; exactly zero where all values are equal."""
-    return 0.0 if x.size == 0 or (x == x[0]).all() else float(np.square(x - x.mean()).sum())
-
-
-def variance(x: Vector) -> float:
-    """Sample variance with n - 1; NaN for fewer than two values."""
-    return squares(x) / (x.size - 1) if x.size > 1 else _NAN
 
 
 def pooled_sd(r_orig: Vector, w: Mask) -> float:
@@ -73,66 +33,6 @@ def pooled_sd(r_orig: Vector, w: Mask) -> float:
     if w.all() or not w.any() or w.size < 3:
         return _NAN
     return math.sqrt((squares(r_orig[w]) + squares(r_orig[~w])) / (w.size - 2))
-
-
-def mean_point(x: Vector, cluster: Codes | None = None) -> Point:
-    """Mean of one value a unit, with the error of independent units or of independent clusters.
-
-    The cluster error is ``sqrt(G / (G - 1) * sum_g (sum_{i in g} (x_i - mean))^2) / n`` (CR1); with one unit a cluster
-    it is ``sd / sqrt(n)``.
-
-    Args:
-        x: Values, ``[n]``.
-        cluster: Number of each unit's cluster, ``[n]``.
-
-    Returns:
-        The mean and its error.
-
-    Example:
-        >>> mean_point(np.array([1.0, 2.0, 3.0])).se ** 2 * 3
-        1.0
-    """
-    if cluster is None:
-        return Point(mean(x), math.sqrt(variance(x) / x.size) if x.size > 1 else _NAN, x.size - 1, x.size, x.size)
-    return _clustered(mean(x), (x - mean(x)) / max(x.size, 1), cluster, x.size)
-
-
-def _clustered(value: float, influence: Vector, cluster: Codes, n: int) -> Point:
-    """A point whose error is summed over clusters of each unit's influence on it."""
-    groups = np.unique(cluster, return_inverse=True)[1]
-    count = int(groups.max()) + 1 if groups.size else 0
-    if count < 2:
-        return Point(value, _NAN, count - 1, n, count)
-    sums = np.bincount(groups, weights=influence)
-    return Point(value, math.sqrt(count / (count - 1) * float(np.square(sums).sum())), count - 1, n, count)
-
-
-def naive_point(r_orig: Vector, w: Mask, cluster: Codes | None = None) -> Point:
-    """Difference of the arms' mean rewards, with Welch's error or the one of independent clusters.
-
-    Args:
-        r_orig: Rewards of the originals, ``[n]``.
-        w: Arms, ``[n]``.
-        cluster: Number of each unit's cluster, ``[n]``.
-
-    Returns:
-        The difference and its error; NaN if an arm is empty.
-
-    Example:
-        >>> naive_point(np.array([3.0, 2.0, 4.0, 1.0, 0.0, 2.0, 1.0]), np.arange(7) < 3).value
-        2.0
-    """
-    one, zero = r_orig[w], r_orig[~w]
-    value, smaller = mean(one) - mean(zero), min(one.size, zero.size)
-    if smaller < 2:
-        return Point(value, _NAN, _NAN, w.size, smaller)
-    if cluster is not None:
-        influence = np.where(w, (r_orig - mean(one)) / one.size, -(r_orig - mean(zero)) / zero.size)
-        return _clustered(value, influence, cluster, w.size)
-    parts = variance(one) / one.size, variance(zero) / zero.size
-    bottom = parts[0] ** 2 / (one.size - 1) + parts[1] ** 2 / (zero.size - 1)
-    df = sum(parts) ** 2 / bottom if bottom > 0 else float(w.size - 2)
-    return Point(value, math.sqrt(sum(parts)), df, w.size, smaller)
 
 
 def contrast_points(

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from lightning_interp.core.measure.clustered import Vector
 from lightning_interp.errors import RecipeError
 from lightning_interp.rate.checks.diagnostics import SensitivityLine
 from lightning_interp.rate.estimators.result import Effect, EffectTable, RateResult
-from lightning_interp.rate.estimators.standard_errors import Vector
 
 __all__ = ["effects_figure", "overlay_figure", "sensitivity_figure", "trend_figure"]
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_interp.core.measure.clustered import Mask, Vector
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.rate.estimators.columns import codes, label_column, number_column, sort_key, unit_ids
 from lightning_interp.rate.estimators.left_out import (
@@ -20,7 +21,6 @@ from lightning_interp.rate.estimators.left_out import (
     refuse_incomplete,
 )
 from lightning_interp.rate.estimators.result import Counts, Units
-from lightning_interp.rate.estimators.standard_errors import Mask, Vector
 from lightning_interp.rate.estimators.triples import same_text
 
 __all__ = ["Prepared", "Raw", "check_choice", "prepare"]

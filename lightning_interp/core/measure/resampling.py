@@ -1,0 +1,129 @@
+"""Drawing things again: counts of a plain bootstrap, nested draws, and the interval that replicates give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lightning_interp.core.measure.clustered import Vector
+from lightning_interp.core.measure.seeding import derived_seed
+from lightning_interp.errors import DataError
+
+__all__ = ["CHUNK", "draw_counts", "interval_ends", "nested_bootstrap"]
+
+CHUNK = 2**18
+"""Counts that are held at once: so few that they stay in the cache (each takes 24 bytes while it is made)."""
+
+
+def draw_counts(
+    generator: np.random.Generator, n: int, resamples: int, *, chunk: int = CHUNK
+) -> Iterator[NDArray[np.float64]]:
+    """How often each of ``n`` things is drawn when ``n`` are drawn with replacement, a block of resamples at a time.
+
+    Args:
+        generator: Where the draws come from.
+        n: Things.
+        resamples: Rows in all.
+        chunk: Counts in a block, at least one row.
+
+    Yields:
+        Counts ``[rows, n]``; each row sums to ``n``. The draws do not depend on ``chunk``.
+
+    Example:
+        >>> [block.sum(axis=1).tolist() for block in draw_counts(np.random.default_rng(0), 4, 3, chunk=8)]
+        [[4.0, 4.0], [4.0]]
+    """
+    rows = max(1, chunk // max(n, 1))
+    for start in range(0, resamples if n else 0, rows):
+        block = min(rows, resamples - start)
+        drawn = generator.integers(0, n, size=(block, n))
+        drawn += np.arange(block)[:, None] * n
+        yield np.bincount(drawn.ravel(), minlength=block * n).reshape(block, n).astype(np.float64)
+
+
+def interval_ends(value: float, replicates: Vector, *, alpha: float, kind: str = "percentile") -> tuple[float, float]:
+    """Ends of a bootstrap interval.
+
+    Args:
+        value: The estimate.
+        replicates: The estimate in each resample; NaN where a resample gives none.
+        alpha: One minus the confidence level.
+        kind: ``"percentile"``, or ``"basic"`` (mirrored at the estimate).
+
+    Returns:
+        Low and high; NaN where fewer than half of the resamples give an estimate.
+
+    Example:
+        >>> interval_ends(1.0, np.array([0.0, 1.0, 4.0]), alpha=0.5, kind="basic")
+        (-0.5, 1.5)
+    """
+    usable = replicates[np.isfinite(replicates)]
+    if not np.isfinite(value) or 2 * usable.size < replicates.size:
+        return float("nan"), float("nan")
+    low, high = (float(end) for end in np.quantile(usable, [alpha / 2, 1 - alpha / 2]))
+    return (low, high) if kind == "percentile" else (2 * value - high, 2 * value - low)
+
+
+def nested_bootstrap(
+    values: ArrayLike,
+    *levels: Sequence[Any],
+    statistic: Callable[[Vector], float] = np.mean,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Vector:
+    """Draw again at every level: things of the outermost level, in each of these the next level's, at last the values.
+
+    For means over questions of several datasets and seeds, whose errors go together: datasets > seeds > questions.
+
+    Args:
+        values: One a unit, ``[n]``.
+        *levels: What each unit belongs to, from the outermost level on, ``[n]`` each; of an inner level the same name
+            in two outer things means two things. None draws units alone.
+        statistic: Of the values that were drawn.
+        resamples: Number of resamples.
+        seed: Of the draws; each resample has a generator of its own.
+
+    Returns:
+        The statistic in each resample, ``[resamples]``; see :func:`interval_ends`.
+
+    Raises:
+        DataError: If there is no value, or a level has another length.
+
+    Example:
+        >>> spread = nested_bootstrap([0.0, 0.0, 1.0, 1.0], ["a", "a", "b", "b"], resamples=400)
+        >>> sorted(set(spread.tolist()))
+        [0.0, 0.5, 1.0]
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if not x.size or any(len(level) != x.size for level in levels):
+        lengths = ", ".join(str(len(level)) for level in levels)
+        raise DataError(f"nested_bootstrap() got {x.size} values and levels of length {lengths}; expected one a value.")
+    tree, order = _tree(levels, x.size)
+    x = x[order]
+    found = np.empty(resamples)
+    for number in range(resamples):
+        generator = np.random.default_rng(derived_seed(seed, "nested bootstrap", number))
+        chosen = np.zeros(1, dtype=np.int64)
+        for starts, counts in tree:
+            size = counts[chosen]
+            chosen = np.repeat(starts[chosen], size) + generator.integers(0, np.repeat(size, size))
+        found[number] = statistic(x[chosen])
+    return found
+
+
+def _tree(levels: Sequence[Sequence[Any]], n: int) -> tuple[list[tuple[NDArray[np.int64], NDArray[np.int64]]], Any]:
+    """For each level the first child and the number of children of what is above it; the order of units for this."""
+    codes = [np.unique(np.asarray(level), return_inverse=True)[1].ravel() for level in levels]
+    order = np.lexsort(codes[::-1]) if codes else np.arange(n)
+    path = np.zeros(n, dtype=np.int64)  # which thing of the level above, in order
+    tree = []
+    for level in [*(code[order] for code in codes), np.arange(n)]:
+        change = np.concatenate([[True], (path[1:] != path[:-1]) | (level[1:] != level[:-1])])
+        parents = path[change]
+        starts = np.searchsorted(parents, np.arange(parents[-1] + 1)).astype(np.int64)
+        tree.append((starts, np.bincount(parents).astype(np.int64)))
+        path = np.cumsum(change) - 1
+    return tree, order
