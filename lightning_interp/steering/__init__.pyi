@@ -18,6 +18,7 @@ from lightning_interp.steering.activation.selectors import describe_positions as
 from lightning_interp.steering.activation.strength_schedule import LinearDecay as LinearDecay
 from lightning_interp.steering.activation.strength_schedule import Schedule as Schedule
 from lightning_interp.steering.activation.strength_schedule import StepFactors as StepFactors
+from lightning_interp.steering.activation.strength_schedule import StrengthSchedule as StrengthSchedule
 from lightning_interp.steering.activation.strength_schedule import WarmUp as WarmUp
 from lightning_interp.steering.activation.where import Gate as Gate
 from lightning_interp.steering.activation.where import ProbeGate as ProbeGate
@@ -33,6 +34,7 @@ from lightning_interp.steering.effects.figures import steering_figure as steerin
 from lightning_interp.steering.effects.metric import SteeringMetrics as SteeringMetrics
 from lightning_interp.steering.effects.metrics import score_distributions as score_distributions
 from lightning_interp.steering.effects.metrics import score_path as score_path
+from lightning_interp.steering.effects.path_scores import PathScores as PathScores
 from lightning_interp.steering.effects.path_scores import SteeringResult as SteeringResult
 from lightning_interp.steering.softmax.curve import DualCurve as DualCurve
 from lightning_interp.steering.softmax.curve import SolverOptions as SolverOptions

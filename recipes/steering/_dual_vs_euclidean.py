@@ -12,9 +12,9 @@ from lightning_interp import ActivationCapture, Site
 from lightning_interp.errors import RecipeError
 from lightning_interp.steering import (
     CounterfactualPairs,
+    PathScores,
     SoftmaxGeometry,
     SolverOptions,
-    SteeringResult,
     dual_steer,
     euclidean_steer,
     score_path,
@@ -81,7 +81,7 @@ def steered_paths(
     *,
     alpha: float | Literal["auto"],
     advance: Callable[[int], object] = lambda n: None,
-) -> tuple[SteeringResult, dict[str, float]]:
+) -> tuple[PathScores, dict[str, float]]:
     """Score dual and Euclidean paths from some states to a grid of ``P(W=1)``, and the oracle that re-splits pairs.
 
     Each point is solved for directly; a point that cannot be reached is left out of its path.
@@ -123,7 +123,7 @@ def steered_paths(
                 for row in range(len(starts))
             }
     found["oracle"] = {row: _oracle(geometry, pairs, starts[row], grid) for row in range(len(starts))}
-    return SteeringResult(found), shares
+    return PathScores(found), shares
 
 
 def _scored(

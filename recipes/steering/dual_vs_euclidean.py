@@ -127,9 +127,9 @@ class DualVersusEuclidean(Recipe):
 
     def result(self, run: RunFolder, scored: dict[str, Any]) -> RecipeResult:
         """Tables, the three panels, and the comparison at equal effect."""
-        from lightning_interp.steering import SteeringResult, steering_figure
+        from lightning_interp.steering import PathScores, steering_figure
 
-        result = SteeringResult.from_rows(scored["rows"])
+        result = PathScores.from_rows(scored["rows"])
         compared = [
             result.compare(f"dual {kind}", f"euclidean {kind}", score, at=self.match).to_dict() | {"probe": kind}
             for kind in ("dual_md", "primal_md")

@@ -12,7 +12,7 @@ from lightning_interp.errors import RecipeError
 from lightning_interp.steering.concepts.pairs import CounterfactualPairs
 from lightning_interp.steering.effects.figures import LABELS, path_figure, steering_figure
 from lightning_interp.steering.effects.metrics import SCORES, score_path
-from lightning_interp.steering.effects.path_scores import SteeringResult
+from lightning_interp.steering.effects.path_scores import PathScores
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
 
 
@@ -34,7 +34,7 @@ def leak(contexts=9, seed=3):
         best = straight - (torch.cosh(s / 2) / math.cosh(-3)).log()[:, None] * e1
         paths["euclidean"][context] = score_path(geometry, straight, pairs, probe=e0)
         paths["exact"][context] = score_path(geometry, best, pairs, probe=e0)
-    return SteeringResult(paths)
+    return PathScores(paths)
 
 
 @pytest.fixture(scope="module")

@@ -31,8 +31,8 @@ from lightning_interp.steering import (
     ClampDirection,
     LinearDecay,
     ProjectOut,
-    Schedule,
     SteeringVector,
+    StrengthSchedule,
     WarmUp,
 )
 from lightning_interp.testing import byte_tokenizer, tiny_model
@@ -309,7 +309,7 @@ def slowly(model, prompt, factor, v, steps):
     return tokens[:, length:]
 
 
-class Jump(Schedule):
+class Jump(StrengthSchedule):
     """Somebody's own."""
 
     def factor(self, steps):

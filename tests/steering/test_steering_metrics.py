@@ -33,7 +33,7 @@ from lightning_interp.steering.effects.metrics import (
     score_distributions,
     score_path,
 )
-from lightning_interp.steering.effects.path_scores import SteeringResult, bin_path, value_at_effect
+from lightning_interp.steering.effects.path_scores import PathScores, bin_path, value_at_effect
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
 
 V, D = 30, 6
@@ -349,7 +349,7 @@ class TestEffects:
             paths["dual"][context] = {"target_prob": x, "off_target_kl": slope * x}
             paths["euclidean"][context] = {"target_prob": x[::3], "off_target_kl": 3 * slope * x[::3]}
         paths["dual"][99] = {"target_prob": x[:5], "off_target_kl": x[:5]}  # never gets far
-        return SteeringResult(paths)
+        return PathScores(paths)
 
     def test_methods_at_equal_effect(self):
         result = self.result()
@@ -377,14 +377,14 @@ class TestEffects:
         assert curve.bins[4].low < curve.bins[4].value < curve.bins[4].high
         assert curve.centres == pytest.approx([0.05 + 0.1 * i for i in range(10)])
         assert len(curve.points()) == 11
-        short = SteeringResult({"dual": {99: result.paths["dual"][99]}}).curve("dual", "off_target_kl")
+        short = PathScores({"dual": {99: result.paths["dual"][99]}}).curve("dual", "off_target_kl")
         assert [e.n for e in short.bins] == [1, 1, *([0] * 8)]
         assert len(short.points()) == 3
         assert math.isnan(short.bins[0].low)
 
     def test_rows_round_trip(self):
         result = self.result()
-        again = SteeringResult.from_rows(result.rows())
+        again = PathScores.from_rows(result.rows())
         assert again.methods == result.methods
         for method, contexts in result.paths.items():
             for context, path in contexts.items():
@@ -396,7 +396,7 @@ class TestEffects:
 
     def test_what_is_not_known_survives_a_csv(self):
         path = {"target_prob": torch.tensor([0.1, 0.9]), "alignment": torch.tensor([math.nan, 0.5])}
-        rows = SteeringResult({"dual": {3: path}}).rows()
+        rows = PathScores({"dual": {3: path}}).rows()
         assert rows[0] == {
             "method": "dual",
             "context": 3,
@@ -405,7 +405,7 @@ class TestEffects:
             "alignment": None,
         }
         texts = [{key: "" if value is None else str(value) for key, value in row.items()} for row in reversed(rows)]
-        again = SteeringResult.from_rows(texts)
+        again = PathScores.from_rows(texts)
         torch.testing.assert_close(again.paths["dual"][3]["alignment"], path["alignment"].double(), equal_nan=True)
 
     def test_errors(self):
@@ -420,13 +420,13 @@ class TestEffects:
             with pytest.raises(RecipeError, match=rf"P\(W=1\) = {at} cannot be matched"):
                 result.at("dual", "off_target_kl", at)
         with pytest.raises(DataError, match=r"no path for any of the methods \['dual'\]"):
-            SteeringResult({"dual": {}})
+            PathScores({"dual": {}})
         with pytest.raises(DataError, match="method 'dual' in context 4 has no target_prob, only entropy"):
-            SteeringResult({"dual": {4: {"entropy": torch.ones(2)}}})
+            PathScores({"dual": {4: {"entropy": torch.ones(2)}}})
         with pytest.raises(DataError, match=r"context 4 has entropy of shape \[2\] beside target_prob of \[3\]"):
-            SteeringResult({"dual": {4: {"target_prob": torch.ones(3), "entropy": torch.ones(2)}}})
+            PathScores({"dual": {4: {"target_prob": torch.ones(3), "entropy": torch.ones(2)}}})
         with pytest.raises(DataError, match=r"A row is .*'method': 'dual'.*expected method, context and point"):
-            SteeringResult.from_rows([{"method": "dual", "point": 0}])
+            PathScores.from_rows([{"method": "dual", "point": 0}])
 
 
 class TestTextQuality:

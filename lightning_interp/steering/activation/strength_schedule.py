@@ -16,11 +16,11 @@ import torch
 
 from lightning_interp.errors import RecipeError
 
-__all__ = ["LinearDecay", "Schedule", "StepFactors", "WarmUp", "make_schedule", "schedule_to_dict"]
+__all__ = ["LinearDecay", "Schedule", "StepFactors", "StrengthSchedule", "WarmUp", "make_schedule", "schedule_to_dict"]
 
 
 @dataclass(frozen=True)
-class Schedule(ABC):
+class StrengthSchedule(ABC):
     """A factor of the strength at each generation step; subclass it to write your own.
 
     Example:
@@ -41,7 +41,7 @@ class Schedule(ABC):
 
 
 @dataclass(frozen=True)
-class LinearDecay(Schedule):
+class LinearDecay(StrengthSchedule):
     """From 1 at step 0 straight down to ``end``, which it reaches at step ``steps`` and keeps.
 
     Args:
@@ -59,12 +59,12 @@ class LinearDecay(Schedule):
         _check(self, self.steps, self.end)
 
     def factor(self, steps: torch.Tensor) -> torch.Tensor:
-        """See :meth:`Schedule.factor`."""
+        """See :meth:`StrengthSchedule.factor`."""
         return 1 + (self.end - 1) * _progress(steps, self.steps)
 
 
 @dataclass(frozen=True)
-class WarmUp(Schedule):
+class WarmUp(StrengthSchedule):
     """From ``start`` at step 0 straight up to 1, which it reaches at step ``steps`` and keeps.
 
     Args:
@@ -86,12 +86,12 @@ class WarmUp(Schedule):
         _check(self, self.steps, self.start)
 
     def factor(self, steps: torch.Tensor) -> torch.Tensor:
-        """See :meth:`Schedule.factor`."""
+        """See :meth:`StrengthSchedule.factor`."""
         return self.start + (1 - self.start) * _progress(steps, self.steps)
 
 
 @dataclass(frozen=True)
-class StepFactors(Schedule):
+class StepFactors(StrengthSchedule):
     """One factor a step, from a list; steps beyond it have the last one.
 
     Args:
@@ -114,20 +114,21 @@ class StepFactors(Schedule):
             raise RecipeError(f"{self} never steers; expected finite factors, one a step, not all of them zero.")
 
     def factor(self, steps: torch.Tensor) -> torch.Tensor:
-        """See :meth:`Schedule.factor`."""
+        """See :meth:`StrengthSchedule.factor`."""
         table = torch.tensor(self.values, dtype=torch.float32, device=steps.device)
         return table[steps.clamp(0, len(table) - 1)]
 
 
-AnySchedule = Schedule | Sequence[float] | Callable[[torch.Tensor], torch.Tensor] | None
+Schedule = StrengthSchedule  # the name before other things had schedules too
+AnySchedule = StrengthSchedule | Sequence[float] | Callable[[torch.Tensor], torch.Tensor] | None
 
 
-def make_schedule(given: AnySchedule) -> Schedule | Callable[[torch.Tensor], torch.Tensor] | None:
+def make_schedule(given: AnySchedule) -> StrengthSchedule | Callable[[torch.Tensor], torch.Tensor] | None:
     """What a user may pass, as something with a factor for each step.
 
     Args:
-        given: None for constant strength, a :class:`Schedule`, a list of factors, or a function from steps ``[B, T]``
-            to factors ``[B, T]``.
+        given: None for constant strength, a :class:`StrengthSchedule`, a list of factors, or a function from steps
+            ``[B, T]`` to factors ``[B, T]``.
 
     Returns:
         None, a schedule or the function.
@@ -135,19 +136,19 @@ def make_schedule(given: AnySchedule) -> Schedule | Callable[[torch.Tensor], tor
     Raises:
         RecipeError: If it is none of these.
     """
-    if given is None or isinstance(given, Schedule):
+    if given is None or isinstance(given, StrengthSchedule):
         return given
     if isinstance(given, list | tuple):
         return StepFactors(tuple(given))
     if callable(given):
         return given
     raise RecipeError(
-        f"schedule={given!r} is no schedule. Expected a Schedule such as LinearDecay(20), a list with one factor a "
-        "step, a function of the step, or None."
+        f"schedule={given!r} is no schedule. Expected a StrengthSchedule such as LinearDecay(20), a list with one "
+        "factor a step, a function of the step, or None."
     )
 
 
-def factors(schedule: Schedule | Callable[[torch.Tensor], torch.Tensor], steps: torch.Tensor) -> torch.Tensor:
+def factors(schedule: StrengthSchedule | Callable[[torch.Tensor], torch.Tensor], steps: torch.Tensor) -> torch.Tensor:
     """Factors ``[B, T]`` of a schedule or a user's function, checked.
 
     Args:
@@ -160,7 +161,7 @@ def factors(schedule: Schedule | Callable[[torch.Tensor], torch.Tensor], steps: 
     Raises:
         RecipeError: If a user's function gives something of another shape.
     """
-    if isinstance(schedule, Schedule):
+    if isinstance(schedule, StrengthSchedule):
         return schedule.factor(steps)
     found = schedule(steps)
     if not isinstance(found, torch.Tensor) or found.shape != steps.shape:
@@ -172,7 +173,7 @@ def factors(schedule: Schedule | Callable[[torch.Tensor], torch.Tensor], steps: 
     return found.to(device=steps.device, dtype=torch.float32)
 
 
-def schedule_to_dict(schedule: Schedule | Callable[..., Any] | None) -> dict[str, Any] | None:
+def schedule_to_dict(schedule: StrengthSchedule | Callable[..., Any] | None) -> dict[str, Any] | None:
     """Plain data that says which schedule it was; a function is named.
 
     Example:
@@ -181,7 +182,7 @@ def schedule_to_dict(schedule: Schedule | Callable[..., Any] | None) -> dict[str
     """
     if schedule is None:
         return None
-    if isinstance(schedule, Schedule):
+    if isinstance(schedule, StrengthSchedule):
         values: Mapping[str, Any] = asdict(schedule)
         plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
         return {"kind": type(schedule).__name__, **plain}
@@ -196,6 +197,6 @@ def _progress(steps: torch.Tensor, whole: int) -> torch.Tensor:
     return steps.clamp(0, whole).to(torch.float32) / whole
 
 
-def _check(schedule: Schedule, steps: int, value: float) -> None:
+def _check(schedule: StrengthSchedule, steps: int, value: float) -> None:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1 or not math.isfinite(value):
         raise RecipeError(f"{schedule}: expected a whole number of steps, at least 1, and a finite factor.")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_interp.steering.effects.path_scores import SATURATED, Curve, SteeringResult
+from lightning_interp.steering.effects.path_scores import SATURATED, Curve, PathScores
 
 __all__ = ["path_figure", "steering_figure"]
 
@@ -31,7 +31,7 @@ _MARKERS = "osD^vP"
 
 
 def steering_figure(
-    result: SteeringResult,
+    result: PathScores,
     *,
     scores: Sequence[str] = _PANELS,
     methods: Sequence[str] | None = None,
@@ -74,7 +74,7 @@ def steering_figure(
 
 
 def path_figure(
-    result: SteeringResult,
+    result: PathScores,
     *,
     score: str = "off_target_kl",
     against: str = "target_prob",
@@ -137,7 +137,7 @@ def _dress(axis: Any, across: str, up: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _counted(result: SteeringResult, methods: Sequence[str]) -> str:
+def _counted(result: PathScores, methods: Sequence[str]) -> str:
     counts = sorted({len(result.paths[method]) for method in methods if method in result.paths})
     if not counts:
         return "no contexts"

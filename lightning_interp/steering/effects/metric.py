@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_interp.core.measure.reduced import KeyedRows
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.steering.effects.metrics import SCORES
-from lightning_interp.steering.effects.path_scores import SteeringResult
+from lightning_interp.steering.effects.path_scores import PathScores
 
 __all__ = ["SteeringMetrics"]
 
@@ -64,7 +64,7 @@ class SteeringMetrics(KeyedRows):
         place = torch.tensor([context, self.methods.index(method)]).expand(n, 2)
         self.add(torch.cat([place, torch.arange(n)[:, None]], dim=1), torch.stack(columns, dim=1))
 
-    def compute(self) -> SteeringResult:
+    def compute(self) -> PathScores:
         """Return the paths of all contexts and processes.
 
         Raises:
@@ -79,7 +79,7 @@ class SteeringMetrics(KeyedRows):
             known = {name: column for name, column in zip(SCORES, points.T, strict=True) if not column.isnan().all()}
             context, method = place.tolist()
             paths[self.methods[method]][context] = {"target_prob": points[:, 0], **known}
-        return SteeringResult({method: contexts for method, contexts in paths.items() if contexts})
+        return PathScores({method: contexts for method, contexts in paths.items() if contexts})
 
 
 def _check(context: int, method: str, scores: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
 """Scores of steering paths, averaged over contexts: curves against the concept, and methods compared at equal effect.
 
 Two methods may only be compared where they have moved the concept equally far. Curves bin the points of every path by
-``P(W=1)``, as the figures of arXiv 2602.15293 do; :meth:`SteeringResult.compare` interpolates every path to the same
+``P(W=1)``, as the figures of arXiv 2602.15293 do; :meth:`PathScores.compare` interpolates every path to the same
 ``P(W=1)``. Contexts are the unit of sampling everywhere.
 """
 
@@ -19,7 +19,7 @@ from lightning_interp.core.measure.statistics import Estimate, bootstrap_interva
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.steering.effects.metrics import SCORES
 
-__all__ = ["SATURATED", "Comparison", "Curve", "SteeringResult", "bin_path", "value_at_effect"]
+__all__ = ["SATURATED", "Comparison", "Curve", "PathScores", "SteeringResult", "bin_path", "value_at_effect"]
 
 SATURATED = 0.9999
 """Points with ``P(W=1)`` at or above this are left out of curves: there every method collapses on one token."""
@@ -142,7 +142,7 @@ def value_at_effect(x: Tensor, y: Tensor, at: float) -> float:
     return float(y[i] + share * (y[i + 1] - y[i]))
 
 
-class SteeringResult:
+class PathScores:
     """Scores of paths: one a method and context.
 
     Args:
@@ -155,7 +155,7 @@ class SteeringResult:
     Example:
         >>> path = {"target_prob": torch.tensor([0.1, 0.5, 0.9]), "off_target_kl": torch.tensor([0.0, 0.2, 0.6])}
         >>> worse = {**path, "off_target_kl": 2 * path["off_target_kl"]}
-        >>> result = SteeringResult({"dual": {0: path, 1: path}, "euclidean": {0: worse, 1: worse}})
+        >>> result = PathScores({"dual": {0: path, 1: path}, "euclidean": {0: worse, 1: worse}})
         >>> result.compare("euclidean", "dual", "off_target_kl", at=0.7).ratio.value
         2.0
     """
@@ -166,7 +166,7 @@ class SteeringResult:
             for method, contexts in paths.items()
         }
         if not any(self.paths.values()):
-            raise DataError(f"SteeringResult got no path for any of the methods {list(self.paths)}.")
+            raise DataError(f"PathScores got no path for any of the methods {list(self.paths)}.")
         for method, contexts in self.paths.items():
             for context, path in contexts.items():
                 _check_path(method, context, path)
@@ -250,7 +250,7 @@ class SteeringResult:
         ]
 
     @classmethod
-    def from_rows(cls, rows: Iterable[Mapping[str, Any]]) -> SteeringResult:
+    def from_rows(cls, rows: Iterable[Mapping[str, Any]]) -> PathScores:
         """Read what :meth:`rows` gave.
 
         Raises:
@@ -292,6 +292,10 @@ class SteeringResult:
         self._paths(method, score)
         held = {context: path for context, path in self.paths[method].items() if score in path}
         return {context: value_at_effect(path["target_prob"], path[score], at) for context, path in held.items()}
+
+
+SteeringResult = PathScores
+"""The name before: a result of steering is :class:`~lightning_interp.steering.softmax.result.SteerResult`."""
 
 
 def _renamed(estimate: Estimate) -> dict[str, Any]:
