@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_interp.core.measure.undisturbed import undisturbed
+from lightning_interp.core.tokens.batches import padded
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.generation.labellers import words_of
 from lightning_interp.generation.requests import TextGenerator, TextRequest, ask
-from lightning_interp.generation.sampler import padded
 from lightning_interp.generation.text_quality import perplexity
 from lightning_interp.models.data.encoding import Encoder
 from lightning_interp.models.data.rows import Row
@@ -196,8 +196,8 @@ class LikelihoodJudge:
             order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
             with undisturbed(self.model):
                 for part in (order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)):
-                    ids, mask = (x.to(device) for x in padded([rows[i].ids for i in part], 0, left=False))
-                    scored = padded([rows[i].scored for i in part], 0, left=False)[0].to(device).bool()
+                    ids, mask = (x.to(device) for x in padded([rows[i].ids for i in part], 0))
+                    scored = padded([rows[i].scored for i in part], 0)[0].to(device).bool()
                     logits = self.model(input_ids=ids, attention_mask=mask).logits
                     found[part] = -perplexity(logits, ids, scored).double().log().cpu()
             return found
