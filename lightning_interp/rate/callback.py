@@ -17,7 +17,8 @@ from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.models.scoring.reward_text import Scores
 from lightning_interp.rate.estimators.effects import Settings
 from lightning_interp.rate.estimators.result import RateResult
-from lightning_interp.rate.estimators.triples import Missing, RewriteTriples
+from lightning_interp.rate.estimators.triples import RewriteTriples
+from lightning_interp.rate.rewriting.assembly import Missing
 from lightning_interp.rate.rewriting.store import RewriteStore
 from lightning_interp.rate.scoring.scores import TripleScores, checked_rewards
 

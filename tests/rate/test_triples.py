@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import random
 import unicodedata
 import warnings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from rewriting import ATTR, Counting, rewritten, store_of, units
 
 from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.rate import TripleScores, read_own, read_triples, score_triples, write_triples
 from lightning_interp.rate.estimators.triples import RewriteTriples, same_text
 from lightning_interp.rate.rewriting.driver import RewriteRun
 from lightning_interp.rate.rewriting.records import RewriteResult, Unit
@@ -265,3 +267,99 @@ def test_some_rows_keep_every_column_together():
     assert triples.select(range(4)) == triples == triples.first(0) == triples.first(9)
     assert triples.first(2).rows() == triples.rows()[:2]
     assert len(triples.select([])) == 0
+
+
+def table(**columns):
+    plain = {
+        "attr": "x", "ids": ["7", "b"], "w": [1, 0], "prompts": ["", "p"], "draw": [0, 1],
+        "original": ["NA", "a,b\r\nc"], "rewrite": ['say "hi"', "\u2028 null"], "rewrite2": ["1.0", ""],
+    }  # fmt: skip
+    return RewriteTriples(**plain | columns)
+
+
+@pytest.mark.parametrize("kind", ["", ".json", ".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {},
+        {"cluster": ["1", "1"], "rewrite3": ["x", "y"]},
+        {"reward": {"original": [0.1, 1e-17], "rewrite": [1.0, -2.0], "rewrite2": [3.0, float("nan")]}},
+    ],
+)
+def test_files_of_every_kind_hold_the_same_units(tmp_path, kind, columns):
+    units = table(**columns)
+    path = write_triples(tmp_path, units, name=f"mine{kind}")
+    assert path.name == f"mine{kind or '.json'}"
+    again = read_triples(path)
+    assert repr(again) == repr(units)  # NaN is not equal to itself
+    assert again.to_frame().to_dict("list").keys() == units.rows()[0].keys()
+
+
+def test_a_file_of_units_is_a_users_own_file_too(tmp_path):
+    units = table(rewrite2=["1.0", "z"], reward={"original": [1.0, 2.0], "rewrite": [3.0, 4.0]})
+    path = write_triples(tmp_path, units, name="mine.jsonl")
+    own = read_own(path)
+    assert own.triples("x").rewrite2 == units.rewrite2
+    assert own.rewards["columns"] == {"7": {"original": 1.0, "rewrite": 3.0}, "b": {"original": 2.0, "rewrite": 4.0}}
+    path.write_text(path.read_text().replace('"attr"', '"kind"').replace('"draw"', '"number"'))
+    assert read_triples(path).attr == "attribute"
+
+
+def test_what_is_left_out_is_kept_in_json_and_a_file_of_before_is_read(tmp_path):
+    units = table(dropped={"unlabelled": {"none": 1}}, dropped_ids={"unlabelled": ["c"]})
+    path = write_triples(tmp_path, units)
+    assert read_triples(path) == units
+    assert "reward" not in json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"draw": [0]}, r"'draw' of 'x' has 1 values, but ids has 2; expected one a row"),
+        ({"reward": {"rewrite": [1.0]}}, r"'reward_rewrite' of 'x' has 1 values"),
+        ({"w": [1, 2]}, r"'w' of unit 'b' of 'x' is 2; expected 0 or 1"),
+        ({"w": [None, 1]}, r"'w' of unit '7' of 'x' is None; expected 0 or 1"),
+        ({"rewrite": ["a", None]}, r"'rewrite' of unit 'b' of 'x' is None; expected a text"),
+    ],
+)
+def test_columns_are_checked(columns, message):
+    with pytest.raises(DataError, match=message):
+        table(**columns)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], r"rows has no rows; expected rows with id, w and original, rewrite, rewrite2"),
+        ([{"id": "a", "w": 1, "original": "x", "rewrite": "y"}], r"rows has no rewrite2;"),
+        ([{**r, "attr": n} for r, n in zip(table().rows(), "ab", strict=True)], r"rows has units of 2 attributes"),
+    ],
+)
+def test_rows_that_are_no_complete_units(rows, message):
+    with pytest.raises(DataError, match=message):
+        RewriteTriples.from_rows(rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.json", "{}"), ("a.json", "[1]"), ("a.csv", "id,w\n1,x\n"), ("a.parquet", "no"), ("gone.csv", None)],
+)
+def test_files_that_hold_no_complete_units(tmp_path, name, text):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=name.replace(".", r"\.")):
+        read_triples(tmp_path / name)
+
+
+def test_rewards_go_with_their_rows():
+    units = table(rewrite2=["1.0", "z"])
+    with pytest.raises(DataError, match=r"The units of 'x' have no rewards. Add them by triples.with_scores"):
+        TripleScores.of(units)
+    with pytest.raises(DataError, match=r"There is no stage 'rewrite3' of 'x'"):
+        units.with_scores({"rewrite3": [1.0, 2.0]})
+    scores = score_triples(lambda prompts, texts: [len(text) for text in texts], units)
+    scored = units.with_scores(scores.reward)
+    assert TripleScores.of(scored).reward["original"].tolist() == [2.0, 6.0]
+    few = scored.select([1])
+    assert few.reward == {stage: [float(len(units.texts(stage)[1]))] for stage in units.stages}
+    assert TripleScores.of(scored).effects(scored).rate.ate.value == scores.effects(units).rate.ate.value

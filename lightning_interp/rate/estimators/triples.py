@@ -1,31 +1,24 @@
-"""Complete units: an original, its rewrite, and the rewrite of the rewrite, with what is missing counted."""
+"""The table of complete units: an original, its rewrite, the rewrite of the rewrite, and their rewards."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise, zip_longest
-from typing import Any, Literal, get_args
+from itertools import pairwise
+from typing import Any
 
-from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.rate.rewriting.records import RewriteRecord, Unit, shown_ids
+from lightning_interp.errors import DataError
 
-__all__ = ["STAGES", "Identical", "Missing", "RewriteTriples", "assemble", "same_text"]
+__all__ = ["STAGES", "RewriteTriples", "as_reward", "same_text"]
 
 STAGES = ("original", "rewrite", "rewrite2", "rewrite3")
 """Texts of a unit, in the order in which they are made."""
 
 _COLUMNS = ("ids", "w", "prompts", "original", "rewrite", "rewrite2", "rewrite3", "draw", "cluster")
 
-Missing = Literal["raise", "drop"]
-Identical = Literal["keep", "drop", "raise"]
-
-_MAX_DROPPED, _MAX_ARM_GAP, _MAX_IDENTICAL = 0.05, 0.02, 0.05
-_UNLABELLED, _IDENTICAL = "unlabelled", "identical_"
+_REWARDS = {stage: "reward" if stage == "original" else f"reward_{stage}" for stage in STAGES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +36,12 @@ class RewriteTriples:
         draw: Number of the draw.
         cluster: What units that are not independent share; None if the store knows of none.
         rewrite3: Flipped once more; None if that was not asked for.
+        reward: Rewards of the texts by stage, see :meth:`with_scores`; None if they are not scored.
         dropped: Units that are left out, by reason and then by arm (``"w1"``, ``"w0"``, or ``"none"`` without a label).
         dropped_ids: Their ids by reason.
+
+    Raises:
+        DataError: If a column is shorter or longer than ``ids``, or holds something else; names column and row.
 
     Example:
         >>> triples = RewriteTriples(attr="long", ids=["a"], w=[1], prompts=[""], original=["oh!"], rewrite=["oh"],
@@ -63,8 +60,27 @@ class RewriteTriples:
     draw: list[int]
     cluster: list[str] | None = None
     rewrite3: list[str] | None = None
+    reward: dict[str, list[float]] | None = None
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
     dropped_ids: dict[str, list[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        columns = {name: getattr(self, name) for name in _COLUMNS}
+        columns |= {_REWARDS.get(stage, stage): values for stage, values in (self.reward or {}).items()}
+        for name, column in columns.items():
+            if column is not None and len(column) != len(self.ids):
+                raise DataError(
+                    f"{name!r} of {self.attr!r} has {len(column)} values, but ids has {len(self.ids)}; expected one a "
+                    "row in each."
+                )
+        for name in ("w", *self.stages):
+            fits, what = (_is_label, "0 or 1") if name == "w" else (_is_text, "a text")
+            wrong = next((row for row, value in enumerate(columns[name]) if not fits(value)), None)
+            if wrong is not None:
+                raise DataError(
+                    f"{name!r} of unit {self.ids[wrong]!r} of {self.attr!r} is {columns[name][wrong]!r:.80}; expected "
+                    f"{what}. Leave the unit out."
+                )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -109,6 +125,8 @@ class RewriteTriples:
         chosen = list(rows)
         columns = {name: getattr(self, name) for name in _COLUMNS}
         fewer: dict[str, Any] = {name: [c[row] for row in chosen] for name, c in columns.items() if c is not None}
+        if self.reward is not None:
+            fewer["reward"] = {stage: [values[row] for row in chosen] for stage, values in self.reward.items()}
         return replace(self, **fewer)
 
     def first(self, count: int) -> RewriteTriples:
@@ -122,16 +140,80 @@ class RewriteTriples:
         """
         return self.select(range(count)) if 0 < count < len(self) else self
 
+    def with_scores(self, reward: Mapping[str, Iterable[Any]]) -> RewriteTriples:
+        """The same units with rewards of their texts.
+
+        Args:
+            reward: For each stage one number a row, such as the ``reward`` of
+                :class:`~lightning_interp.rate.TripleScores`.
+
+        Returns:
+            The units; ``TripleScores.of`` takes the rewards out again.
+
+        Raises:
+            DataError: If a stage is unknown, or there are not as many rewards as rows.
+        """
+        unknown = [stage for stage in reward if stage not in self.stages]
+        if unknown:
+            self.texts(unknown[0])
+        return replace(self, reward={stage: [float(value) for value in values] for stage, values in reward.items()})
+
     def rows(self) -> list[dict[str, Any]]:
-        """One plain dict a row: ``id, attr, draw, w, cluster, prompt`` and a text for each stage."""
-        groups: list[str | None] = [None] * len(self) if self.cluster is None else [*self.cluster]
-        texts = zip(*(self.texts(stage) for stage in self.stages), strict=True)
-        columns = zip(self.ids, self.draw, self.w, groups, self.prompts, texts, strict=True)
-        return [
-            {"id": name, "attr": self.attr, "draw": draw, "w": w, "cluster": group, "prompt": prompt}
-            | dict(zip(self.stages, row, strict=True))
-            for name, draw, w, group, prompt, row in columns
-        ]
+        """One plain dict a row: ``id, attr, draw, w, cluster, prompt``, a text and, if scored, a reward for each stage.
+
+        ``read_own`` reads files of such rows too; the rewards are ``reward``, ``reward_rewrite`` and
+        ``reward_rewrite2``.
+        """
+        columns: dict[str, Sequence[Any]] = {
+            "id": self.ids, "attr": [self.attr] * len(self), "draw": self.draw, "w": self.w,
+            "cluster": self.cluster or [None] * len(self), "prompt": self.prompts,
+        }  # fmt: skip
+        columns |= {stage: self.texts(stage) for stage in self.stages}
+        columns |= {_REWARDS[stage]: values for stage, values in (self.reward or {}).items()}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Mapping[str, Any]], *, source: str = "rows") -> RewriteTriples:
+        """Complete units from what :meth:`rows` gave.
+
+        Args:
+            rows: The rows, all with the same keys; ``attr``, ``draw``, ``cluster`` and ``prompt`` may be missing.
+            source: What they are, for messages.
+
+        Returns:
+            The units.
+
+        Raises:
+            DataError: If there is no row, a key is missing, or a value cannot be used.
+        """
+        found = [dict(row) for row in rows]
+        keys = set[str]().union(*found)
+        lacking = [name for name in ("id", "w", *STAGES[:3]) if any(name not in row for row in found)]
+        if not found or lacking:
+            what = ", ".join(lacking) or "rows"
+            raise DataError(f"{source} has no {what}; expected rows with id, w and {', '.join(STAGES[:3])}.")
+        attributes = {row.get("attr", "attribute") for row in found}
+        if len(attributes) > 1:
+            raise DataError(f"{source} has units of {len(attributes)} attributes; expected one. Divide the rows.")
+        columns: dict[str, Any] = {n: [row.get(n) for row in found] for n in ("w", *STAGES) if n in keys}
+        clusters = [row.get("cluster") or None for row in found]
+        scored = [stage for stage in STAGES if _REWARDS[stage] in keys]
+        reward = {stage: [as_reward(row.get(_REWARDS[stage])) for row in found] for stage in scored}
+        return cls(
+            attr=attributes.pop(),
+            ids=[str(row["id"]) for row in found],
+            draw=[int(row.get("draw", 0)) for row in found],
+            prompts=[row.get("prompt") or "" for row in found],
+            cluster=None if None in clusters else [str(name) for name in clusters],
+            reward=reward or None,
+            **columns,
+        )
+
+    def to_frame(self) -> Any:
+        """:meth:`rows` as a pandas DataFrame."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows())
 
     def targets(self, stage: str) -> list[int]:
         """The value of the attribute that the texts of one stage should have.
@@ -175,163 +257,19 @@ def _plain(text: str) -> str:
     return re.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).strip()
 
 
-def assemble(
-    attr: str,
-    units: Sequence[Unit],
-    chain: Callable[[Unit, int], Sequence[RewriteRecord | None]],
-    *,
-    draws: Sequence[int] = (0,),
-    passes: int = 2,
-    missing: Missing = "raise",
-    identical: Identical = "keep",
-) -> RewriteTriples:
-    """Put complete units together.
+def _is_label(value: Any) -> bool:
+    return value is not None and value in (0, 1)
 
-    A unit that lacks one text of one draw is left out whole, from every arm and every draw: filling in or falling back
-    to the original would bias what is compared.
 
-    Args:
-        attr: Name of the attribute.
-        units: All units.
-        chain: Gives the records of a unit's passes for a draw, up to the first that is missing or cannot be used.
-        draws: Draws that a unit must have.
-        passes: 2, or 3 for the third rewrite too.
-        missing: What to do with incomplete units: raise, or leave them out and count them.
-        identical: What to do with units of which a rewrite says the same as its source. Leaving them out selects on
-            the outcome.
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
-    Returns:
-        The complete units.
 
-    Raises:
-        DataError: If units are incomplete and ``missing="raise"``, or identical and ``identical="raise"``; lists them.
-        RecipeError: If an argument has a wrong value.
+def as_reward(value: Any) -> float:
+    """A reward from a file: a number, NaN where there is none.
+
+    Example:
+        >>> as_reward("0.5"), as_reward(None)
+        (0.5, nan)
     """
-    _check_policies(missing, identical, passes, draws)
-    rows: list[tuple[Unit, int, list[str]]] = []
-    reasons: dict[str, list[Unit]] = {}
-    for unit in units:
-        texts = [] if unit.w is None else [_texts(unit, chain(unit, draw), passes) for draw in draws]
-        reason = _reason(unit, texts, identical)
-        if reason is None:
-            rows.extend((unit, draw, [str(one) for one in row]) for draw, row in zip(draws, texts, strict=True))
-        else:
-            reasons.setdefault(reason, []).append(unit)
-    _raise_for(attr, reasons, missing, identical)
-    _warn_of_dropped(attr, units, reasons)
-    triples = _columns(attr, rows, reasons, passes)
-    _warn_of_identical(triples)
-    return triples
-
-
-def _check_policies(missing: str, identical: str, passes: int, draws: Sequence[int]) -> None:
-    if missing not in get_args(Missing):
-        raise RecipeError(f"missing={missing!r}; expected 'raise' or 'drop'.")
-    if identical not in get_args(Identical):
-        raise RecipeError(f"identical={identical!r}; expected 'keep', 'drop' or 'raise'.")
-    if passes not in (2, 3):
-        raise RecipeError(f"passes={passes!r}; expected 2, or 3 for the third rewrite too.")
-    if not draws:
-        raise RecipeError("draws is empty; expected at least one draw, such as [0].")
-
-
-class _Lacking(str):
-    """Stands for a text that is not there: why."""
-
-    __slots__ = ()
-
-
-def _texts(unit: Unit, records: Sequence[RewriteRecord | None], passes: int) -> list[str]:
-    """The texts of a unit up to the first that is missing, which is named."""
-    texts: list[str] = [unit.text]
-    for stage, record in zip_longest(STAGES[1 : passes + 1], records[:passes]):
-        if record is None or not record.usable:
-            return [*texts, _Lacking(f"{stage}_{record.result.status if record else 'absent'}")]
-        texts.append(record.result.text or "")
-    return texts
-
-
-def _reason(unit: Unit, texts: Sequence[Sequence[str]], identical: Identical) -> str | None:
-    """Why a unit is left out, if it is."""
-    if unit.w is None:
-        return _UNLABELLED
-    for row in texts:
-        if isinstance(row[-1], _Lacking):
-            return str(row[-1])
-    for row in texts if identical != "keep" else ():
-        for stage, (source, text) in zip(STAGES[1:], pairwise(row), strict=False):
-            if same_text(source, text):
-                return f"{_IDENTICAL}{stage}"
-    return None
-
-
-def _raise_for(attr: str, reasons: dict[str, list[Unit]], missing: Missing, identical: Identical) -> None:
-    bad = {
-        reason: units
-        for reason, units in reasons.items()
-        if reason != _UNLABELLED and (identical if reason.startswith(_IDENTICAL) else missing) == "raise"
-    }
-    if bad:
-        counts = ", ".join(f"{len(units)} with {reason!r}" for reason, units in sorted(bad.items()))
-        ids = shown_ids(unit.id for units in bad.values() for unit in units)
-        raise DataError(
-            f"Attribute {attr!r}: not every unit can be used: {counts}. Their ids: {ids}. Finish the rewriting run, "
-            f"or leave them out with {'missing' if _lacking(bad) else 'identical'}='drop'."
-        )
-
-
-def _lacking(reasons: Iterable[str]) -> bool:
-    return any(not reason.startswith(_IDENTICAL) for reason in reasons)
-
-
-def _arm(unit: Unit) -> str:
-    """The arm of a unit: ``w1``, ``w0``, or ``none`` without a label."""
-    return "none" if unit.w is None else f"w{unit.w}"
-
-
-def _warn_of_dropped(attr: str, units: Sequence[Unit], reasons: dict[str, list[Unit]]) -> None:
-    """Say so when many units are left out, or more of one arm: what is left may then be another population."""
-    sizes = Counter(_arm(unit) for unit in units)
-    lost = Counter(_arm(unit) for reason, found in reasons.items() if reason != _UNLABELLED for unit in found)
-    total = sizes["w1"] + sizes["w0"]
-    shares = {name: lost[name] / sizes[name] for name in ("w1", "w0") if sizes[name]}
-    gap = max(shares.values()) - min(shares.values()) if len(shares) == 2 else 0.0
-    if total and (sum(lost.values()) > _MAX_DROPPED * total or gap > _MAX_ARM_GAP):
-        by_arm = ", ".join(f"{share:.1%} of {name}" for name, share in shares.items())
-        why = ", ".join(f"{len(found)} {reason}" for reason, found in sorted(reasons.items()))
-        warnings.warn(
-            f"Attribute {attr!r}: {sum(lost.values())} of {total} labelled units are left out ({by_arm}: {why}). The "
-            "effect is that of the units which are left.",
-            stacklevel=4,
-        )
-
-
-def _columns(
-    attr: str, rows: Sequence[tuple[Unit, int, list[str]]], reasons: dict[str, list[Unit]], passes: int
-) -> RewriteTriples:
-    clusters = [unit.cluster for unit, _, _ in rows if unit.cluster is not None]
-    return RewriteTriples(
-        attr=attr,
-        ids=[unit.id for unit, _, _ in rows],
-        w=[int(unit.w or 0) for unit, _, _ in rows],
-        prompts=[unit.prompt for unit, _, _ in rows],
-        original=[texts[0] for _, _, texts in rows],
-        rewrite=[texts[1] for _, _, texts in rows],
-        rewrite2=[texts[2] for _, _, texts in rows],
-        rewrite3=[texts[3] for _, _, texts in rows] if passes == 3 else None,
-        draw=[draw for _, draw, _ in rows],
-        cluster=clusters if rows and len(clusters) == len(rows) else None,
-        dropped={reason: dict(Counter(_arm(unit) for unit in units)) for reason, units in sorted(reasons.items())},
-        dropped_ids={reason: [unit.id for unit in units] for reason, units in sorted(reasons.items())},
-    )
-
-
-def _warn_of_identical(triples: RewriteTriples) -> None:
-    for stage, counts in triples.identical().items():
-        if sum(counts.values()) > _MAX_IDENTICAL * len(triples):
-            found = ", ".join(f"{count} in arm {name}" for name, count in counts.items())
-            warnings.warn(
-                f"Attribute {triples.attr!r}: in {sum(counts.values())} of {len(triples)} rows {stage!r} says the same "
-                f"as the text that it was made from ({found}). They are kept: leaving them out selects on the outcome.",
-                stacklevel=4,
-            )
+    return float("nan") if value is None or value == "" else float(value)

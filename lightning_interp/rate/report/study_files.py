@@ -7,11 +7,12 @@ import platform
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from lightning_interp.core.storage.files import atomic_write_json
-from lightning_interp.core.storage.jsonl import json_object
+from lightning_interp.core.storage.files import atomic_write_json, atomic_writer
+from lightning_interp.core.storage.jsonl import json_lines, json_object, write_json_lines
 from lightning_interp.errors import DataError
-from lightning_interp.rate.estimators.triples import RewriteTriples
+from lightning_interp.rate.estimators.triples import RewriteTriples, as_reward
 from lightning_interp.rate.report.study import EffectStudy
 
 __all__ = ["read_triples", "write_effects", "write_triples"]
@@ -53,39 +54,72 @@ def _version(package: str) -> str:
 
 
 def write_triples(folder: str | os.PathLike[str], triples: RewriteTriples, *, name: str = "triples") -> Path:
-    """Write complete units to ``<name>.json``, so that a later phase of a run has them as they were.
+    """Write complete units, so that a later phase of a run, or another program, has them as they were.
 
     Args:
         folder: Where.
         triples: The units.
-        name: The file's name, without its ending.
+        name: The file's name. Without an ending, or with ``.json``, the file keeps everything; ``.jsonl``, ``.csv``
+            and ``.parquet`` hold a row a unit and draw (:meth:`RewriteTriples.rows`), without what was left out.
 
     Returns:
         The file.
     """
-    return atomic_write_json(Path(folder) / f"{name}.json", asdict(triples))
+    path = Path(folder) / name
+    if path.suffix == ".jsonl":
+        rows = ({key: None if value != value else value for key, value in row.items()} for row in triples.rows())
+        return write_json_lines(path, rows)  # no reward: null
+    if path.suffix in (".csv", ".parquet"):
+        frame = triples.to_frame()
+        with atomic_writer(path) as out:
+            out.write(frame.to_csv(index=False).encode() if path.suffix == ".csv" else frame.to_parquet(index=False))
+        return path
+    file = path if path.suffix == ".json" else path.with_name(f"{name}.json")
+    plain = {key: value for key, value in asdict(triples).items() if key != "reward" or value is not None}
+    return atomic_write_json(file, plain, nan_as_null=True)
 
 
 def read_triples(path: str | os.PathLike[str]) -> RewriteTriples:
-    """Read what :func:`write_triples` wrote.
+    """Read what :func:`write_triples` wrote, or a table of such rows from elsewhere.
 
     Args:
-        path: The file.
+        path: The file: ``.jsonl``, ``.csv``, ``.parquet``, or JSON.
 
     Returns:
         The units.
 
     Raises:
-        DataError: If the file is no such one.
+        DataError: If the file cannot be read, or holds no complete units.
 
     Example:
         >>> import tempfile
         >>> triples = RewriteTriples(attr="long", ids=["a"], w=[1], prompts=[""], original=["oh!"], rewrite=["oh"],
         ...     rewrite2=["oh!"], draw=[0])
-        >>> read_triples(write_triples(tempfile.mkdtemp(), triples)) == triples
-        True
+        >>> folder = tempfile.mkdtemp()
+        >>> [read_triples(write_triples(folder, triples, name=f"a{kind}")) == triples
+        ...     for kind in ("", ".jsonl", ".csv", ".parquet")]
+        [True, True, True, True]
     """
+    file = Path(path)
+    if file.suffix == ".jsonl":
+        return RewriteTriples.from_rows((row for _, row in json_lines(file)), source=str(file))
     try:
-        return RewriteTriples(**json_object(Path(path).read_bytes(), os.fspath(path)))
-    except (OSError, TypeError) as error:
-        raise DataError(f"{os.fspath(path)} holds no complete units: {error}. Give a file of write_triples.") from error
+        if file.suffix in (".csv", ".parquet"):
+            return RewriteTriples.from_rows(_rows_of_table(file), source=str(file))
+        plain = json_object(file.read_bytes(), str(file))
+        if plain.get("reward"):
+            plain["reward"] = {stage: [as_reward(value) for value in row] for stage, row in plain["reward"].items()}
+        return RewriteTriples(**plain)
+    except (OSError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{file} holds no complete units: {error}. Give a file of write_triples.") from error
+
+
+def _rows_of_table(file: Path) -> list[dict[str, Any]]:
+    import pandas as pd
+
+    if file.suffix == ".parquet":
+        frame = pd.read_parquet(file)
+        table: list[dict[str, Any]] = frame.astype(object).where(frame.notna(), None).to_dict("records")
+        return table
+    rows = pd.read_csv(file, dtype=str, keep_default_na=False).to_dict("records")
+    return [row | {name: int(row[name]) for name in ("w", "draw") if name in row} for row in rows]

@@ -11,7 +11,8 @@ from lightning_interp.core.storage.files import atomic_write_json, check_writabl
 from lightning_interp.core.storage.jsonl import JsonlAppender, json_object
 from lightning_interp.core.storage.run_lock import RunLock
 from lightning_interp.errors import DataError, ManifestError
-from lightning_interp.rate.estimators.triples import Identical, Missing, RewriteTriples, assemble
+from lightning_interp.rate.estimators.triples import RewriteTriples
+from lightning_interp.rate.rewriting.assembly import Identical, Missing, assemble
 from lightning_interp.rate.rewriting.chain import Request, chain
 from lightning_interp.rate.rewriting.records import RewriteRecord, RewriterId, Unit, check_units
 from lightning_interp.rate.rewriting.store_files import read_records, read_units, winner, write_units

@@ -167,6 +167,24 @@ class TripleScores:
     reward: Mapping[str, Tensor]
     truncated: Mapping[str, Tensor]
 
+    @classmethod
+    def of(cls, triples: RewriteTriples, scorer: str = "columns") -> TripleScores:
+        """The rewards that a table carries; no text was cut.
+
+        Args:
+            triples: Units :meth:`~lightning_interp.rate.RewriteTriples.with_scores`.
+            scorer: What to call who gave them.
+
+        Returns:
+            The rewards.
+
+        Raises:
+            DataError: If the units are not scored.
+        """
+        if triples.reward is None:
+            raise DataError(f"The units of {triples.attr!r} have no rewards. Add them by triples.with_scores(...).")
+        return cls.from_dict({"scorer": scorer, "reward": triples.reward})
+
     def select(self, rows: Sequence[int]) -> TripleScores:
         """The rewards of some rows, as :meth:`RewriteTriples.select` takes them.
 

@@ -16,7 +16,8 @@ from lightning_interp.core.storage.files import digest
 from lightning_interp.core.storage.jsonl import json_lines, json_object
 from lightning_interp.errors import DataError
 from lightning_interp.generation.batch_files import read_answers
-from lightning_interp.rate.estimators.triples import Identical, Missing, RewriteTriples, assemble
+from lightning_interp.rate.estimators.triples import RewriteTriples
+from lightning_interp.rate.rewriting.assembly import Identical, Missing, assemble
 from lightning_interp.rate.rewriting.chain import Request
 from lightning_interp.rate.rewriting.chat_rewriters import as_result
 from lightning_interp.rate.rewriting.records import (

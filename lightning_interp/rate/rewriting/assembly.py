@@ -1,0 +1,183 @@
+"""Complete units from units and the records of their rewrites, with what is missing counted."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise, zip_longest
+from typing import Literal, get_args
+
+from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.rate.estimators.triples import STAGES, RewriteTriples, same_text
+from lightning_interp.rate.rewriting.records import RewriteRecord, Unit, shown_ids
+
+__all__ = ["Identical", "Missing", "assemble"]
+
+Missing = Literal["raise", "drop"]
+Identical = Literal["keep", "drop", "raise"]
+
+_MAX_DROPPED, _MAX_ARM_GAP, _MAX_IDENTICAL = 0.05, 0.02, 0.05
+_UNLABELLED, _IDENTICAL = "unlabelled", "identical_"
+
+
+def assemble(
+    attr: str,
+    units: Sequence[Unit],
+    chain: Callable[[Unit, int], Sequence[RewriteRecord | None]],
+    *,
+    draws: Sequence[int] = (0,),
+    passes: int = 2,
+    missing: Missing = "raise",
+    identical: Identical = "keep",
+) -> RewriteTriples:
+    """Put complete units together.
+
+    A unit that lacks one text of one draw is left out whole, from every arm and every draw: filling in or falling back
+    to the original would bias what is compared.
+
+    Args:
+        attr: Name of the attribute.
+        units: All units.
+        chain: Gives the records of a unit's passes for a draw, up to the first that is missing or cannot be used.
+        draws: Draws that a unit must have.
+        passes: 2, or 3 for the third rewrite too.
+        missing: What to do with incomplete units: raise, or leave them out and count them.
+        identical: What to do with units of which a rewrite says the same as its source. Leaving them out selects on
+            the outcome.
+
+    Returns:
+        The complete units.
+
+    Raises:
+        DataError: If units are incomplete and ``missing="raise"``, or identical and ``identical="raise"``; lists them.
+        RecipeError: If an argument has a wrong value.
+    """
+    _check_policies(missing, identical, passes, draws)
+    rows: list[tuple[Unit, int, list[str]]] = []
+    reasons: dict[str, list[Unit]] = {}
+    for unit in units:
+        texts = [] if unit.w is None else [_texts(unit, chain(unit, draw), passes) for draw in draws]
+        reason = _reason(unit, texts, identical)
+        if reason is None:
+            rows.extend((unit, draw, [str(one) for one in row]) for draw, row in zip(draws, texts, strict=True))
+        else:
+            reasons.setdefault(reason, []).append(unit)
+    _raise_for(attr, reasons, missing, identical)
+    _warn_of_dropped(attr, units, reasons)
+    triples = _columns(attr, rows, reasons, passes)
+    _warn_of_identical(triples)
+    return triples
+
+
+def _check_policies(missing: str, identical: str, passes: int, draws: Sequence[int]) -> None:
+    if missing not in get_args(Missing):
+        raise RecipeError(f"missing={missing!r}; expected 'raise' or 'drop'.")
+    if identical not in get_args(Identical):
+        raise RecipeError(f"identical={identical!r}; expected 'keep', 'drop' or 'raise'.")
+    if passes not in (2, 3):
+        raise RecipeError(f"passes={passes!r}; expected 2, or 3 for the third rewrite too.")
+    if not draws:
+        raise RecipeError("draws is empty; expected at least one draw, such as [0].")
+
+
+class _Lacking(str):
+    """Stands for a text that is not there: why."""
+
+    __slots__ = ()
+
+
+def _texts(unit: Unit, records: Sequence[RewriteRecord | None], passes: int) -> list[str]:
+    """The texts of a unit up to the first that is missing, which is named."""
+    texts: list[str] = [unit.text]
+    for stage, record in zip_longest(STAGES[1 : passes + 1], records[:passes]):
+        if record is None or not record.usable:
+            return [*texts, _Lacking(f"{stage}_{record.result.status if record else 'absent'}")]
+        texts.append(record.result.text or "")
+    return texts
+
+
+def _reason(unit: Unit, texts: Sequence[Sequence[str]], identical: Identical) -> str | None:
+    """Why a unit is left out, if it is."""
+    if unit.w is None:
+        return _UNLABELLED
+    for row in texts:
+        if isinstance(row[-1], _Lacking):
+            return str(row[-1])
+    for row in texts if identical != "keep" else ():
+        for stage, (source, text) in zip(STAGES[1:], pairwise(row), strict=False):
+            if same_text(source, text):
+                return f"{_IDENTICAL}{stage}"
+    return None
+
+
+def _raise_for(attr: str, reasons: dict[str, list[Unit]], missing: Missing, identical: Identical) -> None:
+    bad = {
+        reason: units
+        for reason, units in reasons.items()
+        if reason != _UNLABELLED and (identical if reason.startswith(_IDENTICAL) else missing) == "raise"
+    }
+    if bad:
+        counts = ", ".join(f"{len(units)} with {reason!r}" for reason, units in sorted(bad.items()))
+        ids = shown_ids(unit.id for units in bad.values() for unit in units)
+        raise DataError(
+            f"Attribute {attr!r}: not every unit can be used: {counts}. Their ids: {ids}. Finish the rewriting run, "
+            f"or leave them out with {'missing' if _lacking(bad) else 'identical'}='drop'."
+        )
+
+
+def _lacking(reasons: Iterable[str]) -> bool:
+    return any(not reason.startswith(_IDENTICAL) for reason in reasons)
+
+
+def _arm(unit: Unit) -> str:
+    """The arm of a unit: ``w1``, ``w0``, or ``none`` without a label."""
+    return "none" if unit.w is None else f"w{unit.w}"
+
+
+def _warn_of_dropped(attr: str, units: Sequence[Unit], reasons: dict[str, list[Unit]]) -> None:
+    """Say so when many units are left out, or more of one arm: what is left may then be another population."""
+    sizes = Counter(_arm(unit) for unit in units)
+    lost = Counter(_arm(unit) for reason, found in reasons.items() if reason != _UNLABELLED for unit in found)
+    total = sizes["w1"] + sizes["w0"]
+    shares = {name: lost[name] / sizes[name] for name in ("w1", "w0") if sizes[name]}
+    gap = max(shares.values()) - min(shares.values()) if len(shares) == 2 else 0.0
+    if total and (sum(lost.values()) > _MAX_DROPPED * total or gap > _MAX_ARM_GAP):
+        by_arm = ", ".join(f"{share:.1%} of {name}" for name, share in shares.items())
+        why = ", ".join(f"{len(found)} {reason}" for reason, found in sorted(reasons.items()))
+        warnings.warn(
+            f"Attribute {attr!r}: {sum(lost.values())} of {total} labelled units are left out ({by_arm}: {why}). The "
+            "effect is that of the units which are left.",
+            stacklevel=4,
+        )
+
+
+def _columns(
+    attr: str, rows: Sequence[tuple[Unit, int, list[str]]], reasons: dict[str, list[Unit]], passes: int
+) -> RewriteTriples:
+    clusters = [unit.cluster for unit, _, _ in rows if unit.cluster is not None]
+    return RewriteTriples(
+        attr=attr,
+        ids=[unit.id for unit, _, _ in rows],
+        w=[int(unit.w or 0) for unit, _, _ in rows],
+        prompts=[unit.prompt for unit, _, _ in rows],
+        original=[texts[0] for _, _, texts in rows],
+        rewrite=[texts[1] for _, _, texts in rows],
+        rewrite2=[texts[2] for _, _, texts in rows],
+        rewrite3=[texts[3] for _, _, texts in rows] if passes == 3 else None,
+        draw=[draw for _, draw, _ in rows],
+        cluster=clusters if rows and len(clusters) == len(rows) else None,
+        dropped={reason: dict(Counter(_arm(unit) for unit in units)) for reason, units in sorted(reasons.items())},
+        dropped_ids={reason: [unit.id for unit in units] for reason, units in sorted(reasons.items())},
+    )
+
+
+def _warn_of_identical(triples: RewriteTriples) -> None:
+    for stage, counts in triples.identical().items():
+        if sum(counts.values()) > _MAX_IDENTICAL * len(triples):
+            found = ", ".join(f"{count} in arm {name}" for name, count in counts.items())
+            warnings.warn(
+                f"Attribute {triples.attr!r}: in {sum(counts.values())} of {len(triples)} rows {stage!r} says the same "
+                f"as the text that it was made from ({found}). They are kept: leaving them out selects on the outcome.",
+                stacklevel=4,
+            )
