@@ -16,10 +16,12 @@ os.environ.update(
 
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from lightning_interp.testing.marks import missing_bundled
@@ -114,6 +116,32 @@ def _global_rank() -> Iterator[None]:
     yield
     if (module := sys.modules.get("lightning_utilities.core.rank_zero")) is not None:
         module.rank_zero_only.rank = 0
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a recipe's smoke run by the recipe's name, made once for all processes; copy it to change it."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smoke"
+
+    def folder_of(name: str) -> Path:
+        import budget
+
+        from lightning_interp import cli
+
+        folder, done = root / name, root / f"{name}.done"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                before = dict(os.environ)
+                with budget.apart(f"smoke run of {name}"):
+                    assert cli.main(["run", name, "--smoke=true", f"--run_dir={folder}"]) == 0
+                os.environ.clear()
+                os.environ.update(before)
+                done.touch()
+        return folder
+
+    return folder_of
 
 
 @pytest.fixture(scope="session")

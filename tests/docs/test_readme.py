@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from lightning_interp import cli, errors, paper_plans
 from lightning_interp.core.storage.manifest_file import read_manifest
+from lightning_interp.running.catalog import recipe_names
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -59,14 +61,22 @@ def test_python_runs_as_it_stands(index, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_commands_run_in_order(tmp_path, monkeypatch, capsys):
+def test_commands_run_in_order(tmp_path, monkeypatch, capsys, smoke_run):
+    """A recipe as it is left its smoke run, and a copy of its settings finds that; other settings are understood."""
     monkeypatch.chdir(tmp_path)
     for words in commands_of("lightning-interp"):
         line = shlex.join(["lightning-interp", *words])
         if words[0] == "run" and "--help" not in words:
             recipe = cli._configured(words[1], words[2:])
-            if "/" in recipe.model:  # the hub is out of reach: its settings are right, that is all
+            assert recipe.smoke == ("--smoke=true" in words)
+            if words[2:] not in ([], ["--smoke=true"]):
+                assert recipe.run_dir, line
                 continue
+            if words[1] in recipe_names():
+                shutil.copytree(smoke_run(words[1]), recipe.run_path)
+                continue
+            if words[1] == "mine.yaml":
+                shutil.copytree(smoke_run("grafting/facts"), recipe.run_path)
             words = [*words, "--smoke=true", f"--run_dir={recipe.run_path}"]
         assert cli.main(words) == 0, f"{line}\n{capsys.readouterr().err}"
         assert capsys.readouterr().out.strip(), line
@@ -89,14 +99,14 @@ def test_make_targets_exist():
     assert named <= set(rules)
 
 
-def test_the_files_of_a_run_are_those_that_a_run_leaves(tmp_path, capsys):
-    assert cli.main(["run", "grafting/facts", "--smoke=true", f"--run_dir={tmp_path}"]) == 0
+def test_the_files_of_a_run_are_those_that_a_run_leaves(smoke_run):
+    folder = smoke_run("grafting/facts")
     named = first_column(section("Two commands"))
     patterns = [name for name in named if re.fullmatch(r"[\w.*/]+", name)]
     assert {"report.html", "figures/*.png", "tables/*.csv", "tensorboard/", "manifest.json"} <= set(patterns)
-    assert [pattern for pattern in patterns if not list(tmp_path.glob(pattern.rstrip("/")))] == []
+    assert [pattern for pattern in patterns if not list(folder.glob(pattern.rstrip("/")))] == []
     tables = re.search(r"^\| `tables/\*\.csv` \| (.*) \|$", README, flags=re.MULTILINE)[1]
-    assert set(re.findall(r"`(\w+)`", tables)) == {path.stem for path in (tmp_path / "tables").iterdir()}
+    assert set(re.findall(r"`(\w+)`", tables)) == {path.stem for path in (folder / "tables").iterdir()}
 
 
 def test_tables_name_what_exists():

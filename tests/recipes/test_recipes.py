@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import json
-import os
 import re
 from dataclasses import fields
 
@@ -30,24 +29,6 @@ recipes = pytest.mark.parametrize("name", NAMES)
 finetuning = pytest.mark.parametrize(
     "name", [name for name in NAMES if "watch_every" in (ROOT / f"{name}.yaml").read_text()]
 )
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Smoke runs by recipe name, each made once."""
-    made = {}
-    before = dict(os.environ)
-
-    def run(name):
-        if name not in made:
-            folder = tmp_path_factory.mktemp("runs") / name
-            assert cli.main(["run", name, "--smoke=true", f"--run_dir={folder}"]) == 0
-            made[name] = folder
-        return made[name]
-
-    yield run
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def test_all_are_collected():
@@ -84,8 +65,8 @@ def test_list_shows_it_with_its_purpose(name, capsys):
 
 
 @recipes
-def test_a_smoke_run_leaves_settings_and_manifest(name, finished):
-    run = finished(name)
+def test_a_smoke_run_leaves_settings_and_manifest(name, smoke_run):
+    run = smoke_run(name)
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     assert (config["recipe"], config["smoke"], config["run_dir"]) == (name, True, str(run))
     assert config["model"].startswith("tiny:")
@@ -98,10 +79,10 @@ def test_a_smoke_run_leaves_settings_and_manifest(name, finished):
 
 
 @recipes
-def test_a_smoke_run_leaves_numbers(name, finished):
-    metrics = json.loads((finished(name) / "metrics.json").read_text(encoding="utf-8"))
+def test_a_smoke_run_leaves_numbers(name, smoke_run):
+    metrics = json.loads((smoke_run(name) / "metrics.json").read_text(encoding="utf-8"))
     assert metrics
-    tables = sorted((finished(name) / "tables").glob("*.csv"))
+    tables = sorted((smoke_run(name) / "tables").glob("*.csv"))
     assert tables
     for path in tables:
         with path.open(encoding="utf-8", newline="") as file:
@@ -112,10 +93,10 @@ def test_a_smoke_run_leaves_numbers(name, finished):
 
 
 @recipes
-def test_a_smoke_run_leaves_figures_that_show_something(name, finished):
+def test_a_smoke_run_leaves_figures_that_show_something(name, smoke_run):
     from matplotlib.image import imread
 
-    figures = sorted((finished(name) / "figures").glob("*.png"))
+    figures = sorted((smoke_run(name) / "figures").glob("*.png"))
     assert figures
     for path in figures:
         image = imread(path)
@@ -124,8 +105,8 @@ def test_a_smoke_run_leaves_figures_that_show_something(name, finished):
 
 
 @recipes
-def test_a_smoke_run_leaves_a_report_that_needs_no_other_file(name, finished):
-    run = finished(name)
+def test_a_smoke_run_leaves_a_report_that_needs_no_other_file(name, smoke_run):
+    run = smoke_run(name)
     page = (run / "report.html").read_text(encoding="utf-8")
     assert page.rstrip().endswith("</html>")
     assert not re.search(r"<script|<link|@import|url\(", page)
@@ -148,16 +129,16 @@ def scalars(folder):
 
 
 @recipes
-def test_a_smoke_run_leaves_curves(name, finished):
-    assert any(len(curve) > 1 for curve in scalars(finished(name) / "tensorboard").values())
+def test_a_smoke_run_leaves_curves(name, smoke_run):
+    assert any(len(curve) > 1 for curve in scalars(smoke_run(name) / "tensorboard").values())
 
 
 @finetuning
-def test_curves_are_the_scores_of_every_plan_during_training(name, finished):
+def test_curves_are_the_scores_of_every_plan_during_training(name, smoke_run):
     from lightning_interp import paper_plans
 
-    curves = scalars(finished(name) / "tensorboard")
-    with (finished(name) / "tables/training.csv").open(encoding="utf-8", newline="") as file:
+    curves = scalars(smoke_run(name) / "tensorboard")
+    with (smoke_run(name) / "tables/training.csv").open(encoding="utf-8", newline="") as file:
         history = list(csv.DictReader(file))
     for plan in paper_plans():
         for metric in ("top5", "target_prob", "target_logprob"):

@@ -121,18 +121,17 @@ def test_a_generation_is_the_models_own(loaded, world):
     assert rows[0]["perplexity"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_both_methods_spend_the_budget(tmp_path):
-    assert cli.main(["run", "steering/generate", "--smoke=true", f"--run_dir={tmp_path}"]) == 0
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+def test_both_methods_spend_the_budget(smoke_run):
+    folder = smoke_run("steering/generate")
+    metrics = json.loads((folder / "metrics.json").read_text())
     for method in ("dual", "euclidean"):
         assert metrics["meters"][method]["kl"] == pytest.approx(0.3, rel=0.02)
         assert metrics["meters"][method]["tokens"] == 6 * len(PROMPTS)
-    assert len(rows_of(tmp_path / "tables/texts.csv")) == 3 * len(PROMPTS)
+    assert len(rows_of(folder / "tables/texts.csv")) == 3 * len(PROMPTS)
 
 
-def test_a_stopped_run_goes_on_to_the_same_result(tmp_path, monkeypatch):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert cli.main(["run", "steering/calibrate", "--smoke=true", f"--run_dir={whole}"]) == 0
+def test_a_stopped_run_goes_on_to_the_same_result(tmp_path, monkeypatch, smoke_run):
+    whole, parts = smoke_run("steering/calibrate"), tmp_path / "parts"
 
     original = calibrate.chosen_strength
 

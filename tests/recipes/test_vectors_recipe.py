@@ -24,9 +24,9 @@ def table(folder, name):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vectors") / "run"
-    return folder, run(folder)
+def finished(smoke_run):
+    folder = smoke_run("steering/vectors")
+    return folder, json.loads((folder / "metrics.json").read_text())
 
 
 def test_the_vector_can_be_used_at_once(finished):
@@ -55,9 +55,9 @@ def test_tables_hold_every_cell_and_text(finished):
 
 
 def test_the_same_seed_gives_the_same_numbers_and_a_finished_run_is_read_back(finished, tmp_path):
-    folder, metrics = finished
+    _, metrics = finished
     assert run(tmp_path / "again") == metrics
-    assert run(folder) == metrics
+    assert run(tmp_path / "again") == metrics
     assert run(tmp_path / "other", "--seed=1")["vector"]["sha256"] != metrics["vector"]["sha256"]
 
 
