@@ -51,7 +51,7 @@ test: lint ## Install if needed, then lint, types and tests
 	@echo "== pytest" && $(PYTEST) $(TESTS)
 
 test-all: lint ## As test, and the slow tests too
-	@echo "== pytest, slow tests too" && $(PYTEST) -m "not gpu" $(TESTS)
+	@echo "== pytest, slow tests too" && $(PYTEST) -m "not gpu" --hypothesis-profile=thorough $(TESTS)
 
 test-newest: ## The tests with the newest packages that the bounds allow, in .venv-newest (SLICED=1: a few minutes' worth)
 	@$(MAKE) --no-print-directory SET=newest pytest

@@ -34,9 +34,13 @@ torch.set_num_threads(1)
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# How long an example takes says how busy the machine is, nothing about the code.
-settings.register_profile("untimed", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("untimed")
+# How long an example takes says how busy the machine is, nothing about the code. Every run draws other examples; the
+# slow tests draw many, and tests that are only repeated under other kernels a few.
+for name, examples in (("plain", 25), ("thorough", 100), ("few", 5)):
+    settings.register_profile(
+        name, max_examples=examples, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+settings.load_profile("plain")
 
 # Written by pytest, by torch or Lightning when a part of them is imported, or by Lightning for the processes that
 # it starts: put back, but no test's fault.

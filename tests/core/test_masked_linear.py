@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -71,7 +71,6 @@ def test_tokens_against_a_loop(execution, source):
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("heads", [1, 2, 3])
-@settings(max_examples=40)
 @given(sources())
 def test_heads_against_a_loop(execution, heads, source):
     maps = dict(enumerate(linears(3)))
@@ -220,7 +219,6 @@ def run_hooked(module, x, masked):
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("native", [0, 1, 2])
 @pytest.mark.parametrize("takes_empty", [True, False])
-@settings(max_examples=30)
 @given(sources())
 def test_a_module_against_a_loop(execution, native, takes_empty, source):
     maps = dict(enumerate(linears(3)))
@@ -238,7 +236,6 @@ def test_a_module_against_a_loop(execution, native, takes_empty, source):
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
-@settings(max_examples=40)
 @given(st.data())
 def test_groups_of_columns_against_a_loop(execution, data):
     """A fused map: each group of output features follows a mask of its own."""

@@ -9,7 +9,7 @@ from lightning_interp.core.tokens.positions import FromBatch, Last, Span
 from lightning_interp.errors import PositionError, RecipeError
 from lightning_interp.grafting import Graft, GraftEvaluator, GraftPlan, GraftPrompt, PatchPlan
 from lightning_interp.grafting.generate import complete, exact_match
-from lightning_interp.testing.tiny import FAMILIES, byte_tokenizer
+from lightning_interp.testing.tiny import byte_tokenizer
 
 NEW = 5
 PLAN = GraftPlan.at(Span(1, 4) | Last())
@@ -37,7 +37,7 @@ def generated(recipient, donor, decode, **options):
 
 
 @pytest.mark.parametrize("name", ["recipient", "donor", "like_last", "outside"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # with a cache that grows and one that slides
 def test_a_function_that_names_a_policy_is_that_policy(family, name, pairs):
     seen = []
 

@@ -277,7 +277,7 @@ def check_draws(family, seeds, agree, models, sources):
 
 @pytest.mark.parametrize("family", EVERY)
 def test_random_plans_follow_the_sequential_definition(family, pairs, agree):
-    check_draws(family, range(12), agree, pairs(family), ["donor"])
+    check_draws(family, range(8), agree, pairs(family), ["donor"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -317,7 +317,7 @@ def test_each_component_alone_follows_the_sequential_definition(family, pairs, a
 
 @pytest.mark.parametrize("final_norm", ["recipient", "donor", "follow"])
 @pytest.mark.parametrize("head", ["recipient", "donor", "follow"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt"])  # tied, untied, capped and biased ends
 def test_head_and_final_norm_switches(family, head, final_norm, pairs, agree):
     recipient, donor = pairs(family)
     names = ["BLOCK", *(["unembed"] if head == "follow" else []), *(["final_norm"] if final_norm == "follow" else [])]
@@ -530,8 +530,10 @@ def test_two_equal_donors_are_one(family, pairs, agree):
 # In every mode of autograd.
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "execution"),
+    [(f, e) for f in FAMILIES for e in EXECUTIONS if f in ("llama", "qwen2_moe") or e == "auto"],
+)
 def test_gradients_reach_both_models_through_their_own_rows(family, execution):
     recipient, donor = tiny_pair(family)
     made = draw(family, "gradient", switches=False)

@@ -29,7 +29,9 @@ TARGETS = {
     "qwen2_moe": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
 KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}, "biased": {"lora_bias": True}}
-CASES = [(family, kind) for family in TARGETS for kind in ("lora", "rslora", "dora")]
+# Every layout of layers with the plain kind; what other kinds compute depends on the class of the layer alone.
+CASES = [(family, "lora") for family in TARGETS]
+CASES += [("llama", "rslora"), ("llama", "dora"), ("gpt2", "dora")]
 CASES += [(family, "biased") for family in ("gpt2", "gpt_neox")]  # an adapter's bias needs a layer with one
 
 # 2026-11: peft 0.21 asks transformers 5.23 for a property under its old name.
@@ -117,7 +119,7 @@ def test_the_ends_are_the_base_and_the_adapted_model(family, kind):
 def test_mixed_masks_follow_the_sequential_definition(family, kind, agree):
     base, model = adapted(family, **KINDS[kind])
     oracle = Oracle(family, base, merged(model))
-    draws = [draw(family, ("lora", i)) for i in range(6)]
+    draws = [draw(family, ("lora", i)) for i in range(4)]
     ids, masks = torch.tensor([made.ids for made in draws]), batch_masks(draws)
     expected = torch.stack([oracle.logits(made.ids, made.table) for made in draws])
     for execution in EXECUTIONS:
@@ -169,7 +171,7 @@ def test_embeddings_head_and_saved_modules(agree):
         assert torch.equal(grafted(model, "default", GraftPlan(), ids), run(base, ids))
         assert torch.equal(grafted(model, "default", GraftPlan.whole(), ids), run(model, ids))
         oracle = Oracle("llama", base, merged(model))
-        for i in range(8):
+        for i in range(4):
             made = draw("llama", ("saved", i))
             actual = grafted(model, "default", made.plan, torch.tensor([made.ids]), masks=batch_masks([made]))
             agree(actual[0], oracle.logits(made.ids, made.table), "lora saved modules, llama")
@@ -180,7 +182,7 @@ def test_an_adapter_and_a_model_as_two_donors(family, agree):
     base, model = adapted(family)
     other = tiny_pair(family)[1]
     oracle = Oracle(family, base, merged(model), other)
-    draws = [draw(family, ("both", i), sources={"adapter": 1, "model": 2}) for i in range(6)]
+    draws = [draw(family, ("both", i), sources={"adapter": 1, "model": 2}) for i in range(4)]
     ids, masks = torch.tensor([made.ids for made in draws]), batch_masks(draws)
     expected = torch.stack([oracle.logits(made.ids, made.table) for made in draws])
     donors = {"adapter": "default", "model": other}

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracle import all_cells, cells_of
 
@@ -110,7 +110,6 @@ def plans(positions, source=donor):
 # JSON and digests.
 
 
-@settings(max_examples=150, deadline=None)
 @given(plans(combined(written), st.text(min_size=1)))
 def test_a_plan_survives_json(plan):
     again = GraftPlan.from_json(plan.to_json())
@@ -120,7 +119,6 @@ def test_a_plan_survives_json(plan):
     assert json.loads(plan.to_json())["head"] == plan.head
 
 
-@settings(max_examples=100, deadline=None)
 @given(plans(combined(written)), plans(combined(written)))
 def test_equal_digests_are_equal_plans(left, right):
     assert (left.digest == right.digest) == (left == right)
@@ -249,7 +247,6 @@ def test_groups_name_components_that_exist():
 # Algebra.
 
 
-@settings(max_examples=60, deadline=None)
 @given(plan=plans(combined(located)))
 def test_the_cell_complement_is_the_other_cells_at_the_same_positions(model_map, plan):
     everything, turned = all_cells("llama", 4), plan.cell_complement()
@@ -263,7 +260,6 @@ def test_the_cell_complement_is_the_other_cells_at_the_same_positions(model_map,
     assert (turned.head, turned.final_norm) == (plan.head, plan.final_norm)
 
 
-@settings(max_examples=60, deadline=None)
 @given(plan=plans(combined(located)))
 def test_the_dual_is_everything_else(model_map, plan):
     everything, dual = all_cells("llama", 4), plan.dual()
@@ -274,7 +270,6 @@ def test_the_dual_is_everything_else(model_map, plan):
     assert meaning(dual.dual(), model_map) == meaning(plan, model_map)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     spots=st.lists(st.tuples(combined(located), st.booleans()), min_size=1, max_size=4).filter(
         lambda spots: any(grafts for _, grafts in spots)

@@ -8,7 +8,7 @@ import re
 import lightning as L
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -84,7 +84,6 @@ class TestScores:
         assert found.dtype == torch.float64
         assert found.tolist() == pytest.approx([by_hand(module, text) for text in texts], abs=1e-12)
 
-    @settings(max_examples=40, deadline=None)
     @given(words=st.lists(st.sampled_from("great flight crew late again bag unknown lose my".split()), max_size=12))
     def test_depend_on_the_set_of_words_alone_to_the_bit(self, words):
         module = BagOfWords(word_tokenizer(TEXTS, min_count=1))

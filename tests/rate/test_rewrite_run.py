@@ -212,7 +212,7 @@ class TestInterrupted:
             RewriteRun(store_of(tmp_path), Counting(concurrency=3), attr=ATTR).run()
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_history_gives_the_same_store(tmp_path_factory, data):
     """Kills, budgets, batches, threads, equal texts and passing errors leave no trace in what is exported."""
