@@ -1,5 +1,6 @@
 from lightning_interp.core.callbacks.capture_callback import CaptureCallback as CaptureCallback
 from lightning_interp.core.callbacks.intervention_callback import InterventionCallback as InterventionCallback
+from lightning_interp.core.callbacks.monitor import Monitor as Monitor
 from lightning_interp.core.hooks.capture import ActivationCapture as ActivationCapture
 from lightning_interp.core.hooks.intervention import Attachment as Attachment
 from lightning_interp.core.hooks.intervention import Compose as Compose

@@ -92,6 +92,9 @@ class InterventionCallback(L.Callback):
         if self._attachment is not None:
             self._attachment.batch = batch if isinstance(batch, Mapping) else None
 
+    def _epoch_end(self, stage: str, trainer: Any, pl_module: Any) -> None:
+        """For subclasses that measure: an epoch of a stage ends, with the hooks still on the model."""
+
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse strategies that cannot do this, before anything runs."""
         check_strategy(
@@ -157,6 +160,22 @@ class InterventionCallback(L.Callback):
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
         """Release."""
         self.release()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Report what was measured in this stage."""
+        self._epoch_end("train", trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Report what was measured in this stage."""
+        self._epoch_end("validate", trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Report what was measured in this stage."""
+        self._epoch_end("test", trainer, pl_module)
+
+    def on_predict_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Report what was measured in this stage."""
+        self._epoch_end("predict", trainer, pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Release: after an exception Lightning calls nothing else."""

@@ -55,22 +55,6 @@ class MeteredCallback(InterventionCallback, ABC):
         """Go on with what was measured."""
         self.measured = {stage: dict(values) for stage, values in state_dict["measured"].items()}
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Keep and log."""
-        self._epoch_end("train", trainer, pl_module)
-
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Keep and log."""
-        self._epoch_end("validate", trainer, pl_module)
-
-    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Keep and log."""
-        self._epoch_end("test", trainer, pl_module)
-
-    def on_predict_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Keep."""
-        self._epoch_end("predict", trainer, pl_module)
-
     def _enter(self, stage: str, trainer: Any, pl_module: Any) -> None:
         super()._enter(stage, trainer, pl_module)
         if not self.attached:

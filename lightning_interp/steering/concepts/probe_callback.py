@@ -109,28 +109,12 @@ class ProbeCallback(InterventionCallback):
             raise RecipeError(f"ProbeCallback has no moments of stage {stage!r}. Stages that were read: {known}.")
         return ConceptProbe.from_moments(held[chosen[0]], kind, alpha=alpha)
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Share and keep what this stage gave, then release."""
-        self._finish(trainer)
-        super().on_validation_end(trainer, pl_module)
-
-    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-        """Share and keep what this stage gave, then release."""
-        self._finish(trainer)
-        super().on_test_end(trainer, pl_module)
-
-    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        """Share and keep what this stage gave, then release."""
-        self._finish(trainer)
-        super().on_predict_end(trainer, pl_module)
-
     def _enter(self, stage: str, trainer: Any, pl_module: Any) -> None:
         self.reader.reset()
         super()._enter(stage, trainer, pl_module)
 
-    def _finish(self, trainer: Any) -> None:
-        stage = self._stage
-        if stage is None or getattr(trainer, "sanity_checking", False):
+    def _epoch_end(self, stage: str, trainer: Any, pl_module: Any) -> None:
+        if self._stage != stage or trainer.sanity_checking:
             return
         total = reduce_moments(self.reader.moments)
         self.moments.pop(stage, None)
