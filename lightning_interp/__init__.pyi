@@ -35,8 +35,8 @@ from lightning_interp.models import RewardModel as RewardModel
 from lightning_interp.models import TextDataModule as TextDataModule
 from lightning_interp.models import load_causal_lm as load_causal_lm
 from lightning_interp.rate import RewardAttributeEffect as RewardAttributeEffect
-from lightning_interp.recipe import Recipe as Recipe
-from lightning_interp.recipe import RecipeResult as RecipeResult
+from lightning_interp.running.recipe import Recipe as Recipe
+from lightning_interp.running.recipe import RecipeResult as RecipeResult
 from lightning_interp.steering import AddDirection as AddDirection
 from lightning_interp.steering import CounterfactualPairs as CounterfactualPairs
 from lightning_interp.steering import DualSteering as DualSteering

@@ -21,8 +21,8 @@ from lightning_interp import __version__
 from lightning_interp.errors import InterpError, RecipeError
 
 if TYPE_CHECKING:
-    from lightning_interp.recipe import Recipe
     from lightning_interp.running.catalog import RecipeSource
+    from lightning_interp.running.recipe import Recipe
     from lightning_interp.running.results import StoredRun
 
 __all__ = ["build_parser", "main"]
@@ -147,7 +147,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
 def _configured(name: str, overrides: Sequence[str]) -> Recipe:
     """Build the recipe from its YAML file and the command line, and check all that can be checked before it runs."""
-    from lightning_interp.running.settings import load_settings, named_on_command_line, trainer_arguments
+    from lightning_interp.running.settings import load_settings, named_on_command_line
 
     cls, source = _found(name)
     recipe = load_settings(cls, source, overrides)
@@ -156,7 +156,7 @@ def _configured(name: str, overrides: Sequence[str]) -> Recipe:
     if recipe.run_dir is None and not source.named:
         folder = f"runs/{source.title}{'-smoke' if recipe.smoke else ''}"
         recipe = dataclasses.replace(recipe, run_dir=folder)
-    trainer_arguments(recipe.trainer)
+    _ = recipe.trainer_options
     return recipe
 
 
@@ -169,8 +169,8 @@ def _help(name: str) -> int:
 
 
 def _found(name: str) -> tuple[type[Recipe], RecipeSource]:
-    from lightning_interp.recipe import Recipe
     from lightning_interp.running.catalog import find_recipe, load_class
+    from lightning_interp.running.recipe import Recipe
 
     source = find_recipe(name)
     return load_class(source, Recipe), source  # type: ignore[type-abstract]  # it is asked for a subclass
@@ -253,7 +253,7 @@ def _copied(name: str, target: Path) -> dict[Path, str]:
 
 
 def _report(parsed: argparse.Namespace) -> int:
-    from lightning_interp.report import write_report
+    from lightning_interp.running.report import write_report
 
     print(write_report(parsed.run_dir))
     return 0

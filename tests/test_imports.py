@@ -31,7 +31,7 @@ TORCH = {"torch", "transformers", "tokenizers", "numpy", "scipy", "safetensors"}
 
 # The light modules: `import lightning_interp` and `lightning-interp --help` must not wait for torch.
 BARE = {"", "errors", "lazy_names"}
-LIGHT = {"recipe", "cli", "__main__"}
+LIGHT = {"recipe", "running.recipe", "cli", "__main__"}
 CLI_MAY = {"jsonargparse", "omegaconf", "rich"}
 # Modules that are Lightning classes: all callbacks, these by the last part of their name, whole packages of them.
 LIGHTNING_FILES = {
@@ -45,7 +45,7 @@ METRICS = {"core.measure.reduced"}
 # What a method package may import beside errors, core, testing and models.
 CROSSINGS = {"subliminal": {"lora", "cycles"}, "cycles": {"lora", "merging"}, "landscape": {"merging"}}
 # Top-level modules that put everything together.
-ASSEMBLERS = {"", "cli", "__main__", "recipe", "report", "sweep"}
+ASSEMBLERS = {"", "cli", "__main__", "recipe", "running.recipe"}
 
 
 def modules():

@@ -34,6 +34,7 @@ SHARED_NAMES = {
     "words",
     "endpoint",
     "tiny",
+    "recipe",
 }
 # A room holds about fifteen modules; these hold more for now.
 FULL: dict[str, int] = {}

@@ -104,21 +104,21 @@ def literal(value: Any) -> Any:
     return [literal(item) for item in value] if isinstance(value, list) else value
 
 
-def trainer_arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """Check settings against Lightning's Trainer and build what they describe.
+def trainer_arguments(trainer: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
+    """Check settings against Lightning's Trainer.
 
     Args:
         trainer: Arguments of the Trainer. Callbacks, loggers and plugins may be objects, or mappings with
-            ``class_path`` and ``init_args`` as on Lightning's own command line; each call builds new ones.
+            ``class_path`` and ``init_args`` as on Lightning's own command line.
 
     Returns:
-        The arguments, ready for the Trainer.
+        A function that builds the arguments, ready for the Trainer, with new objects at each call.
 
     Raises:
         RecipeError: If the Trainer has no such argument, or the value does not fit.
 
     Example:
-        >>> trainer_arguments({"max_epochs": 3, "precision": "bf16-mixed"})
+        >>> trainer_arguments({"max_epochs": 3, "precision": "bf16-mixed"})()
         {'max_epochs': 3, 'precision': 'bf16-mixed'}
         >>> trainer_arguments({"max_epoch": 3})
         Traceback (most recent call last):
@@ -126,7 +126,7 @@ def trainer_arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:
         lightning_interp.errors.RecipeError: The Trainer has no argument 'max_epoch'. Did you mean 'max_epochs'?
     """
     if not trainer:
-        return {}
+        return dict
     from jsonargparse import ArgumentParser
     from lightning.pytorch import Trainer
 
@@ -138,8 +138,12 @@ def trainer_arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:
             raise RecipeError(f"The Trainer has no argument {key!r}. {nearest(key, known)}")
     plain = {key: value for key, value in trainer.items() if _is_plain(value)}
     parsed = _parse(lambda: parser.parse_object({"trainer": plain}), {})
-    built = vars(parser.instantiate(parsed)["trainer"])
-    return {key: built[key] if key in plain else value for key, value in trainer.items()}
+
+    def build() -> dict[str, Any]:
+        built = vars(parser.instantiate(parsed)["trainer"])
+        return {key: built[key] if key in plain else value for key, value in trainer.items()}
+
+    return build
 
 
 def _parser(cls: type[Any], source: RecipeSource) -> ArgumentParser:

@@ -148,14 +148,15 @@ def test_what_the_user_named():
 class TestTrainer:
     def test_arguments_pass_through_and_nothing_else_is_added(self):
         given = {"max_epochs": 3, "precision": "16-mixed", "devices": "auto", "strategy": "ddp", "logger": False}
-        assert trainer_arguments(given) == given
-        assert trainer_arguments({}) == {}
+        assert trainer_arguments(given)() == given
+        assert trainer_arguments({})() == {}
 
     def test_callbacks_are_built_anew_on_each_call(self):
         from lightning.pytorch.callbacks import EarlyStopping
 
         given = {"callbacks": [{"class_path": "EarlyStopping", "init_args": {"monitor": "loss"}}]}
-        first, second = trainer_arguments(given), trainer_arguments(given)
+        build = trainer_arguments(given)
+        first, second = build(), build()
         assert isinstance(first["callbacks"][0], EarlyStopping)
         assert first["callbacks"][0].monitor == "loss"
         assert first["callbacks"][0] is not second["callbacks"][0]
@@ -164,7 +165,7 @@ class TestTrainer:
         from lightning.pytorch.callbacks import Timer
 
         callbacks = [Timer()]
-        assert trainer_arguments({"callbacks": callbacks, "max_steps": 1})["callbacks"] is callbacks
+        assert trainer_arguments({"callbacks": callbacks, "max_steps": 1})()["callbacks"] is callbacks
 
     @pytest.mark.parametrize(
         ("given", "message"),

@@ -210,6 +210,18 @@ class TestTrainer:
         assert recipe.seen[0]["logger"] is False
         assert not (tmp_path / "runs/Squares/tensorboard").exists()
 
+    def test_the_users_arguments_are_read_once(self, tmp_path, monkeypatch):
+        read, built = [], []
+
+        def once(trainer):
+            read.append(trainer)
+            return lambda: built.append(1) or {"max_epochs": 1}
+
+        monkeypatch.setattr("lightning_interp.running.settings.trainer_arguments", once)
+        recipe = Squares(trainer={"max_epochs": 1})
+        recipe.run()
+        assert (read, len(built)) == ([{"max_epochs": 1}], 2)  # built before the run to see that it can be, and for it
+
     def test_a_wrong_argument_is_said_before_the_folder_is_made(self, tmp_path):
         with pytest.raises(RecipeError, match=r"no argument 'max_epoch'. Did you mean 'max_epochs'"):
             Squares(trainer={"max_epoch": 3}).run()
@@ -371,6 +383,6 @@ def test_further_ranks_write_and_print_nothing(tmp_path, monkeypatch, capsys):
 def test_importing_recipes_costs_nothing_heavy():
     heavy = ("torch", "lightning", "transformers", "jsonargparse", "rich", "matplotlib")
     code = f"import sys, lightning_interp.recipe; print([name for name in {heavy} if name in sys.modules])"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert out.stdout == "[]\n", out.stderr

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from lightning_interp.core.storage.manifest import RunManifest
 from lightning_interp.errors import ManifestError
-from lightning_interp.report import write_report
+from lightning_interp.running.report import write_report
 from lightning_interp.running.results import write_results
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&"

@@ -1,0 +1,84 @@
+"""What a recipe's study sees of its run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_interp.core.storage.manifest import RunManifest
+    from lightning_interp.running.terminal import ProgressBar
+
+__all__ = ["RunFolder"]
+
+
+class RunFolder:
+    """What a recipe's study sees of its run: the folder, phases that are run once, and progress bars.
+
+    Args:
+        manifest: The open manifest of the run.
+
+    Attributes:
+        path: The run folder.
+    """
+
+    def __init__(self, manifest: RunManifest) -> None:
+        self._manifest = manifest
+        self.path = manifest.path
+
+    @property
+    def phase_name(self) -> str | None:
+        """The phase that runs now."""
+        return self._manifest.current
+
+    def folder(self, name: str) -> Path:
+        """Return the folder of a phase.
+
+        Args:
+            name: The phase's name.
+        """
+        return self._manifest.folder(name)
+
+    def phase(self, name: str, fn: Callable[[Path], Any], *, inputs: Any = None, every_rank: bool = False) -> Any:
+        """Run a phase once and remember its result; see ``RunManifest.phase``.
+
+        Args:
+            name: The phase's name, unique in the run.
+            fn: Gets the phase's folder and returns a result of plain values.
+            inputs: What the result depends on besides the configuration; None means all phases before this one.
+            every_rank: Whether a Trainer runs inside, so that every rank must take part.
+
+        Returns:
+            The result.
+        """
+
+        def begin(folder: Path) -> Any:
+            if self.writes and not any(folder.iterdir()):  # from the beginning: so are its TensorBoard curves
+                shutil.rmtree(self.path / "tensorboard" / name, ignore_errors=True)
+            return fn(folder)
+
+        return self._manifest.phase(name, begin, inputs=inputs, every_rank=every_rank)
+
+    def progress(self, description: str, total: float | None = None) -> AbstractContextManager[ProgressBar]:
+        """Show a progress bar on a terminal, nothing elsewhere.
+
+        Args:
+            description: What is being done.
+            total: The number of steps, if known.
+
+        Returns:
+            A context manager; call ``advance()`` on what it gives.
+        """
+        from lightning_interp.running.terminal import progress_bar, quiet_bar
+
+        return progress_bar(description, total) if self.writes else quiet_bar()
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the rank that writes and prints."""
+        from lightning_interp.core.storage.distributed import is_rank_zero
+
+        return is_rank_zero()
