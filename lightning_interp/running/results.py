@@ -17,6 +17,7 @@ from lightning_interp.core.storage.manifest_file import read_manifest
 from lightning_interp.core.storage.phase_results import phase_result
 from lightning_interp.core.storage.run_lock import is_in_use
 from lightning_interp.errors import ManifestError, RecipeError
+from lightning_interp.figures import png
 from lightning_interp.running.terminal import columns
 
 __all__ = [
@@ -217,9 +218,7 @@ def write_figure(path: Path, figure: Any) -> None:
         ManifestError: If the folder cannot be written.
     """
     if hasattr(figure, "savefig"):
-        data = io.BytesIO()
-        figure.savefig(data, format="png", dpi=150, bbox_inches="tight")
-        atomic_write_bytes(path, data.getvalue())
+        atomic_write_bytes(path, png(figure))
         return
     try:
         content = Path(figure).read_bytes()

@@ -146,7 +146,7 @@ class GraftFacts(Recipe):
             },
             figures={
                 "plans": plans_figure(found, forms=[TRAINED, HELD_OUT], title=title),
-                "dropout": dose_figure(curve, label="share of grafted layers left out at FE and LT"),
+                "dropout": dose_figure(curve, across="share of grafted layers left out at FE and LT"),
                 "training": curves_figure(trained["history"], title=f"form {TRAINED!r}, mean over facts"),
             },
             artifacts={"finetuned": run.folder("train") / "model"},

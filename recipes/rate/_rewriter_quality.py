@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_interp.core.measure.statistics import Estimate, proportion_interval
 from lightning_interp.errors import RecipeError
+from lightning_interp.figures import BLUE, GREY, ORANGE, in_house_style, label, legend_below, panels
 from lightning_interp.generation.labellers import Labeller, labels
 from lightning_interp.rate import EffectStudy, RateResult, RewriteStore, RewriteTriples, TripleScores
 from lightning_interp.rate.checks.diagnostics import ThirdRewrite
@@ -275,9 +276,10 @@ def _third(name: str, third: ThirdRewrite | None) -> list[str]:
     return [f"A third rewrite by {name} gives another effect (difference {gap}): the assumptions do not hold."]
 
 
-_COLOURS = {"complied": "#3b6ea5", "not complied": "#c8743c", "cannot tell": "#d9c9a3", "unusable": "#9a9a9a"}
+_COLOURS = {"complied": BLUE, "not complied": ORANGE, "cannot tell": "#d9c9a3", "unusable": GREY}
 
 
+@in_house_style
 def quality_figure(qualities: Sequence[RewriterQuality], *, title: str = "") -> Any:
     """What became of the rewrites, a bar for each pass and direction of each rewriter.
 
@@ -291,13 +293,10 @@ def quality_figure(qualities: Sequence[RewriterQuality], *, title: str = "") -> 
     Raises:
         RecipeError: If no rewrite was asked for.
     """
-    from matplotlib.figure import Figure
-
     bars = [(quality.rewriter, one) for quality in qualities for one in quality.passes]
     if not bars:
         raise RecipeError(f"quality_figure() got {len(qualities)} rewriters without a rewrite. Fill the store first.")
-    figure = Figure(figsize=(8.4, 1.5 + 0.34 * len(bars)), layout="constrained")
-    axis = figure.subplots()
+    figure, (axis,) = panels(1, size=(8.4, 1.5 + 0.34 * len(bars)), title=title)
     left = [0.0] * len(bars)
     for name, colour in _COLOURS.items():
         widths = [one.shares()[name] for _, one in bars]
@@ -307,11 +306,10 @@ def quality_figure(qualities: Sequence[RewriterQuality], *, title: str = "") -> 
                 axis.text(start + width / 2, place, f"{width:.0%}", ha="center", va="center", fontsize=8, color="white")
         left = [start + width for start, width in zip(left, widths, strict=True)]
     labels = [f"{name}, pass {one.number}, {one.direction} ({one.asked})" for name, one in bars]
-    axis.set_yticks(range(len(bars)), labels, fontsize=8)
+    axis.set_yticks(range(len(bars)), labels)
     axis.invert_yaxis()
     axis.set_xlim(0, 1)
-    axis.set_xlabel("share of the rewrites that were asked for (their number in brackets)")
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axis.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4, fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    axis.grid(False, axis="y")
+    label(axis, "share of the rewrites that were asked for (their number in brackets)")
+    legend_below(figure, 4)
     return figure

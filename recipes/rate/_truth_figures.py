@@ -6,18 +6,21 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_interp.core.measure.statistics import Estimate
 from lightning_interp.errors import RecipeError
+from lightning_interp.figures import INK, band, in_house_style, label, legend_below, panels
 from lightning_interp.rate.estimators.result import Effect, RateResult
 from lightning_interp.rate.report.figures import COLOURS, LABELS, effects_figure
 
 _ERRORS = {"naive": "naive_se", "single": "single_se", "ate": "ate_se"}
 _NAMES = {"naive": "naive", "single": "single", "ate": "rate"}
-_TRUTH = {"color": "black", "linestyle": (0, (4, 2)), "linewidth": 1.2, "label": "truth (exact edit of the originals)"}
+_TRUTH = {"color": INK, "linestyle": (0, (4, 2)), "linewidth": 1.2, "label": "truth (exact edit of the originals)"}
 _Z = 1.959963984540054
 
 History = Sequence[Mapping[str, float]]
 
 
+@in_house_style
 def training_figure(histories: Mapping[str, History], truths: Mapping[str, History], *, title: str = "") -> Any:
     """Effects at each validation, one panel an attribute, in standard deviations of the original rewards.
 
@@ -32,37 +35,25 @@ def training_figure(histories: Mapping[str, History], truths: Mapping[str, Histo
     Raises:
         RecipeError: If there is no history.
     """
-    from matplotlib.figure import Figure
-
     if not any(histories.values()):
         raise RecipeError(f"training_figure() got {len(histories)} histories without an entry. Train with validation.")
-    figure = Figure(figsize=(4.8 * len(histories), 3.9), layout="constrained")
-    panels = figure.subplots(1, len(histories), squeeze=False)[0]
-    for axis, (name, history) in zip(panels, histories.items(), strict=True):
+    figure, axes = panels(len(histories), size=(4.8 * len(histories), 3.9), title=title)
+    for axis, (name, history) in zip(axes, histories.items(), strict=True):
         for key, estimator in _NAMES.items():
             _band(axis, history, key, estimator)
         if truths.get(name):
             axis.plot(*_scaled(truths[name], "ate"), **_TRUTH)
-        axis.axhline(0, color="#333333", linewidth=0.6)
-        axis.set_title(name, fontsize=10)
-        axis.set_xlabel("training step")
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("ATE (standard deviations of the reward)")
-    handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
-    for axis in panels[1:]:
-        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(list(handles.values()), list(handles), frameon=False, loc="outside lower center", ncols=2, fontsize=8)
-    figure.suptitle(title, fontsize=10)
+        label(axis, "training step", title=name, zero=True)
+    axes[0].set_ylabel("ATE (standard deviations of the reward)")
+    legend_below(figure, 2)
     return figure
 
 
 def _band(axis: Any, history: History, key: str, estimator: str) -> None:
     steps, values = _scaled(history, key)
     reach = [_Z * se for se in _scaled(history, _ERRORS[key])[1]]
-    low, high = ([v + sign * r for v, r in zip(values, reach, strict=True)] for sign in (-1, 1))
-    axis.plot(steps, values, color=COLOURS[estimator], marker="o", markersize=3, label=LABELS[estimator])
-    axis.fill_between(steps, low, high, color=COLOURS[estimator], alpha=0.2, linewidth=0)
+    found = [Estimate(v, v - r, v + r, 0, 0.95, "normal") for v, r in zip(values, reach, strict=True)]
+    band(axis, steps, found, COLOURS[estimator], LABELS[estimator])
 
 
 def _scaled(history: History, key: str) -> tuple[list[float], list[float]]:
@@ -72,6 +63,7 @@ def _scaled(history: History, key: str) -> tuple[list[float], list[float]]:
     return [float(entry["step"]) for entry in history], values
 
 
+@in_house_style
 def truth_figure(results: Mapping[str, RateResult], truths: Mapping[str, Effect], *, title: str = "") -> Any:
     """Naive, single-rewrite and double-rewrite effects side by side with the true one, in standard deviations.
 
@@ -94,5 +86,5 @@ def truth_figure(results: Mapping[str, RateResult], truths: Mapping[str, Effect]
     axis.set_ylim(min(low, -0.04 * high), high)  # a truth of zero is to be seen
     for legend in list(figure.legends):
         legend.remove()
-    figure.legend(*axis.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2, fontsize=8)
+    legend_below(figure, 2)
     return figure

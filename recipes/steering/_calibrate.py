@@ -12,10 +12,9 @@ from torch import Tensor
 from lightning_interp import ActivationCapture, Last, Site
 from lightning_interp.core.measure.statistics import mean_interval
 from lightning_interp.errors import RecipeError
+from lightning_interp.figures import BLUE, GREY, ORANGE, band, in_house_style, label, panels, whiskers
 from lightning_interp.steering import AddDirection, CounterfactualPairs, DualSteering
 from lightning_interp.steering.effects.metrics import kl_divergence
-
-from ._common import BLUE, GREY, ORANGE, band, tidy, whiskers
 
 
 def strength_effects(
@@ -125,6 +124,7 @@ def chosen_strength(rows: Sequence[Mapping[str, Any]], wanted: float) -> float:
     return float(min(curve, key=lambda point: abs(point[1] - wanted))[0])
 
 
+@in_house_style
 def calibration_figure(
     curve: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any], wanted: float, *, across: str, title: str = ""
 ) -> Any:
@@ -140,17 +140,14 @@ def calibration_figure(
     Returns:
         A matplotlib figure.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.5, 3.6), layout="constrained")
-    panels = figure.subplots(1, 3)
-    labels = {"target_prob": "P(W=1)", "kl": "KL to unsteered (nats)", "pair_mass": "mass of the pairs"}
-    for axis, (name, label) in zip(panels, labels.items(), strict=True):
-        band(axis, [row["strength"] for row in curve], [row[name] for row in curve], BLUE, label="validation")
+    figure, axes = panels(3, size=(9.5, 3.6), title=f"{title}\n95 % intervals over prompts")
+    names = {"target_prob": "P(W=1)", "kl": "KL to unsteered (nats)", "pair_mass": "mass of the pairs"}
+    for axis, (name, up) in zip(axes, names.items(), strict=True):
+        band(axis, [row["strength"] for row in curve], [row[name] for row in curve], BLUE, "validation")
+        test = chosen[name]
         look = {"fmt": "D", "color": ORANGE, "capsize": 3, "label": "test"}
-        axis.errorbar([chosen["strength"]], [chosen[name].value], yerr=whiskers([chosen[name]]), **look)
-        tidy(axis, across=across, up=label)
-    panels[0].axhline(wanted, color=GREY, lw=0.8, ls="--")
-    panels[0].legend(frameon=False)
-    figure.suptitle(f"{title}\n95 % intervals over prompts".strip(), fontsize=10)
+        axis.errorbar([chosen["strength"]], [test.value], yerr=whiskers([test]), **look)
+        label(axis, across, up)
+    axes[0].axhline(wanted, color=GREY, lw=0.8, ls="--")
+    axes[0].legend()
     return figure

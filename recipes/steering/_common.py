@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,11 @@ import torch
 from torch import Tensor
 
 from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
-from lightning_interp.core.measure.statistics import Estimate
 from lightning_interp.core.storage.json_reading import read_json
 from lightning_interp.core.storage.jsonl import json_lines, text_lines
 from lightning_interp.errors import DataError
 from lightning_interp.steering import CounterfactualPairs, pairs_from_vocabulary, read_head
 
-BLUE, ORANGE, GREY = "#3b6ea5", "#c8743c", "#6b6b6b"
 OPENINGS = (
     "The", "It was", "In the morning", "She said that", "There are", "When I was", "One of the", "They want to",
     "We have", "If you", "He went to", "The best way to", "My friend", "On Monday,", "At the end of", "Most people",
@@ -143,27 +140,3 @@ def texts_or_samples(
     loaded.tokenizer.padding_side = "left"
     with progress("writing texts", total=count) as bar:
         return sample_texts(loaded.model, loaded.tokenizer, count=count, length=length, seed=seed, advance=bar.advance)
-
-
-def whiskers(estimates: Sequence[Estimate]) -> list[list[float]]:
-    """How far intervals reach below and above their estimates, as ``errorbar`` takes it."""
-    ends = [(e.value - e.low, e.high - e.value) for e in estimates]
-    return [[0.0 if math.isnan(end) else max(0.0, end) for end in side] for side in zip(*ends, strict=True)]
-
-
-def band(axis: Any, x: Sequence[float], estimates: Sequence[Estimate], colour: str, **look: Any) -> None:
-    """A curve with a band of its intervals."""
-    values, (below, above) = [e.value for e in estimates], whiskers(estimates)
-    axis.plot(x, values, "o-", ms=4, color=colour, **look)
-    low = [value - reach for value, reach in zip(values, below, strict=True)]
-    high = [value + reach for value, reach in zip(values, above, strict=True)]
-    axis.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
-
-
-def tidy(axis: Any, *, across: str = "", up: str = "", grid: bool = True) -> None:
-    """The look of all panels."""
-    axis.set_xlabel(across)
-    axis.set_ylabel(up)
-    if grid:
-        axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
 from lightning_interp.core.measure.statistics import Estimate
+from lightning_interp.figures import COLOURS, GREY, bars, in_house_style, label, panels
 from lightning_interp.generation.text_quality import distinct_n, repeated_share
 from lightning_interp.steering import CounterfactualPairs, DualSteering, perplexity
-
-from ._common import BLUE, GREY, ORANGE, tidy, whiskers
 
 PROMPTS = (
     "The weather this week", "My favourite meal is", "In the old house", "The train to the city",
@@ -88,6 +87,7 @@ def _measured(model: Any, tokenizer: Any, out: Tensor, start: int, pairs: Counte
     }
 
 
+@in_house_style
 def generation_figure(estimates: Mapping[str, Mapping[str, Estimate]], *, title: str = "") -> Any:
     """One panel a measure, one bar a method, with intervals over prompts.
 
@@ -98,16 +98,11 @@ def generation_figure(estimates: Mapping[str, Mapping[str, Estimate]], *, title:
     Returns:
         A matplotlib figure.
     """
-    from matplotlib.figure import Figure
-
     names = list(next(iter(estimates.values())))
-    figure = Figure(figsize=(2.7 * len(names) + 0.3, 3.4), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        found = [measures[name] for measures in estimates.values()]
-        bars = {"color": [GREY, BLUE, ORANGE][: len(found)], "capsize": 3}
-        axis.bar(list(estimates), [e.value for e in found], yerr=whiskers(found), **bars)
-        axis.set_title(name.replace("_", " "), fontsize=9)
+    size = (2.7 * len(names) + 0.3, 3.4)
+    figure, axes = panels(len(names), size=size, title=f"{title}\nmeans and 95 % intervals over prompts")
+    for axis, name in zip(axes, names, strict=True):
+        bars(axis, list(estimates), [found[name] for found in estimates.values()], [GREY, *COLOURS][: len(estimates)])
+        label(axis, title=name.replace("_", " "))
         axis.tick_params(axis="x", labelrotation=20)
-        tidy(axis, grid=False)
-    figure.suptitle(f"{title}\nmeans and 95 % intervals over prompts".strip(), fontsize=10)
     return figure

@@ -17,10 +17,10 @@ from lightning_interp.core.measure.statistics import Estimate, mean_interval
 from lightning_interp.core.measure.undisturbed import undisturbed
 from lightning_interp.core.tokens.batches import padded
 from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.figures import BLUE, ORANGE, band, heat_map, in_house_style, label, panels
 from lightning_interp.steering import AddDirection, SteeringVector, text_features
 from lightning_interp.steering.vectors.features import encode_texts, pack_rows
 
-from ._common import BLUE, ORANGE, band, tidy
 from ._contrasts import ContrastItem
 
 Advance = Callable[[int], object]
@@ -306,6 +306,7 @@ def _means(model: ModelMap, tokenizer: Any, texts: Sequence[str], site: Site) ->
     return found
 
 
+@in_house_style
 def sweep_figure(found: Sequence[Cell], *, chosen: tuple[int, float] | None = None, title: str = "") -> Any:
     """Two maps, layers upwards: how far the preference moves, and what neutral text loses.
 
@@ -318,7 +319,6 @@ def sweep_figure(found: Sequence[Cell], *, chosen: tuple[int, float] | None = No
         A matplotlib figure.
     """
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     layers = sorted({cell.layer for cell in found})
@@ -327,28 +327,24 @@ def sweep_figure(found: Sequence[Cell], *, chosen: tuple[int, float] | None = No
     effects = [[by_place[layer, s].effect.value for s in strengths] for layer in layers]
     damage = [[max(by_place[layer, s].damage.value, 1e-3) for s in strengths] for layer in layers]
     largest = max(1e-9, *(abs(value) for row in effects for value in row))
-    figure = Figure(figsize=(10, max(3.4, 0.34 * len(layers) + 1.9)), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for axis, table, label, look in (
-        (panels[0], effects, "effect: preference for the positive ending\n(nats a token, against strength 0)",
+    figure, axes = panels(2, size=(10, max(3.4, 0.34 * len(layers) + 1.9)), title=title, sharey=True)
+    for axis, table, name, look in (
+        (axes[0], effects, "effect: preference for the positive ending\n(nats a token, against strength 0)",
          {"cmap": "RdBu_r", "vmin": -largest, "vmax": largest}),
-        (panels[1], damage, "cost: log-probability that neutral text loses\n(nats a token; below 0.001 shown as 0.001)",
+        (axes[1], damage, "cost: log-probability that neutral text loses\n(nats a token; below 0.001 shown as 0.001)",
          {"cmap": "viridis", "norm": LogNorm(1e-3, max(1e-2, *(v for row in damage for v in row)))}),
     ):  # fmt: skip
-        image = axis.imshow(table, origin="lower", aspect="auto", **look)
-        figure.colorbar(image, ax=axis)
-        axis.set_title(label, fontsize=9)
-        axis.set_xticks(range(len(strengths)), [f"{s:g}" for s in strengths])
-        axis.set_xlabel("strength (1 = from the negative to the positive mean)")
+        heat_map(axis, table, [f"{s:g}" for s in strengths], **look)
+        label(axis, "strength (1 = from the negative to the positive mean)", title=name)
         if chosen is not None:
             corner = (strengths.index(chosen[1]) - 0.5, layers.index(chosen[0]) - 0.5)
             axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=1.8))
-    panels[0].set_yticks(range(len(layers)), [str(layer) for layer in layers])
-    panels[0].set_ylabel("layer")
-    figure.suptitle(title, fontsize=10)
+    axes[0].set_yticks(range(len(layers)), [str(layer) for layer in layers])
+    axes[0].set_ylabel("layer")
     return figure
 
 
+@in_house_style
 def layer_figure(found: Sequence[Cell], *, title: str = "") -> Any:
     """Effect and cost of one layer against the strength, with intervals over items and texts.
 
@@ -359,17 +355,12 @@ def layer_figure(found: Sequence[Cell], *, title: str = "") -> Any:
     Returns:
         A matplotlib figure.
     """
-    from matplotlib.figure import Figure
-
     ordered = sorted(found, key=lambda cell: cell.strength)
-    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    n = ordered[0].effect.n if ordered else 0
+    figure, (left, right) = panels(2, size=(8.4, 3.6), title=f"{title}\n{n} held-out items; bands: 95 % intervals")
     strengths = [cell.strength for cell in ordered]
     band(left, strengths, [cell.effect for cell in ordered], BLUE)
     band(right, strengths, [cell.damage for cell in ordered], ORANGE)
-    for axis, label in ((left, "effect (nats a token)"), (right, "neutral text loses (nats a token)")):
-        axis.axhline(0, color="#999999", linewidth=0.8)
-        tidy(axis, across="strength", up=label)
-    n = ordered[0].effect.n if ordered else 0
-    figure.suptitle(f"{title}\n{n} held-out items; bands: 95 % intervals".strip(), fontsize=10)
+    label(left, "strength", "effect (nats a token)", zero=True)
+    label(right, "strength", "neutral text loses (nats a token)", zero=True)
     return figure

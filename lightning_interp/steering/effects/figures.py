@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_interp.figures import COLOURS, band, in_house_style, label, legend_below, panels
 from lightning_interp.steering.effects.path_scores import SATURATED, Curve, PathScores
 
 __all__ = ["path_figure", "steering_figure"]
@@ -26,10 +26,10 @@ LABELS = {
 
 _SIGNED = ("probe_value", "alignment")
 _PANELS = ("off_target_kl", "pair_mass", "rank_difference")
-_COLOURS = ("#3b6ea5", "#c8743c", "#5b9a68", "#8d6bab", "#a04e5e", "#6b6b6b")
 _MARKERS = "osD^vP"
 
 
+@in_house_style
 def steering_figure(
     result: PathScores,
     *,
@@ -54,25 +54,22 @@ def steering_figure(
     Returns:
         A matplotlib figure.
     """
-    from matplotlib.figure import Figure
-
     shown = list(methods) if methods is not None else list(result.methods)
-    figure = Figure(figsize=(3.7 * len(scores) + 0.3, 4.0), layout="constrained")
-    panels = figure.subplots(1, len(scores), squeeze=False)[0]
-    for axis, score in zip(panels, scores, strict=True):
+    title = f"{title}\n{_counted(result, shown)}; bands: 95 % intervals over contexts"
+    figure, axes = panels(len(scores), size=(3.7 * len(scores) + 0.3, 4.0), title=title)
+    for axis, score in zip(axes, scores, strict=True):
         for m, method in enumerate(shown):
             _line(axis, result.curve(method, score, bins=bins), m, (names or {}).get(method, method))
         axis.set_xlim(-0.02, 1.02)
         if score not in _SIGNED:
             top = 1.05 if score == "pair_mass" else axis.get_ylim()[1]
             axis.set_ylim(-0.02 * top, top)  # a line at 0 stays whole
-        _dress(axis, LABELS["target_prob"], LABELS.get(score, score))
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=max(1, min(4, len(shown))))
-    figure.suptitle(f"{title}\n{_counted(result, shown)}; bands: 95 % intervals over contexts".strip(), fontsize=10)
+        label(axis, LABELS["target_prob"], LABELS.get(score, score))
+    legend_below(figure, min(4, len(shown)))
     return figure
 
 
+@in_house_style
 def path_figure(
     result: PathScores,
     *,
@@ -98,43 +95,29 @@ def path_figure(
     Raises:
         RecipeError: If a method or score is unknown.
     """
-    from matplotlib.figure import Figure
-
     shown = list(methods) if methods is not None else list(result.methods)
-    figure = Figure(figsize=(3.7 * len(shown) + 0.3, 3.6), layout="constrained")
-    panels = figure.subplots(1, len(shown), squeeze=False, sharex=True, sharey=True)[0]
-    for m, (axis, method) in enumerate(zip(panels, shown, strict=True)):
+    title = f"{title}\n{_counted(result, shown)}, one line each"
+    figure, axes = panels(len(shown), size=(3.7 * len(shown) + 0.3, 3.6), title=title, sharex=True, sharey=True)
+    for m, (axis, method) in enumerate(zip(axes, shown, strict=True)):
         for wanted in (score, against):
             result.curve(method, wanted)  # says which scores exist
-        colour = _COLOURS[m % len(_COLOURS)]
+        colour = COLOURS[m % len(COLOURS)]
         for path in result.paths[method].values():
             keep = path["target_prob"] < SATURATED
             x, y = path[against][keep].tolist(), path[score][keep].tolist()
             axis.plot(x, y, color=colour, alpha=0.45, lw=0.9)
             axis.plot(x[:1], y[:1], "o", ms=3, color=colour)
-        axis.set_title((names or {}).get(method, method), fontsize=9)
-        _dress(axis, LABELS.get(against, against), LABELS.get(score, score) if m == 0 else "")
-    figure.suptitle(f"{title}\n{_counted(result, shown)}, one line each".strip(), fontsize=10)
+        up = LABELS.get(score, score) if m == 0 else ""
+        label(axis, LABELS.get(against, against), up, title=(names or {}).get(method, method))
     return figure
 
 
-def _line(axis: Any, curve: Curve, index: int, label: str) -> None:
-    colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+def _line(axis: Any, curve: Curve, index: int, name: str) -> None:
+    colour, marker = COLOURS[index % len(COLOURS)], _MARKERS[index % len(_MARKERS)]
     points = curve.points()
-    x, values = [p for p, _ in points], [e.value for _, e in points]
-    axis.plot(x, values, marker=marker, ms=4, lw=1.5, color=colour, label=label)
+    band(axis, [p for p, _ in points], [e for _, e in points], colour, name, marker=marker)
     if points and curve.first.n > 0:
-        axis.plot(x[:1], values[:1], marker=marker, ms=6, mfc="white", color=colour)
-    low = [e.value if math.isnan(e.low) else e.low for _, e in points]
-    high = [e.value if math.isnan(e.high) else e.high for _, e in points]
-    axis.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
-
-
-def _dress(axis: Any, across: str, up: str) -> None:
-    axis.set_xlabel(across)
-    axis.set_ylabel(up)
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
+        axis.plot([points[0][0]], [points[0][1].value], marker=marker, ms=6, mfc="white", color=colour)
 
 
 def _counted(result: PathScores, methods: Sequence[str]) -> str:
