@@ -8,29 +8,6 @@ from typing import Any, Literal
 
 from lightning_interp.recipe import Recipe, RecipeResult, RunFolder
 
-# Settings that only some rewriters use: elsewhere they would be ignored, so they are refused.
-_LANGUAGE = ("local", "endpoint")
-_USED_BY = {
-    "model": _LANGUAGE,
-    "toggle": ("rules",),
-    "always": ("rules",),
-    "template": _LANGUAGE,
-    "kind": _LANGUAGE,
-    "temperature": _LANGUAGE,
-    "base_url": ("endpoint",),
-    "max_calls": _LANGUAGE,
-    "max_cost": ("endpoint",),
-    "price_read": ("endpoint",),
-    "price_written": ("endpoint",),
-    "requests_per_minute": ("endpoint",),
-    "whose": ("replay",),
-    "store": ("rules", "replay", *_LANGUAGE),
-    "draws": _LANGUAGE,
-    "passes": ("rules", "replay", *_LANGUAGE),
-}
-_NEEDS = {"rules": ("data", "toggle"), "replay": ("store",), "local": ("data", "template"),
-          "endpoint": ("data", "template", "model")}  # fmt: skip
-
 
 @dataclass(kw_only=True)
 class RateAudit(Recipe):
@@ -105,37 +82,18 @@ class RateAudit(Recipe):
     def __post_init__(self) -> None:
         from lightning_interp.errors import RecipeError
 
+        from ._rewriters import rewriter_settings
+
         super().__post_init__()
         defaults = {name: entry.default for name, entry in type(self).__dataclass_fields__.items()}
         defaults |= {"always": [], "model": self.model if self.model == self.smoke_model else defaults["model"]}
-        for name, users in _USED_BY.items():
-            if self.rewriter not in users and getattr(self, name) != defaults[name]:
-                raise RecipeError(
-                    f"{name}={getattr(self, name)!r} has no use with rewriter={self.rewriter!r}: it is for "
-                    f"{' and '.join(users)}. Leave it out, or choose the rewriter."
-                )
-        needs = [name for name in _NEEDS.get(self.rewriter, ()) if getattr(self, name) == defaults[name]]
-        if needs and not (self.smoke and needs == ["model"]):
-            raise RecipeError(
-                f"rewriter={self.rewriter!r} needs {', '.join(f'--{name}=...' for name in needs)}; see --help."
-            )
+        self._told = rewriter_settings(self, defaults)
         if not self.data and self.rewriter != "replay" and (self.label or self.reward == "columns"):
             raise RecipeError(
                 f"label={self.label!r} and reward={self.reward!r} are of a file, and no data is given. Give --data=..."
             )
-        self.check_numbers()
-
-    def check_numbers(self) -> None:
-        """Refuse numbers that cannot be used."""
-        from lightning_interp.errors import RecipeError
-
         if self.passes not in (2, 3) or self.draws < 1:
             raise RecipeError(f"passes={self.passes}, draws={self.draws}: expected 2 or 3 passes and at least 1 draw.")
-        if (self.price_read is None) != (self.price_written is None) or (self.max_cost and self.price_read is None):
-            raise RecipeError(
-                f"max_cost={self.max_cost}, price_read={self.price_read}, price_written={self.price_written}: expected "
-                "both prices, for a million tokens each."
-            )
 
     def study(self, run: RunFolder) -> RecipeResult:
         """Rewrite, score, estimate."""
@@ -173,23 +131,24 @@ class RateAudit(Recipe):
 
     def stored(self, run: RunFolder, folder: Path) -> tuple[Any, Any, str, int]:
         """The store, who wrote, what was planned and how often was asked; the plan is shown before that."""
-        from lightning_interp.rate import Prices, RewriteRun, RewriteStore
+        from lightning_interp.rate import RewriteRun, RewriteStore
 
         from ._audit import agreed, rewrite_all
-        from ._example import emphatic_units
+        from ._example import emphasis_rewriter, emphatic_units
+        from ._rewriters import Endpoint, Replay
 
-        if self.rewriter == "replay":
-            return RewriteStore.open(self.store), self.whose or None, "", 0
-        units = emphatic_units(self.reviews(), seed=self.seed) if self.example else self.given().units
+        told = self._told
+        if isinstance(told, Replay):
+            return RewriteStore.open(told.store), told.whose or None, "", 0
+        units = self.given().units if told else emphatic_units(self.reviews(), seed=self.seed)
+        writer = told.rewriter(self.source, self.seed) if told else emphasis_rewriter()
         store = RewriteStore.create(self.store or folder / "store", units, attr=self.attribute)
-        prices = None
-        if self.price_read is not None and self.price_written is not None:
-            prices = Prices(self.price_read, self.price_written)
+        asks = isinstance(told, Endpoint)
+        prices = told.prices if isinstance(told, Endpoint) else None
         job = RewriteRun(
-            store, self.writer(), attr=self.attribute, passes=self.passes, draws=self.draws,
+            store, writer, attr=self.attribute, passes=self.passes, draws=self.draws,
             max_calls=self.max_calls, max_cost=self.max_cost, prices=prices,
         )  # fmt: skip
-        asks = self.rewriter == "endpoint"
         plan = agreed(job, max_calls=self.max_calls, max_cost=self.max_cost) if asks else str(job.plan())
         print(plan)
         with run.progress("rewriting", total=job.plan().total_calls) as bar:
@@ -202,25 +161,6 @@ class RateAudit(Recipe):
         from lightning_interp.rate.report.typo_study import made_up_reviews
 
         return made_up_reviews() if self.smoke else read_reviews()
-
-    def writer(self) -> Any:
-        """Who rewrites."""
-        from lightning_interp.rate import LocalRewriter, OpenAICompatibleRewriter, RuleRewriter
-
-        from ._example import emphasis_rewriter
-        from ._named import named_rule, named_template, named_toggle
-
-        if self.example:
-            return emphasis_rewriter()
-        if self.rewriter == "rules":
-            return RuleRewriter(named_toggle(self.toggle), always=[named_rule(rule) for rule in self.always])
-        template = named_template(self.template, self.kind)
-        if self.rewriter == "local":
-            return LocalRewriter(self.source, template, temperature=self.temperature, seed=self.seed)
-        return OpenAICompatibleRewriter(
-            self.model, template, base_url=self.base_url or None, temperature=self.temperature, seed=self.seed,
-            requests_per_minute=self.requests_per_minute,
-        )  # fmt: skip
 
     def triples(self, run: RunFolder) -> Any:
         """The texts."""
