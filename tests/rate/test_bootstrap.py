@@ -10,7 +10,7 @@ from lightning_interp.core.measure.resampling import draw_counts, interval_ends
 from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.rate import rate_effects
 from lightning_interp.rate.estimators.bootstrap import bootstrap_effects
-from lightning_interp.rate.texts.inputs import Raw, prepare
+from lightning_interp.rate.estimators.unit_table import UnitTable
 
 pytestmark = pytest.mark.kernels
 
@@ -18,7 +18,7 @@ NAMES = ["rate/ate", "rate/att", "rate/atu", "single/ate", "single/att", "single
 
 
 def clean(data, **more):
-    return prepare(Raw(*data, **more)).units
+    return UnitTable.read(*data, **more).usable().units()
 
 
 def generator(seed, stratum=0):

@@ -20,7 +20,7 @@ from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.rate.estimators.columns import label_column, number_column
 from lightning_interp.rate.estimators.effects import Settings
 from lightning_interp.rate.estimators.result import Effect, RateResult, Units
-from lightning_interp.rate.texts.inputs import Raw, prepare
+from lightning_interp.rate.estimators.unit_table import UnitTable
 
 __all__ = [
     "Attenuation",
@@ -102,7 +102,8 @@ def third_rewrite_check(
     if third.size != len(w):
         raise DataError(f"r_rw3 has {third.size} values, but w has {len(w)}; expected one value a unit in each.")
     held = np.where(np.isfinite(third), third, 0.0)  # carried in the place of the originals, which are not needed
-    units = prepare(Raw(w, held, r_rw, r_rw2, ids, cluster, incomplete=lacking), missing=missing).units
+    table = UnitTable.read(w, held, r_rw, r_rw2, ids=ids, cluster=cluster, incomplete=lacking)
+    units = table.usable(missing=missing).units()
     last: Any = units.r_orig
     later = np.where(units.w, units.r_rw2 - last, last - units.r_rw2)
     gap = np.where(units.w, last - units.r_rw, units.r_rw - last)

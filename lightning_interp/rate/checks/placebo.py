@@ -14,7 +14,6 @@ from lightning_interp.core.measure.statistics import Estimate, proportion_interv
 from lightning_interp.errors import RecipeError
 from lightning_interp.rate.estimators.effects import Settings, effects_of_units
 from lightning_interp.rate.estimators.result import Effect, RateResult, Units
-from lightning_interp.rate.texts.inputs import Prepared
 
 __all__ = ["DummyOutcome", "PermutationCheck", "dummy_outcome_check", "permutation_check"]
 
@@ -151,7 +150,7 @@ def dummy_outcome_check(result: RateResult, *, repeats: int = 200, seed: int = 0
     found: dict[str, list[Effect]] = {}
     for repeat in range(repeats):
         generator = np.random.default_rng(derived_seed(seed, "rewrite-based dummy outcome", repeat))
-        again = effects_of_units(Prepared(_dummy(units, pool, generator), result.counts), settings).raw
+        again = effects_of_units(_dummy(units, pool, generator), result.counts, settings).raw
         for name, estimand, effect in again.items():
             if estimand in ("ate", "naive"):
                 found.setdefault(name, []).append(effect)

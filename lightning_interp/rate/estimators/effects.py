@@ -21,9 +21,9 @@ from lightning_interp.core.measure.clustered import Point, difference_point, mea
 from lightning_interp.core.measure.resampling import interval_ends
 from lightning_interp.errors import RecipeError
 from lightning_interp.rate.estimators.bootstrap import Replicates, bootstrap_effects
-from lightning_interp.rate.estimators.result import Effect, Effects, EffectTable, RateResult, Units
+from lightning_interp.rate.estimators.result import Counts, Effect, Effects, EffectTable, RateResult, Units
 from lightning_interp.rate.estimators.standard_errors import contrast_points, pooled_sd, unpaired_points
-from lightning_interp.rate.texts.inputs import Prepared, Raw, check_choice, prepare
+from lightning_interp.rate.estimators.unit_table import UnitTable, check_choice
 
 __all__ = ["Settings", "effects_of_units", "rate_effects"]
 
@@ -139,19 +139,22 @@ def rate_effects(
         (1.4286, 2.0)
     """
     settings = Settings(se, ci, alpha, n_boot, seed, boot, standardize_inside, standardize, missing, identical)
-    raw = Raw(w, r_orig, r_rw, r_rw2, ids, cluster, texts, labels, incomplete)
-    result = effects_of_units(prepare(raw, missing=missing, identical=identical), settings)
+    beside = {"ids": ids, "cluster": cluster, "texts": texts, "labels": labels, "incomplete": incomplete}
+    table = UnitTable.read(w, r_orig, r_rw, r_rw2, **beside).usable(missing=missing, identical=identical)
+    result = effects_of_units(table.units(), table.counts(), settings, table.notes())
     for note in result.warnings:
         warnings.warn(note, stacklevel=2)
     return result
 
 
-def effects_of_units(prepared: Prepared, settings: Settings) -> RateResult:
+def effects_of_units(units: Units, counts: Counts, settings: Settings, notes: Sequence[str] = ()) -> RateResult:
     """All effects of clean units.
 
     Args:
-        prepared: Units, counts and notes of :func:`~lightning_interp.rate.texts.inputs.prepare`.
+        units: Units that can all be used.
+        counts: What became of those that were given.
         settings: How errors and intervals are made.
+        notes: What to warn of besides.
 
     Returns:
         The result; its warnings are collected, not issued.
@@ -159,7 +162,6 @@ def effects_of_units(prepared: Prepared, settings: Settings) -> RateResult:
     Raises:
         RecipeError: If ``se="cluster"`` and there are no clusters.
     """
-    units = prepared.units
     if settings.se == "cluster" and units.cluster is None:
         raise RecipeError("se='cluster' needs the cluster of every unit, but cluster is None. Pass cluster=prompt_ids.")
     points = _points(units, settings.se)
@@ -174,10 +176,10 @@ def effects_of_units(prepared: Prepared, settings: Settings) -> RateResult:
         reward_std=sd,
         rewrite_effect_w1=effects.get("b1"),
         rewrite_effect_w0=effects.get("b0"),
-        counts=prepared.counts,
+        counts=counts,
         units=units,
         settings=asdict(settings),
-        warnings=(*prepared.notes, *_notes(units, settings, asked)),
+        warnings=(*notes, *_notes(units, settings, asked)),
     )
 
 

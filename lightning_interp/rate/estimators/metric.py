@@ -16,8 +16,8 @@ from lightning_interp.core.measure.seeding import hashed_number
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.rate.estimators.columns import shown
 from lightning_interp.rate.estimators.effects import Settings, rate_effects
-from lightning_interp.rate.estimators.left_out import STAGES
 from lightning_interp.rate.estimators.result import RateResult
+from lightning_interp.rate.estimators.unit_table import STAGES
 
 __all__ = ["RewriteTreatmentEffect", "unit_key"]
 

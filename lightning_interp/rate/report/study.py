@@ -223,11 +223,9 @@ def _third(triples: RewriteTriples, scores: TripleScores, result: RateResult) ->
         return None
     used = set(result.ids)
     keep = [row for row, name in enumerate(triples.ids) if name in used]
-    rewards = [scores.reward[stage].double().numpy()[keep] for stage in triples.stages[1:]]
-    groups = None if triples.cluster is None else [triples.cluster[row] for row in keep]
-    units = combine_draws(
-        [triples.ids[row] for row in keep], [triples.w[row] for row in keep], *rewards, cluster=groups
-    )
+    few, rewards = triples.select(keep), scores.select(keep).reward
+    later = [rewards[stage].double().numpy() for stage in triples.stages[1:]]
+    units = combine_draws(few.ids, few.w, *later, cluster=few.cluster)
     return third_rewrite_check(
         units.w,
         units.r_orig,  # the first of the three rewards handed in: those of the first rewrites

@@ -19,7 +19,7 @@ from lightning_interp.rate.estimators.draws import combine_draws
 from lightning_interp.rate.estimators.effects import rate_effects
 from lightning_interp.rate.estimators.result import RateResult
 from lightning_interp.rate.estimators.triples import RewriteTriples
-from lightning_interp.rate.texts.inputs import Raw, prepare
+from lightning_interp.rate.estimators.unit_table import UnitTable
 
 __all__ = ["CallableScorer", "TripleScores", "as_scorer", "checked_rewards", "score_triples", "vader_scorer"]
 
@@ -270,7 +270,7 @@ class TripleScores:
 
     def _without_cut(self, triples: RewriteTriples, given: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         if options.get("missing", "raise") == "raise":
-            prepare(Raw(**given))  # nothing else may be missing
+            UnitTable.read(**given).usable()  # nothing else may be missing
         cut = torch.stack([self.truncated[stage] for stage in triples.stages[:3]]).any(0).tolist()
         gone = {name for name, flag in zip(triples.ids, cut, strict=True) if flag}
         given["incomplete"] = [

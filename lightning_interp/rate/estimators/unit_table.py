@@ -1,0 +1,295 @@
+"""The table that effects are made of: inputs of any kind become checked units, and why a unit is left out is kept."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_interp.core.measure.clustered import Mask, Vector
+from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.rate.estimators import triples
+from lightning_interp.rate.estimators.columns import codes, label_column, number_column, shown, sort_key, unit_ids
+from lightning_interp.rate.estimators.result import Counts, Units
+
+__all__ = ["STAGES", "UnitTable", "check_choice"]
+
+STAGES = triples.STAGES[:3]
+"""The texts of a unit that the effects are made of."""
+
+LARGE_SHARE, LARGE_GAP = 0.05, 0.02
+_REWARDS = ("r_orig", "r_rw", "r_rw2")
+
+
+def check_choice(name: str, value: object, known: Sequence[str]) -> None:
+    """Refuse a value that is none of the known ones.
+
+    Raises:
+        RecipeError: If it is not.
+    """
+    if value not in known:
+        raise RecipeError(f"{name}={value!r} is unknown; expected one of {', '.join(map(repr, known))}.")
+
+
+@dataclass(eq=False)
+class UnitTable:
+    """All units, and for each why it cannot be used (None where it can).
+
+    Args:
+        w: Whether the original has the attribute, ``[n]``.
+        unlabelled: Whether that is unknown, ``[n]``.
+        ids: One a unit.
+        by_id: Whether the ids were given, so that units are sorted by them.
+        r_orig: Rewards of the originals, ``[n]``, or None.
+        r_rw: Rewards of the rewrites, ``[n]``.
+        r_rw2: Rewards of the rewrites of the rewrites, ``[n]``.
+        cluster: Number of each unit's cluster, ``[n]``, or None.
+        reasons: Why a unit cannot be used, of objects, ``[n]``; see :meth:`mark`.
+        keep: Units without a reason, ``[n]``.
+        identical: For both rewrites, where it is the text it was made from; None if texts are unknown.
+        non_compliant: For both rewrites, where it does not carry its target value; None if that is unknown.
+
+    Example:
+        >>> table = UnitTable.read([1, None, 0], None, [0.0, 1.0, 2.0], [1.0, 1.0, 1.0], ids=["c", "b", "a"])
+        >>> table.usable().units().ids, table.counts().dropped
+        (('a', 'c'), {'unlabelled': 1})
+    """
+
+    w: Mask
+    unlabelled: Mask
+    ids: tuple[int | str, ...]
+    by_id: bool
+    r_orig: Vector | None
+    r_rw: Vector
+    r_rw2: Vector
+    cluster: NDArray[np.int64] | None
+    reasons: NDArray[np.object_]
+    keep: Mask
+    identical: list[Mask] | None = None
+    non_compliant: list[Mask] | None = None
+
+    @classmethod
+    def read(
+        cls,
+        w: Any,
+        r_orig: Any,
+        r_rw: Any,
+        r_rw2: Any,
+        *,
+        ids: Any = None,
+        cluster: Any = None,
+        texts: Sequence[Sequence[str | None]] | None = None,
+        labels: Sequence[Any] | None = None,
+        incomplete: Sequence[str | None] | None = None,
+    ) -> UnitTable:
+        """Check the arguments of ``rate_effects`` that hold one value a unit, which say what each of them is.
+
+        Raises:
+            DataError: If they do not fit together or a value cannot be used.
+        """
+        label, unlabelled = label_column("w", w)
+        if not (n := label.size):
+            raise DataError("w is empty; expected one label a unit, with its three rewards.")
+        given = {"r_orig": r_orig, "r_rw": r_rw, "r_rw2": r_rw2}
+        columns = {name: number_column(name, x) for name, x in given.items() if name != "r_orig" or x is not None}
+        lists = [("ids", ids), ("cluster", cluster), ("incomplete", incomplete)]
+        lists += [*_each("texts", texts, 3), *_each("labels", labels, 2)]
+        _check_lengths(n, [*((name, column) for name, (column, _) in columns.items()), *lists])
+        table = cls(
+            w=label,
+            unlabelled=unlabelled,
+            ids=unit_ids(ids, n),
+            by_id=ids is not None,
+            cluster=None if cluster is None else codes("cluster", cluster)[1],
+            reasons=np.full(n, None, dtype=object),
+            keep=np.ones(n, dtype=np.bool_),
+            identical=None if texts is None else [_same(texts[0], texts[1]), _same(texts[1], texts[2])],
+            non_compliant=None if labels is None else _non_compliant(labels, label),
+            **{"r_orig": None, **{name: column for name, (column, _) in columns.items()}},  # type: ignore[arg-type]
+        )
+        table._mark_incomplete(columns, texts or (), incomplete or ())
+        return table
+
+    def mark(self, reason: str, where: Mask) -> None:
+        """Give a reason to the units that have none yet."""
+        self.reasons[where & self.keep] = reason
+        self.keep &= ~where
+
+    def _mark_incomplete(
+        self,
+        columns: Mapping[str, tuple[Vector, Mask]],
+        texts: Sequence[Sequence[str | None]],
+        incomplete: Sequence[str | None],
+    ) -> None:
+        self.mark("unlabelled", self.unlabelled)
+        given = np.array([*incomplete, None], dtype=object)[:-1]
+        for reason in sorted({reason for reason in given if reason is not None}):
+            self.mark(reason, given == reason)
+        for stage, column in zip(STAGES, texts, strict=False):
+            self.mark(f"missing_{stage}", np.array([not (text and text.strip()) for text in column]))
+        for stage, name in zip(STAGES, _REWARDS, strict=True):
+            if name in columns:
+                self.mark(f"missing_{stage}", columns[name][1])
+        for values, _ in columns.values():
+            self.mark("nonfinite", ~np.isfinite(values))
+
+    def why(self, *, labelled: bool = False) -> str:
+        """The reasons with their counts, for messages; with ``labelled`` only of labelled units."""
+        counts = Counter(self.reasons[~self.keep & ~(self.unlabelled & labelled)].tolist())
+        return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+
+    def usable(self, *, missing: str = "raise", identical: str = "keep") -> UnitTable:
+        """Judge by the policies what cannot be used.
+
+        Args:
+            missing: ``"raise"`` or ``"drop"`` for units without all their rewards.
+            identical: ``"keep"``, ``"drop"`` or ``"raise"`` for units with a rewrite that is the text it was made from.
+
+        Returns:
+            This table.
+
+        Raises:
+            DataError: If a unit is refused, or none is left; lists up to ten ids.
+            RecipeError: If a policy needs texts and there are none.
+        """
+        if identical != "keep" and self.identical is None:
+            raise RecipeError(
+                f"identical={identical!r} compares the texts of a unit, but none were given. "
+                "Pass texts=(originals, rewrites, rewrites of the rewrites), or identical='keep'."
+            )
+        if missing == "raise":
+            self._refuse(
+                ~self.keep & (self.reasons != "unlabelled"),
+                f"are incomplete ({self.why(labelled=True)})",
+                "Complete them, or pass missing='drop' to leave them out of every estimator.",
+            )
+        if identical != "keep" and self.identical is not None:
+            first, second = self.identical
+            if identical == "raise":
+                what = "have a rewrite that is the text it was made from"
+                self._refuse(self.keep & (first | second), what, "Rewrite them again, or pass identical='keep'.")
+            self.mark("identical_rewrite", first)
+            self.mark("identical_rewrite2", second)
+        if not self.keep.any():
+            raise DataError(f"None of the {self.w.size} units can be used: {self.why()}. Check labels and rewards.")
+        return self
+
+    def _refuse(self, where: Mask, what: str, instead: str) -> None:
+        wrong = np.flatnonzero(where)
+        if wrong.size:
+            ids = shown(self.ids[i] for i in wrong)
+            raise DataError(f"{wrong.size} of {self.w.size} units {what}: {ids}. {instead}")
+
+    def units(self) -> Units:
+        """The units that can be used, sorted by id (without ids by their values)."""
+        where = np.flatnonzero(self.keep)
+        if self.by_id:
+            where = np.array(sorted(where, key=lambda i: sort_key(self.ids[i])))
+        else:  # the last counts most
+            columns = (self.cluster, self.r_orig, self.r_rw2, self.r_rw, self.w)
+            where = where[np.lexsort([column[where] for column in columns if column is not None])]
+        return Units(
+            ids=tuple(self.ids[i] for i in where),
+            w=self.w[where],
+            r_orig=None if self.r_orig is None else self.r_orig[where],
+            r_rw=self.r_rw[where],
+            r_rw2=self.r_rw2[where],
+            cluster=None if self.cluster is None else self.cluster[where],
+        )
+
+    def counts(self) -> Counts:
+        """How many were used, and what was left out by reason and by arm."""
+        keep, arms = self.keep, self._arms()
+
+        def per_pass(masks: list[Mask] | None) -> dict[str, dict[str, int]] | None:
+            if masks is None:
+                return None
+            return {
+                stage: {arm: int((mask & keep & side).sum()) for arm, side in arms.items()}
+                for stage, mask in zip(STAGES[1:], masks, strict=True)
+            }
+
+        return Counts(
+            given=keep.size,
+            n=int(keep.sum()),
+            n1=int((keep & self.w).sum()),
+            n0=int((keep & ~self.w).sum()),
+            clusters=None if self.cluster is None else len(np.unique(self.cluster[keep])),
+            dropped=_tally(self.reasons[~keep]),
+            dropped_by_arm={arm: _tally(self.reasons[~keep & side]) for arm, side in arms.items()},
+            identical=per_pass(self.identical),
+            non_compliant=per_pass(self.non_compliant),
+        )
+
+    def notes(self) -> list[str]:
+        """What to warn of: many units left out, more in one arm than in the other, or many rewrites that are none."""
+        gone, labelled = ~self.keep & ~self.unlabelled, int((~self.unlabelled).sum())
+        notes = []
+        if gone.sum() > LARGE_SHARE * labelled:
+            notes.append(f"{int(gone.sum())} of {labelled} labelled units ({gone.sum() / labelled:.1%}) were left out.")
+        one, zero = (float(gone[side].mean()) if side.any() else 0.0 for side in self._arms().values())
+        if abs(one - zero) > LARGE_GAP:
+            notes.append(
+                f"{one:.1%} of the units with w=1 and {zero:.1%} of those with w=0 were left out, so the rest may "
+                "differ from the sample."
+            )
+        counts = self.counts()
+        sizes = {"w1": counts.n1, "w0": counts.n0}
+        return notes + [
+            f"{count} of {sizes[arm]} units with w={arm[1]} ({count / sizes[arm]:.1%}) have a {stage} that is the text "
+            "it was made from; such units pull the effect towards zero."
+            for stage, arms in (counts.identical or {}).items()
+            for arm, count in arms.items()
+            if count > LARGE_SHARE * sizes[arm]
+        ]
+
+    def _arms(self) -> dict[str, Mask]:
+        return {"w1": ~self.unlabelled & self.w, "w0": ~self.unlabelled & ~self.w}
+
+
+def _each(name: str, columns: Sequence[Any] | None, count: int) -> list[tuple[str, Any]]:
+    """The columns of an argument that holds several."""
+    if columns is None:
+        return []
+    if len(columns) != count:
+        raise DataError(
+            f"{name} holds {len(columns)} columns; expected {count}, one for each of "
+            f"{', '.join(STAGES[-count:])}, and in each one value a unit."
+        )
+    return [(f"{name}[{place}]", column) for place, column in enumerate(columns)]
+
+
+def _check_lengths(n: int, named: Iterable[tuple[str, Any]]) -> None:
+    for name, values in named:
+        if values is None:
+            continue
+        try:
+            count = len(values)
+        except TypeError as error:
+            raise DataError(
+                f"{name} is {values!r:.80}; expected a list, array or tensor of one value a unit."
+            ) from error
+        if count != n:
+            raise DataError(f"{name} has {count} values, but w has {n}; expected one value a unit in each.")
+
+
+def _same(sources: Sequence[str | None], texts: Sequence[str | None]) -> Mask:
+    pairs = zip(sources, texts, strict=True)
+    return np.array([a is not None and b is not None and triples.same_text(a, b) for a, b in pairs])
+
+
+def _non_compliant(labels: Sequence[Any], w: Mask) -> list[Mask]:
+    """Where pass 1 does not carry 1 - w, and where pass 2 does not carry w; an unlabelled rewrite is not counted."""
+    found = []
+    for place, (values, target) in enumerate(zip(labels, (~w, w), strict=True)):
+        label, absent = label_column(f"labels[{place}]", values)
+        found.append(~absent & (label != target))
+    return found
+
+
+def _tally(reasons: NDArray[Any]) -> dict[str, int]:
+    return dict(sorted(Counter(reasons.tolist()).items()))
