@@ -51,7 +51,7 @@ class GraftCallback(Monitor):
         []
     """
 
-    reads_weights = True
+    hooks = reads_weights = True
 
     def __init__(
         self,

@@ -321,8 +321,12 @@ def test_wrong_settings(settings, match):
 
 
 def test_what_cannot_work_is_refused_before_training(tmp_path):
+    class Hooked(Watch):
+        hooks = True
+
     with pytest.raises(CompiledModelError, match="is compiled"):
-        trainer(tmp_path, Watch()).fit(torch.compile(Module()))
+        trainer(tmp_path, Hooked()).fit(torch.compile(Module()))
+    Watch().setup(type("T", (), {"strategy": None})(), torch.compile(Module()), "fit")  # calls alone may be compiled
     callback = Watch(precision="float32", name="w")
     with pytest.raises(RecipeError, match=r"'w', precision='float32'\) cannot look at weights .* in bf16-true"):
         trainer(tmp_path, callback, precision="bf16-true").fit(Module())

@@ -59,7 +59,9 @@ class MeteredCallback(InterventionCallback, ABC):
         super()._enter(stage, trainer, pl_module)
         if not self.attached:
             return
-        meter = self._meters[stage].to(pl_module.device)
+        meter = self._meters[stage]
+        if pl_module.device.type != "mps":  # which has no float64
+            meter.to(pl_module.device)
         if stage != "train" or self._suspended is None:  # not when training goes on after its validation
             meter.reset()
         self.meter_on(meter)

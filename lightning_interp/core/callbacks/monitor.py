@@ -51,6 +51,8 @@ class Monitor(L.Callback, ABC):
         []
     """
 
+    hooks: ClassVar[bool] = False
+    """Whether looks put hooks on the model, which a compiled one would ignore."""
     reads_weights: ClassVar[bool] = False
     """Whether looks use values of weights, which some strategies keep in shards."""
     gradients: ClassVar[bool] = False
@@ -129,7 +131,8 @@ class Monitor(L.Callback, ABC):
         if stage not in ("fit", "validate"):
             return
         check_strategy(trainer.strategy, reads_weights=self.reads_weights, purpose=type(self).__name__)
-        check_hookable(pl_module)
+        if self.hooks:
+            check_hookable(pl_module)
         self.prepare(trainer, pl_module, stage)
         self._check_name(getattr(trainer, "callbacks", ()))
         run = str(getattr(getattr(trainer.strategy, "precision_plugin", None), "precision", ""))
