@@ -25,11 +25,12 @@ from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.generation.requests import Completion, TextRequest
 from lightning_interp.generation.sampling import draw_tokens, uniform_numbers
 
-__all__ = ["LocalSampler", "Processors", "request_ids"]
+__all__ = ["LocalSampler", "Processors", "end_tokens", "request_ids"]
 
 Processors = Sequence[LogitsProcessor] | Callable[[TextRequest], Sequence[LogitsProcessor]]
 """What forbids or favours tokens: the same for every request, or made for each; they never see padding."""
 
+_CONTEXT = 8  # tokens of a raw prompt that are decoded with what follows
 _VERSION = 1  # raised when the same request and weights give another text
 
 
@@ -235,7 +236,7 @@ class LocalSampler:
         within = ids[: row.limit if stopped is None else min(stopped, row.limit)]
         end = next((place for place, one in enumerate(within) if one in ends), None)
         kept = within[:end]
-        text = str(self.tokenizer.decode(kept, skip_special_tokens=True))
+        text = self._text(row, kept)
         cuts = [at for at in (text.find(stop) for stop in row.request.stop) if at >= 0]
         complete = end is not None or bool(cuts)
         return Completion(
@@ -248,11 +249,16 @@ class LocalSampler:
             request=row.request.digest,
         )
 
+    def _text(self, row: _Row, ids: Sequence[int]) -> str:
+        """What new tokens spell: after a raw prompt also the space that a tokenizer drops where a text begins."""
+        before = [] if row.request.messages else row.ids[-_CONTEXT:]
+        context, whole = (str(self.tokenizer.decode(x, skip_special_tokens=True)) for x in (before, [*before, *ids]))
+        if whole.startswith(context):
+            return whole[len(context) :]
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
     def _ends(self) -> set[int]:
-        """Ids that end an answer: those of the model's generation settings and the tokenizer's end token."""
-        found = getattr(self.model.generation_config, "eos_token_id", None)
-        ends = found if isinstance(found, list) else [found]
-        return {int(one) for one in (*ends, self.tokenizer.eos_token_id) if one is not None}
+        return end_tokens(self.model, self.tokenizer)
 
     def _pad(self) -> int:
         pad = self.tokenizer.pad_token_id
@@ -349,6 +355,18 @@ def request_ids(tokenizer: PreTrainedTokenizerBase, request: TextRequest) -> lis
     if not ids:
         raise DataError(f"The prompt {request.prompt!r} has no token, so nothing can follow it. Give a longer one.")
     return list(ids)
+
+
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids that end an answer: those of the model's generation settings and the tokenizer's end token.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+    """
+    found = getattr(model.generation_config, "eos_token_id", None)
+    ends = found if isinstance(found, list) else [found]
+    return {int(one) for one in (*ends, tokenizer.eos_token_id) if one is not None}
 
 
 def _places(model: Any) -> int | None:

@@ -13,6 +13,8 @@ from lightning_interp.core.measure.undisturbed import evaluating
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.weights.sources import AnySource, ModelSource, make_sources
 from lightning_interp.errors import RecipeError
+from lightning_interp.generation.requests import TextRequest
+from lightning_interp.generation.sampler import LocalSampler
 from lightning_interp.grafting.intervention import Decode, Graft, decode_name
 from lightning_interp.grafting.plan import GraftPlan
 from lightning_interp.grafting.prompts import EncodedPrompt, PromptBatch
@@ -101,21 +103,14 @@ def _written(
     num_beams: int,
 ) -> list[str]:
     """The continuation of one prompt by every plan, all in one batch."""
-    batch, count = PromptBatch.of([prompt]), len(graft.plans)
-    tokenizer, device = evaluator.tokenizer, next(model_map.model.parameters()).device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    generator: Any = model_map.model
-    with graft.attach(model_map, tokenizer=tokenizer) as attachment:
-        attachment.batch = {n: m.repeat(count * num_beams, 1).to(device) for n, m in batch.masks.items()}
-        written = generator.generate(
-            input_ids=batch.ids.repeat(count, 1).to(device),
-            attention_mask=batch.valid.long().repeat(count, 1).to(device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=num_beams,
-            pad_token_id=pad,
-        )
-    return [tokenizer.decode(row[batch.ids.shape[1] :], skip_special_tokens=True) for row in written]
+    masks, count = PromptBatch.of([prompt]).masks, len(graft.plans)
+    model = model_map.model
+    request = TextRequest(prompt=prompt.ids, max_new_tokens=max_new_tokens, temperature=0.0)
+    with graft.attach(model_map, tokenizer=evaluator.tokenizer) as attachment:
+        device = next(model.parameters()).device
+        attachment.batch = {n: m.repeat(count * num_beams, 1).to(device) for n, m in masks.items()}
+        written = LocalSampler(model, evaluator.tokenizer, beams=num_beams).write([request] * count)
+    return [one.text or "" for one in written]
 
 
 def exact_match(rows: Sequence[Mapping[str, Any]], *, level: float = 0.95) -> dict[str, Estimate]:

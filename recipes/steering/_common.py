@@ -6,13 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
 from lightning_interp.core.storage.json_reading import read_json
 from lightning_interp.core.storage.jsonl import json_lines, text_lines
 from lightning_interp.errors import DataError
+from lightning_interp.generation import LocalSampler, TextRequest
 from lightning_interp.steering import CounterfactualPairs, pairs_from_vocabulary, read_head
 
 OPENINGS = (
@@ -94,25 +93,24 @@ def sample_texts(
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer, which pads on the left.
+        tokenizer: Its tokenizer.
         count: Texts.
         length: New tokens of each.
-        seed: Root seed; each batch has generators of its own.
+        seed: Root seed; each text has random numbers of its own.
         advance: Called with the number of texts just written.
 
     Returns:
         The texts, openings included.
     """
+    sampler = LocalSampler(model, tokenizer, batch_size=_BATCH)
+    asked = [
+        TextRequest(prompt=OPENINGS[i % len(OPENINGS)], max_new_tokens=length, seed=seed, key=("texts", i))
+        for i in range(count)
+    ]
     written: list[str] = []
-    for begin in range(0, count, _BATCH):
-        opened = [OPENINGS[i % len(OPENINGS)] for i in range(begin, min(count, begin + _BATCH))]
-        batch = tokenizer(opened, return_tensors="pt", padding=True).to(model.device)
-        with torch.no_grad(), seeded_rng(derived_seed(seed, "texts", begin), model.device):
-            out = model.generate(
-                **batch, max_new_tokens=length, do_sample=True, top_k=0, pad_token_id=tokenizer.pad_token_id or 0
-            )
-        written += tokenizer.batch_decode(out, skip_special_tokens=True)
-        advance(len(opened))
+    for part in (asked[i : i + _BATCH] for i in range(0, count, _BATCH)):
+        written += [one.text + (found.text or "") for one, found in zip(part, sampler.generate(part), strict=True)]
+        advance(len(part))
     return written
 
 
@@ -137,6 +135,5 @@ def texts_or_samples(
     if path:
         return read_texts(path)
     loaded = load_causal_lm(source)
-    loaded.tokenizer.padding_side = "left"
     with progress("writing texts", total=count) as bar:
         return sample_texts(loaded.model, loaded.tokenizer, count=count, length=length, seed=seed, advance=bar.advance)

@@ -7,11 +7,12 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from transformers import SuppressTokensLogitsProcessor
 
-from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
 from lightning_interp.core.measure.statistics import Estimate
 from lightning_interp.figures import COLOURS, GREY, bars, in_house_style, label, panels
+from lightning_interp.generation import Completion, LocalSampler, TextRequest
+from lightning_interp.generation.sampler import end_tokens, request_ids
 from lightning_interp.generation.text_quality import distinct_n, repeated_share
 from lightning_interp.steering import CounterfactualPairs, DualSteering, perplexity
 
@@ -47,41 +48,38 @@ def measured_generation(
         steering: What acts while writing; None for nothing.
         new_tokens: Tokens of each text.
         temperature: 0 writes greedily.
-        seed: Root seed of sampling; each prompt has generators of its own.
+        seed: Root seed of sampling; each prompt has random numbers of its own.
         advance: Called with the number of prompts just done.
 
     Returns:
         One row a prompt: ``prompt``, ``text`` and the ``MEASURES`` (``pair_share`` is 0.5 where no token is of a pair).
     """
+    ends = SuppressTokensLogitsProcessor(sorted(end_tokens(model, tokenizer)), device=model.device)
+    sampler = LocalSampler(model, tokenizer, name="no end", logits_processors=[ends])
     rows = []
     for number, prompt in enumerate(prompts):
-        ids = tokenizer([prompt], return_tensors="pt").input_ids.to(model.device)
-        sampling = {"do_sample": temperature > 0} | ({"temperature": temperature, "top_k": 0} if temperature else {})
-        with (
-            torch.no_grad(),
-            seeded_rng(derived_seed(seed, "generate", number), model.device),
-            nullcontext() if steering is None else steering.attach(model, tokenizer=tokenizer),
-        ):
-            out = model.generate(
-                ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id or 0,
-                **sampling,
-            )  # fmt: skip
-        rows.append({"prompt": prompt, **_measured(model, tokenizer, out, ids.shape[1], pairs)})
+        request = TextRequest(
+            prompt=prompt, max_new_tokens=new_tokens, temperature=temperature, seed=seed, key=("generate", number)
+        )
+        with nullcontext() if steering is None else steering.attach(model, tokenizer=tokenizer):
+            (written,) = sampler.generate([request])
+        rows.append({"prompt": prompt, "text": written.text, **_measured(model, tokenizer, request, written, pairs)})
         advance(1)
     return rows
 
 
-def _measured(model: Any, tokenizer: Any, out: Tensor, start: int, pairs: CounterfactualPairs) -> dict[str, Any]:
+def _measured(
+    model: Any, tokenizer: Any, request: TextRequest, written: Completion, pairs: CounterfactualPairs
+) -> dict[str, Any]:
+    before, new = request_ids(tokenizer, request), torch.tensor(written.token_ids)
+    ids = torch.tensor([[*before, *written.token_ids]], device=model.device)
+    mask = torch.arange(ids.shape[1], device=model.device)[None] >= len(before)
     with torch.no_grad():
-        logits = model(out).logits
-    mask = torch.zeros_like(out, dtype=torch.bool)
-    mask[:, start:] = True
-    new = out[0, start:].cpu()
-    base, target = (int(torch.isin(new, ids).sum()) for ids in (pairs.base_ids, pairs.target_ids))
+        logits = model(ids).logits
+    base, target = (int(torch.isin(new, side).sum()) for side in (pairs.base_ids, pairs.target_ids))
     return {
-        "text": tokenizer.decode(new, skip_special_tokens=True),
         "pair_share": target / (base + target) if base + target else 0.5,
-        "perplexity": float(perplexity(logits, out, mask)[0]),
+        "perplexity": float(perplexity(logits, ids, mask)[0]),
         "distinct_2": distinct_n([new.tolist()], 2),
         "repeated_4": repeated_share(new.tolist(), 4),
     }

@@ -18,6 +18,7 @@ from lightning_interp.core.measure.undisturbed import undisturbed
 from lightning_interp.core.tokens.batches import padded
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.figures import BLUE, ORANGE, band, heat_map, in_house_style, label, panels
+from lightning_interp.generation import LocalSampler, TextRequest
 from lightning_interp.steering import AddDirection, SteeringVector, text_features
 from lightning_interp.steering.vectors.features import encode_texts, pack_rows
 
@@ -274,25 +275,12 @@ def write_sweep(
     Returns:
         Rows ``{"strength", "prompt", "text"}``, strength by strength.
     """
-    rows = encode_texts(tokenizer, prompts)
-    width = max(map(len, rows))
-    ids, mask = padded(rows, side="left")
-    device = next(model.model.parameters()).device
-    ids, mask = (x.repeat(len(strengths), 1).to(device) for x in (ids, mask))
+    asked = [TextRequest(prompt=prompt, max_new_tokens=new_tokens, temperature=0.0) for prompt in prompts]
     steer = AddDirection(vector, site=Site("resid_post", layer), strength=list(strengths))
-    generator: Any = model.model
-    with steer.attach(model), undisturbed(model.model):
-        written = generator.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=_pad(tokenizer)
-        )
-    texts = [tokenizer.decode(row[width:], skip_special_tokens=True) for row in written]
+    with steer.attach(model):
+        written = LocalSampler(model.model, tokenizer).write(asked * len(strengths))
     named = [(strength, prompt) for strength in strengths for prompt in prompts]
-    return [{"strength": s, "prompt": p, "text": text} for (s, p), text in zip(named, texts, strict=True)]
-
-
-def _pad(tokenizer: Any) -> int:
-    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return int(found or 0)
+    return [{"strength": s, "prompt": p, "text": one.text} for (s, p), one in zip(named, written, strict=True)]
 
 
 def _means(model: ModelMap, tokenizer: Any, texts: Sequence[str], site: Site) -> torch.Tensor:

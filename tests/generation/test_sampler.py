@@ -6,7 +6,8 @@ import random
 
 import pytest
 import torch
-from transformers import LogitsProcessor
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
 from lightning_interp.core.hooks.intervention import Intervention
 from lightning_interp.core.model.sites import Site
@@ -105,6 +106,18 @@ class TestTexts:
         (found,) = written(model, tokenizer, [TextRequest(prompt=[5, 6, 7], max_new_tokens=3)])
         assert found.tokens_in == 3
         assert list(found.token_ids) == plain_loop(model, tokenizer, TextRequest(prompt=(5, 6, 7), max_new_tokens=3))[0]
+
+    def test_what_follows_a_raw_prompt_keeps_its_space(self, tokenizer):
+        """Tokenizers that mark words by their space drop it where a text begins."""
+        words, special = ["▁a", "▁b", "<eos>", "▁film", "s"], dict.fromkeys(("eos_token", "pad_token"), "<eos>")
+        raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
+        raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        spaced = PreTrainedTokenizerFast(tokenizer_object=raw, **special)
+        sampler = LocalSampler(tiny_model("llama"), spaced)
+        row = sampler._row(TextRequest(prompt="a b"))
+        assert spaced.decode([3, 4]) == "films"
+        assert sampler._completion(row, [3, 4, 2], None).text == " films"
+        assert sampler._completion(row, [4, 2], None).text == "s"
 
     def test_what_the_models_own_settings_say_of_sampling_is_not_used(self, model, tokenizer, monkeypatch):
         expected = written(model, tokenizer, asked())
