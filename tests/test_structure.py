@@ -17,7 +17,7 @@ CORE = {
     "model": {"measure", "model"},
     "tokens": {"model", "tokens"},
     "hooks": {"model", "tokens", "hooks"},
-    "weights": {"model", "tokens", "hooks", "weights"},
+    "weights": {"model", "tokens", "hooks", "measure", "weights"},  # measure: dropout is drawn by derived seeds
     "measure": {"measure"},
     "storage": {"measure", "storage"},
     "callbacks": {"model", "tokens", "hooks", "measure", "storage", "callbacks"},

@@ -10,7 +10,8 @@ from torch import nn
 
 from lightning_interp.core.hooks.intervention import Attachment
 from lightning_interp.core.model.model_map import ModelMap
-from lightning_interp.core.weights.masked_linear import MaskedMap, RowMask, attach_masked, masked_rows
+from lightning_interp.core.weights.masked_linear import MaskedMap, attach_masked, masked_rows
+from lightning_interp.core.weights.row_masks import RowMask
 from lightning_interp.errors import IncompatibleModelError, PositionError
 from lightning_interp.testing import tiny_model
 

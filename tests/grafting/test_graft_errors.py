@@ -215,12 +215,18 @@ def test_sharded_models(which, refused, tmp_path):
 # Two grafts.
 
 
-def test_a_second_graft_on_the_same_modules(hook_count):
+def test_two_grafts_that_contradict_each_other(hook_count):
     recipient, donor = tiny_pair("llama")
-    with Graft(donor, LAST).attach(recipient):
+    _, other = tiny_pair("llama")
+    with Graft({"one": donor}, GraftPlan.at(Last(), "BLOCK", source="one")).attach(recipient):
         before, first = hook_count(recipient), run(recipient)
-        with pytest.raises(IncompatibleModelError, match=r"LlamaRMSNorm already follows another masked map"):
-            Graft(donor, GraftPlan.at(Span(0), "BLOCK")).attach(recipient)
+        with Graft({"two": other}, GraftPlan.at(Span(7), "O", source="two")).attach(recipient):
+            match = (
+                r"Row 0, token 7 of model.layers.0.self_attn.o_proj belongs to two holders with different weights: "
+                r"Graft\('one'\) claims it for 'one' and Graft\('two'\) claims it for 'two'"
+            )
+            with pytest.raises(RecipeError, match=match):
+                run(recipient)
         assert hook_count(recipient) == before
         assert torch.equal(run(recipient), first)
     assert hook_count(recipient) == 0

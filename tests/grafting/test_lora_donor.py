@@ -277,12 +277,15 @@ def test_dropout_that_is_on(hook_count):
     _, model = adapted("llama", lora_dropout=0.3)
     ids = prompts()
     assert torch.equal(grafted(model, "default", GraftPlan.whole(), ids), run(model, ids))
+    quiet, before = grafted(model, "default", LAST, ids), torch.get_rng_state()
     model.train()
-    with (
-        Graft("default", LAST).attach(model),
-        pytest.raises(UnsupportedStrategyError, match=r"Dropout is on.*model.eval\(\)"),
-    ):
-        run(model, ids)
+    with Graft("default", LAST).attach(model):
+        first, second = run(model, ids), run(model, ids)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(grafted(model, "default", LAST, ids), first)  # a pass is counted from its attachment's first
+    assert not torch.equal(first, second)
+    assert torch.equal(first[:, :-1], quiet[:, :-1])
+    assert not torch.equal(first[:, -1], quiet[:, -1])
     assert hook_count(model) == 0
 
 

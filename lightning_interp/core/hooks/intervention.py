@@ -70,6 +70,7 @@ class Attachment:
         self._prompt: StepContext | None = None
         self._handles: list[Any] = []
         self._on_remove: list[Callable[[], None]] = []
+        self._on_installed: list[Callable[[], None]] = []
         self._step: StepContext | None = None
         self._graph_task = -1
         self._passes: deque[tuple[int, StepContext]] = deque(maxlen=_PASSES)
@@ -127,6 +128,15 @@ class Attachment:
     def on_remove(self, action: Callable[[], None]) -> None:
         """Run ``action`` once when the attachment is removed."""
         self._on_remove.append(action)
+
+    def on_installed(self, check: Callable[[], None]) -> None:
+        """Run ``check`` once when everything that is attached together is installed; what it raises undoes all."""
+        self._on_installed.append(check)
+
+    def installed(self) -> None:
+        """Run what :meth:`on_installed` was given."""
+        while self._on_installed:
+            self._on_installed.pop()()
 
     def remove(self) -> None:
         """Take everything off. Safe to call again."""
@@ -239,6 +249,7 @@ class Intervention(ABC):
         attachment = Attachment(model_map, tokenizer)
         try:
             self.install(attachment)
+            attachment.installed()
         except BaseException:
             attachment.remove()
             raise

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["derived_seed", "hashed_number", "seeded_rng"]
+__all__ = ["derived_seed", "generators_of", "hashed_number", "seeded_rng"]
 
 
 def derived_seed(root: int, *key: object) -> int:
@@ -38,6 +38,15 @@ def hashed_number(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
+def generators_of(device: torch.device | None = None) -> list[torch.Generator]:
+    """Torch's global generators that code on a device draws from: the CPU's, and the device's own."""
+    generators = [torch.default_generator]
+    if device is not None and device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    return generators
+
+
 @contextmanager
 def seeded_rng(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Run a block whose code draws from torch's global generators with a seed of its own; put them back afterwards.
@@ -53,10 +62,7 @@ def seeded_rng(seed: int, device: torch.device | None = None) -> Iterator[None]:
         ...     torch.equal(first, torch.rand(3))
         True
     """
-    generators = [torch.default_generator]
-    if device is not None and device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        generators.append(torch.cuda.default_generators[index])
+    generators = generators_of(device)
     before = [generator.get_state() for generator in generators]
     for generator in generators:
         generator.manual_seed(seed)

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from lightning_interp.core.hooks.intervention import Attachment, Hook, first_input, join_output, split_output
-from lightning_interp.errors import IncompatibleModelError, PositionError
+from lightning_interp.core.measure.seeding import generators_of
+from lightning_interp.core.weights.row_masks import RowLayout, RowMask
+from lightning_interp.errors import IncompatibleModelError
 
-__all__ = ["Execution", "MaskedMap", "RowMask", "attach_masked", "masked_rows"]
+__all__ = ["Execution", "MaskedHooks", "MaskedMap", "RowMap", "TokenMap", "attach_masked", "masked_rows"]
 
 Execution = Literal["auto", "overwrite", "partition", "dense"]
 RowMap = Callable[..., Any]
@@ -28,52 +29,15 @@ PARTITION_FROM = 0.3
 """Share of rows away from source 0 above which ``auto`` computes every source on its own rows only."""
 
 
-class RowMask:
-    """Which weight source each row uses, with what every module needs of it worked out once.
+@dataclass(frozen=True, eq=False)
+class TokenMap:
+    """A map that is told which tokens its rows are, as one that draws random numbers for each must be.
 
     Args:
-        source: int ``[B, T]``; 0 is the recipient, ``k`` the k-th donor.
-
-    Example:
-        >>> mask = RowMask(torch.tensor([[0, 1, 1], [0, 0, 0]]))
-        >>> mask.uniform is None, mask.rows(1).tolist(), round(mask.share, 2)
-        (True, [1, 2], 0.33)
+        function: Called with the input, the mask, and the flat indices of the rows it is given (None for all).
     """
 
-    def __init__(self, source: torch.Tensor) -> None:
-        self.source = source
-        self.shape = (int(source.shape[0]), int(source.shape[1]))
-        self._rows: dict[int, torch.Tensor] = {}
-        self._tails: dict[int, RowMask] = {}
-
-    @cached_property
-    def used(self) -> tuple[int, ...]:
-        """Sources that occur, in order."""
-        return tuple(int(k) for k in torch.bincount(self.source.flatten()).nonzero()[:, 0].tolist())
-
-    @property
-    def uniform(self) -> int | None:
-        """The only source, or None if there are several."""
-        return self.used[0] if len(self.used) == 1 else None
-
-    @cached_property
-    def share(self) -> float:
-        """Share of rows that do not use source 0."""
-        return int(torch.count_nonzero(self.source)) / self.source.numel()
-
-    def rows(self, source: int) -> torch.Tensor:
-        """Flat indices ``[n]`` of the rows that use a source."""
-        if source not in self._rows:
-            self._rows[source] = (self.source == source).flatten().nonzero().flatten()
-        return self._rows[source]
-
-    def tail(self, n: int) -> RowMask:
-        """The mask of the last ``n`` columns."""
-        if n == self.shape[1]:
-            return self
-        if n not in self._tails:
-            self._tails[n] = RowMask(self.source[:, -n:])
-        return self._tails[n]
+    function: Callable[[torch.Tensor, RowMask, torch.Tensor | None], Any]
 
 
 @dataclass(eq=False)
@@ -91,25 +55,27 @@ class MaskedMap:
         execution: How mixed masks are computed.
         per_call: Compare whole outputs instead of gathering rows (modules that are not fed one row a token).
         takes_empty: Whether the module can be run on no rows at all.
+        bypass: Whether in this pass the module itself may compute no rows that count, although it is a source.
     """
 
     module: nn.Module
     native: int
-    alternatives: Mapping[int, RowMap]
+    alternatives: Mapping[int, RowMap | TokenMap]
     mask: Callable[[], Sequence[tuple[torch.Tensor | None, RowMask]]]
     execution: Execution = "auto"
     per_call: bool = False
     takes_empty: bool = True
-    deltas: Mapping[int, RowMap] = field(default_factory=dict)
+    deltas: Mapping[int, RowMap | TokenMap] = field(default_factory=dict)
+    bypass: Callable[[], bool] | None = None
 
 
 def masked_rows(
     x: torch.Tensor,
-    maps: Mapping[int, RowMap],
+    maps: Mapping[int, RowMap | TokenMap],
     mask: RowMask,
     *,
     execution: Execution = "auto",
-    deltas: Mapping[int, RowMap] | None = None,
+    deltas: Mapping[int, RowMap | TokenMap] | None = None,
 ) -> torch.Tensor:
     """Apply to each row of ``x`` the map that the mask names.
 
@@ -136,17 +102,17 @@ def masked_rows(
         [1.0, -1.0, 1.0]
     """
     if mask.uniform is not None:
-        return _tensor(maps[mask.uniform](x))
-    layout = _Layout.of(x, mask)
+        return _run(maps[mask.uniform], x, mask)
+    layout = RowLayout.of(x, mask)
     if deltas and _all_deltas(mask, deltas) and execution == "auto":
-        return layout.restore(_add_deltas(layout.flatten(_fresh(maps[0](x), x)), x, deltas, mask, layout))
+        return layout.restore(_add_deltas(layout.flatten(_fresh(_run(maps[0], x, mask), x)), x, deltas, mask, layout))
     how = _choose(execution, mask)
     if how == "dense":
-        outputs = {k: layout.flatten(_tensor(maps[k](x))) for k in mask.used}
+        outputs = {k: layout.flatten(_run(maps[k], x, mask)) for k in mask.used}
         return layout.restore(_select(outputs, mask))
     rows = {k: layout.gather(x, mask.rows(k)) for k in mask.used if how == "partition" or k != 0}
-    outputs = {k: layout.scatter(_tensor(maps[k](r))) for k, r in rows.items()}
-    base = layout.flatten(_fresh(maps[0](x), x)) if how == "overwrite" else None
+    outputs = {k: layout.scatter(_run(maps[k], r, mask, mask.rows(k))) for k, r in rows.items()}
+    base = layout.flatten(_fresh(_run(maps[0], x, mask), x)) if how == "overwrite" else None
     return layout.restore(_assemble(base, outputs, mask))
 
 
@@ -160,46 +126,74 @@ def attach_masked(attachment: Attachment, masked: MaskedMap) -> None:
     Raises:
         IncompatibleModelError: If another masked map is already on the module.
     """
-    hooks = masked.module._forward_pre_hooks.values()
-    if any(isinstance(hook, Hook) and isinstance(getattr(hook.function, "__self__", None), _Runner) for hook in hooks):
-        raise IncompatibleModelError(
-            f"{type(masked.module).__name__} already follows another masked map. Remove that attachment, or name "
-            "several sources in one plan."
-        )
-    runner = _Runner(masked)
-    handle = masked.module.register_forward_pre_hook(Hook(runner.before), with_kwargs=True)
-    runner.key = handle.id
-    attachment.add(handle)
-    attachment.add(masked.module.register_forward_hook(Hook(runner.after), with_kwargs=True, prepend=True))
+    attachment.add(MaskedHooks(masked))
 
 
-class _Runner:
-    """The two hooks of one module: hand it only the rows it computes, then put the others in their places."""
+class MaskedHooks:
+    """The two hooks of one module: hand it only the rows it computes, then put the others in their places.
+
+    Args:
+        masked: The module, its alternatives and its mask; may be replaced between two calls of the module.
+
+    Raises:
+        IncompatibleModelError: If another masked map is already on the module.
+    """
 
     def __init__(self, masked: MaskedMap) -> None:
+        if self.on(masked.module) is not None:
+            raise IncompatibleModelError(
+                f"{type(masked.module).__name__} already follows another masked map. Remove that attachment, or name "
+                "several sources in one plan."
+            )
         self.masked = masked
-        self.key = -1
-        self.pending: list[tuple[torch.Tensor, Sequence[tuple[torch.Tensor | None, RowMask]], str]] = []
+        self._pending: list[tuple[torch.Tensor, Sequence[tuple[torch.Tensor | None, RowMask]], str]] = []
+        self._random: list[tuple[torch.Generator, torch.Tensor]] = []
+        before = masked.module.register_forward_pre_hook(Hook(self._before), with_kwargs=True)
+        after = masked.module.register_forward_hook(Hook(self._after), with_kwargs=True, prepend=True)
+        self.key, self._handles = before.id, (before, after)
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.pending.clear()
+    @staticmethod
+    def on(module: nn.Module) -> MaskedHooks | None:
+        """The hooks that a module has; None for a module without."""
+        for hook in module._forward_pre_hooks.values():
+            owner = getattr(hook.function, "__self__", None) if isinstance(hook, Hook) else None
+            if isinstance(owner, MaskedHooks):
+                return owner
+        return None
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._pending.clear()
+        self._random.clear()
         masks = [(columns, mask) for columns, mask in self.masked.mask()]
-        uniform = {mask.uniform for _, mask in masks}
-        if uniform == {self.masked.native}:
+        native = self._native()
+        if {mask.uniform for _, mask in masks} == {native}:
             return None
         x, put = first_input(args, kwargs)
+        if self._bypassed():
+            self._random = [(generator, generator.get_state()) for generator in generators_of(x.device)]
         shadowed = next(reversed(module._forward_pre_hooks)) != self.key  # a later pre-hook must see whole inputs
         if self.masked.per_call or len(masks) > 1 or shadowed:
-            self.pending.append((x, masks, "all"))
+            self._pending.append((x, masks, "all"))
             return None
         columns, mask = masks[0]
         mask = _fit(mask, x)
-        native, how = self.masked.native, _choose(self.masked.execution, mask)
+        how = _choose(self.masked.execution, mask)
         if mask.uniform is None and (how == "dense" or (how == "overwrite" and native == 0)):
-            self.pending.append((x, [(columns, mask)], "all"))
+            self._pending.append((x, [(columns, mask)], "all"))
             return None
-        self.pending.append((x, [(columns, mask)], "rows"))
+        self._pending.append((x, [(columns, mask)], "rows"))
         return put(self._native_rows(x, mask, native))
+
+    def _native(self) -> int:
+        return -1 if self._bypassed() else self.masked.native
+
+    def _bypassed(self) -> bool:
+        return self.masked.bypass is not None and self.masked.bypass()
 
     def _by_delta(self, mask: RowMask) -> bool:
         return mask.uniform is None and self.masked.execution == "auto" and _all_deltas(mask, self.masked.deltas)
@@ -210,19 +204,22 @@ class _Runner:
             rows = rows[:0]
         if len(rows) == 0 and not self.masked.takes_empty:
             rows = rows.new_zeros(1)
-        return _Layout.of(x, mask).gather(x, rows)
+        return RowLayout.of(x, mask).gather(x, rows)
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not self.pending:
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self._pending:
             return None
-        x, masks, have = self.pending.pop()
+        while self._random:
+            generator, state = self._random.pop()
+            generator.set_state(state)
+        x, masks, have = self._pending.pop()
         own, rest = _fresh(output, x), split_output(output)[1]
         if self.masked.per_call:
             return join_output(self._whole(own, masks[0][1], args, kwargs), rest)
-        maps: dict[int, RowMap] = dict(self.masked.alternatives)
+        maps: dict[int, RowMap | TokenMap] = dict(self.masked.alternatives)
         if have == "all":  # a later pre-hook may have changed the input
             return join_output(self._over(first_input(args, kwargs)[0], own, masks), rest)
-        maps[self.masked.native] = lambda _: own
+        maps[self._native()] = lambda _: own
         new = masked_rows(x, maps, masks[0][1], execution=self.masked.execution, deltas=self.masked.deltas)
         return join_output(new, rest)
 
@@ -230,18 +227,21 @@ class _Runner:
         self, x: torch.Tensor, own: torch.Tensor, masks: Sequence[tuple[torch.Tensor | None, RowMask]]
     ) -> torch.Tensor:
         """The module has run on all rows; write the other sources over it, feature group by feature group."""
+        native = self._native()
+        if native < 0 and own.requires_grad:  # every row is written over
+            own = own.detach()
         for columns, wide in masks:
             mask = _fit(wide, x)
-            layout = _Layout.of(x, mask)
+            layout = RowLayout.of(x, mask)
             flat = layout.flatten(own)
             for k in mask.used:
-                if k == self.masked.native:
+                if k == native:
                     continue
-                rows = mask.rows(k)
+                rows, change = mask.rows(k), self.masked.alternatives[k]
                 if mask.uniform is not None or self.masked.execution == "dense":
-                    new = layout.flatten(_tensor(self.masked.alternatives[k](x)))[rows]
+                    new = layout.flatten(_run(change, x, mask))[rows]
                 else:
-                    new = layout.scatter(_tensor(self.masked.alternatives[k](layout.gather(x, rows))))
+                    new = layout.scatter(_run(change, layout.gather(x, rows), mask, rows))
                 flat = _write(flat, rows, new, columns)
             own = layout.restore(flat)
         return own
@@ -251,70 +251,23 @@ class _Runner:
         source = mask.source[..., None]
         for k in mask.used:
             if k != self.masked.native:
-                own = torch.where(source == k, _tensor(self.masked.alternatives[k](*args, **kwargs)), own)
+                change: Any = self.masked.alternatives[k]
+                own = torch.where(source == k, _tensor(change(*args, **kwargs)), own)
         return own
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """How the rows of a tensor lie: ``[B, T, ...]``, flat ``[B*T, ...]``, or heads first ``[B, H, T, d]``."""
-
-    shape: tuple[int, int]
-    kind: str
-
-    @classmethod
-    def of(cls, x: torch.Tensor, mask: RowMask) -> _Layout:
-        batch, length = mask.shape
-        rows = x.dim() >= 2 and tuple(x.shape[:2]) == (batch, length)
-        heads = x.dim() == 4 and (x.shape[0], x.shape[2]) == (batch, length)
-        if rows and heads and x.shape[1] == x.shape[2]:
-            rows = x.stride(1) >= x.stride(2)  # a transposed view keeps the strides of [B, T, H, d]
-        if rows:
-            return cls(mask.shape, "rows")
-        if heads:
-            return cls(mask.shape, "heads")
-        if x.dim() >= 1 and x.shape[0] == batch * length:
-            return cls(mask.shape, "flat")
-        raise PositionError(
-            f"A masked module received a tensor of shape {tuple(x.shape)}, which has no row for each of the "
-            f"{batch} x {length} tokens of this pass."
-        )
-
-    def flatten(self, x: torch.Tensor) -> torch.Tensor:
-        if self.kind == "heads":
-            x = x.transpose(1, 2)
-        return x if self.kind == "flat" else x.reshape(self.shape[0] * self.shape[1], *x.shape[2:])
-
-    def restore(self, flat: torch.Tensor) -> torch.Tensor:
-        if self.kind == "flat":
-            return flat
-        out = flat.reshape(*self.shape, *flat.shape[1:])
-        return out.transpose(1, 2) if self.kind == "heads" else out
-
-    def gather(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Rows as a batch of one, ``[1, n, ...]`` (or ``[1, H, n, d]``), as the module knows its input."""
-        flat = self.flatten(x)
-        chosen = (flat.index_select(0, rows.to(x.device)) if len(rows) else flat[:0])[None]
-        return chosen.transpose(1, 2) if self.kind == "heads" else chosen
-
-    def scatter(self, out: torch.Tensor) -> torch.Tensor:
-        """What a module made of gathered rows, as ``[n, ...]``."""
-        if self.kind == "heads" and out.dim() == 4:
-            out = out.transpose(1, 2)
-        return out[0] if out.shape[0] == 1 else out.reshape(-1, *out.shape[2:])
-
-
-def _all_deltas(mask: RowMask, deltas: Mapping[int, RowMap]) -> bool:
+def _all_deltas(mask: RowMask, deltas: Mapping[int, RowMap | TokenMap]) -> bool:
     return bool(deltas) and all(k == 0 or k in deltas for k in mask.used)
 
 
 def _add_deltas(
-    flat: torch.Tensor, x: torch.Tensor, deltas: Mapping[int, RowMap], mask: RowMask, layout: _Layout
+    flat: torch.Tensor, x: torch.Tensor, deltas: Mapping[int, RowMap | TokenMap], mask: RowMask, layout: RowLayout
 ) -> torch.Tensor:
     for k in mask.used:
         if k != 0:
-            difference = layout.scatter(deltas[k](layout.gather(x, mask.rows(k)))).to(flat.dtype)
-            flat = _put(flat, mask.rows(k), difference, add=True)
+            rows = mask.rows(k)
+            difference = layout.scatter(_run(deltas[k], layout.gather(x, rows), mask, rows)).to(flat.dtype)
+            flat = _put(flat, rows, difference, add=True)
     return flat
 
 
@@ -337,6 +290,10 @@ def _fit(mask: RowMask, x: torch.Tensor) -> RowMask:
     if x.dim() == 3 and x.shape[0] == batch and x.shape[1] < length:
         return mask.tail(int(x.shape[1]))
     return mask
+
+
+def _run(function: RowMap | TokenMap, x: torch.Tensor, mask: RowMask, rows: torch.Tensor | None = None) -> torch.Tensor:
+    return _tensor(function.function(x, mask, rows) if isinstance(function, TokenMap) else function(x))
 
 
 def _tensor(output: Any) -> torch.Tensor:

@@ -9,7 +9,7 @@ import os
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,6 +69,12 @@ class ModelSource(WeightSource):
             raise RecipeError(f"ModelSource(quantized={quantized!r}) is unknown; expected 'refuse', 'both' or 'mixed'.")
         self.map = ModelMap.build(model)
         self.quantized = quantized
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModelSource) and self.map.model is other.map.model
+
+    def __hash__(self) -> int:
+        return hash((ModelSource, id(self.map.model)))
 
     def check(self, recipient: ModelMap) -> None:
         """Refuse other architectures, other shapes, and quantised or sharded models.
@@ -147,15 +153,19 @@ class AdapterSource(WeightSource):
 
     Args:
         name: Name of the adapter, as PEFT knows it.
-        beside: Other adapters of the recipient that are donors of the same graft.
     """
 
-    def __init__(self, name: str, beside: Sequence[str] = ()) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.beside = tuple(other for other in beside if other != name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AdapterSource) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash((AdapterSource, self.name))
 
     def check(self, recipient: ModelMap) -> None:
-        """Refuse adapters that are missing, merged, switched off, or mixed with others.
+        """Refuse adapters that are missing, merged, or switched off.
 
         Raises:
             IncompatibleModelError: With the remedy.
@@ -167,10 +177,10 @@ class AdapterSource(WeightSource):
             raise IncompatibleModelError(
                 f"{kind} has no adapter {self.name!r}; {has}. Inject it first, or pass the finetuned model as donor."
             )
-        for path, layer, names in layers:
-            self._check_layer(f"{path} of {kind}", layer, names)
+        for path, layer, _ in layers:
+            self._check_layer(f"{path} of {kind}", layer)
 
-    def _check_layer(self, where: str, layer: Any, names: list[str]) -> None:
+    def _check_layer(self, where: str, layer: Any) -> None:
         if getattr(layer, "merged", False):
             raise IncompatibleModelError(
                 f"Adapter {self.name!r} is merged into {where}, so the recipient is gone. Unmerge first."
@@ -182,14 +192,6 @@ class AdapterSource(WeightSource):
             )
         if getattr(layer, "disable_adapters", False):
             raise IncompatibleModelError(f"Adapter {self.name!r} is disabled in {where}. Enable adapters first.")
-        active = list(layer.active_adapters)
-        donors = {self.name, *self.beside}
-        fits = set(active) <= donors if self.beside else active == [self.name]
-        if self.name in names and not fits:
-            expected = " and ".join(map(repr, (self.name, *self.beside)))
-            raise IncompatibleModelError(
-                f"{where} has active adapters {active}, expected only {expected}. Make it the active one (set_adapter)."
-            )
 
     def alternative(self, part: Part) -> Callable[..., Any] | None:
         """The layer with this adapter alone; None for parts that it does not touch."""
@@ -221,11 +223,13 @@ class AdapterSource(WeightSource):
         if any(self.name not in table for table in pair) or self.name in getattr(layer, "lora_variant", {}):
             return None
         down, up, scale = pair[0][self.name], pair[1][self.name], layer.scaling[self.name]
+        drop = layer.lora_dropout[self.name]
         if not (type(down) is type(up) is nn.Linear):
             return None
 
         def low_rank(x: torch.Tensor) -> torch.Tensor:
-            low: torch.Tensor = down(x.to(down.weight.dtype))
+            x = x.to(down.weight.dtype)
+            low: torch.Tensor = down(drop(x) if drop.training else x)
             # Without a bias, scaling the r columns is the same and cheaper than scaling all of them.
             delta: torch.Tensor = up(low * scale) if up.bias is None else up(low) * scale
             return delta
@@ -358,10 +362,6 @@ def make_sources(donor: AnySource | Mapping[str, AnySource]) -> dict[str, Weight
                 f"Donor {name!r} is a {type(source).__name__}; expected a model or the name of an adapter on the "
                 "recipient."
             )
-    adapters = [source.name for source in made.values() if isinstance(source, AdapterSource)]
-    for name, source in made.items():
-        if isinstance(source, AdapterSource):
-            made[name] = AdapterSource(source.name, beside=adapters)
     return made
 
 
