@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import pytorch_lightning as pl
+import rig
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -54,19 +55,8 @@ def loader(batches=BATCHES):
     return torch.utils.data.DataLoader(batches, batch_size=None)
 
 
-def trainer(folder, *callbacks, kind=L.Trainer, **options):
-    settings = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "default_root_dir": folder,
-        "max_epochs": 1,
-        "callbacks": list(callbacks),
-    }
-    return kind(**{**settings, **options})
+def trainer(folder, *callbacks, **options):
+    return rig.trainer(folder, *callbacks, **{"max_epochs": 1, **options})
 
 
 @torch.no_grad()

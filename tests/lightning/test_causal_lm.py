@@ -9,9 +9,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import lightning as L
 import peft
 import pytest
+import rig
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins import BitsandbytesPrecision
@@ -38,19 +38,7 @@ def data(rows=ROWS, **options):
 
 
 def trainer(folder, **options):
-    return L.Trainer(
-        **{
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": False,
-            "default_root_dir": folder,
-            "max_epochs": 2,
-            **options,
-        }
-    )
+    return rig.trainer(folder, **{"max_epochs": 2, **options})
 
 
 def weights(module):

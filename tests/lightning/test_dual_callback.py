@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lightning as L
 import pytest
+import rig
 import torch
 
 from lightning_interp import All
@@ -52,19 +53,8 @@ def loader(rows=6, batch_size=2):
     return torch.utils.data.DataLoader(ids, batch_size=batch_size)
 
 
-def trainer(folder, callback, **settings):
-    return L.Trainer(
-        **{
-            "max_epochs": 1,
-            "accelerator": "cpu",
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "default_root_dir": folder,
-            "callbacks": [callback],
-            **settings,
-        }
-    )
+def trainer(folder, callback, **options):
+    return rig.trainer(folder, callback, **{"max_epochs": 1, **options})
 
 
 def test_it_logs_what_it_did(tmp_path):

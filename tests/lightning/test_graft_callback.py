@@ -7,6 +7,7 @@ import copy
 import lightning as L
 import pytest
 import pytorch_lightning as pl
+import rig
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -46,18 +47,7 @@ def data():
 
 def trainer(folder, callback, kind=L.Trainer, **options):
     callbacks = [callback] if isinstance(callback, L.Callback) else callback
-    settings = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "default_root_dir": folder,
-        "max_epochs": 2,
-        "callbacks": callbacks,
-    }
-    return kind(**{**settings, **options})
+    return rig.trainer(folder, *callbacks, kind=kind, **{"max_epochs": 2, **options})
 
 
 def mean(result, plan, metric):

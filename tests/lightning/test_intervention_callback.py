@@ -7,6 +7,7 @@ import copy
 import lightning as L
 import pytest
 import pytorch_lightning as pl
+import rig
 import torch
 
 from lightning_interp import ActivationCapture, FromBatch, Intervention, InterventionCallback, Site
@@ -82,19 +83,8 @@ def loader(batches=1):
     return torch.utils.data.DataLoader([batch] * batches, batch_size=None)
 
 
-def trainer(folder, *callbacks, kind=L.Trainer, **options):
-    settings = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "default_root_dir": folder,
-        "max_epochs": 1,
-        "callbacks": list(callbacks),
-    }
-    return kind(**{**settings, **options})
+def trainer(folder, *callbacks, **options):
+    return rig.trainer(folder, *callbacks, **{"max_epochs": 1, **options})
 
 
 def hooks(module):

@@ -8,6 +8,7 @@ import random
 import lightning as L
 import numpy as np
 import pytest
+import rig
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -87,18 +88,8 @@ class Module(L.LightningModule):
 
 
 def trainer(folder, *callbacks, **options):
-    settings = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(one, ModelCheckpoint) for one in callbacks),
-        "default_root_dir": folder,
-        "max_epochs": 2,
-        "callbacks": list(callbacks),
-    }
-    return L.Trainer(**{**settings, **options})
+    saves = any(isinstance(one, ModelCheckpoint) for one in callbacks)
+    return rig.trainer(folder, *callbacks, **{"max_epochs": 2, "enable_checkpointing": saves, **options})
 
 
 def looks(callback):

@@ -6,6 +6,7 @@ import lightning as L
 import numpy as np
 import pytest
 import pytorch_lightning as pl
+import rig
 import torch
 
 from lightning_interp import Last, Site
@@ -75,19 +76,8 @@ def loader(rows, size=3):
     return torch.utils.data.DataLoader(rows, batch_size=size)
 
 
-def trainer(folder, *callbacks, kind=L.Trainer, **options):
-    settings = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "default_root_dir": folder,
-        "max_epochs": 1,
-        "callbacks": list(callbacks),
-    }
-    return kind(**{**settings, **options})
+def trainer(folder, *callbacks, **options):
+    return rig.trainer(folder, *callbacks, **{"max_epochs": 1, **options})
 
 
 @torch.no_grad()

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lightning as L
 import peft
 import pytest
+import rig
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -55,19 +55,7 @@ def reward(model="tiny:llama", **options):
 
 
 def trainer(folder, **options):
-    return L.Trainer(
-        **{
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": False,
-            "default_root_dir": folder,
-            "max_epochs": 2,
-            **options,
-        }
-    )
+    return rig.trainer(folder, **{"max_epochs": 2, **options})
 
 
 def weights(module):
@@ -92,8 +80,7 @@ def slow_scores(model, rows, encoder, key):
 # Learning
 
 
-@MODES
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(("lora", "precision"), [(LORA, "32-true"), (None, "bf16-mixed")], ids=["lora", "full, bf16"])
 def test_training_learns_to_order_pairs_that_it_has_not_seen(tmp_path, lora, precision):
     module = reward(lora=lora, lr=5e-3 if lora is None else 1e-2)
     rows, unseen = preferences(48, 0), preferences(24, 1)
@@ -180,8 +167,9 @@ class Stop(Callback):
             raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("step", [1, 3, 4])
-@pytest.mark.parametrize("lora", [None, LoraSettings(r=2, dropout=0.3)], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("lora", "step"), [(None, 4), *((LoraSettings(r=2, dropout=0.3), step) for step in (1, 3, 4))]
+)  # a checkpoint holds what is trained; where the run stopped is asked of one kind
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, step, lora):
     def build():
         return reward(tiny_model("gpt2", **DROPOUT), lora=lora, lr=3e-3, schedule="linear", warmup_steps=2)

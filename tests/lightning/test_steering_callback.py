@@ -8,6 +8,7 @@ import warnings
 import lightning as L
 import pytest
 import pytorch_lightning as pl
+import rig
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -93,19 +94,8 @@ def body(base):
 Module, PlModule = body(L.LightningModule), body(pl.LightningModule)
 
 
-def trainer(folder, *callbacks, kind=L.Trainer, **options):
-    settings = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "default_root_dir": folder,
-        "max_epochs": 2,
-        "callbacks": list(callbacks),
-    }
-    return kind(**{**settings, **options})
+def trainer(folder, *callbacks, **options):
+    return rig.trainer(folder, *callbacks, **{"max_epochs": 2, **options})
 
 
 def loader(batches=1):

@@ -7,6 +7,7 @@ import re
 
 import lightning as L
 import pytest
+import rig
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,9 +45,7 @@ def by_hand(module, text):
 
 
 def trainer(folder, **options):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    settings = {"enable_checkpointing": False, "max_epochs": 3, "default_root_dir": folder, **quiet, **options}
-    return L.Trainer(**settings)
+    return rig.trainer(folder, **{"max_epochs": 3, **options})
 
 
 def data(module, rows, **options):

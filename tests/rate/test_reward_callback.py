@@ -8,6 +8,7 @@ import lightning as L
 import numpy as np
 import pytest
 import pytorch_lightning as pl
+import rig
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -85,18 +86,8 @@ def score(module, prompts, texts):
 
 
 def trainer(folder, callbacks, kind=L.Trainer, **options):
-    settings = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "default_root_dir": folder,
-        "max_epochs": 3,
-        "callbacks": callbacks if isinstance(callbacks, list) else [callbacks],
-    }
-    return kind(**{**settings, **options})
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    return rig.trainer(folder, *callbacks, kind=kind, **{"max_epochs": 3, **options})
 
 
 def logged(run, name="marks"):
