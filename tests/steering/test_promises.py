@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,7 +57,7 @@ def test_a_row_that_ends_elsewhere_is_not_reached_whatever_the_solver_says(targe
         monkeypatch.setattr(DualCurve, "point", lambda *a: shifted(at_step(*a)))
     monkeypatch.setattr(
         "lightning_interp.steering.softmax.targets.SearchResult",
-        lambda point, t, value, met: search(shifted(point), t, value, torch.ones_like(met)),
+        lambda point, t: search(shifted(point), t),
     )
     found = dual_steer(geometry, states, beta, pairs=Pairs(), bias=0.0, **target)
     assert found.reached.tolist() == [True, False, False, True]
@@ -128,9 +129,119 @@ def test_the_promise_is_as_tight_as_the_tolerance(share, reached, monkeypatch):
     goal = 0.2 * (1 + share * rtol)
     elsewhere = dual_steer(geometry, states, beta, kl_budget=goal, options=SolverOptions(target_rtol=1e-8))
 
-    def moved(point, t, value, met):
-        return search(dataclasses.replace(point, lam=elsewhere.lam.clone()), elsewhere.t, value, torch.ones_like(met))
+    def moved(point, t):
+        return search(dataclasses.replace(point, lam=elsewhere.lam.clone()), elsewhere.t)
 
     monkeypatch.setattr("lightning_interp.steering.softmax.targets.SearchResult", moved)
     found = dual_steer(geometry, states, beta, kl_budget=0.2, options=SolverOptions(target_rtol=rtol))
     assert found.reached.tolist() == [reached]
+
+
+@pytest.mark.parametrize("support", [None, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_budget_leaves_the_very_same_states(support, dtype):
+    geometry, states, beta = case(dtype=dtype)
+    found = dual_steer(geometry, states, beta, kl_budget=0.0, support=support)
+    assert torch.equal(found.lam, states)
+    assert found.reason == ["converged"] * 4
+    assert found.t.tolist() == found.kl.tolist() == [0.0] * 4
+    mixed = torch.tensor([0.0, 0.2, 0.0, 0.1], dtype=dtype)
+    found = dual_steer(geometry, states, beta, kl_budget=mixed, support=support)
+    torch.testing.assert_close(found.kl, mixed, rtol=2e-3, atol=0)
+    assert (found.t > 0).tolist() == [False, True, False, True]
+
+
+def exact_kl(geometry, first, second):
+    """The KL by more digits than either dtype has, from the log-probabilities themselves."""
+    one, two = (
+        geometry.weight.double().numpy().astype("longdouble") @ lam.double().numpy().T for lam in (first, second)
+    )
+    one, two = (z - np.log(np.exp(z - z.max(0)).sum(0)) - z.max(0) for z in (one, two))
+    return (np.exp(one) * (one - two)).sum(0).astype(float)
+
+
+@pytest.mark.parametrize("steer", [dual_steer, euclidean_steer])
+@pytest.mark.parametrize("budget", [1e-12, 1e-8, 1e-4, 1.0, 50.0, 1e4])
+def test_budgets_of_any_size_hold(budget, steer):
+    geometry, states, beta = case()
+    options = {"options": SolverOptions(target_rtol=1e-7)} if steer is dual_steer else {}
+    found = steer(geometry, states, beta, kl_budget=budget, **options)
+    assert bool(found.reached.all())
+    assert bool((found.newton < 100).all())
+    true = exact_kl(geometry, states, found.lam)
+    np.testing.assert_allclose(
+        found.kl, true, rtol=1e-6 if budget > 1e-10 else 1e-4
+    )  # what the longer digits still tell
+    np.testing.assert_allclose(found.kl, budget, rtol=1e-6)
+
+
+@pytest.mark.parametrize("budget", [1e-10, 1e-8, 1e-3, 30.0])
+def test_tiny_budgets_hold_in_single_precision(budget):
+    """Where log-probabilities are subtracted, a KL of 1e-8 is 0 or twice as large."""
+    geometry, states, beta = case(dtype=torch.float32)
+    found = dual_steer(geometry, states, beta, kl_budget=budget)
+    assert bool(found.reached.all())
+    true = SoftmaxGeometry(geometry.weight.double()).kl(states.double(), found.lam.double())
+    torch.testing.assert_close(found.kl.double(), true, rtol=1e-5, atol=0)
+    torch.testing.assert_close(true, torch.full_like(true, budget), rtol=2e-3 if budget > 1e-9 else 5e-2, atol=0)
+
+
+@pytest.mark.parametrize(("off", "reached"), [(1.0, True), (1.01, False), (2.0, False), (0.0, False)])
+def test_the_rounding_of_single_precision_excuses_no_other_budget(off, reached, monkeypatch):
+    """A slack of 64 eps, 8e-6 nats, would let any state pass for a budget of 1e-6."""
+    geometry, states, beta = case(rows=1, dtype=torch.float32)
+    elsewhere, search = dual_steer(geometry, states, beta, kl_budget=1e-6 * off), SearchResult
+    moved = lambda point, t: search(dataclasses.replace(point, lam=elsewhere.lam.clone()), elsewhere.t)  # noqa: E731
+    monkeypatch.setattr("lightning_interp.steering.softmax.targets.SearchResult", moved)
+    assert dual_steer(geometry, states, beta, kl_budget=1e-6).reached.tolist() == [reached]
+
+
+@pytest.mark.parametrize("support", [None, 16])
+@pytest.mark.parametrize("wanted", [1e-6, 0.01, 0.5, 0.99])
+def test_odds_are_reached_on_either_side_of_a_direction(wanted, support):
+    geometry, states, beta = case()
+    options = SolverOptions(target_rtol=1e-7)
+    there, back = (
+        dual_steer(geometry, states, sign * beta, pairs=Pairs(), target_prob=wanted, support=support, options=options)
+        for sign in (1, -1)
+    )
+    for found in (there, back):
+        assert bool((found.reached & found.certified).all())
+        p = geometry.probs(found.lam)
+        base, target = p[:, Pairs.base_ids].sum(-1), p[:, Pairs.target_ids].sum(-1)
+        torch.testing.assert_close(target / (base + target), torch.full_like(base, wanted), rtol=1e-5, atol=0)
+    torch.testing.assert_close(there.t, -back.t, rtol=1e-4, atol=1e-7)
+    lines = [euclidean_steer(geometry, states, sign * beta, pairs=Pairs(), target_prob=wanted) for sign in (1, -1)]
+    assert bool((lines[0].reached & lines[1].reached).all())
+    torch.testing.assert_close(lines[0].t, -lines[1].t, rtol=1e-3, atol=1e-6)
+
+
+def test_a_side_that_never_comes_is_no_reached_target():
+    geometry, states, beta = case()
+    bias = torch.zeros(40, dtype=torch.float64)
+    bias[:3] = -torch.inf
+    for steer in (dual_steer, euclidean_steer):
+        found = steer(SoftmaxGeometry(geometry.weight, bias), states, beta, pairs=Pairs(), target_prob=0.6)
+        assert found.reached.tolist() == [False] * 4
+        assert "converged" not in found.reason
+
+
+def test_why_a_search_ended_is_said():
+    geometry, states, beta = case()
+    few = dual_steer(geometry, states, beta, kl_budget=5.0, options=SolverOptions(max_search=1, target_rtol=1e-9))
+    assert few.reason == ["max_search"] * 4
+    assert not bool(few.reached.any())
+    state, one = states.float(), SoftmaxGeometry(geometry.weight.float())
+    fine = dual_steer(one, state * 1e5, beta.float(), kl_budget=1e-12, options=SolverOptions(target_rtol=1e-4))
+    assert not bool(fine.reached.any())
+    assert set(fine.reason) <= {"rounding", "max_search"}, "no step is short enough for a state this large"
+
+
+def test_a_head_without_spread_says_so():
+    weight = torch.randn(1, 8, generator=torch.Generator().manual_seed(0)).expand(40, 8)
+    with pytest.raises(
+        IncompatibleModelError, match=r"alpha='auto' with head: all 40 rows .* are equal.*pass alpha > 0"
+    ):
+        dual_steer(SoftmaxGeometry(weight), torch.ones(8), torch.ones(8), t=1.0)
+    found = dual_steer(SoftmaxGeometry(weight), torch.ones(8), torch.ones(8), t=1.0, alpha=0.5)
+    assert float(found.kl) < 1e-12

@@ -100,11 +100,11 @@ def _solve(request: SteerRequest) -> SteerResult:
         return _examined(request, *_reach(request, geometry, None), None)
     part, index = _restricted(request, size)
     coarse = replace(request.options, rtol=_COARSE, target_rtol=max(_COARSE, request.options.target_rtol))
-    point, t, _ = _reach(replace(request, options=coarse), part, index)
+    point, t = _reach(replace(request, options=coarse), part, index)
     request.warm = (point.lam, t)
-    polished, t, met = _reach(request, PolishedFamily(geometry, part), None)
+    polished, t = _reach(request, PolishedFamily(geometry, part), None)
     polished.newton, polished.hvps = polished.newton + point.newton, polished.hvps + point.hvps
-    result = _examined(request, polished, t, met, index)
+    result = _examined(request, polished, t, index)
     again = (~(result.certified & result.reached)).nonzero().flatten()
     if not len(again):
         return result
@@ -128,18 +128,14 @@ def _restricted(request: SteerRequest, size: int) -> tuple[RestrictedFamily, tor
     return restrict(request.geometry, index, request.lam.dtype), index
 
 
-def _reach(
-    request: SteerRequest, family: Family, index: torch.Tensor | None
-) -> tuple[NewtonResult, torch.Tensor, torch.Tensor]:
+def _reach(request: SteerRequest, family: Family, index: torch.Tensor | None) -> tuple[NewtonResult, torch.Tensor]:
     z0 = request.z if index is None else request.z.gather(-1, index)
     curve = DualCurve.of(family, request.lam, request.beta, request.alpha, request.options, z0)
     start = None if request.warm is None else request.warm[0]
     if request.kind == "t":
-        point = curve.point(request.goal, start)
-        return point, request.goal, point.converged
+        return curve.point(request.goal, start), request.goal
     if request.kind == "probe_value":
-        point, t = curve.at_probe(request.goal, start)
-        return point, t, point.converged
+        return curve.at_probe(request.goal, start)
     loose = request.options.target_rtol
     if request.kind == "kl_budget":
         goal = request.goal.sqrt()  # the measure is the root, so half the relative error
@@ -148,7 +144,7 @@ def _reach(
         goal = request.goal.logit()
         accepted = loose * goal.abs().clamp_min(1.0)
         found = search_step(curve, _odds(request, index), goal, accepted=accepted, warm=request.warm)
-    return found.point, found.t, found.met
+    return found.point, found.t
 
 
 def _odds(request: SteerRequest, index: torch.Tensor | None) -> OddsMeasure:
@@ -160,9 +156,7 @@ def _odds(request: SteerRequest, index: torch.Tensor | None) -> OddsMeasure:
     return OddsMeasure(*masks)
 
 
-def _examined(
-    request: SteerRequest, point: NewtonResult, t: torch.Tensor, met: torch.Tensor, index: torch.Tensor | None
-) -> SteerResult:
+def _examined(request: SteerRequest, point: NewtonResult, t: torch.Tensor, index: torch.Tensor | None) -> SteerResult:
     """Diagnostics over the whole vocabulary: three products with the unembedding."""
     geometry, lam = request.geometry, point.lam
     still = t == 0  # nothing moves: the very same values
@@ -174,7 +168,7 @@ def _examined(
     resid = torch.where(length > 0, gap.norm(dim=-1) / length.clamp_min(1e-30), torch.zeros_like(length))
     covered = torch.ones_like(t) if index is None else p.gather(-1, index).sum(-1).clamp_max(1.0)
     point.lam = lam
-    return described(request, point, z, t, met, resid, covered)
+    return described(request, point, z, t, resid, covered)
 
 
 def _patched(result: SteerResult, better: SteerResult, rows: torch.Tensor) -> SteerResult:

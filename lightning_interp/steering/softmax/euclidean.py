@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from lightning_interp.steering.softmax.arithmetic import exact_arithmetic
-from lightning_interp.steering.softmax.geometry import SoftmaxGeometry, divergence
+from lightning_interp.steering.softmax.arithmetic import divergence, exact_arithmetic
+from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
 from lightning_interp.steering.softmax.newton import NewtonResult
 from lightning_interp.steering.softmax.request import SteerRequest, Target, TokenPairs
 from lightning_interp.steering.softmax.result import SteerResult, described
@@ -104,37 +104,29 @@ def _walk_straight(request: SteerRequest) -> SteerResult:
     elif request.kind == "probe_value":
         t = (request.goal - (beta * request.lam).sum(-1)) / square
     else:
-        t = line_step(_measure_on_line(request, push), request.goal, first=1.0)
+        measure, sign = _measure_on_line(request, push)
+        t = sign * line_step(lambda step: measure(sign * step), request.goal)
     lam = request.lam + t[:, None] * beta
-    met = _met_on_line(request, push, t)
     point = NewtonResult.empty(lam)
     point.reason[:] = 0
-    z = request.geometry.logits(lam)
-    return described(request, point, z, t, met, torch.full_like(t, torch.nan), torch.ones_like(t))
+    nan, one = torch.full_like(t, torch.nan), torch.ones_like(t)
+    result = described(request, point, request.geometry.logits(lam), t, nan, one)
+    if request.kind in ("kl_budget", "target_prob"):  # the bisection ended as near to it as this line comes
+        rows = zip(result.reason, result.reached.tolist(), strict=True)
+        result.reason = [reason if reached else "unreachable" for reason, reached in rows]
+    return result
 
 
-def _measure_on_line(request: SteerRequest, push: torch.Tensor) -> Any:
+def _measure_on_line(request: SteerRequest, push: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    """What is to be reached as a function of the step, and the sign of the step with which it grows, a row."""
     if request.kind == "kl_budget":
         first = request.z.log_softmax(-1)
-
-        def signed(t: torch.Tensor) -> torch.Tensor:
-            moved = (request.z + t[:, None] * push).log_softmax(-1)
-            return torch.sign(t) * divergence(first, moved)
-
-        return signed
+        return lambda t: torch.sign(t) * divergence(first, t[:, None] * push), torch.ones_like(request.goal)
     base, target = request.concept()
 
     def probability(t: torch.Tensor) -> torch.Tensor:
         z = request.z + t[:, None] * push
         return (z[:, target].logsumexp(-1) - z[:, base].logsumexp(-1)).sigmoid()
 
-    return probability
-
-
-def _met_on_line(request: SteerRequest, push: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    if request.kind in ("t", "probe_value"):
-        return torch.ones_like(t, dtype=torch.bool)  # a formula; where it ended is looked at with everything else
-    error = (_measure_on_line(request, push)(t) - request.goal).abs()
-    goal = request.goal if request.kind == "kl_budget" else request.goal * (1 - request.goal)
-    met: torch.Tensor = error <= 10 * request.options.target_rtol * goal.clamp_min(1e-6)
-    return met
+    gain, loss = ((request.z[:, ids].softmax(-1) * push[:, ids]).sum(-1) for ids in (target, base))
+    return probability, torch.where(gain < loss, -1.0, 1.0).to(request.goal)

@@ -16,7 +16,7 @@ from torch import nn
 from lightning_interp.core.model.head import SoftmaxHead, read_head
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.errors import IncompatibleModelError
-from lightning_interp.steering.softmax.arithmetic import exact_arithmetic, working_dtype
+from lightning_interp.steering.softmax.arithmetic import divergence, entropy, exact_arithmetic, working_dtype
 from lightning_interp.steering.softmax.newton import NewtonResult, Potential, minimise
 
 __all__ = ["Softcap", "SoftmaxGeometry"]
@@ -148,8 +148,18 @@ class SoftmaxGeometry:
         ``alpha`` is not scale free: multiplying the unembedding by ``s`` asks for ``s^2 alpha``. The default
         ``kappa`` is this package's choice, not the paper's: with a tenth of it, SmolLM2-135M meets a probe value
         along directions that no likely token feels.
+
+        Raises:
+            IncompatibleModelError: If all rows of the unembedding are equal.
         """
-        return kappa * self.spread if alpha == "auto" else float(alpha)
+        if alpha != "auto":
+            return float(alpha)
+        if self.spread <= (torch.finfo(torch.float32).eps * self.scale * float(self.weight.abs().max())) ** 2:
+            raise IncompatibleModelError(
+                f"alpha='auto' with {self.name}: all {self.vocabulary} rows of the unembedding are equal, so no state "
+                "makes one token likelier than another. Look at the checkpoint's lm_head, or pass alpha > 0."
+            )
+        return kappa * self.spread
 
     def check_state(self, *tensors: torch.Tensor) -> None:
         """Refuse states or directions of another width.
@@ -231,7 +241,15 @@ class SoftmaxGeometry:
 
     def kl(self, lam0: torch.Tensor, lam1: torch.Tensor) -> torch.Tensor:
         """``KL(P_lam0 || P_lam1)`` in nats of the model's own (capped) distributions, ``[...]``."""
-        return divergence(self.model_log_probs(lam0), self.model_log_probs(lam1))
+        first, second = (lam.to(self._dtype(lam0, lam1)) for lam in (lam0, lam1))
+        return self.kl_of_move(self.logits(first), self.logits(second), self.logits_change(second - first))
+
+    def kl_of_move(self, z0: torch.Tensor, z1: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        """:meth:`kl` from the family's logits at both ends and their difference, which is exact as an argument."""
+        if self.softcap is not None:  # tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b)
+            share = 1 - torch.tanh(z0 / self.softcap) * torch.tanh(z1 / self.softcap)
+            change = self.softcap * torch.tanh(change / self.softcap) * share
+        return divergence(self.capped(z0).log_softmax(-1), change)
 
     def entropy(self, lam: torch.Tensor) -> torch.Tensor:
         """Entropy of the model's own distribution in nats, ``[...]``."""
@@ -336,18 +354,6 @@ class SoftmaxGeometry:
                 f"{what} of {self.name}, which caps its logits at {self.softcap:g}: a capped head has no dual "
                 "coordinate. Use on_softcap='ignore', or the stepwise path (algorithm1)."
             )
-
-
-def divergence(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """``KL(P || Q)`` in nats of log-probabilities ``[..., V]``, ``[...]``."""
-    p = first.exp()
-    return torch.where(p > 0, p * (first - second), 0).sum(-1).clamp_min(0)  # what never comes costs nothing
-
-
-def entropy(log_probs: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of log-probabilities ``[..., V]``, ``[...]``."""
-    p = log_probs.exp()
-    return -torch.where(p > 0, p * log_probs, 0).sum(-1)
 
 
 def centred(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

@@ -19,8 +19,8 @@ from lightning_interp.steering.softmax.linear_solvers import Map, conjugate_grad
 
 __all__ = ["REASONS", "Family", "NewtonResult", "Potential", "Tolerance", "minimise"]
 
-REASONS = ("converged", "stalled", "max_iter", "budget")
-"""Why a row stopped, by code."""
+REASONS = ("converged", "stalled", "max_iter", "budget", "unreachable", "rounding", "max_search")
+"""Why a row stopped, by code; the last three are of a search for a step whose points all converged."""
 _CONVERGED, _STALLED, _MAX_ITER, _BUDGET = range(4)
 _ARMIJO, _FLAT, _SEARCHES = 1e-4, 0.1, 30
 _LIKELY = 64  # tokens of which the curvature is inverted exactly, to precondition; that costs about one product

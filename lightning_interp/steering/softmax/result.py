@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 
-from lightning_interp.steering.softmax.geometry import divergence, entropy
+from lightning_interp.steering.softmax.arithmetic import ROUNDED, divergence, entropy, rounding
 from lightning_interp.steering.softmax.newton import NewtonResult
 from lightning_interp.steering.softmax.request import SteerRequest
 
@@ -27,7 +27,9 @@ class SteerResult:
         t: Step along the direction as it was given, ``[B]``: of the dual coordinate for dual steering, of the state for
             Euclidean steering.
         reached: Whether the solve converged and these states meet the target (:func:`ends_there`), bool ``[B]``.
-        reason: Why each row stopped: ``converged``, ``stalled``, ``max_iter``, ``budget`` or ``unreachable``.
+        reason: Why each row stopped, ``converged`` exactly where it reached the target. A solve of a point: ``stalled``
+            (rounding), ``max_iter``, ``budget`` (of products). A search for a step: ``unreachable`` (no step brings the
+            goal within its two ends), ``rounding`` (none lies between the last two), ``max_search``.
         newton: Newton iterations ``[B]``.
         hvps: Hessian-vector products ``[B]``.
         probe_before: ``beta . lam`` at the start ``[B]``.
@@ -85,7 +87,6 @@ def described(
     point: NewtonResult,
     z: torch.Tensor,
     t: torch.Tensor,
-    met: torch.Tensor,
     resid: torch.Tensor,
     covered: torch.Tensor,
 ) -> SteerResult:
@@ -96,22 +97,20 @@ def described(
         point: The steered states and what they took.
         z: Logits of the steered states ``[B, V]``.
         t: Steps ``[B]``.
-        met: Whether the target is met ``[B]``.
         resid: Relative error of the dual coordinate ``[B]``.
         covered: Probability that the support covers ``[B]``.
     """
-    beta, lam = request.beta, point.lam
-    first, second = (request.geometry.capped(logits).log_softmax(-1) for logits in (request.z, z))
-    kl = divergence(first, second)
-    capped = request.geometry.softcap is not None
-    own = (request.z.log_softmax(-1), z.log_softmax(-1)) if capped else (first, second)
-    there = ends_there(request, lam, t, own, resid)
-    reason = [_reason(name, *row) for name, *row in zip(point.reasons(), met.tolist(), there.tolist(), strict=True)]
+    beta, lam, geometry = request.beta, point.lam, request.geometry
+    first, second = (geometry.capped(logits).log_softmax(-1) for logits in (request.z, z))
+    change = geometry.logits_change(lam - request.lam)
+    kl = geometry.kl_of_move(request.z, z, change)
+    there = ends_there(request, lam, t, z, change, resid)
+    said = zip(point.reasons(), there.tolist(), strict=True)
     return SteerResult(
         lam=lam,
         t=t,
-        reached=met & there,
-        reason=reason,
+        reached=point.converged & there,
+        reason=["stalled" if name == "converged" and not ends else name for name, ends in said],
         newton=point.newton,
         hvps=point.hvps,
         probe_before=(beta * request.lam).sum(-1),
@@ -130,7 +129,8 @@ def ends_there(
     request: SteerRequest,
     lam: torch.Tensor,
     t: torch.Tensor,
-    log_probs: tuple[torch.Tensor, torch.Tensor],
+    z: torch.Tensor,
+    change: torch.Tensor,
     resid: torch.Tensor,
 ) -> torch.Tensor:
     """Whether states meet what was asked for, from the states alone: nothing that a solver says of itself counts.
@@ -139,14 +139,15 @@ def ends_there(
         request: What was asked for.
         lam: Where the states are ``[B, d]``.
         t: Steps along the direction ``[B]``.
-        log_probs: The family's at the start and at the states, over the whole vocabulary ``[B, V]``: where a model
-            caps its logits, the target is one of the family without the cap.
+        z: The family's logits at the states, over the whole vocabulary ``[B, V]``: where a model caps its logits, the
+            target is one of the family without the cap.
+        change: How far they have moved ``[B, V]``.
         resid: Relative error of the dual coordinate ``[B]``; NaN for a walk in the state itself.
 
     Returns:
         bool ``[B]``, False where a number is NaN. A dual step may be off by ten times the accepted share, a probe value
         by the accepted share of the move, a KL or odds by twice ``target_rtol`` (ten times for a walk in the state,
-        whose line search accepts that), and all by the rounding of the dtype.
+        whose line search accepts that), and all by what the rounding of the states makes of it.
     """
     options, goal = request.options, request.goal
     eps, beta = 64 * torch.finfo(lam.dtype).eps, request.beta
@@ -159,23 +160,20 @@ def ends_there(
         return ok
     if request.kind == "probe_value":
         move = (goal - (beta * request.lam).sum(-1)).abs()
-        rounding = eps * beta.norm(dim=-1) * (lam.norm(dim=-1) + request.lam.norm(dim=-1))
+        rounded = eps * beta.norm(dim=-1) * (lam.norm(dim=-1) + request.lam.norm(dim=-1))
         accepted = options.accepted(lam.dtype) * move
-        ok &= ((beta * lam).sum(-1) - goal).abs() <= accepted + rounding
+        ok &= ((beta * lam).sum(-1) - goal).abs() <= accepted + rounded
         return ok
     slack = torch.where(resid.isnan(), 10.0, 2.0) * options.target_rtol
     if request.kind == "kl_budget":
-        kl = divergence(*log_probs)
-        ok &= (kl - goal).abs() <= slack * goal + eps * (1 + request.z.logsumexp(-1).abs())
+        error = (divergence(request.z.log_softmax(-1), change) - goal).abs()
+        slope = request.geometry.mean(z.softmax(-1) - request.z.softmax(-1))
+        ok &= error <= slack * goal + torch.minimum(rounding(lam, slope), ROUNDED * goal)
         return ok
     base, target = request.concept()
-    sides = log_probs[1][:, target].logsumexp(-1), log_probs[1][:, base].logsumexp(-1)
-    wanted, rounding = goal.logit(), eps * (1 + sides[0].abs() + sides[1].abs())
-    ok &= (sides[0] - sides[1] - wanted).abs() <= slack * wanted.abs().clamp_min(1.0) + rounding
+    log_probs, wanted = z.log_softmax(-1), goal.logit()
+    sides = [log_probs[:, ids].logsumexp(-1) for ids in (target, base)]
+    size, error = wanted.abs().clamp_min(1.0), (sides[0] - sides[1] - wanted).abs()
+    rounded = torch.minimum(eps * (1 + sides[0].abs() + sides[1].abs()), ROUNDED * size)
+    ok &= error <= slack * size + rounded
     return ok
-
-
-def _reason(name: str, met: bool, there: bool) -> str:
-    if name != "converged" or (met and there):
-        return name
-    return "stalled" if met else "unreachable"

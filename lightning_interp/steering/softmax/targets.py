@@ -1,41 +1,50 @@
 """Finding the dual step at which something else than the step is reached: a KL budget, or odds of a concept.
 
-Both grow along the curve (the penalised cost provably, the odds in practice), so the step is found by Newton's method
-on the step, kept inside a bracket. The curve's tangent, one linear solve, gives the slope and the first guess of the
-next point at once.
+Both go one way along the curve (the penalised cost provably grows, the odds do in practice, or fall where the direction
+points away from the concept), so the step is found by Newton's method on the step, kept inside a bracket. The curve's
+tangent, one linear solve, gives the slope and the first guess of the next point at once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
+from lightning_interp.steering.softmax.arithmetic import ROUNDED, divergence, rounding
 from lightning_interp.steering.softmax.curve import DualCurve
-from lightning_interp.steering.softmax.geometry import divergence
-from lightning_interp.steering.softmax.newton import NewtonResult
+from lightning_interp.steering.softmax.newton import REASONS, NewtonResult
 
 _GROWTH, _EXPANSIONS = 8.0, 10
+_UNREACHABLE, _ROUNDING, _MAX_SEARCH = (REASONS.index(name) for name in ("unreachable", "rounding", "max_search"))
 __all__ = ["KlMeasure", "Measure", "OddsMeasure", "SearchResult", "search_step"]
 
 
 class Measure(Protocol):
-    """A number of a state, and its gradient; rows are those of the curve."""
+    """A number of a state, and its gradient; rows are those of the curve.
 
-    def at(self, curve: DualCurve, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Value ``[B]`` and gradient ``[B, d]`` where the family's logits are ``z`` ``[B, K]``."""
+    Attributes:
+        turns: Whether it may fall along a curve, so that steps against the direction count too.
+    """
+
+    turns: ClassVar[bool]
+
+    def at(self, curve: DualCurve, z: torch.Tensor, lam: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Value ``[B]`` and gradient ``[B, d]`` at states ``[B, d]`` with the family's logits ``z`` ``[B, K]``."""
 
 
 class KlMeasure:
     """Square root of ``KL(P_start || P_lam)``: nearly linear in the step where the step is short."""
 
-    def at(self, curve: DualCurve, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :class:`Measure`. At the start the gradient is that of the Fisher length along the tangent."""
-        first = curve.z0.log_softmax(-1)
-        root = divergence(first, z.log_softmax(-1)).sqrt()
-        slope = (curve.family.mean(z.softmax(-1)) - curve.phi0) / (2 * root[:, None]).clamp_min(1e-12)
-        return root, slope
+    turns: ClassVar[bool] = False
+
+    def at(self, curve: DualCurve, z: torch.Tensor, lam: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`Measure`; at the start the gradient is left at zero."""
+        root = divergence(curve.z0.log_softmax(-1), curve.family.logits_change(lam - curve.lam0)).sqrt()
+        tiny = torch.finfo(root.dtype).tiny
+        slope = (curve.family.mean(z.softmax(-1)) - curve.phi0) / (2 * root[:, None]).clamp_min(tiny)
+        return root, slope * (root > 0)[:, None]
 
 
 @dataclass(frozen=True)
@@ -49,12 +58,13 @@ class OddsMeasure:
 
     base: torch.Tensor
     target: torch.Tensor
+    turns: ClassVar[bool] = True
 
     def rows(self, index: torch.Tensor) -> OddsMeasure:
         """The same for some of the rows."""
         return self if self.base.dim() == 1 else OddsMeasure(self.base[index], self.target[index])
 
-    def at(self, curve: DualCurve, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def at(self, curve: DualCurve, z: torch.Tensor, lam: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`Measure`."""
         base, target = z.masked_fill(~self.base, -torch.inf), z.masked_fill(~self.target, -torch.inf)
         slope = curve.family.mean(target.softmax(-1) - base.softmax(-1))
@@ -66,16 +76,12 @@ class SearchResult:
     """Points at which a measure meets its goal, one row each.
 
     Args:
-        point: The points.
+        point: The points; their reason says why the search ended where it did not end at the goal.
         t: Dual steps ``[B]``.
-        value: The measure there ``[B]``.
-        met: Whether it is the goal, within the accepted error, bool ``[B]``.
     """
 
     point: NewtonResult
     t: torch.Tensor
-    value: torch.Tensor
-    met: torch.Tensor
 
 
 def search_step(
@@ -96,11 +102,11 @@ def search_step(
         warm: A point ``[B, d]`` near the curve and its step ``[B]``, where a coarser search ended.
 
     Returns:
-        The points; a row that cannot reach its goal has the nearest point that was seen, and ``met`` False.
+        The points; a row that cannot reach its goal has the nearest point that was seen, and says why.
     """
     search = _Search(curve, measure, goal, accepted)
-    if warm is not None:
-        search.move(warm[1], warm[0])
+    if warm is not None and len(search.rows):
+        search.resume(warm[1][search.rows], warm[0][search.rows])
     for _ in range(curve.options.max_search):
         if not len(search.rows):
             break
@@ -113,45 +119,77 @@ class _Search:
 
     def __init__(self, curve: DualCurve, measure: Measure, goal: torch.Tensor, accepted: torch.Tensor) -> None:
         self.curve, self.measure, self.goal, self.accepted = curve, measure, goal, accepted
-        self.goals, self.allowed = goal, accepted
         lam0 = curve.lam0
         self.rows = torch.arange(len(lam0), device=lam0.device)
         self.best = NewtonResult.empty(lam0)
         self.best.reason[:] = 0
         self.t, self.lam, self.z = torch.zeros_like(goal), lam0.clone(), curve.z0
-        self.value, self.slope = measure.at(curve, self.z)
+        self.value: torch.Tensor
+        self.slope: torch.Tensor
+        self.sign, self.back = torch.ones_like(goal), torch.zeros_like(goal, dtype=torch.bool)
+        self._look()
         self.low, self.high = torch.full_like(goal, -torch.inf), torch.full_like(goal, torch.inf)
-        self.best_t, self.best_value = torch.zeros_like(goal), self.value.clone()
+        self.best_t, self.best_error, self.met = torch.zeros_like(goal), (self.value - goal).abs(), goal != goal
         self.hvps, self.newton = self.best.hvps.clone(), self.best.newton.clone()
-        self.moves = torch.zeros_like(self.hvps)
+        self.ended, self.moves = torch.full_like(self.hvps, _MAX_SEARCH), torch.zeros_like(self.hvps)
         self._bracket()
-        self._leave((self.value - self.goal).abs() <= self.accepted)
+        self.met = self._near()
+        self._leave(self.met)
 
     def advance(self) -> None:
         """Propose a step from slope and bracket, solve there, and look."""
         ahead, used = self.curve.tangent(self.z)
         self.hvps[self.rows] += used
+        if self.measure.turns:
+            self._turn((self.t == 0) & ~self.back & ((self.slope * ahead).sum(-1) < -self._noise(ahead)))
         step = self._proposed(ahead)
         self.move(step, self.lam + (step - self.t)[:, None] * ahead)
 
+    def resume(self, step: torch.Tensor, guess: torch.Tensor) -> None:
+        """Go on from where a coarser search ended."""
+        if self.measure.turns:
+            self._turn((self.goal - self.value) * step < 0)
+        self.move(step, guess)
+
+    def _turn(self, falling: torch.Tensor) -> None:
+        """Where the measure falls along the curve, look for its negative, which grows."""
+        flip = torch.where(falling, -1.0, 1.0).to(self.goal)
+        self.sign, self.goal, self.value = self.sign * flip, self.goal * flip, self.value * flip
+        self.slope = self.slope * flip[:, None]
+        self.low = torch.where(falling, -torch.inf, self.low)
+        self.high = torch.where(falling, torch.inf, self.high)
+        self._bracket()
+
+    def _turn_back(self, rows: torch.Tensor) -> None:
+        """Begin again on the other side: at the start a measure may go another way than farther out."""
+        self.back, self.moves[self.rows[rows]] = self.back | rows, 0
+        self.t = torch.where(rows, 0, self.t)
+        self.lam = torch.where(rows[:, None], self.curve.lam0, self.lam)
+        self.z = torch.where(rows[:, None], self.curve.z0, self.z)
+        self._look()
+        self._turn(rows)
+
     def move(self, step: torch.Tensor, guess: torch.Tensor) -> None:
         """Solve at a step, look, and let rows go that are there or cannot get there."""
-        if len(self.rows) != len(step):  # a warm start names all rows, also those that have left
-            step, guess = step[self.rows], guess[self.rows]
         found = self.curve.point(step, guess)
         self.t, self.lam, self.z = step, found.lam, found.z
         self.hvps[self.rows] += found.hvps
         self.newton[self.rows] += found.newton
-        self.value, self.slope = self.measure.at(self.curve, self.z)
+        self._look()
         self._bracket()
-        self._remember(found)
-        near = (self.value - self.goal).abs() <= self.accepted
+        near = self._near()
+        self._remember(found, near)
         self.moves[self.rows] += 1
         bounded = self.low.isfinite() & self.high.isfinite()
-        tight = bounded & (self.high - self.low <= 1e-7 * torch.maximum(self.high.abs(), self.low.abs()))
+        narrow = 4 * torch.finfo(step.dtype).eps * torch.maximum(self.high.abs(), self.low.abs())
+        tight = bounded & (self.high - self.low <= narrow)
         lost = ~bounded & (self.moves[self.rows] >= _EXPANSIONS)
+        if self.measure.turns and bool((again := lost & ~self.back).any()):
+            self._turn_back(again)
+            lost = lost & ~again
         if hasattr(self.curve.family, "curvature"):  # a support too small to solve on: a larger one comes next
             lost = lost | ~found.converged
+        self.ended[self.rows[tight]], self.ended[self.rows[lost]] = _ROUNDING, _UNREACHABLE
         self._leave((near & found.converged) | tight | lost)
 
     def _proposed(self, ahead: torch.Tensor) -> torch.Tensor:
@@ -163,9 +201,14 @@ class _Search:
         newton = torch.minimum(torch.maximum(newton, self.t - reach), self.t + reach)
         bounded = self.low.isfinite() & self.high.isfinite()
         wider = edge + away * torch.where(edge == 0, torch.ones_like(edge), _GROWTH * edge.abs())
-        elsewhere = torch.where(bounded, 0.5 * (self.low + self.high), wider)
-        usable = newton.isfinite() & (rise > 0) & (newton > self.low) & (newton < self.high)
+        elsewhere = torch.where(bounded, _between(self.low, self.high), wider)
+        usable = newton.isfinite() & (rise > self._noise(ahead)) & (newton > self.low) & (newton < self.high)
         return torch.where(usable, newton, elsewhere)
+
+    def _noise(self, ahead: torch.Tensor) -> torch.Tensor:
+        """Rounding of the slope along the curve."""
+        size: torch.Tensor = 8 * torch.finfo(ahead.dtype).eps * self.slope.norm(dim=-1) * ahead.norm(dim=-1)
+        return size
 
     def _first_rise(self, ahead: torch.Tensor, rise: torch.Tensor) -> torch.Tensor:
         """At the start the root of the KL grows by half the tangent's Fisher length squared, under the root."""
@@ -176,23 +219,35 @@ class _Search:
         variance = (p * (u - (p * u).sum(-1, keepdim=True)).square()).sum(-1)
         return (0.5 * variance).sqrt()
 
+    def _look(self) -> None:
+        value, slope = self.measure.at(self.curve, self.z, self.lam)
+        self.value, self.slope = self.sign * value, self.sign[:, None] * slope
+
     def _bracket(self) -> None:
         below = self.value < self.goal
         self.low = torch.where(below, torch.maximum(self.low, self.t), self.low)
         self.high = torch.where(below, self.high, torch.minimum(self.high, self.t))
 
-    def _remember(self, found: NewtonResult) -> None:
-        closer = (self.value - self.goal).abs() < (self.best_value[self.rows] - self.goal).abs()
-        closer = (closer & found.lam.isfinite().all(-1)).nonzero().flatten()
+    def _near(self) -> torch.Tensor:
+        """Whether rows are at their goal, as closely as a state of this dtype can be."""
+        most = ROUNDED / self.curve.options.target_rtol * self.accepted
+        near: torch.Tensor = (self.value - self.goal).abs() <= self.accepted + rounding(self.lam, self.slope).minimum(
+            most
+        )
+        return near
+
+    def _remember(self, found: NewtonResult, near: torch.Tensor) -> None:
+        error = (self.value - self.goal).abs()
+        closer = ((error < self.best_error[self.rows]) & found.lam.isfinite().all(-1)).nonzero().flatten()
         rows = self.rows[closer]
         self.best.put(rows, found, closer)
-        self.best_t[rows], self.best_value[rows] = self.t[closer], self.value[closer]
+        self.best_t[rows], self.best_error[rows], self.met[rows] = self.t[closer], error[closer], near[closer]
 
     def _leave(self, done: torch.Tensor) -> None:
         if not bool(done.any()):
             return
         keep = (~done).nonzero().flatten()
-        for name in ("rows", "t", "lam", "z", "value", "slope", "low", "high", "goal", "accepted"):
+        for name in ("rows", "t", "lam", "z", "value", "slope", "low", "high", "goal", "accepted", "sign", "back"):
             setattr(self, name, getattr(self, name)[keep])
         if len(keep):
             self.curve = self.curve.rows(keep)
@@ -200,6 +255,14 @@ class _Search:
             self.measure = self.measure if take is None else take(keep)
 
     def finish(self) -> SearchResult:
-        met = ((self.best_value - self.goals).abs() <= self.allowed) & self.best.converged
+        missed = self.best.converged & ~self.met
+        self.best.reason = torch.where(missed, self.ended, self.best.reason)
         self.best.hvps, self.best.newton = self.hvps, self.newton
-        return SearchResult(self.best, self.best_t, self.best_value, met)
+        return SearchResult(self.best, self.best_t)
+
+
+def _between(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """Halve a bracket: by ratio where its ends are far apart, so that steps of any size are found soon."""
+    small, large = torch.minimum(low.abs(), high.abs()), torch.maximum(low.abs(), high.abs())
+    ratio = torch.where(high <= 0, -1.0, 1.0).to(low) * (small.clamp_min(large / _GROWTH**2) * large).sqrt()
+    return torch.where((low * high >= 0) & (large > 2 * small), ratio, 0.5 * (low + high))
