@@ -15,12 +15,12 @@ import torch
 from lightning_interp import All, ModelMap, Site
 from lightning_interp.core.measure.statistics import Estimate, mean_interval
 from lightning_interp.core.measure.undisturbed import undisturbed
-from lightning_interp.core.tokens.batches import padded
+from lightning_interp.core.tokens.batches import packed, padded
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.figures import BLUE, ORANGE, band, heat_map, in_house_style, label, panels
 from lightning_interp.generation import LocalSampler, TextRequest
 from lightning_interp.steering import AddDirection, SteeringVector, text_features
-from lightning_interp.steering.vectors.features import encode_texts, pack_rows
+from lightning_interp.steering.vectors.features import encode_texts
 
 from ._contrasts import ContrastItem
 
@@ -108,7 +108,7 @@ def score_sweep(
         (1, 2, 1)
     """
     found = torch.zeros(len(layers), len(strengths), len(texts), dtype=torch.float64)
-    batches = list(pack_rows([len(text.ids) for text in texts], max(1, token_budget // len(strengths))))
+    batches = packed([len(text.ids) for text in texts], max(1, token_budget // len(strengths)))
     for place, layer in enumerate(layers):
         steer = AddDirection(vector, site=Site("resid_post", layer), strength=list(strengths), positions=All())
         with steer.attach(model), undisturbed(model.model):

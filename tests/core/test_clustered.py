@@ -8,7 +8,8 @@ from scipy import stats
 
 from lightning_interp.core.measure.clustered import difference_point, mean_point, paired_point, point_interval
 from lightning_interp.core.measure.resampling import interval_ends, nested_bootstrap
-from lightning_interp.errors import DataError
+from lightning_interp.core.measure.statistics import nested_interval
+from lightning_interp.errors import DataError, RecipeError
 
 DRAWS = np.random.default_rng(3)
 X, Y = DRAWS.normal(size=40), DRAWS.normal(1.0, 2.0, size=40)
@@ -61,6 +62,16 @@ def test_a_resample_depends_on_seed_and_number_alone():
     assert not np.array_equal(few, nested_bootstrap(X, CLUSTER, resamples=20, seed=5))
     low, high = interval_ends(X.mean(), many, alpha=0.2)
     assert low < X.mean() < high
+
+
+def test_an_interval_of_few_datasets_is_wider_than_one_of_many_questions():
+    answers, sets = [1.0, 1.0, 1.0, 0.0] * 5 + [0.0, 0.0, 0.0, 1.0] * 5, ["a"] * 20 + ["b"] * 20
+    nested, flat = nested_interval(answers, sets, level=0.9), nested_interval(answers, level=0.9)
+    assert (nested.value, nested.n, flat.n) == (0.5, 2, 40)
+    assert nested.high - nested.low > 1.5 * (flat.high - flat.low)
+    assert np.isnan(nested_interval(answers, ["a"] * 40).low)
+    with pytest.raises(RecipeError, match=r"Confidence level 95 is not between"):
+        nested_interval(answers, sets, level=95)
 
 
 @pytest.mark.parametrize(("values", "levels"), [([], []), ([1.0, 2.0], [[0]])])

@@ -31,7 +31,6 @@ from lightning_interp.steering import (
     model_fingerprint,
     text_features,
 )
-from lightning_interp.steering.vectors.features import pack_rows
 from lightning_interp.testing import byte_tokenizer, tiny_model
 from lightning_interp.testing.snapshot import snapshot
 
@@ -103,11 +102,6 @@ def test_reading_leaves_the_model_as_it_was(model):
     extract_vector(net, TOKENIZER, POSITIVE, NEGATIVE, method="pca")
     after = snapshot(net)
     assert after == before
-
-
-def test_texts_of_like_length_share_a_batch():
-    assert list(pack_rows([1, 9, 9, 2, 5], 18)) == [[1, 2], [4, 3, 0]]
-    assert list(pack_rows([7], 1)) == [[0]]
 
 
 # Directions

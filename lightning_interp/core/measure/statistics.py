@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_interp.core.measure.resampling import interval_ends
+from lightning_interp.core.measure.resampling import interval_ends, nested_bootstrap
 from lightning_interp.errors import RecipeError
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "bootstrap_interval",
     "mean_interval",
     "median_interval",
+    "nested_interval",
     "proportion_interval",
     "ratio_interval",
 ]
@@ -101,6 +102,37 @@ def mean_interval(values: Sequence[float], *, level: float = 0.95, seed: int = 0
 def median_interval(values: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Estimate:
     """Median with a percentile bootstrap over units (see :func:`bootstrap_interval`)."""
     return bootstrap_interval(lambda x: np.median(x, axis=-1), [values], level=level, seed=seed)
+
+
+def nested_interval(
+    values: Sequence[float], *levels: Sequence[Any], level: float = 0.95, seed: int = 0, resamples: int = 2000
+) -> Estimate:
+    """Mean of units inside of things that were sampled too, such as datasets > seeds > questions.
+
+    Args:
+        values: One a unit.
+        *levels: What each unit belongs to, from the outermost level on; see
+            :func:`~lightning_interp.core.measure.resampling.nested_bootstrap`.
+        level: Confidence level.
+        seed: Of the resampling.
+        resamples: Number of resamples.
+
+    Returns:
+        The estimate; its ``n`` counts the outermost things, and with fewer than two its interval is NaN.
+
+    Raises:
+        DataError: If there is no value, or a level has another length.
+        RecipeError: If ``level`` is no confidence level.
+
+    Example:
+        >>> nested_interval([0.0, 1.0, 0.0, 1.0], ["a", "a", "b", "b"]).n
+        2
+    """
+    _check_level(level)
+    spread = nested_bootstrap(values, *levels, resamples=resamples, seed=seed)
+    n, value = len(set(levels[0])) if levels else len(values), float(np.mean(values))
+    low, high = interval_ends(value, spread, alpha=1 - level) if n > 1 else (math.nan, math.nan)
+    return Estimate(value, low, high, n, level, "nested bootstrap")
 
 
 def ratio_interval(top: Sequence[float], bottom: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Estimate:

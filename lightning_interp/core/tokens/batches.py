@@ -1,4 +1,4 @@
-"""Rows of token ids as one batch: the padding, and which tokens are real."""
+"""Rows of token ids as batches: which go together, the padding, and which tokens are real."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["aligned_left", "padded"]
+__all__ = ["aligned_left", "packed", "padded"]
 
 
 def padded(
@@ -59,3 +59,33 @@ def aligned_left(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return input_ids, real
     order = real.int().argsort(dim=1, descending=True, stable=True)
     return input_ids.gather(1, order), real.gather(1, order)
+
+
+def packed(lengths: Sequence[int], token_budget: int, *, one_length: bool = False) -> list[list[int]]:
+    """Which rows share a batch: the longest first, so that a batch that does not fit into memory fails at once.
+
+    A batch that has a sixteenth of the budget ends before a row that would be padded by more than a seventh.
+
+    Args:
+        lengths: Of the rows.
+        token_budget: Most tokens of one batch, padding included; a longer row is a batch of its own.
+        one_length: Batch only rows of the same length.
+
+    Returns:
+        Numbers of rows, batch by batch.
+
+    Example:
+        >>> packed([2, 5, 4, 5], 1000), packed([2, 5, 4, 5], 12)
+        ([[1, 3, 2, 0]], [[1, 3], [2], [0]])
+    """
+    batches: list[list[int]] = []
+    longest = 0
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        used = len(batches[-1]) * longest if batches else 0
+        fits = batches and used + longest <= token_budget
+        wasteful = 8 * lengths[index] < 7 * longest and 16 * used >= token_budget
+        if not fits or wasteful or (one_length and lengths[index] != longest):
+            batches.append([])
+            longest = lengths[index]
+        batches[-1].append(index)
+    return batches

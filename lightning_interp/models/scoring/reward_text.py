@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_interp.core.tokens.batches import padded
+from lightning_interp.core.tokens.batches import packed, padded
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.models.data.encoding import Encoder
 
@@ -234,7 +234,7 @@ def score_rows(
     where = [place.setdefault(tuple(row), len(place)) for row in rows]
     unique = list(place)
     scores = torch.zeros(len(unique))
-    for batch in _batches([len(row) for row in unique], token_budget, one_length):
+    for batch in packed([len(row) for row in unique], token_budget, one_length=one_length):
         ids, mask = padded([unique[index] for index in batch], pad_id)
         found = forward(ids.to(device, non_blocking=True), mask.to(device, non_blocking=True))
         if found.shape != (len(batch),):
@@ -244,21 +244,3 @@ def score_rows(
             scores = scores.double()
         scores[batch] = found.to(scores.dtype)
     return scores[where]
-
-
-def _batches(lengths: Sequence[int], token_budget: int, one_length: bool) -> list[list[int]]:
-    """Indices of the longest rows first (a batch that does not fit into memory fails at once).
-
-    A batch that has a sixteenth of the budget ends before a row that would be padded by more than a seventh.
-    """
-    batches: list[list[int]] = []
-    longest = 0
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        used = len(batches[-1]) * longest if batches else 0
-        fits = batches and used + longest <= token_budget
-        wasteful = 8 * lengths[index] < 7 * longest and 16 * used >= token_budget
-        if not fits or wasteful or (one_length and lengths[index] != longest):
-            batches.append([])
-            longest = lengths[index]
-        batches[-1].append(index)
-    return batches

@@ -13,12 +13,12 @@ from lightning_interp.core.hooks.intervention import Intervention
 from lightning_interp.core.measure.undisturbed import undisturbed
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
-from lightning_interp.core.tokens.batches import padded
+from lightning_interp.core.tokens.batches import packed, padded
 from lightning_interp.core.tokens.positions import Last, Positions
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import DataError, PositionError
 
-__all__ = ["TextFeatures", "encode_texts", "pack_rows", "text_features"]
+__all__ = ["TextFeatures", "encode_texts", "text_features"]
 
 TextFeatures = tuple[list[int], dict[Site, torch.Tensor]]
 
@@ -64,7 +64,7 @@ def text_features(
     settings = _cheap(model_map, sites)
     device = next(model_map.model.parameters()).device
     with reader.attach(model_map, tokenizer=tokenizer), undisturbed(model_map.model):
-        for numbers in pack_rows([len(row) for row in rows], token_budget):
+        for numbers in packed([len(row) for row in rows], token_budget):
             ids, mask = padded([rows[i] for i in numbers])
             with torch.inference_mode():
                 model_map.model(input_ids=ids.to(device), attention_mask=mask.to(device), **settings)
@@ -87,20 +87,6 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         if not row:
             raise DataError(f"Text {number} ({texts[number]!r}) has no tokens. Remove it or fill it in.")
     return rows
-
-
-def pack_rows(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Numbers of rows that share a batch: the longest first, at most ``token_budget`` tokens with padding.
-
-    Example:
-        >>> list(pack_rows([2, 5, 3], 9))
-        [[1], [2, 0]]
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    while order:
-        size = max(1, token_budget // lengths[order[0]])
-        yield order[:size]
-        order = order[size:]
 
 
 class _Reader(Intervention):
