@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["names_of_stub"]
-
-_LINE = re.compile(r"^from (?P<module>[\w.]+) import (?P<name>\w+) as (?P=name)$", re.MULTILINE)
 
 
 def names_of_stub(
@@ -34,8 +32,10 @@ def names_of_stub(
         >>> lightning_interp.Span.__module__, "Span" in dir(lightning_interp)
         ('lightning_interp.core.tokens.positions', True)
     """
-    stub = Path(file).with_suffix(".pyi").read_text(encoding="utf-8")
-    homes = {found["name"]: found["module"] for found in _LINE.finditer(stub)}
+    # Without pathlib and re, which cost more than all the rest.
+    with open(file.removesuffix(".py") + ".pyi", encoding="utf-8") as stub:
+        words = [line.split() for line in stub if line.startswith("from ")]
+    homes = {line[3]: line[1] for line in words if line[4:] == ["as", line[3]]}
     names = sorted({*homes, *more})
 
     def getattr_of_package(name: str) -> Any:

@@ -31,6 +31,7 @@ __all__ = [
     "json_bytes",
     "jsonable",
     "sha256_file",
+    "sync_to_disk",
     "write_error",
 ]
 
@@ -73,7 +74,7 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-        _sync_folder(target.parent)
+        sync_to_disk(target.parent)
     except OSError as error:
         if error.filename not in (None, str(temporary), str(target)):
             raise  # the block's own trouble with some other file
@@ -286,10 +287,14 @@ def write_error(path: str | os.PathLike[str], error: OSError) -> ManifestError:
     )
 
 
-def _sync_folder(folder: Path) -> None:
-    """Force the rename itself to disk; file systems that cannot sync a folder are left alone."""
+def sync_to_disk(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk; file systems that cannot sync a folder are left alone.
+
+    Args:
+        path: The file or folder.
+    """
     with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lightning_interp.core.storage.files import sync_to_disk, write_error
 from lightning_interp.core.weights.tensors import TensorFolder
 from lightning_interp.errors import ManifestError
 
@@ -48,7 +49,7 @@ def atomic_folder(target: str | os.PathLike[str], *, overwrite: bool = False) ->
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
     except OSError as error:
-        raise _cannot_write(final, error) from error
+        raise write_error(final, error) from error
     try:
         yield temporary
         _settle(temporary)
@@ -96,8 +97,8 @@ def _settle(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(rights)
-        _sync(path)
-    _sync(folder)
+        sync_to_disk(path)
+    sync_to_disk(folder)
 
 
 def _publish(temporary: Path, final: Path) -> None:
@@ -112,9 +113,9 @@ def _publish(temporary: Path, final: Path) -> None:
             if replaced:
                 os.rename(old, final)
             raise
-        _sync(final.parent)
+        sync_to_disk(final.parent)
     except OSError as error:
-        raise _cannot_write(final, error) from error
+        raise write_error(final, error) from error
     if replaced:
         _remove(old)
 
@@ -128,18 +129,3 @@ def _remove(path: Path) -> None:
 
 def _sibling(final: Path) -> Path:
     return final.with_name(f".{final.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-
-
-def _sync(path: Path) -> None:
-    with suppress(OSError):  # some file systems cannot sync a folder
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _cannot_write(path: Path, error: OSError) -> ManifestError:
-    return ManifestError(
-        f"Cannot write {str(path)!r}: {error.strerror or error}. Choose another folder, or free space and rights on it."
-    )
