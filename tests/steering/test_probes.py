@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -98,6 +99,17 @@ class TestDirections:
         p = torch.sigmoid(torch.cat([base, target]) @ weight + bias)
         gradient = torch.cat([base, target]).T @ (p - torch.cat([torch.zeros(200), torch.ones(200)])) + weight
         assert float(gradient.abs().max()) < 1e-7  # float64 sums of 400 terms of 1e4
+
+    @pytest.mark.parametrize(("factor", "below"), [(1, 1e-9), (3, 1e-5), (-1e6, 1e-5), (torch.nan, 1e-5)])
+    def test_the_last_step_is_judged_by_the_gradient_where_it_ends(self, factor, below, monkeypatch):
+        x, y = torch.cat(draw(60, 60)), torch.cat([torch.zeros(60), torch.ones(60)])
+        solve = torch.linalg.solve
+        erring = lambda h, g: solve(h, g) * (1 if g.norm() > 1e-5 else factor)  # noqa: E731
+        monkeypatch.setattr(torch.linalg, "solve", erring)
+        with suppress(DataError):  # "did not converge" is an honest answer too
+            weight, bias = fit_logistic(x, y)
+            wrong = torch.sigmoid(x @ weight + bias) - y
+            assert float(torch.cat([x.T @ wrong + weight, wrong.sum()[None]]).norm()) <= below
 
     @pytest.mark.parametrize("kind", ["dual_md", "primal_md", "lda"])
     def test_streamed_moments_give_the_same(self, kind):

@@ -33,7 +33,7 @@ def fit_logistic(
 
     Raises:
         RecipeError: If the penalty is no penalty.
-        DataError: If there is only one class, or the solve does not converge.
+        DataError: If there is only one class, or the gradient where the solve ends does not vanish.
 
     Example:
         >>> x = torch.tensor([[-1.0], [0.0], [0.0], [1.0]])
@@ -99,19 +99,26 @@ def _newton(x: Tensor, y: Tensor, l2: float, tolerance: float, max_iter: int) ->
     weights = torch.zeros_like(x[0])
     decrease = torch.inf
     for _ in range(max_iter):
-        p = torch.sigmoid(x @ weights)
-        gradient = x.T @ (p - y) + penalty * weights
+        gradient, p = _gradient(x, y, penalty, weights)
         hessian = (x.T * (p * (1 - p))) @ x + torch.diag(penalty)
         hessian.diagonal().mul_(1 + 1e-12)  # keeps it solvable where all probabilities are near 0 or 1
         step: Tensor = torch.linalg.solve(hessian, gradient)
         decrease = float(gradient @ step) / 2
-        if decrease <= tolerance:
-            return weights - step  # here each step squares the error
+        # The second follows from the first where the step is Newton's, and holds whatever the solve has made of it.
+        if decrease <= tolerance and bool(gradient.square().sum() <= 2 * tolerance * hessian.trace()):
+            last = weights - step  # here each step squares the error, unless rounding has it all
+            return last if bool(_gradient(x, y, penalty, last)[0].norm() <= gradient.norm()) else weights
         weights = _descend(x, y, penalty, weights, step, 2 * decrease)
     raise DataError(
         f"Logistic regression on {len(y)} rows did not converge in {max_iter} iterations (the loss "
         f"would fall by another {decrease:.2g}). Raise l2, or scale the features."
     )
+
+
+def _gradient(x: Tensor, y: Tensor, penalty: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the penalised loss ``[k]``, and the probabilities ``[n]``."""
+    p = torch.sigmoid(x @ weights)
+    return x.T @ (p - y) + penalty * weights, p
 
 
 def _descend(x: Tensor, y: Tensor, penalty: Tensor, weights: Tensor, step: Tensor, decrease: float) -> Tensor:
