@@ -229,7 +229,8 @@ class LocalSampler:
             return LogitsProcessorList()
         made = [self._processors(row.request) if callable(self._processors) else self._processors for row in rows]
         plain = self._processors is None and all(row.request.temperature == 0 for row in rows)
-        return LogitsProcessorList([] if plain else [_Draws(rows, [one or () for one in made], width)])
+        device = next(self.model.parameters()).device
+        return LogitsProcessorList([] if plain else [_Draws(rows, [one or () for one in made], width, device)])
 
     def _completion(self, row: _Row, ids: Sequence[int], stopped: int | None) -> Completion:
         ends = self._ends()
@@ -268,13 +269,15 @@ class LocalSampler:
 class _Draws(LogitsProcessor):
     """Lets each row's processors act, draws its token, and forbids all others."""
 
-    def __init__(self, rows: Sequence[_Row], processors: Sequence[Sequence[LogitsProcessor]], width: int) -> None:
+    def __init__(
+        self, rows: Sequence[_Row], processors: Sequence[Sequence[LogitsProcessor]], width: int, device: torch.device
+    ) -> None:
         requests = [row.request for row in rows]
         self._padding = [width - len(row.ids) for row in rows]
         self._processors = processors
-        self._uniform = uniform_numbers([one.row_seed for one in requests], max(row.limit for row in rows))
-        self._temperature = torch.tensor([one.temperature for one in requests], dtype=torch.float64)
-        self._top_p = torch.tensor([one.top_p for one in requests], dtype=torch.float64)
+        uniform = uniform_numbers([one.row_seed for one in requests], max(row.limit for row in rows))
+        settings = torch.tensor([(one.temperature, one.top_p) for one in requests], dtype=torch.float64)
+        self._uniform, (self._temperature, self._top_p) = uniform.to(device), settings.T.to(device)
         self._step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -282,9 +285,6 @@ class _Draws(LogitsProcessor):
         if any(self._processors):
             views = ((input_ids[i : i + 1, start:], scores[i : i + 1]) for i, start in enumerate(self._padding))
             logits = torch.cat([self._processed(i, *view) for i, view in enumerate(views)])
-        self._uniform, self._temperature, self._top_p = (
-            one.to(scores.device) for one in (self._uniform, self._temperature, self._top_p)
-        )
         chosen = draw_tokens(logits, self._uniform[:, self._step], temperature=self._temperature, top_p=self._top_p)
         self._step += 1
         return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)

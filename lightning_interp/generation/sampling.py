@@ -62,6 +62,7 @@ def draw_tokens(logits: Tensor, uniform: Tensor, *, temperature: Tensor, top_p: 
             f"No token can be written in row {row}: the largest of its {logits.shape[1]} logits is "
             f"{float(largest[row])}. Check what a logits processor or an intervention does there, or the model's dtype."
         )
+    uniform, temperature, top_p = (x.to(logits.device) for x in (uniform, temperature, top_p))
     greedy = temperature == 0
     if bool(greedy.all()):
         return logits.argmax(-1)
@@ -71,7 +72,7 @@ def draw_tokens(logits: Tensor, uniform: Tensor, *, temperature: Tensor, top_p: 
         weights = _nucleus(weights, top_p)
     cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
-    target = (uniform.to(logits.device)[:, None] * total.double()).long().clamp(max=total - 1)
+    target = (uniform[:, None] * total.double()).long().clamp(max=total - 1)
     drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]
     return torch.where(greedy, logits.argmax(-1), drawn)
 
@@ -80,6 +81,6 @@ def _nucleus(weights: Tensor, top_p: Tensor) -> Tensor:
     """Weights without the tokens behind those that have the share together; equally likely ones by their ids."""
     ordered, index = weights.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
-    share = (top_p.to(weights.device).double() * ordered.sum(-1))[:, None]
+    share = (top_p.double() * ordered.sum(-1))[:, None]
     kept = ordered.masked_fill((before >= share) & (before > 0), 0)
     return torch.zeros_like(weights).scatter(-1, index, kept)

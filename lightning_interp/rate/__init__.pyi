@@ -32,6 +32,7 @@ from lightning_interp.rate.report.study_files import write_triples as write_trip
 from lightning_interp.rate.report.study_tables import effects_rows as effects_rows
 from lightning_interp.rate.rewriting.chat_rewriters import LocalRewriter as LocalRewriter
 from lightning_interp.rate.rewriting.chat_rewriters import OpenAICompatibleRewriter as OpenAICompatibleRewriter
+from lightning_interp.rate.rewriting.chat_rewriters import TemplateRewriter as TemplateRewriter
 from lightning_interp.rate.rewriting.driver import RewriteReport as RewriteReport
 from lightning_interp.rate.rewriting.driver import RewriteRun as RewriteRun
 from lightning_interp.rate.rewriting.export import export_records as export_records
