@@ -200,7 +200,7 @@ def test_one_direction_a_row():
     close(together, torch.cat(alone), 1e-9)
 
 
-def peaked(dtype=torch.float64, v=2000, d=48, rows=6):
+def peaked(dtype=torch.float64, v=2000, d=48, rows=3):
     """An anisotropic head whose distributions are peaked, and a direction between two sets of tokens."""
     weight = draw(v, d, seed=3) * torch.logspace(0, -1.2, d, dtype=torch.float64)
     lam, beta = 2.5 * draw(rows, d, seed=4), weight[:50].mean(0) - weight[50:100].mean(0)
@@ -212,17 +212,18 @@ TARGETS = [{"t": 0.2}, {"probe_delta": 2.0}, {"kl_budget": 0.4}, {"target_prob":
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: next(iter(t)))
-@pytest.mark.parametrize("size", [16, 128])
-def test_a_support_gives_what_the_whole_vocabulary_gives(target, size):
+def test_a_support_gives_what_the_whole_vocabulary_gives(target):
     geometry, lam, beta, pairs = peaked()
     settings = {"alpha": 5e-3, "pairs": pairs, "options": SolverOptions(rtol=1e-8, target_rtol=1e-7)}
     whole = dual_steer(geometry, lam, beta, **settings, **target)
-    part = dual_steer(geometry, lam, beta, support=size, **settings, **target)
-    assert whole.reached.all() and part.reached.all()  # noqa: PT018
-    assert part.certified.all()
-    assert float(part.rel_resid.max()) < 1e-7
-    assert (part.covered < 1).any()
-    close(geometry.probs(part.lam), geometry.probs(whole.lam), 1e-5)
+    assert whole.reached.all()
+    for size in (16, 128):
+        part = dual_steer(geometry, lam, beta, support=size, **settings, **target)
+        assert part.reached.all()
+        assert part.certified.all()
+        assert float(part.rel_resid.max()) < 1e-7
+        assert (part.covered < 1).any()
+        close(geometry.probs(part.lam), geometry.probs(whole.lam), 1e-5)
 
 
 def test_single_precision_ends_where_double_precision_does():

@@ -49,6 +49,8 @@ class TestStrengthsOfRows(InterventionContract):
 
 
 class TestProjectOut(InterventionContract):
+    families = ("llama", "gpt2", "qwen2_moe")  # at sites that TestAddDirection writes to in every family
+
     def make(self, model):
         return ProjectOut(torch.stack([direction(model, 0), direction(model, 1)]), site=at(*LAYERS))
 
@@ -70,6 +72,8 @@ class TestAffineMap(InterventionContract):
 
 
 class TestClampDirection(InterventionContract):
+    families = ("llama", "gpt2", "qwen2_moe")  # at sites that TestAddDirection writes to in every family
+
     def make(self, model):
         return ClampDirection(direction(model), to=3.0, site=at(*LAYERS))
 
