@@ -283,6 +283,13 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["v.safetensors"]
 
 
+@pytest.mark.parametrize(("method", "gap"), [("pca_centred", 1.0), ("pca", 0.0), ("pca_centred", 0.0)])
+def test_pairs_that_all_differ_alike_have_no_axis(method, gap):
+    minus = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.raises(DataError, match=rf"Method '{method}' finds no axis: the 5 differences .* are all equal"):
+        direction_between(minus + gap * torch.tensor([1.0, 2.0, 0.0, -1.0]), minus, method)
+
+
 def test_a_vector_written_twice_has_one_hash(tmp_path):
     same = made(resid_post_at_1=[1.0], resid_post_at_0=[2.0]), made(resid_post_at_0=[2.0], resid_post_at_1=[1.0])
     found = {vector.save(tmp_path / "v.safetensors").read_bytes() for vector in same * 8}

@@ -245,3 +245,20 @@ def test_a_head_without_spread_says_so():
         dual_steer(SoftmaxGeometry(weight), torch.ones(8), torch.ones(8), t=1.0)
     found = dual_steer(SoftmaxGeometry(weight), torch.ones(8), torch.ones(8), t=1.0, alpha=0.5)
     assert float(found.kl) < 1e-12
+
+
+@pytest.mark.parametrize(("shift", "refused"), [(0.0, False), (1e-6, True), (torch.nan, True)])
+def test_a_state_of_another_dual_coordinate_is_not_returned(shift, refused, monkeypatch):
+    geometry, states, _ = case()
+    y, solve = geometry.dual(states, alpha=0.1), SoftmaxGeometry._solve
+
+    def shifted(*arguments):
+        found = solve(*arguments)
+        found.lam[1] += shift
+        return dataclasses.replace(found, reason=torch.zeros_like(found.reason))
+
+    monkeypatch.setattr(SoftmaxGeometry, "_solve", shifted)
+    assert geometry.solve_dual(y, alpha=0.1).converged.tolist() == [True, not refused, True, True]
+    if refused:
+        with pytest.raises(IncompatibleModelError, match=r"left a residual of .* in row 1 \(stalled\)"):
+            geometry.inverse_dual(y, alpha=0.1)

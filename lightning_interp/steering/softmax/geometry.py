@@ -17,7 +17,7 @@ from lightning_interp.core.model.head import SoftmaxHead, read_head
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.errors import IncompatibleModelError
 from lightning_interp.steering.softmax.arithmetic import divergence, entropy, exact_arithmetic, working_dtype
-from lightning_interp.steering.softmax.newton import NewtonResult, Potential, minimise
+from lightning_interp.steering.softmax.newton import REASONS, NewtonResult, Potential, minimise
 
 __all__ = ["Softcap", "SoftmaxGeometry"]
 
@@ -307,6 +307,14 @@ class SoftmaxGeometry:
                 again = self._solve(flat[rows], guess, factor * alpha, wanted)
                 guess = again.lam * _LADDER[0] / _LADDER[1]
             found.put(rows, again, torch.arange(len(rows), device=rows.device))
+        return self._judged(found, flat, alpha, accepted * size)
+
+    def _judged(self, found: NewtonResult, y: torch.Tensor, alpha: float, accepted: torch.Tensor) -> NewtonResult:
+        """Residuals of the states that are returned, and no convergence where they are too large."""
+        found.residual = (self.dual(found.lam, alpha=alpha) - y).norm(dim=-1)
+        rounded = 64 * torch.finfo(y.dtype).eps * (y.norm(dim=-1) + alpha * found.lam.norm(dim=-1))
+        wrong = found.converged & ~(found.residual <= 10 * torch.maximum(accepted, rounded))
+        found.reason = torch.where(wrong, REASONS.index("stalled"), found.reason)
         return found
 
     def _solve(self, y: torch.Tensor, start: torch.Tensor, alpha: float, accepted: torch.Tensor) -> NewtonResult:

@@ -138,7 +138,13 @@ def direction_between(
     elif method in METHODS:
         differences = plus - minus
         middle = differences.mean(0) if method == "pca_centred" else torch.zeros_like(gap)
-        axis = torch.linalg.svd(differences - middle, full_matrices=False).Vh[0]
+        _, sizes, axes = torch.linalg.svd(differences - middle, full_matrices=False)
+        if not bool(sizes[0] > _NOTHING * differences.norm()):  # any axis is a singular vector of nothing
+            raise DataError(
+                f"Method {method!r} finds no axis: the {len(differences)} differences of the pairs are all equal. Use "
+                "mean_difference, or pairs that differ in other things too."
+            )
+        axis = axes[0]
     else:
         raise RecipeError(f"There is no method {method!r}; expected one of {', '.join(METHODS)}.")
     unit = axis / axis.norm()
@@ -181,7 +187,7 @@ class _Side:
             found = direction_between(rows[: self.positive], rows[self.positive :], method, l2=l2)
         else:
             found = self.sums[1].mean - self.sums[0].mean
-        if float(found.norm()) <= _NOTHING * self.size:
+        if not float(found.norm()) > _NOTHING * self.size:  # NaN too
             raise DataError(
                 f"Both sides look alike for {what}: their means lie {float(found.norm()):.2g} apart, where activations "
                 f"have a length of {self.size:.3g}. Use texts that differ where they are read."
