@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -205,7 +205,7 @@ class LocalRewriter(TemplateRewriter):
         if limit is None:
             limit = 2 * len(self._writer().tokenizer(text, add_special_tokens=False).input_ids) + 64
         asked = super().request(text, w_target=w_target, prompt=prompt, draw=draw)
-        return TextRequest.from_dict(asked.to_dict() | {"max_new_tokens": limit})
+        return replace(asked, max_new_tokens=limit)
 
     def _writer(self) -> Any:
         if self._generator is not None:
@@ -241,14 +241,8 @@ class OpenAICompatibleRewriter(TemplateRewriter):
         system_prompt: System text; none is sent if None.
         extra: Further fields of the request, such as ``{"max_completion_tokens": 512}``; part of the key.
         name: What to call it; ``openai:<model>`` if None. The address is no part of the key.
-        max_concurrency: See :class:`~lightning_interp.generation.pacing.Pace`, as for those that follow.
-        requests_per_minute: See there.
-        tokens_per_minute: See there.
-        max_retries: See there.
-        timeout: See there.
-        backoff: See there.
-        sleep: See there.
-        clock: See there.
+        **pace: How fast it is called: fields of :class:`~lightning_interp.generation.pacing.Pace`, such as
+            ``max_concurrency=8``, ``requests_per_minute``, ``max_retries`` and ``timeout``.
 
     Raises:
         RecipeError: If an argument has a wrong value, the package is missing, or the key is not in the environment.
@@ -273,21 +267,10 @@ class OpenAICompatibleRewriter(TemplateRewriter):
         system_prompt: str | None = None,
         extra: Mapping[str, Any] | None = None,
         name: str | None = None,
-        max_concurrency: int = 8,
-        requests_per_minute: float | None = None,
-        tokens_per_minute: float | None = None,
-        max_retries: int = 6,
-        timeout: float = 120.0,
-        backoff: Backoff | None = None,
-        sleep: Callable[[float], object] | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        **pace: Any,
     ) -> None:
         check_sampling(temperature=temperature)
-        pace = Pace(
-            max_concurrency=max_concurrency, requests_per_minute=requests_per_minute,
-            tokens_per_minute=tokens_per_minute, max_retries=max_retries, timeout=timeout,
-            backoff=backoff or Backoff(seed=seed or 0), sleep=sleep, clock=clock,
-        )  # fmt: skip
+        how = Pace(**{"backoff": Backoff(seed=seed or 0), **pace})
         self.endpoint = EndpointGenerator(
             model,
             base_url=base_url,
@@ -295,7 +278,7 @@ class OpenAICompatibleRewriter(TemplateRewriter):
             send_seed=seed is not None,
             extra=extra,
             name=name,
-            pace=pace,
+            pace=how,
         )
         super().__init__(
             self.endpoint, template, name=self.endpoint.name, seed=seed or 0, system_prompt=system_prompt,
