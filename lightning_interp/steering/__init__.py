@@ -5,7 +5,7 @@ and ``schedule`` say how much for each row and step, ``where`` and ``head_gates`
 activations, ``vectors`` and ``gguf_vectors`` are directions with what is known about them, ``directions`` extracts them
 from contrasting texts, and ``callback`` carries steering through a Lightning run.
 
-The softmax's information geometry is in ``head``, ``geometry``, ``newton`` and ``curve``; ``dual`` steers with it,
+The softmax's information geometry is in ``geometry``, ``newton`` and ``curve``; ``dual`` steers with it,
 ``euclidean`` is the ordinary way at the same targets, ``stepwise`` the authors' path, ``dual_intervention`` the hook
 at the head and ``dual_callback`` its callback.
 

@@ -1,1 +1,1 @@
-"""Interventions and captures in a Lightning run."""
+"""Interventions, captures and looks at the model in a Lightning run."""

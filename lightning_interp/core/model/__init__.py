@@ -1,1 +1,1 @@
-"""Where in a decoder: its structure, its components, the places whose activations have a name."""
+"""Where in a decoder: its structure, components and head, places whose activations have a name, and which model."""

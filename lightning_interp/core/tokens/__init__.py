@@ -1,1 +1,1 @@
-"""Which tokens: what a pass knows of its tokens, and selectors that choose among them."""
+"""Which tokens: rows as batches, what a pass knows of its tokens, and selectors that choose among them."""
