@@ -343,8 +343,11 @@ def _module_at(code: Path) -> ModuleType:
 def _register_parents(name: str, code: Path) -> None:
     """Make the packages above a module known, so that it can be imported by its name afterwards."""
     parents, folder = name.split(".")[:-1], code.parent
+    below: ModuleType | None = None
     while parents:
         package = ModuleType(".".join(parents))
         package.__path__ = [str(folder)]
-        sys.modules.setdefault(package.__name__, package)
-        parents, folder = parents[:-1], folder.parent
+        package = sys.modules.setdefault(package.__name__, package)
+        if below is not None:
+            setattr(package, below.__name__.rpartition(".")[2], below)
+        below, parents, folder = package, parents[:-1], folder.parent

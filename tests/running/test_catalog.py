@@ -92,6 +92,7 @@ def test_recipes_import_what_lies_beside_them_and_not_each_others_helpers(tmp_pa
     ]
     assert found == [11, 12, 13]
     assert recipe_module("two/_common").EPOCHS == 12
+    assert sys.modules[catalog.MODULES].two._common.EPOCHS == 12  # a package knows its parts, as others do
     assert sys.path == before
     assert "_common" not in sys.modules
 
