@@ -110,8 +110,8 @@ def hold(attachment: Attachment, claim: Claim) -> None:
     if hooks is not None and isinstance(hooks.masked, _SharedMap):
         hooks.masked = _SharedMap.of((*hooks.masked.claims, claim))
     else:
-        MaskedHooks(_SharedMap.of((claim,)))
-    attachment.add(_Release(claim))
+        hooks = MaskedHooks(_SharedMap.of((claim,)))
+    attachment.add(_Release(hooks, claim))
 
 
 def held_adapters(module: nn.Module) -> frozenset[str]:
@@ -159,17 +159,17 @@ def dosed(plain: RowMap | None, change: RowMap, dose: Dose, layer: int | None) -
 class _Release:
     """Takes one claim off its module, whatever others are there."""
 
+    hooks: MaskedHooks
     claim: Claim
 
     def remove(self) -> None:
-        hooks = MaskedHooks.on(self.claim.part.module)
-        if hooks is None or not isinstance(hooks.masked, _SharedMap):
-            return
-        rest = tuple(claim for claim in hooks.masked.claims if claim is not self.claim)
+        shared = self.hooks.masked
+        claims = shared.claims if isinstance(shared, _SharedMap) else ()
+        rest = tuple(claim for claim in claims if claim is not self.claim)
         if rest:
-            hooks.masked = _SharedMap.of(rest)
+            self.hooks.masked = _SharedMap.of(rest)
         else:
-            hooks.remove()
+            self.hooks.remove()
 
 
 @dataclass(eq=False)
@@ -180,8 +180,8 @@ class _SharedMap(MaskedMap):
 
     @classmethod
     def of(cls, claims: tuple[Claim, ...]) -> _SharedMap:
-        part, own = claims[0].part, own_map(claims[0].part.module)
-        adapters = frozenset[str]().union(*(claim.adapters for claim in claims))
+        part, adapters = claims[0].part, frozenset[str]().union(*(claim.adapters for claim in claims))
+        own = own_map(part.module) if adapters else None
         codes, masks = _joint(claims)
         shared = cls(
             part.module,
@@ -193,7 +193,7 @@ class _SharedMap(MaskedMap):
             takes_empty=takes_empty(part.module),
             claims=claims,
         )
-        if adapters and own is not None:
+        if own is not None:
             shared._fill(codes, own, dropouts_in(part.module, part.path))
             shared.native = _native(part.module, adapters, codes, claims)
             shared.alternatives = {0: claims[0].dropout.wrap(own, dropouts_in(own, part.path), claims[0].step)} | dict(
@@ -248,6 +248,8 @@ def _joint(claims: Sequence[Claim]) -> tuple[dict[int, _Members], Callable[[], M
         What each code but 0 is, as (claim, its source) pairs: one, or several that add up.
     """
     codes: dict[int, _Members] = {k: ((0, k),) for k in claims[0].sources}
+    if len(claims) == 1:
+        return codes, claims[0].masks
     masks, conflict = claims[0].masks, 0
     device = next((p.device for p in claims[0].part.module.parameters()), torch.device("cpu"))
     for c in range(1, len(claims)):
