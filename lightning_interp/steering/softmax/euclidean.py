@@ -104,8 +104,7 @@ def _walk_straight(request: SteerRequest) -> SteerResult:
     elif request.kind == "probe_value":
         t = (request.goal - (beta * request.lam).sum(-1)) / square
     else:
-        measure, sign = _measure_on_line(request, push)
-        t = sign * line_step(lambda step: measure(sign * step), request.goal)
+        t = _step_on_line(request, push)
     lam = request.lam + t[:, None] * beta
     point = NewtonResult.empty(lam)
     point.reason[:] = 0
@@ -115,6 +114,17 @@ def _walk_straight(request: SteerRequest) -> SteerResult:
         rows = zip(result.reason, result.reached.tolist(), strict=True)
         result.reason = [reason if reached else "unreachable" for reason, reached in rows]
     return result
+
+
+def _step_on_line(request: SteerRequest, push: torch.Tensor) -> torch.Tensor:
+    measure, sign = _measure_on_line(request, push)
+    goal = request.goal
+    t = sign * line_step(lambda step: measure(sign * step), goal)
+    if request.kind == "kl_budget":
+        return t
+    back = -sign * line_step(lambda step: measure(-sign * step), goal)  # farther out odds may go another way
+    error, error_back = (measure(t) - goal).abs(), (measure(back) - goal).abs()
+    return torch.where((error > 1e-3 * goal * (1 - goal)) & (error_back < error), back, t)
 
 
 def _measure_on_line(request: SteerRequest, push: torch.Tensor) -> tuple[Any, torch.Tensor]:
