@@ -1,8 +1,8 @@
-"""Three ways to solve ``(H + alpha I) x = v`` with the softmax's Fisher information ``H``, rows of a batch at once.
+"""Two ways to solve ``(H + alpha I) x = v`` with the softmax's Fisher information ``H``, rows of a batch at once.
 
 Conjugate gradients need only products with ``H`` (two passes over the unembedding each). Plain, they take about as many
 as ``H`` has eigenvalues above ``alpha``; preconditioned with the exact inverse for the likeliest tokens alone, which
-hold nearly all of ``H``, one or two. The dense and the Woodbury form are exact, for small widths and vocabularies.
+hold nearly all of ``H``, one or two. The dense form is exact, for small widths.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["conjugate_gradient", "likely_inverse", "solve_dense", "solve_woodbury"]
+__all__ = ["conjugate_gradient", "likely_inverse", "solve_dense"]
 
 Map = Callable[[torch.Tensor], torch.Tensor]
 
@@ -143,22 +143,3 @@ def solve_dense(weight: torch.Tensor, p: torch.Tensor, v: torch.Tensor, alpha: f
     covariance = (rows * p[:, None]).T @ rows
     covariance.diagonal().add_(alpha)
     return torch.cholesky_solve(v[:, None], torch.linalg.cholesky(covariance))[:, 0]
-
-
-def solve_woodbury(weight: torch.Tensor, p: torch.Tensor, v: torch.Tensor, alpha: float) -> torch.Tensor:
-    """Solve in the space of tokens instead, ``[K, K]``: exact and cheap for small supports.
-
-    Args:
-        weight: Rows ``g_y`` ``[K, d]``.
-        p: Probabilities ``[K]``.
-        v: Right-hand side ``[d]``.
-        alpha: Regularisation, > 0.
-
-    Returns:
-        ``x`` ``[d]``.
-    """
-    rows = p.sqrt()[:, None] * (weight - p @ weight)
-    inner = rows @ rows.T
-    inner.diagonal().add_(alpha)
-    solved = torch.cholesky_solve((rows @ v)[:, None], torch.linalg.cholesky(inner))[:, 0]
-    return (v - rows.T @ solved) / alpha
