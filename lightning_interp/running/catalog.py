@@ -66,22 +66,14 @@ class RecipeSource:
 
 
 def recipes_dir() -> Path:
-    """Return the folder of the package's own recipes: inside an installed package, beside it in a checkout.
-
-    Returns:
-        The folder; it may be missing.
-    """
+    """Return the folder of the package's own recipes: inside an installed package, beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "_recipes"
     return installed if installed.is_dir() else package.parent / "recipes"
 
 
 def recipe_names() -> list[str]:
-    """Return the names of the package's own recipes, such as ``grafting/facts``.
-
-    Returns:
-        The names, sorted.
-    """
+    """Return the names of the package's own recipes, such as ``grafting/facts``."""
     root = recipes_dir()
     files = (path.relative_to(root).with_suffix("") for path in root.rglob("*.yaml"))
     return sorted(path.as_posix() for path in files if (root / path.with_suffix(".py")).is_file())
@@ -92,9 +84,6 @@ def find_recipe(name: str) -> RecipeSource:
 
     Args:
         name: ``grafting/facts``, ``mine.yaml`` or ``mine.py``.
-
-    Returns:
-        Its source.
 
     Raises:
         RecipeError: If there is no such recipe or file; names the nearest.
@@ -111,13 +100,6 @@ def find_recipe(name: str) -> RecipeSource:
 
 def load_class(source: RecipeSource, base: type[T]) -> type[T]:
     """Import a recipe's class.
-
-    Args:
-        source: Where it is.
-        base: The class it must derive from.
-
-    Returns:
-        The class.
 
     Raises:
         RecipeError: If the file cannot be imported, or does not define exactly one recipe.
@@ -153,9 +135,6 @@ def recipe_module(name: str) -> ModuleType:
     Args:
         name: Without its ending, such as ``grafting/_common``.
 
-    Returns:
-        The module.
-
     Raises:
         RecipeError: If it cannot be imported.
     """
@@ -164,9 +143,6 @@ def recipe_module(name: str) -> ModuleType:
 
 def code_files(code: Path) -> list[Path]:
     """Return a recipe's Python file and the helpers beside it that it imports (``from ._common import ...``).
-
-    Args:
-        code: The recipe's file.
 
     Returns:
         The file itself first, then its helpers, also those of helpers.
@@ -189,9 +165,6 @@ def code_files(code: Path) -> list[Path]:
 def header(path: Path) -> str:
     """Return the comment lines that a recipe's YAML file begins with, without their signs.
 
-    Args:
-        path: The YAML file.
-
     Returns:
         The text: purpose, command, time, hardware.
     """
@@ -205,9 +178,6 @@ def header(path: Path) -> str:
 
 def yaml_keys(path: Path) -> dict[str, tuple[int, Any]]:
     """Return the keys of a settings file with their lines, without building any of its values.
-
-    Args:
-        path: The YAML file.
 
     Returns:
         ``(line, node)`` by key, dotted for nested mappings.

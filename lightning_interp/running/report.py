@@ -24,12 +24,6 @@ LONG_TEXT = 24  # letters from which on a column of text is given some width
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
     """Write ``report.html`` into the folder of a finished run.
 
-    Args:
-        run_dir: The run folder.
-
-    Returns:
-        The file.
-
     Raises:
         ManifestError: If it is no run folder, the run is not finished, or one of its files is missing or damaged.
     """
@@ -45,9 +39,6 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
 
 def render_report(run: StoredRun) -> str:
     """Return the page: what was asked, tables, figures, caveats, versions, seed, settings, time.
-
-    Args:
-        run: A finished run.
 
     Returns:
         HTML that refers to no other file. All text is escaped.

@@ -94,9 +94,6 @@ class StoredRun:
     def result(self, phase: str) -> Any:
         """Return what a phase returned, None if it is not finished.
 
-        Args:
-            phase: The phase's name.
-
         Raises:
             ManifestError: If the run has no such phase, or its file is missing or changed.
         """
@@ -115,13 +112,6 @@ class StoredRun:
 
 def check_output_name(name: str, what: str) -> str:
     """Return ``name`` if it can be a file's name without its ending.
-
-    Args:
-        name: The name of a table or figure.
-        what: ``table`` or ``figure``, for the message.
-
-    Returns:
-        ``name``.
 
     Raises:
         RecipeError: If it holds other characters than letters, digits, dot, dash, underscore.
@@ -163,10 +153,6 @@ def write_results(
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as CSV with a header; numbers in full, nothing for None, lists and dicts as JSON.
 
-    Args:
-        path: The file.
-        rows: The table.
-
     Raises:
         DataError: If a value has no text form.
         ManifestError: If the folder cannot be written.
@@ -179,12 +165,6 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def read_table(path: Path) -> list[dict[str, Any]]:
     """Read rows back from CSV, numbers as numbers.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The rows.
 
     Raises:
         ManifestError: If the file cannot be read.
@@ -209,10 +189,6 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 def write_figure(path: Path, figure: Any) -> None:
     """Write a figure as PNG.
 
-    Args:
-        path: The file.
-        figure: A matplotlib figure, or the path of a PNG file.
-
     Raises:
         RecipeError: If it is neither, or the file is no PNG.
         ManifestError: If the folder cannot be written.
@@ -233,12 +209,6 @@ def write_figure(path: Path, figure: Any) -> None:
 
 def read_run(run_dir: Path) -> StoredRun:
     """Read a run folder, finished or not.
-
-    Args:
-        run_dir: The run folder.
-
-    Returns:
-        What it holds.
 
     Raises:
         ManifestError: If it is no run folder, or one of its files is missing or damaged.

@@ -56,10 +56,6 @@ def load_settings(cls: type[T], source: RecipeSource, overrides: Sequence[str] =
 def print_help(cls: type[Any], source: RecipeSource) -> None:
     """Print every field with its meaning, type and value, below the header of the YAML file.
 
-    Args:
-        cls: The recipe's class.
-        source: Where it comes from.
-
     Raises:
         RecipeError: If the YAML file holds a wrong key or value.
     """
@@ -72,10 +68,6 @@ def print_help(cls: type[Any], source: RecipeSource) -> None:
 
 def named_on_command_line(key: str, overrides: Sequence[str]) -> bool:
     """Return whether an override names ``key``.
-
-    Args:
-        key: The field.
-        overrides: Command-line arguments.
 
     Example:
         >>> named_on_command_line("model", ["--seed", "3", "--model=gpt2"])

@@ -56,9 +56,6 @@ def shown(value: Any) -> str:
 def shown_column(values: Sequence[Any]) -> list[str]:
     """Return the cells of one column, numbers with equally many decimals so that they can be compared at a glance.
 
-    Args:
-        values: The cells.
-
     Returns:
         The texts. A number that would read as zero without being it keeps its own digits.
 
@@ -89,23 +86,13 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def shown_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return the cells of a table as texts, row by row, in the order of :func:`columns`.
-
-    Args:
-        rows: The table.
-
-    Returns:
-        The texts.
-    """
+    """Return the cells of a table as texts, row by row, in the order of :func:`columns`."""
     by_column = [shown_column([row.get(name) for row in rows]) for name in columns(rows)]
     return [list(line) for line in zip(*by_column, strict=True)] or [[] for _ in rows]
 
 
 def plain_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a table as text, numbers to the right.
-
-    Args:
-        rows: The table.
 
     Returns:
         Lines of equal layout, without a line break at the end.

@@ -30,9 +30,6 @@ _HOOKS = (
 def snapshot(model: nn.Module) -> Snapshot:
     """Everything about a model and the process that an intervention must leave as it was.
 
-    Args:
-        model: Any module.
-
     Returns:
         Plain values, comparable with ``==``: hooks, attributes and mode of every module, the state dict's keys and
         contents, ``requires_grad``, the global random state, default dtype and grad mode.

@@ -48,13 +48,6 @@ class ChildPlace:
 def check_child_name(run_dir: Path, key: str) -> str:
     """Return ``key`` if it can name a child of a run.
 
-    Args:
-        run_dir: The parent's folder.
-        key: The child's name in it.
-
-    Returns:
-        ``key``.
-
     Raises:
         ManifestError: If it could lead out of the folder, or differs from another child's only in case.
     """
@@ -90,12 +83,6 @@ def check_parents_free(run_dir: Path) -> None:
 
 def child_folders(run_dir: Path) -> dict[str, Path]:
     """Return the folders of a run's children that have begun.
-
-    Args:
-        run_dir: The parent's folder.
-
-    Returns:
-        Folders by the child's name, sorted.
 
     Example:
         >>> child_folders(Path("/nowhere"))

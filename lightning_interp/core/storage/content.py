@@ -42,9 +42,6 @@ _TICK = 2 * 10**9  # nanoseconds: the coarsest clock of a file system
 def stamp_file(path: Path) -> dict[str, Any]:
     """Hash a file and return its stamp.
 
-    Args:
-        path: The file.
-
     Returns:
         ``sha256``, ``size``, and ``mtime_ns``: the time of its last change, None if that is too near to be trusted.
 
@@ -62,15 +59,7 @@ def stamp_file(path: Path) -> dict[str, Any]:
 
 
 def current_stamp(path: Path, stamp: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the stamp of a file, reading the file only if it does not look as it did at its last stamp.
-
-    Args:
-        path: The file.
-        stamp: Its last stamp, if there is one.
-
-    Returns:
-        The stamp, with the time that the file has now.
-    """
+    """Return the stamp of a file, reading the file only if it does not look as it did at its last stamp."""
     if stamp is not None:
         now = path.stat()
         if (now.st_size, now.st_mtime_ns) == (stamp["size"], stamp["mtime_ns"]):
@@ -98,23 +87,12 @@ def checked_stamp(path: Path, stamp: str | Mapping[str, Any]) -> dict[str, Any] 
 
 
 def sha_of(stamp: str | Mapping[str, Any]) -> str:
-    """Return the SHA-256 in a stamp.
-
-    Args:
-        stamp: A stamp, or only a SHA-256.
-    """
+    """Return the SHA-256 in a stamp."""
     return stamp if isinstance(stamp, str) else str(stamp["sha256"])
 
 
 def stamp_folder(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the stamp of each file below ``folder`` that :func:`hash_folder` looks at.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        Stamps by relative path.
-    """
+    """Return the stamp of each file below ``folder`` that :func:`hash_folder` looks at."""
     return {name: stamp_file(folder / name) for name in _names(folder)}
 
 
@@ -122,13 +100,6 @@ def hash_folder(folder: Path, sha256: Callable[[Path], str] = sha256_file) -> di
     """Return the SHA-256 of each file below ``folder``.
 
     Checkpoints, event files, temporary files and the stored results of phases are left out.
-
-    Args:
-        folder: The folder.
-        sha256: Hashes a file.
-
-    Returns:
-        Hexadecimal digits by relative path.
 
     Example:
         >>> import tempfile
@@ -162,11 +133,7 @@ def fingerprint(inputs: Any, sha256: Callable[[Path], str] = sha256_file) -> Any
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete a folder and all in it; one that is a link to somewhere else is emptied and kept.
-
-    Args:
-        folder: The folder; a missing one is fine.
-    """
+    """Delete a folder and all in it; one that is a link to somewhere else is emptied and kept."""
     if folder.is_symlink():
         for child in folder.iterdir():
             if child.is_dir() and not child.is_symlink():
@@ -213,11 +180,7 @@ class KnownFiles:
         self._state = state
 
     def sha256(self, path: Path) -> str:
-        """Return the SHA-256 of a file.
-
-        Args:
-            path: The file.
-        """
+        """Return the SHA-256 of a file."""
         place = Path(os.path.abspath(path))
         if place.is_relative_to(self._phases):
             name, *parts = place.relative_to(self._phases).parts

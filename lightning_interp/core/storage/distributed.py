@@ -127,9 +127,6 @@ class JsonlWriter:
         Args:
             barrier: Waits for all ranks, such as ``trainer.strategy.barrier``; that of the process group if None.
 
-        Returns:
-            The final file, complete on every rank.
-
         Raises:
             DataError: If a part file holds a line that is not such a row.
             ManifestError: If there are several ranks and no way to wait for them.

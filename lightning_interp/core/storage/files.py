@@ -43,9 +43,6 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     The bytes go to a temporary file in the same folder, are forced to disk and then renamed over ``path``. Missing
     parent folders are made. A ``path`` that is a symbolic link keeps being one: its target is replaced.
 
-    Args:
-        path: The file to write.
-
     Yields:
         The open temporary file.
 
@@ -90,9 +87,6 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     Args:
         path: The file to write; missing parent folders are made.
         data: The content.
-
-    Returns:
-        ``path``.
 
     Raises:
         ManifestError: If the folder or the file cannot be written.
@@ -145,12 +139,6 @@ def atomic_write_json(path: str | os.PathLike[str], obj: Any, *, nan_as_null: bo
 def check_writable(folder: str | os.PathLike[str]) -> Path:
     """Make ``folder`` if it is missing and make sure that files can be written into it.
 
-    Args:
-        folder: The folder.
-
-    Returns:
-        ``folder``.
-
     Raises:
         ManifestError: If it cannot be made or written.
     """
@@ -165,14 +153,7 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a file's content in hexadecimal.
-
-    Args:
-        path: The file.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """Return the SHA-256 of a file's content in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -256,9 +237,6 @@ def digest(obj: Any) -> str:
     Args:
         obj: Plain values; see :func:`jsonable`.
 
-    Returns:
-        64 hexadecimal digits.
-
     Raises:
         DataError: If a value has no JSON form.
 
@@ -270,15 +248,7 @@ def digest(obj: Any) -> str:
 
 
 def write_error(path: str | os.PathLike[str], error: OSError) -> ManifestError:
-    """Return the error that says why ``path`` could not be written.
-
-    Args:
-        path: The file or folder.
-        error: What the operating system said.
-
-    Returns:
-        The error, to be raised ``from`` the other.
-    """
+    """Return the error that says why ``path`` could not be written."""
     file_in_the_way = isinstance(error, FileExistsError)  # what making a folder says
     reason = "Not a directory" if file_in_the_way else error.strerror or str(error)
     return ManifestError(
@@ -288,11 +258,7 @@ def write_error(path: str | os.PathLike[str], error: OSError) -> ManifestError:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Force a file, or the names in a folder, to disk; file systems that cannot sync a folder are left alone.
-
-    Args:
-        path: The file or folder.
-    """
+    """Force a file, or the names in a folder, to disk; file systems that cannot sync a folder are left alone."""
     with suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -100,11 +100,6 @@ def raw_lines(
 ) -> Iterator[tuple[int, bytes]]:
     """Read a file line by line, as it is.
 
-    Args:
-        path: The file.
-        expected: What the file should hold, for messages.
-        log: As for :func:`json_lines`.
-
     Yields:
         The line's number, from 1, and its bytes with their end.
 
@@ -183,9 +178,6 @@ class JsonlAppender:
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append a batch of rows and return when they are on disk.
 
-        Args:
-            rows: Plain objects.
-
         Raises:
             ManifestError: If the disk is full or the file cannot be written; nothing is written then.
         """
@@ -207,11 +199,7 @@ class JsonlAppender:
 
 
 def torn_tail(path: str | os.PathLike[str]) -> bytes:
-    """Return what a kill left behind the last line end of a file; nothing of a file that is not there.
-
-    Args:
-        path: The file.
-    """
+    """Return what a kill left behind the last line end of a file; nothing of a file that is not there."""
     if not os.path.exists(path):
         return b""
     with open(path, "rb") as file:

@@ -20,9 +20,6 @@ __all__ = ["Lineage", "Token", "is_old_entry"]
 def is_old_entry(entry: Mapping[str, Any]) -> bool:
     """Whether a phase's entry was written in format 1, with its result inside.
 
-    Args:
-        entry: What the manifest says of the phase.
-
     Example:
         >>> is_old_entry({"status": "finished", "result": 3})
         True

@@ -58,10 +58,6 @@ _ABSENT = object()
 def new_manifest(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of the manifest of a run that has not begun.
 
-    Args:
-        name: The run's name.
-        config: Its configuration, of plain values.
-
     Returns:
         The content: ``sessions`` has one entry for each time the run was started, ``phases`` one for each phase, and
         ``outcome`` what the finished run says of itself; ``config`` is that of the last start.
@@ -78,12 +74,6 @@ def new_manifest(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:
     """Return the content of a run folder's manifest.
-
-    Args:
-        run_dir: The run folder.
-
-    Returns:
-        The content.
 
     Raises:
         ManifestError: If there is none, or it cannot be read, or it is not one that this version writes.
@@ -123,18 +113,11 @@ class ManifestText:
         self._finished: dict[str, str] = {}
 
     def changed(self, name: str) -> None:
-        """Say that a phase's entry has changed.
-
-        Args:
-            name: The phase's name.
-        """
+        """Say that a phase's entry has changed."""
         self._finished.pop(name, None)
 
     def of(self, state: Mapping[str, Any]) -> bytes:
         """Return the text.
-
-        Args:
-            state: The manifest's content, of plain values.
 
         Example:
             >>> state = new_manifest("demo", {"seed": 0})
@@ -200,9 +183,6 @@ def stored_run(
         outputs: Files and folders that a first start must not find there.
         not_identity: Keys of the configuration that may differ.
 
-    Returns:
-        The content, or None.
-
     Raises:
         ManifestError: If the folder holds another run, or files that the run would overwrite.
     """
@@ -227,13 +207,6 @@ def check_same_run(
     not_identity: Collection[str] = NOT_IDENTITY,
 ) -> None:
     """Raise if the run that is stored has another name or configuration.
-
-    Args:
-        path: The run folder.
-        state: Its manifest's content.
-        config: The configuration that is asked for.
-        name: The name that is asked for.
-        not_identity: Keys of the configuration that may differ.
 
     Raises:
         ManifestError: With the names, or with the keys that differ and both values of each.

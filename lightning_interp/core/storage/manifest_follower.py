@@ -47,9 +47,6 @@ class FollowerManifest(RunManifest):
             not_identity: Keys of the configuration that may differ.
             place: Where a child run hangs in its parent, which is a follower too.
 
-        Returns:
-            The follower's manifest.
-
         Raises:
             ManifestError: If rank zero does not open it in time, or the folder belongs to another run or configuration.
         """
@@ -88,9 +85,6 @@ class FollowerManifest(RunManifest):
             fn: Called only with ``every_rank``, in step with rank zero.
             inputs: As on rank zero.
             every_rank: As on rank zero.
-
-        Returns:
-            Rank zero's result.
 
         Raises:
             ManifestError: If rank zero ended before the phase was finished.
@@ -131,9 +125,6 @@ class FollowerManifest(RunManifest):
 
     def check_rank_zero(self, what: str) -> None:
         """Raise if rank zero does not work in this run any more.
-
-        Args:
-            what: What this rank waits for, for the message.
 
         Raises:
             ManifestError: If rank zero has ended, or has not opened the run in time.

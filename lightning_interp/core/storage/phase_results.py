@@ -41,11 +41,6 @@ def begun_entry(token: Token, earlier: Mapping[str, Any] | None) -> dict[str, An
 def write_result(folder: Path, name: str, result: Any) -> dict[str, Any]:
     """Write what a phase returned into its folder.
 
-    Args:
-        folder: The phase's folder.
-        name: The phase's name.
-        result: Plain values.
-
     Returns:
         What the manifest keeps of it: ``sha256`` and ``size`` of the file, and ``digest`` of what it says.
 
@@ -65,11 +60,6 @@ def write_result(folder: Path, name: str, result: Any) -> dict[str, Any]:
 
 def phase_result(run_dir: Path, name: str, entry: Mapping[str, Any]) -> Any:
     """Return what a phase returned, wherever its result lies.
-
-    Args:
-        run_dir: The run folder.
-        name: The phase's name.
-        entry: What the manifest says of the phase.
 
     Returns:
         The result; None if the phase is not finished.
@@ -94,11 +84,7 @@ def phase_result(run_dir: Path, name: str, entry: Mapping[str, Any]) -> Any:
 
 
 def result_digest(entry: Mapping[str, Any]) -> str:
-    """Return the digest of a finished phase's result.
-
-    Args:
-        entry: What the manifest says of the phase.
-    """
+    """Return the digest of a finished phase's result."""
     return digest(entry["result"]) if is_old_entry(entry) else str(entry["result_file"]["digest"])
 
 
@@ -109,9 +95,6 @@ def refresh_stamps(folder: Path, name: str, stamps: dict[str, Any]) -> bool:
         folder: The phase's folder.
         name: The phase's name.
         stamps: The files' stamps by relative path; brought up to date.
-
-    Returns:
-        Whether a stamp is another one now.
 
     Raises:
         ManifestError: If a file is missing or changed.

@@ -83,9 +83,6 @@ class RunLock:
 def is_in_use(run_dir: Path) -> bool:
     """Return whether a live process of this machine works in a run folder.
 
-    Args:
-        run_dir: The run folder.
-
     Example:
         >>> is_in_use(Path("/nowhere"))
         False

@@ -19,9 +19,6 @@ def check_name(name: str, what: str) -> str:
         name: Parts of letters, digits, dot, dash and underscore, with ``/`` between them.
         what: What it names, for the message.
 
-    Returns:
-        ``name``.
-
     Raises:
         ManifestError: If it could leave its folder, or holds other characters.
 
@@ -45,9 +42,6 @@ def now() -> str:
 def status_of(error: BaseException) -> str:
     """Return how a session ended that an error left.
 
-    Args:
-        error: The error.
-
     Returns:
         ``failed``, or ``interrupted`` if somebody stopped it.
     """
@@ -55,11 +49,7 @@ def status_of(error: BaseException) -> str:
 
 
 def message_of(error: BaseException) -> str:
-    """Return what the manifest says of an error.
-
-    Args:
-        error: The error.
-    """
+    """Return what the manifest says of an error."""
     if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
         return "KeyboardInterrupt"  # Lightning turns Ctrl-C inside a Trainer into an exit
     if isinstance(error, SystemExit) and error.code == 143:

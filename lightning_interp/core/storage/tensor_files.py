@@ -29,9 +29,6 @@ def save_tensors(
         tensors: Tensors on any device, also views that share memory.
         metadata: Text by name.
 
-    Returns:
-        ``path``.
-
     Raises:
         ManifestError: If the file cannot be written.
 
@@ -59,12 +56,6 @@ def save_tensors(
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read tensors and metadata of a safetensors file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Tensors on the CPU, and text, by name.
 
     Raises:
         DataError: If it is missing or damaged.

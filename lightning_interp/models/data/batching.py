@@ -58,14 +58,7 @@ class Collator:
     pad_id: int
 
     def __call__(self, rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """Make a batch.
-
-        Args:
-            rows: Ids and scored flags of each row.
-
-        Returns:
-            ``input_ids``, ``attention_mask`` and ``labels``, each of shape ``[batch, time]``.
-        """
+        """Make a batch."""
         input_ids, attention_mask = padded([ids for ids, _ in rows], self.pad_id)
         labels, _ = padded([torch.where(scored, ids.long(), IGNORED) for ids, scored in rows], IGNORED)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
@@ -135,9 +128,5 @@ class ResumableLoader(DataLoader[tuple[Tensor, Tensor]]):
         return {"batches": self._done if self.processed is None else self.processed()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next pass begin behind these batches; a finished epoch is followed by a whole one.
-
-        Args:
-            state: What :meth:`state_dict` gave.
-        """
+        """Let the next pass begin behind these batches; a finished epoch is followed by a whole one."""
         self._skip = state["batches"] if state["batches"] < len(self) else 0

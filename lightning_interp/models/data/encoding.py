@@ -80,9 +80,6 @@ class Encoder:
     def encode(self, row: Row) -> EncodedRow:
         """Encode one row.
 
-        Args:
-            row: The row.
-
         Returns:
             Its token ids and which of them are scored.
 

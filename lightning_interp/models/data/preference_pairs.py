@@ -56,9 +56,6 @@ def read_judged(source: Any, *, name: str) -> list[JudgedRow]:
             ``datasets.Dataset``.
         name: What to call a source without a file, for messages.
 
-    Returns:
-        The rows, in order.
-
     Raises:
         DataError: With file and line of the first row that is no such row, or of another form than the first.
 
@@ -150,16 +147,7 @@ class PairCollator:
     pad_id: int
 
     def __call__(self, rows: Sequence[Judged]) -> dict[str, Tensor]:
-        """Make a batch.
-
-        Args:
-            rows: ``B`` pairs, or ``B`` rated texts.
-
-        Returns:
-            ``input_ids`` and ``attention_mask`` of shape ``[2 B, time]`` (first all chosen texts, then all rejected
-            ones) and ``margin`` ``[B]``; for rated texts ``[B, time]`` and ``reward`` ``[B]``. ``real`` ``[B]`` is
-            False for fillers.
-        """
+        """Make a batch."""
         texts = [row.ids[place] for place in range(len(rows[0].ids)) for row in rows]
         ids, mask = padded(texts, self.pad_id)
         value = torch.tensor([row.value for row in rows], dtype=torch.float32)

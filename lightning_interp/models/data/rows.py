@@ -38,9 +38,6 @@ def read_rows(source: Any, *, name: str) -> list[Row]:
             ``datasets.Dataset``.
         name: What to call a source without a file, for messages.
 
-    Returns:
-        The rows, in order.
-
     Raises:
         DataError: With file and line of the first row that is no such row, or if there is none.
 
@@ -53,11 +50,6 @@ def read_rows(source: Any, *, name: str) -> list[Row]:
 
 def raw_rows(source: Any, *, name: str, expected: str) -> Iterator[tuple[str, Any]]:
     """Read the rows of a source as they are.
-
-    Args:
-        source: As for :func:`read_rows`.
-        name: What to call a source without a file, for messages.
-        expected: What a row looks like, for messages.
 
     Yields:
         File and line (or name and index), and the row.
@@ -150,12 +142,6 @@ def _messages(messages: Any, where: str) -> list[dict[str, str]]:
 
 def check_text(value: Any, key: str, where: str, *, may_be_empty: bool) -> None:
     """Refuse a value that is no text.
-
-    Args:
-        value: The value.
-        key: Its name in the row.
-        where: The row, for the message.
-        may_be_empty: Whether the empty string will do.
 
     Raises:
         DataError: With the row's place and the value.

@@ -110,9 +110,6 @@ class TextDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read and encode what the stage needs; once read, rows are kept.
 
-        Args:
-            stage: Lightning's stage.
-
         Raises:
             DataError: With file and line of the first row that cannot be used.
         """
@@ -144,11 +141,7 @@ class TextDataModule(L.LightningDataModule):
         return {} if self._train_loader is None else dict(self._train_loader.state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next run's first epoch go on behind the batches of a checkpoint.
-
-        Args:
-            state_dict: What :meth:`state_dict` gave.
-        """
+        """Let the next run's first epoch go on behind the batches of a checkpoint."""
         self._resume_at = int(state_dict.get("batches", 0))
 
     def _encode(self, split: str) -> Any:

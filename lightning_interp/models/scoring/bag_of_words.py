@@ -165,9 +165,6 @@ class BagOfWords(Optimised):
     def setup(self, stage: str) -> None:
         """Refuse a Trainer that shards weights: there is nothing here that would be worth it.
 
-        Args:
-            stage: Lightning's stage.
-
         Raises:
             UnsupportedStrategyError: If its strategy does.
         """
@@ -175,10 +172,6 @@ class BagOfWords(Optimised):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss of a batch.
-
-        Args:
-            batch: From :class:`~lightning_interp.models.PreferenceDataModule`.
-            batch_idx: Its index in the epoch.
 
         Returns:
             The loss, a scalar.
@@ -191,12 +184,7 @@ class BagOfWords(Optimised):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Add a batch to the validation scores.
-
-        Args:
-            batch: From :class:`~lightning_interp.models.PreferenceDataModule`.
-            batch_idx: Its index.
-        """
+        """Add a batch to the validation scores."""
         rewards = self(batch["input_ids"], batch["attention_mask"])
         losses = self._losses(rewards, batch, batch_idx)
         if "margin" in batch:

@@ -30,9 +30,6 @@ _FILE = "reward_text.json"
 def read_text_settings(folder: Path) -> dict[str, Any]:
     """How the texts of an exported reward model are written.
 
-    Args:
-        folder: A local folder, or anything else.
-
     Returns:
         Values of ``TEXT_SETTINGS``; empty if the folder does not say.
 

@@ -175,10 +175,6 @@ class RewardEncoder(Encoder):
 def length_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Most tokens that a model and its tokenizer say they can take; None if neither says.
 
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-
     Example:
         >>> from lightning_interp.testing import byte_tokenizer, tiny_model
         >>> length_limit(tiny_model("llama"), byte_tokenizer())

@@ -127,20 +127,12 @@ def align_left(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor
 
 
 def has_score_head(model: nn.Module) -> bool:
-    """Whether a model reads scores off a decoder by a linear map called ``score``.
-
-    Args:
-        model: Any model.
-    """
+    """Whether a model reads scores off a decoder by a linear map called ``score``."""
     return isinstance(getattr(model, "score", None), nn.Linear) and getattr(model, "base_model", model) is not model
 
 
 def needs_score_head(model: nn.Module) -> bool:
-    """Whether :func:`scoring_model` would put a fresh score head on a model.
-
-    Args:
-        model: Any model.
-    """
+    """Whether :func:`scoring_model` would put a fresh score head on a model."""
     classifier = _CLASSIFIER in type(model).__name__ or is_own_code(model)
     return not (isinstance(model, DecoderWithScore) or has_score_head(model) or classifier)
 
@@ -192,23 +184,12 @@ def scoring_model(model: PreTrainedModel, *, seed: int) -> PreTrainedModel:
 
 
 def is_own_code(model: nn.Module) -> bool:
-    """Whether a model runs Python code that came with its weights.
-
-    Args:
-        model: The model.
-    """
+    """Whether a model runs Python code that came with its weights."""
     return type(model).__module__.partition(".")[0] == "transformers_modules"
 
 
 def label_index(model: PreTrainedModel, label: int | str | None) -> int:
     """Which of a model's outputs is the reward.
-
-    Args:
-        model: The model.
-        label: Its index or its name; None if there is one output.
-
-    Returns:
-        The index.
 
     Raises:
         IncompatibleModelError: If there are several outputs and none was chosen, or there is no such output.
@@ -235,13 +216,7 @@ def label_index(model: PreTrainedModel, label: int | str | None) -> int:
 
 
 def empty_score(width: int, labels: int, device: torch.device) -> nn.Linear:
-    """A linear map whose weights are not set yet; the global random state is not touched.
-
-    Args:
-        width: Size of what it reads.
-        labels: Number of outputs.
-        device: Where it is.
-    """
+    """A linear map whose weights are not set yet; the global random state is not touched."""
     return nn.Linear(width, labels, bias=False, dtype=torch.float32, device="meta").to_empty(device=device)
 
 

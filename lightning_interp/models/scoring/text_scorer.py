@@ -236,9 +236,6 @@ def settle_text(
         tokenizer: Its tokenizer, if there is one.
         fresh: Whether its score head is fresh: then the end token closes a text, otherwise nobody can know.
 
-    Returns:
-        Values of ``TEXT_SETTINGS``.
-
     Raises:
         IncompatibleModelError: If the model has no such ``label``.
     """
@@ -254,12 +251,7 @@ def settle_text(
 
 
 def no_head(kind: str, source: str) -> IncompatibleModelError:
-    """The error that a model has no trained score head.
-
-    Args:
-        kind: The model's class.
-        source: Where it came from.
-    """
+    """The error that a model has no trained score head."""
     return IncompatibleModelError(
         f"{kind} of {source!r} is a language model without a score head, so its scores would be random. Train one with "
         "RewardModel, or name a sequence classifier."

@@ -37,19 +37,12 @@ def is_adapter_folder(folder: Path) -> bool:
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Whether PEFT layers were injected into a model.
-
-    Args:
-        model: The model.
-    """
+    """Whether PEFT layers were injected into a model."""
     return bool(getattr(model, "peft_config", None))
 
 
 def adapter_base(folder: Path) -> tuple[str, str | None]:
     """The source of the base model that an adapter folder names.
-
-    Args:
-        folder: The adapter folder.
 
     Returns:
         A hub id, an alias or a path (one relative to the adapter folder is made absolute), and the hub revision.
@@ -125,9 +118,6 @@ def save_adapter(
         base: The base model's source, for the configuration.
         tokenizer: Saved beside the adapter if given.
         overwrite: Whether a folder that holds files may be replaced.
-
-    Returns:
-        ``folder``.
 
     Raises:
         ManifestError: If the folder holds files and ``overwrite`` is False, or cannot be written.

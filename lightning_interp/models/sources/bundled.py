@@ -72,10 +72,6 @@ def bundled_folder(model: BundledModel, cache_dir: str | os.PathLike[str] | None
 
     Several processes may ask at once: one converts, the others wait for it.
 
-    Args:
-        model: The model, a value of ``ALIASES``.
-        cache_dir: The folder of converted models; the default one if None.
-
     Returns:
         The folder, and what the weights were dequantised from (``"4-bit"``).
 

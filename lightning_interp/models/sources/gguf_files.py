@@ -74,10 +74,6 @@ def convert_gguf(path: str | os.PathLike[str], folder: str | os.PathLike[str], *
 def write_converted(path: Path, folder: Path) -> None:
     """Write model and tokenizer of a ``.gguf`` file that is known to be whole into an existing folder.
 
-    Args:
-        path: The ``.gguf`` file.
-        folder: The folder.
-
     Raises:
         DataError: If it is of an architecture or tokenizer that transformers cannot read.
     """
@@ -89,9 +85,6 @@ def write_converted(path: Path, folder: Path) -> None:
 
 def precision_label(path: Path) -> str | None:
     """Read a ``.gguf`` file's table of tensors and say how most weights are stored.
-
-    Args:
-        path: The file.
 
     Returns:
         ``"4-bit"`` and the like, or None if most weights are floating point.

@@ -67,9 +67,6 @@ def named_dtype(dtype: torch.dtype | str) -> torch.dtype:
     Args:
         dtype: A torch type, or its name with or without ``torch.``.
 
-    Returns:
-        The type.
-
     Raises:
         RecipeError: If torch has no type of that name.
 
@@ -101,13 +98,6 @@ def quiet_bars() -> Iterator[None]:
 def load_folder(folder: Path, options: LoadOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer of a folder in Hugging Face format.
 
-    Args:
-        folder: The folder.
-        options: How to load.
-
-    Returns:
-        The model in evaluation mode, and its tokenizer.
-
     Raises:
         DataError: If a file is missing, damaged, or does not fit the others.
     """
@@ -127,9 +117,6 @@ def load_model(
         options: How to load.
         auto: The class of transformers that says what kind of model it is.
         **more: Further arguments of ``from_pretrained``.
-
-    Returns:
-        The model in evaluation mode.
 
     Raises:
         DataError: If weights are missing, damaged or of another shape than the configuration says.

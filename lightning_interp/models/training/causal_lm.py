@@ -107,10 +107,6 @@ class CausalLM(Finetuned):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean cross entropy of a batch's labelled tokens.
 
-        Args:
-            batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, time]``.
-            batch_idx: Its index in the epoch.
-
         Returns:
             The loss, a scalar.
 
@@ -125,21 +121,11 @@ class CausalLM(Finetuned):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Add a batch to the validation loss.
-
-        Args:
-            batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, time]``.
-            batch_idx: Its index.
-        """
+        """Add a batch to the validation loss."""
         self.val_loss.update(*self._loss(batch, batch_idx, trim=False))
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Add a batch to the test loss.
-
-        Args:
-            batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, time]``.
-            batch_idx: Its index.
-        """
+        """Add a batch to the test loss."""
         self.test_loss.update(*self._loss(batch, batch_idx, trim=False))
 
     def on_validation_epoch_end(self) -> None:

@@ -75,9 +75,6 @@ class Finetuned(Optimised):
     def setup(self, stage: str) -> None:
         """Refuse a Trainer that cannot train this module.
 
-        Args:
-            stage: Lightning's stage.
-
         Raises:
             QuantizedModelError: If the Trainer quantises the model itself, which would freeze what is trained.
             UnsupportedStrategyError: If its strategy is FSDP1 or DeepSpeed.
@@ -118,9 +115,6 @@ class Finetuned(Optimised):
         """Keep the frozen base out of a checkpoint, but for two kinds that are read back whole or not at all.
 
         These are sharded checkpoints, and those that Lightning's weight averaging has put its copy into.
-
-        Args:
-            checkpoint: Changed in place.
         """
         state = checkpoint["state_dict"]
         if "averaging_state" not in checkpoint and not any(_is_sharded(tensor) for tensor in state.values()):
@@ -132,11 +126,6 @@ class Finetuned(Optimised):
 
         With an adapter a checkpoint without the base is whole, and one that lacks a part of the adapter is refused,
         whatever ``strict`` says.
-
-        Args:
-            state_dict: Tensors by name.
-            strict: In full finetuning, whether missing and unknown tensors are refused.
-            assign: As in torch.
 
         Returns:
             torch's lists of missing and unexpected names; with an adapter both are empty.

@@ -125,9 +125,6 @@ def inject_lora(model: PreTrainedModel, settings: LoraSettings, *, seed: int, ta
 def train_adapter(model: PreTrainedModel) -> None:
     """Freeze a model except for the adapter that it carries, whose weights become float32.
 
-    Args:
-        model: A model with an adapter.
-
     Raises:
         IncompatibleModelError: If the adapter's name is not the one that this package uses.
     """
@@ -145,11 +142,7 @@ def train_adapter(model: PreTrainedModel) -> None:
 
 
 def adapter_parameters(model: nn.Module) -> frozenset[str]:
-    """Names of the parameters of the injected adapter.
-
-    Args:
-        model: A model with an adapter.
-    """
+    """Names of the parameters of the injected adapter."""
     return frozenset(name for name, _ in model.named_parameters() if f".{ADAPTER}" in name)
 
 

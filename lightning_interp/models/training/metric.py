@@ -25,9 +25,6 @@ def completion_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits: Of shape ``[batch, kept, vocabulary]``: for all positions or for the last ``kept`` of them.
         labels: Token ids of shape ``[batch, time]`` with ``time >= kept``; -100 where nothing is scored.
 
-    Returns:
-        The sum and the number of scored tokens, both scalars.
-
     Example:
         >>> logits = torch.zeros(1, 3, 8)
         >>> total, tokens = completion_loss(logits, torch.tensor([[5, -100, 2]]))

@@ -72,9 +72,6 @@ def settings_of(default: _Settings, given: _Settings | Mapping[str, Any], flat: 
         flat: Arguments by name. Those that the dataclass has are taken out; beside ``given`` all of them, as a
             checkpoint holds them, count for nothing.
 
-    Returns:
-        The settings.
-
     Raises:
         RecipeError: If single names are given beside ``given``.
         TypeError: If a mapping holds a name that the dataclass does not have.
@@ -101,10 +98,6 @@ def settings_of(default: _Settings, given: _Settings | Mapping[str, Any], flat: 
 def no_more(module: Any, flat: Mapping[str, Any]) -> None:
     """Refuse arguments that nothing has taken.
 
-    Args:
-        module: Whose they are.
-        flat: What is left of them.
-
     Raises:
         TypeError: With the first name.
     """
@@ -127,9 +120,6 @@ def adamw(parameters: Iterable[nn.Parameter], settings: Optimisation) -> AdamW:
     Args:
         parameters: All parameters; those without gradient are left out.
         settings: Learning rate, decay of matrices, and decay rates of the moments.
-
-    Returns:
-        The optimizer.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups: list[dict[str, Any]] = [

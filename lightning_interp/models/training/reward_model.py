@@ -172,10 +172,6 @@ class RewardModel(Finetuned):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss of a batch.
 
-        Args:
-            batch: From :class:`PreferenceDataModule`.
-            batch_idx: Its index in the epoch.
-
         Returns:
             The loss, a scalar.
 
@@ -194,21 +190,11 @@ class RewardModel(Finetuned):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Add a batch to the validation scores.
-
-        Args:
-            batch: From :class:`PreferenceDataModule`.
-            batch_idx: Its index.
-        """
+        """Add a batch to the validation scores."""
         self._measure(batch, batch_idx, self.val_pairs, self.val_points)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Add a batch to the test scores.
-
-        Args:
-            batch: From :class:`PreferenceDataModule`.
-            batch_idx: Its index.
-        """
+        """Add a batch to the test scores."""
         self._measure(batch, batch_idx, self.test_pairs, self.test_points)
 
     def on_validation_epoch_end(self) -> None:

@@ -18,14 +18,6 @@ def saved_names(names: Iterable[str], model: nn.Module, *, prefix: str) -> set[s
 
     Those are the adapter, other trained parameters of the model, and everything outside the model (what callbacks
     added to the module, for example).
-
-    Args:
-        names: All names of the module's state.
-        model: The model that carries the adapter.
-        prefix: The model's place in the module, such as ``"model."``.
-
-    Returns:
-        The names, a part of those given.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     kept = trained | adapter_parameters(model)
@@ -34,12 +26,6 @@ def saved_names(names: Iterable[str], model: nn.Module, *, prefix: str) -> set[s
 
 def check_state(given: Mapping[str, Any], own: Mapping[str, Any], needed: Iterable[str], *, owner: str) -> None:
     """Refuse a state that lacks a needed tensor, or holds an unknown one or one of another shape.
-
-    Args:
-        given: Tensors by name, as read.
-        own: Tensors by name, as the module has them.
-        needed: The names that must be given.
-        owner: The module, for the message.
 
     Raises:
         IncompatibleModelError: With the first such tensor.
