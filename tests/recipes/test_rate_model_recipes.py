@@ -77,15 +77,15 @@ class TestTrainReward:
         if settings:
             folder = tmp_path / "whole"
             whole = run("train_reward", folder, "--smoke=true", *settings)
-        measure, asked = RewardAttributeEffect._run, []
+        measure, asked = RewardAttributeEffect.look, []
 
         def once(callback, trainer, module):
             asked.append(trainer.global_step)
             if len(asked) == 8:
                 raise RuntimeError("power cut")
-            measure(callback, trainer, module)
+            return measure(callback, trainer, module)
 
-        monkeypatch.setattr(RewardAttributeEffect, "_run", once)
+        monkeypatch.setattr(RewardAttributeEffect, "look", once)
         with pytest.raises(RuntimeError, match="power cut"):
             run("train_reward", tmp_path / "cut", "--smoke=true", *settings)
         assert read_manifest(tmp_path / "cut")["phases"]["train"]["status"] == "failed"
