@@ -168,21 +168,10 @@ def _span(value: Any, what: str) -> torch.Tensor:
 
 
 def orthonormal(directions: torch.Tensor, *, what: str) -> torch.Tensor:
-    """Orthonormal rows ``[k, d]`` that span the same.
-
-    Args:
-        directions: ``[k, d]``.
-        what: Name, for the message.
-
-    Returns:
-        float64, differentiable.
+    """Orthonormal rows ``[k, d]`` that span the same as ``directions``, float64 and differentiable.
 
     Raises:
         RecipeError: If a direction lies in the span of those before it.
-
-    Example:
-        >>> orthonormal(torch.tensor([[0.0, 2.0]]), what="ProjectOut").abs().tolist()
-        [[0.0, 1.0]]
     """
     wide = directions.double()
     unit = wide / wide.norm(dim=1, keepdim=True)

@@ -17,21 +17,10 @@ T = TypeVar("T")
 
 
 def as_sites(given: Sites, *, what: str) -> tuple[Site, ...]:
-    """One or several sites, as objects or as text.
-
-    Args:
-        given: A site such as ``Site("resid_post", 12)`` or ``"resid_post.12"``, or several.
-        what: The intervention's name, for messages.
-
-    Returns:
-        At least one site, each once.
+    """At least one site, each once, from one or several, as objects or as text; ``what`` names the intervention.
 
     Raises:
         SiteError: If there is none, one twice, or one is misspelt.
-
-    Example:
-        >>> as_sites(["resid_post.1", Site("mlp_out", 2)], what="AddDirection")
-        (Site(kind='resid_post', layer=1), Site(kind='mlp_out', layer=2))
     """
     listed = [given] if isinstance(given, Site | str) else list(given)
     sites = tuple(site if isinstance(site, Site) else Site.parse(str(site)) for site in listed)
@@ -46,16 +35,13 @@ def as_sites(given: Sites, *, what: str) -> tuple[Site, ...]:
 def place(
     given: Any, site: Sites | None, read: Callable[[Any, str], T], *, what: str
 ) -> tuple[dict[Site, T], SteeringVector | None]:
-    """Give each site its own: one thing for all sites, or one for each.
+    """Give each site its own value, and the vector that the values came from, if any.
 
     Args:
         given: A value for every site named by ``site``; a mapping from sites to values; a vector, or a file of one.
         site: Where; may be left out where ``given`` says so.
         read: Checks one value; gets it and a name for messages.
         what: The intervention's name, for messages.
-
-    Returns:
-        Site to value, and the vector that they came from, if any.
 
     Raises:
         SiteError: If no site is named, or one is named that the vector lacks.

@@ -55,23 +55,10 @@ def bind_positions(positions: Positions, attachment: Attachment, sites: Sequence
 
 
 def check_positions(positions: Any, *, what: str) -> Positions:
-    """Refuse what is no selector, or one that can choose no token whatever comes.
-
-    Args:
-        positions: What the user passed.
-        what: The intervention's name, for the message.
-
-    Returns:
-        ``positions``.
+    """Refuse what is no selector, or one that can choose no token whatever comes; ``what`` names the intervention.
 
     Raises:
         PositionError: With the selector.
-
-    Example:
-        >>> check_positions(Tokens(()), what="AddDirection")
-        Traceback (most recent call last):
-        ...
-        lightning_interp.errors.PositionError: AddDirection(positions=Tokens(ids=())) can never choose a token. ...
     """
     if not isinstance(positions, Positions):
         raise PositionError(
@@ -86,12 +73,7 @@ def check_positions(positions: Any, *, what: str) -> Positions:
 
 
 def same_at_every_site(positions: Positions) -> bool:
-    """Whether a selector looks at tokens alone, so that one mask serves every site of a pass.
-
-    Example:
-        >>> same_at_every_site(All() & ~Prompt())
-        True
-    """
+    """Whether a selector looks at tokens alone, so that one mask serves every site of a pass."""
     parts = [part for _, part in _parts(positions)]
     if parts:
         return all(same_at_every_site(part) for part in parts)

@@ -12,21 +12,10 @@ __all__ = ["check_strength", "per_row"]
 
 
 def check_strength(strength: Any, *, what: str) -> float | torch.Tensor:
-    """Check a strength and put it into a plain form.
-
-    Args:
-        strength: A number, or a tensor or list with one number a row.
-        what: The intervention's name, for messages.
-
-    Returns:
-        A float, or a float tensor ``[rows]`` (itself if it requires grad).
+    """A float, or a float tensor ``[rows]`` (itself if it requires grad), from a number, a tensor or a list of numbers.
 
     Raises:
         RecipeError: If it is neither, or not finite.
-
-    Example:
-        >>> check_strength(2, what="AddDirection"), check_strength([0, 1], what="AddDirection").tolist()
-        (2.0, [0.0, 1.0])
     """
     try:
         tensor = torch.as_tensor(strength)
@@ -49,25 +38,13 @@ def check_strength(strength: Any, *, what: str) -> float | torch.Tensor:
 
 
 def per_row(strength: torch.Tensor, rows: int, *, what: str) -> torch.Tensor:
-    """One strength for each row of a pass.
+    """One strength ``[B, 1, 1]`` for each of a pass's ``rows``, from ``[S]`` or a scalar tensor.
 
     Where a prompt has several rows (the beams of a beam search, several samples) they lie next to each other, as
     ``generate`` puts them, and share its strength.
 
-    Args:
-        strength: ``[S]``, or a scalar tensor.
-        rows: Rows ``B`` of the pass.
-        what: The intervention's name, for the message.
-
-    Returns:
-        ``[B, 1, 1]``.
-
     Raises:
         RecipeError: If ``B`` is no multiple of ``S``.
-
-    Example:
-        >>> per_row(torch.tensor([1.0, 2.0]), 4, what="AddDirection").flatten().tolist()
-        [1.0, 1.0, 2.0, 2.0]
     """
     if strength.dim() == 0:
         return strength.reshape(1, 1, 1)

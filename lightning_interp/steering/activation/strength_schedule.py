@@ -124,14 +124,7 @@ AnySchedule = StrengthSchedule | Sequence[float] | Callable[[torch.Tensor], torc
 
 
 def make_schedule(given: AnySchedule) -> StrengthSchedule | Callable[[torch.Tensor], torch.Tensor] | None:
-    """What a user may pass, as something with a factor for each step.
-
-    Args:
-        given: None for constant strength, a :class:`StrengthSchedule`, a list of factors, or a function from steps
-            ``[B, T]`` to factors ``[B, T]``.
-
-    Returns:
-        None, a schedule or the function.
+    """What a user may pass, checked: None, a schedule, a list of factors, or a function of steps ``[B, T]``.
 
     Raises:
         RecipeError: If it is none of these.
@@ -149,14 +142,7 @@ def make_schedule(given: AnySchedule) -> StrengthSchedule | Callable[[torch.Tens
 
 
 def factors(schedule: StrengthSchedule | Callable[[torch.Tensor], torch.Tensor], steps: torch.Tensor) -> torch.Tensor:
-    """Factors ``[B, T]`` of a schedule or a user's function, checked.
-
-    Args:
-        schedule: From :func:`make_schedule`.
-        steps: Generation steps ``[B, T]``.
-
-    Returns:
-        float32 ``[B, T]``.
+    """Factors float32 ``[B, T]`` of a schedule or a user's function at generation steps ``[B, T]``.
 
     Raises:
         RecipeError: If a user's function gives something of another shape.
@@ -174,12 +160,7 @@ def factors(schedule: StrengthSchedule | Callable[[torch.Tensor], torch.Tensor],
 
 
 def schedule_to_dict(schedule: StrengthSchedule | Callable[..., Any] | None) -> dict[str, Any] | None:
-    """Plain data that says which schedule it was; a function is named.
-
-    Example:
-        >>> schedule_to_dict(WarmUp(8))
-        {'kind': 'WarmUp', 'steps': 8, 'start': 0.0}
-    """
+    """Plain data that says which schedule it was; a function is named."""
     if schedule is None:
         return None
     if isinstance(schedule, StrengthSchedule):

@@ -27,20 +27,7 @@ __all__ = ["Gate", "ProbeGate", "spread_columns"]
 
 
 def spread_columns(step: StepContext, mask: torch.Tensor) -> torch.Tensor:
-    """Undo ``step.fit``: put a mask of the columns that a site sees into one of every column.
-
-    Args:
-        step: The pass.
-        mask: bool ``[B, n]``.
-
-    Returns:
-        bool ``[B, T]``, False where the site sees nothing, and on padding.
-
-    Example:
-        >>> step = StepContext(1, 3, kept=1)
-        >>> spread_columns(step, torch.tensor([[True]])).tolist()
-        [[False, False, True]]
-    """
+    """Undo ``step.fit``: ``[B, n]`` of the columns that a site sees as ``[B, T]``, False elsewhere and on padding."""
     columns = mask.shape[1]
     if columns == step.length and not isinstance(step.kept, torch.Tensor):
         return mask & step.valid

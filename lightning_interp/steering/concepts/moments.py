@@ -313,22 +313,7 @@ class ClassMoments:
 
 
 def reduce_moments(moments: ClassMoments | None, group: Any = None) -> ClassMoments | None:
-    """Moments of all processes, the same on each; every process must call this, also one that has none.
-
-    Args:
-        moments: Of this process, or None.
-        group: The process group; None for all processes.
-
-    Returns:
-        The merged moments; ``moments`` without a process group, and None if no process has any.
-
-    Raises:
-        DataError: See :meth:`ClassMoments.__add__`.
-
-    Example:
-        >>> reduce_moments(None) is None
-        True
-    """
+    """See :meth:`ClassMoments.reduced`; a process without moments passes None, which comes back if none has any."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return moments
     parts: list[Any] = [None] * torch.distributed.get_world_size(group)

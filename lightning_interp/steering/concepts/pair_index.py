@@ -40,13 +40,7 @@ class PairIndex:
 
     @classmethod
     def build(cls, pairs: Sequence[tuple[int, int]], size: int, device: torch.device) -> PairIndex:
-        """Work the places out.
-
-        Args:
-            pairs: ``(base, target)`` token ids, each base once and no token on both sides.
-            size: ``V``.
-            device: Where the distributions are.
-        """
+        """Work the places out from ``(base, target)`` token ids, each base once and no token on both sides."""
         target_of = dict(pairs)
         base = torch.tensor(sorted(target_of))
         target = torch.tensor(sorted(set(target_of.values())))

@@ -34,12 +34,6 @@ def fit_logistic(
     Raises:
         RecipeError: If the penalty is no penalty.
         DataError: If there is only one class, or the gradient where the solve ends does not vanish.
-
-    Example:
-        >>> x = torch.tensor([[-1.0], [0.0], [0.0], [1.0]])
-        >>> w, b = fit_logistic(x, torch.tensor([0.0, 0.0, 1.0, 1.0]), l2=1.0)
-        >>> bool(w > 0), abs(b) < 1e-9
-        (True, True)
     """
     x, y = x.detach().double(), y.detach().double().to(x.device)
     if l2 < 0 or (l2 == 0 and bool(((y == 0) | (y == 1)).any())):
@@ -56,25 +50,13 @@ def fit_logistic(
 
 
 def calibrate(values: Tensor, y: Tensor) -> tuple[float, float]:
-    """Scale and offset under which ``sigmoid(scale * (value + offset))`` is the probability of the target class.
+    """Scale and offset under which ``sigmoid(scale * (value + offset))`` is the probability of class ``y = 1``.
 
     One-dimensional logistic regression on Platt's smoothed labels (1999), which stays finite where the classes are
     separated: the scale then says how far the sample supports certainty.
 
-    Args:
-        values: Probe values ``[n]``.
-        y: Class 0 or 1 ``[n]``.
-
-    Returns:
-        ``(scale, offset)``.
-
     Raises:
         DataError: If there is only one class, or the values tell nothing about it.
-
-    Example:
-        >>> scale, offset = calibrate(torch.tensor([1.0, 2.0, 4.0, 5.0]), torch.tensor([0, 0, 1, 1]))
-        >>> scale > 0, round(offset, 6)
-        (True, -3.0)
     """
     values, y = values.detach().double(), y.detach().double().to(values.device)
     middle, spread = values.mean(), values.std(correction=0)

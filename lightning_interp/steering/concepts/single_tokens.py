@@ -13,17 +13,8 @@ _MARKS = ("Ġ", "▁")
 def single_token(tokenizer: Any, text: str) -> int | None:
     """The token that a string is, or None.
 
-    Args:
-        tokenizer: Any tokenizer of transformers.
-        text: Plain text with its leading space (``" run"``), or a token as the vocabulary writes it (``"▁run"``).
-
-    Returns:
-        The id, if encoding gives one token that reads the same, or the vocabulary has such an entry.
-
-    Example:
-        >>> from lightning_interp.testing import byte_tokenizer
-        >>> single_token(byte_tokenizer(), "a") is not None, single_token(byte_tokenizer(), "ab")
-        (True, None)
+    Either encoding gives one token that reads the same (with its leading space, ``" run"``), or the vocabulary has the
+    string as an entry (``"▁run"``).
     """
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) == 1 and _says(tokenizer, ids[0], text):
@@ -35,18 +26,9 @@ def single_token(tokenizer: Any, text: str) -> int | None:
 
 
 def word_tokens(tokenizer: Any) -> Iterator[tuple[int, str, bool]]:
-    """Tokens that are ASCII letters or digits, with or without a leading space.
+    """Id, text and leading space of the tokens that are ASCII letters or digits, in the order of ids.
 
-    Args:
-        tokenizer: Any tokenizer of transformers whose vocabulary writes a leading space as ``Ġ`` or ``▁``.
-
-    Yields:
-        Id, text without the space, and whether there is a space, in the order of ids.
-
-    Example:
-        >>> from lightning_interp.testing import byte_tokenizer
-        >>> sum(1 for _ in word_tokens(byte_tokenizer()))
-        62
+    The vocabulary must write a leading space as ``Ġ`` or ``▁``; the text is without it.
     """
     special = set(tokenizer.all_special_ids)
     for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):

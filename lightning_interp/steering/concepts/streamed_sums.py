@@ -20,12 +20,6 @@ class StreamedSums:
         count: Vectors.
         total: Their sum ``[w]``.
         scatter: Scatter of the first ``d`` columns ``[d, d]``, or None.
-
-    Example:
-        >>> rows = torch.tensor([[1.0, 2.0], [3.0, 6.0]], dtype=torch.float64)
-        >>> one = StreamedSums.of(rows, square=2)
-        >>> one.count, one.mean.tolist(), one.scatter.tolist()
-        (2, [2.0, 4.0], [[2.0, 4.0], [4.0, 8.0]])
     """
 
     count: int
@@ -34,12 +28,7 @@ class StreamedSums:
 
     @classmethod
     def of(cls, rows: torch.Tensor, *, square: int = 0) -> StreamedSums:
-        """Sums of some vectors.
-
-        Args:
-            rows: ``[n, w]``; ``n`` may be 0.
-            square: Columns that the scatter covers; 0 for none.
-        """
+        """Sums of ``[n, w]``; the scatter covers the first ``square`` columns, 0 for none."""
         inside = rows[:, :square]
         centred = inside - inside.mean(0) if len(rows) else inside
         return cls(len(rows), rows.sum(0), centred.T @ centred if square else None)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_interp.errors import IncompatibleModelError, RecipeError
 from lightning_interp.steering.concepts.pairs import CounterfactualPairs
+from lightning_interp.steering.softmax.arithmetic import entropy
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
 
 __all__ = [
@@ -45,21 +46,13 @@ SCORES = (
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor, *, offset: float = 0.0) -> Tensor:
-    """``KL(P || Q)`` in nats, ``[..., V] -> [...]``.
+    """``KL(P || Q)`` in nats from log-probabilities, ``[..., V] -> [...]``.
 
-    Args:
-        log_p: Log-probabilities of ``P``.
-        log_q: Log-probabilities of ``Q``.
-        offset: Added to both probabilities inside the logarithms, as the authors' code does with 1e-6; 0 is exact, in
-            log space, and infinite where ``Q`` excludes what ``P`` allows.
+    ``offset`` is added to both probabilities inside the logarithms, as the authors' code does with 1e-6; 0 is exact, in
+    log space, and infinite where ``Q`` excludes what ``P`` allows.
 
     Raises:
         RecipeError: If the offset is negative.
-
-    Example:
-        >>> log_p, log_q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
-        >>> round(kl_divergence(log_p, log_q).item(), 4)
-        0.1438
     """
     if offset < 0:
         raise RecipeError(f"kl_divergence(offset={offset}): expected an offset >= 0.")
@@ -70,32 +63,12 @@ def kl_divergence(log_p: Tensor, log_q: Tensor, *, offset: float = 0.0) -> Tenso
 
 
 def off_target_kl(log_p0: Tensor, log_p: Tensor, pairs: CounterfactualPairs, *, offset: float = 0.0) -> Tensor:
-    """``KL(P^Z_0 || P^Z)``: how far everything but the concept has moved, ``[..., V] -> [...]``.
-
-    Args:
-        log_p0: Log-probabilities before steering.
-        log_p: Log-probabilities after steering.
-        pairs: Of the concept.
-        offset: See :func:`kl_divergence`.
-
-    Example:
-        >>> pairs, log_p0 = CounterfactualPairs([(0, 1)]), torch.tensor([0.6, 0.2, 0.2]).log()
-        >>> off_target_kl(log_p0, torch.tensor([0.1, 0.7, 0.2]).log(), pairs).abs().item() < 1e-6
-        True
-    """
+    """``KL(P^Z_0 || P^Z)`` from log-probabilities: how far all but the concept has moved, ``[..., V] -> [...]``."""
     return kl_divergence(pairs.log_regroup(log_p0), pairs.log_regroup(log_p), offset=offset)
 
 
 def ranks(log_p: Tensor) -> Tensor:
-    """Rank of every token, 1 for the most probable, ``[..., V] -> [..., V]``.
-
-    Tokens of equal probability share the best rank that one of them could have: 1 plus the number of strictly more
-    probable ones.
-
-    Example:
-        >>> ranks(torch.tensor([0.1, 0.4, 0.4, 0.1])).tolist()
-        [3, 1, 1, 3]
-    """
+    """Rank of every token, 1 for the most probable, ``[..., V] -> [..., V]``; equals share their best rank."""
     ordered = log_p.sort(-1).values.contiguous()
     not_larger = torch.searchsorted(ordered, log_p.contiguous(), right=True)
     return 1 + log_p.shape[-1] - not_larger
@@ -112,11 +85,6 @@ def rank_difference(log_z0: Tensor, log_z: Tensor, *, keep: Tensor | None = None
 
     Raises:
         IncompatibleModelError: If ``keep`` is of another vocabulary.
-
-    Example:
-        >>> log_z0 = torch.tensor([0.6, 0.3, 0.1]).log()
-        >>> round(rank_difference(log_z0, torch.tensor([0.3, 0.6, 0.1]).log()).item(), 4)
-        0.45
     """
     if keep is not None:
         if keep.shape != log_z.shape[-1:]:
@@ -130,23 +98,12 @@ def rank_difference(log_z0: Tensor, log_z: Tensor, *, keep: Tensor | None = None
 
 
 def covering_tokens(log_z: Tensor, *, mass: float = 0.99) -> Tensor:
-    """Tokens that some point of a path needs to cover ``mass``: the reduced vocabulary of the paper.
+    """Tokens that some point of a path needs to cover ``mass``: the reduced vocabulary of the paper, bool ``[Z]``.
 
-    Args:
-        log_z: ``log P^Z`` at some points of a path ``[points, Z]``.
-        mass: For each point its most probable tokens are taken until their sum reaches this.
-
-    Returns:
-        bool ``[Z]``, the union over points.
+    For each point of ``log P^Z`` ``[points, Z]`` its most probable tokens are taken until their sum reaches ``mass``.
 
     Raises:
         RecipeError: If ``mass`` is not between 0 and 1.
-
-    Example:
-        >>> covering_tokens(torch.tensor([[0.9, 0.1, 0.0], [0.0, 0.5, 0.5]]).log(), mass=0.9).tolist()
-        [True, True, True]
-        >>> covering_tokens(torch.tensor([[0.9, 0.08, 0.02]]).log(), mass=0.95).tolist()
-        [True, True, False]
     """
     if not 0 < mass <= 1:
         raise RecipeError(f"covering_tokens(mass={mass}): expected a probability above 0 and up to 1.")
@@ -157,30 +114,10 @@ def covering_tokens(log_z: Tensor, *, mass: float = 0.99) -> Tensor:
     return marked.any(0)
 
 
-def entropy(log_p: Tensor) -> Tensor:
-    """Entropy in nats, ``[..., V] -> [...]``.
-
-    Example:
-        >>> round(entropy(torch.full((4,), 0.25).log()).item(), 4)
-        1.3863
-    """
-    p = log_p.exp()
-    return -torch.where(p == 0, 0.0, p * log_p).sum(-1)
-
-
 def dual_alignment(phi: Tensor, beta: Tensor) -> Tensor:
-    """Cosine between each step of a path in the dual coordinate and the probe's direction (paper, figure 5).
+    """Cosine between each step of a path of dual coordinates ``[n, d]`` and a direction (paper, figure 5), ``[n - 1]``.
 
-    Args:
-        phi: Dual coordinates of the points ``[n, d]``.
-        beta: Direction ``[d]``.
-
-    Returns:
-        ``[n - 1]``; NaN where a step moves nothing.
-
-    Example:
-        >>> dual_alignment(torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]), torch.tensor([2.0, 0.0])).tolist()
-        [1.0, 0.0]
+    NaN where a step moves nothing.
     """
     step = phi.diff(dim=0)
     cosine: Tensor = (step @ beta.to(step)) / (step.norm(dim=-1) * beta.to(step).norm())

@@ -95,11 +95,6 @@ def bin_path(x: Tensor, y: Tensor, *, bins: int = 10, saturated: float = SATURAT
 
     Raises:
         RecipeError: If there is no bin.
-
-    Example:
-        >>> x, y = torch.tensor([0.05, 0.2, 0.3, 0.7, 1.0]), torch.tensor([0.0, 1.0, 3.0, 5.0, 9.0])
-        >>> bin_path(x, y, bins=2).tolist()
-        [0.0, 2.0, 5.0]
     """
     if bins < 1:
         raise RecipeError(f"bin_path(bins={bins}): expected at least one bin.")
@@ -115,21 +110,10 @@ def bin_path(x: Tensor, y: Tensor, *, bins: int = 10, saturated: float = SATURAT
 
 
 def value_at_effect(x: Tensor, y: Tensor, at: float) -> float:
-    """A score at the first place of a path where ``P(W=1)`` rises to ``at``, by linear interpolation.
+    """A score ``y`` at the first place of a path where ``P(W=1)``, ``x``, rises to ``at``, by linear interpolation.
 
-    ``P(W=1)`` need not rise all along a path, so the first crossing from below counts.
-
-    Args:
-        x: ``P(W=1)`` of each point ``[n]``.
-        y: A score of each point ``[n]``.
-        at: Where.
-
-    Returns:
-        The score; NaN if the path starts above ``at`` or never reaches it.
-
-    Example:
-        >>> value_at_effect(torch.tensor([0.25, 0.75, 0.5, 1.0]), torch.tensor([0.0, 2.0, 3.0, 4.0]), 0.5)
-        1.0
+    ``P(W=1)`` need not rise all along a path, so the first crossing from below counts; NaN if the path starts above
+    ``at`` or never reaches it.
     """
     x, y = x.double(), y.double()
     if len(x) == 0 or float(x[0]) >= at:

@@ -14,15 +14,7 @@ _TERMS = range(15, 2, -1)  # of the exponential series below 0.5, to the last di
 
 
 def working_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
-    """Return float64 if any of the tensors is, else float32.
-
-    Args:
-        *tensors: States, directions, targets; None is passed over.
-
-    Example:
-        >>> working_dtype(torch.zeros(1, dtype=torch.bfloat16)), working_dtype(torch.zeros(1, dtype=torch.float64))
-        (torch.float32, torch.float64)
-    """
+    """Return float64 if any of the tensors is, else float32; None is passed over."""
     wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if wide else torch.float32
 
@@ -32,14 +24,6 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """Turn autocast, TF32 and bfloat16 products off inside the block, and back to what they were after it.
 
     A direction ``(H + alpha I)^-1 beta`` that is worked out in bfloat16 throughout is wrong by most of its length.
-
-    Args:
-        device: Where the tensors are.
-
-    Example:
-        >>> with torch.autocast("cpu", dtype=torch.bfloat16), exact_arithmetic(torch.device("cpu")):
-        ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
-        torch.float32
     """
     cast = torch.is_autocast_enabled(device.type)
     # Read and set by backend: the global setting cannot be asked where somebody has set one backend's own.
@@ -59,7 +43,7 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
 
 
 def divergence(first: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """``KL(P || Q)`` in nats from how far the logits move from P to Q, exact also where they hardly move.
+    """``KL(P || Q)`` in nats ``[...]`` from how far the logits move from P to Q, exact also where they hardly move.
 
     ``log E_P[exp(c)]`` with ``c`` the change less its mean under P. Subtracting log-probabilities would leave nothing
     of a KL below their rounding, 1e-8 in float32.
@@ -67,14 +51,6 @@ def divergence(first: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     Args:
         first: Log-probabilities of P ``[..., V]``; -inf for what never comes.
         change: Logits of Q less those of P ``[..., V]``, finite.
-
-    Returns:
-        ``[...]``.
-
-    Example:
-        >>> first, change = torch.tensor([0.25, 0.75]).log(), torch.tensor([2e-6, -2e-6])
-        >>> float(f"{divergence(first, change):.4g}")
-        1.5e-12
     """
     p = first.exp()
     c = change - (p * change).sum(-1, keepdim=True)
@@ -90,7 +66,7 @@ def divergence(first: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
 def entropy(log_probs: torch.Tensor) -> torch.Tensor:
     """Entropy in nats of log-probabilities ``[..., V]``, ``[...]``."""
     p = log_probs.exp()
-    return -torch.where(p > 0, p * log_probs, 0).sum(-1)
+    return -torch.where(p == 0, 0.0, p * log_probs).sum(-1)  # NaN stays NaN
 
 
 ROUNDED = 0.1
@@ -98,11 +74,6 @@ ROUNDED = 0.1
 
 
 def rounding(lam: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-    """How far a number of a state may be off because the state is rounded, ``[...]``.
-
-    Args:
-        lam: States ``[..., d]``.
-        slope: The number's gradient there ``[..., d]``.
-    """
+    """How far a number with the gradient ``slope`` at ``lam`` may be off because the state is rounded, ``[...]``."""
     size: torch.Tensor = 2 * torch.finfo(lam.dtype).eps * lam.norm(dim=-1) * slope.norm(dim=-1)
     return size

@@ -14,15 +14,7 @@ DUAL_MEASURES = ("kl", "probe_change", "hvps_per_token", "reached", "certified")
 
 
 class DualMeter(Sums):
-    """Means over the states that were steered.
-
-    Attributes:
-        last: The latest solve.
-
-    Example:
-        >>> DualMeter().compute()["tokens"]
-        0
-    """
+    """Means over the states that were steered; ``last`` is the latest solve."""
 
     def __init__(self) -> None:
         super().__init__("tokens", *DUAL_MEASURES)

@@ -58,19 +58,9 @@ def euclidean_steer(
 def line_step(
     measure: Callable[[torch.Tensor], torch.Tensor], goal: torch.Tensor, *, first: float = 1.0
 ) -> torch.Tensor:
-    """The step along a line at which a growing measure has a value, by doubling and halving.
+    """The steps ``[B]`` along a line at which a growing measure has the wanted values, by doubling and halving.
 
-    Args:
-        measure: Values ``[B]`` at steps ``[B]``.
-        goal: Wanted values ``[B]``.
-        first: Length of the first step.
-
-    Returns:
-        Steps ``[B]``; where the goal lies out of reach, the step of the nearest value that was seen.
-
-    Example:
-        >>> line_step(lambda t: t**3, torch.tensor([8.0, -1.0])).round(decimals=4).tolist()
-        [2.0, -1.0]
+    The first step has the length ``first``; a goal out of reach gives the step of the nearest value that was seen.
     """
     start = measure(torch.zeros_like(goal))
     sign = torch.where(start < goal, 1.0, -1.0).to(goal)

@@ -24,7 +24,7 @@ def conjugate_gradient(
     max_iterations: int,
     inverse: Map | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Solve ``M x = b`` for each row, with ``M`` symmetric and positive.
+    """Solve ``M x = b`` for each row, ``M`` symmetric and positive: ``x`` ``[B, d]``, and each row's products ``[B]``.
 
     Rows that are done are frozen while the others go on, so one product serves all.
 
@@ -33,18 +33,7 @@ def conjugate_gradient(
         b: Right-hand sides ``[B, d]``.
         tolerance: Residual norm at which a row is done, ``[B]``.
         max_iterations: Products at most.
-        inverse: An approximate inverse of ``M``, symmetric and positive, to precondition with; it changes how many
-            products are needed and not what is solved.
-
-    Returns:
-        ``x`` ``[B, d]`` and the products each row needed ``[B]``.
-
-    Example:
-        >>> M = torch.tensor([[3.0, 1.0], [1.0, 2.0]])
-        >>> x, used = conjugate_gradient(lambda v: v @ M, torch.tensor([[1.0, 0.0]]), tolerance=torch.tensor([1e-6]),
-        ...                              max_iterations=9)
-        >>> torch.allclose(x @ M, torch.tensor([[1.0, 0.0]]), atol=1e-5), int(used)
-        (True, 2)
+        inverse: An approximate inverse of ``M``, symmetric and positive, to precondition with.
     """
     x, residual = torch.zeros_like(b), b.clone()
     direction, square = _preconditioned(inverse, residual)
@@ -80,23 +69,15 @@ def _preconditioned(inverse: Map | None, residual: torch.Tensor) -> tuple[torch.
 
 
 def likely_inverse(rows: torch.Tensor, p: torch.Tensor, alpha: float, normal: torch.Tensor | None = None) -> Map | None:
-    """The inverse of ``H + alpha I`` as if only some tokens were there, for preconditioning.
+    """The inverse of ``H + alpha I`` as if only some tokens were there, for preconditioning: a map of ``[B, d]``.
+
+    None where there is none to be had: without regularisation, or beyond rounding.
 
     Args:
         rows: Gradients of the logits of each row's likeliest tokens ``[B, K, d]``.
         p: Their probabilities ``[B, K]``, of all tokens' sum.
         alpha: Regularisation.
         normal: Unit vectors ``[B, d]`` at right angles to which the system lives; None for all of space.
-
-    Returns:
-        A map of ``[B, d]``; None where there is none to be had: without regularisation, or beyond rounding.
-
-    Example:
-        >>> rows, p = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]]), torch.tensor([[0.4, 0.6]])
-        >>> v, alpha = torch.tensor([[1.0, -1.0]]), 0.5
-        >>> x = likely_inverse(rows, p, alpha)(v)
-        >>> torch.allclose(x[0], solve_dense(rows[0], p[0], v[0], alpha), atol=1e-6)
-        True
     """
     if alpha <= 0:
         return None
@@ -128,17 +109,7 @@ def likely_inverse(rows: torch.Tensor, p: torch.Tensor, alpha: float, normal: to
 
 
 def solve_dense(weight: torch.Tensor, p: torch.Tensor, v: torch.Tensor, alpha: float) -> torch.Tensor:
-    """Form the covariance ``[d, d]`` and factor it (Cholesky); the reference for small widths.
-
-    Args:
-        weight: Rows ``g_y`` ``[V, d]``.
-        p: Probabilities ``[V]``.
-        v: Right-hand side ``[d]``.
-        alpha: Regularisation, > 0 unless the covariance has full rank.
-
-    Returns:
-        ``x`` ``[d]``.
-    """
+    """Form the covariance of rows ``[V, d]`` under ``p``, factor it (Cholesky) and solve for ``v`` ``[d]``."""
     rows = weight - p @ weight
     covariance = (rows * p[:, None]).T @ rows
     covariance.diagonal().add_(alpha)

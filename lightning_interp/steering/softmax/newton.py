@@ -153,7 +153,7 @@ def minimise(
     cg_max: int = 50,
     hvp_budget: int | None = None,
 ) -> NewtonResult:
-    """Minimise a potential from ``start``; rows that are done leave the batch.
+    """Minimise a potential from ``start``; a row that does not converge has its best point and the reason.
 
     Args:
         potential: What to minimise.
@@ -163,17 +163,6 @@ def minimise(
         max_newton: Iterations at most.
         cg_max: Hessian-vector products of one iteration at most.
         hvp_budget: Products of one row in all; None for no limit.
-
-    Returns:
-        The minimisers; a row that did not converge has its best point and the reason.
-
-    Example:
-        >>> from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
-        >>> geometry = SoftmaxGeometry(torch.tensor([[1.0], [-1.0], [0.0]], dtype=torch.float64))
-        >>> potential = Potential(geometry, torch.zeros(1, 1).double(), torch.zeros(1, 1).double(), 0.0)
-        >>> found = minimise(potential, torch.ones(1, 1).double(), tolerance=torch.tensor([1e-10]))
-        >>> found.reasons(), abs(round(float(found.lam), 6))
-        (['converged'], 0.0)
     """
     with exact_arithmetic(start.device):
         return _Descent(potential, start, tolerance, max_newton, cg_max, hvp_budget).run()
@@ -286,11 +275,10 @@ def _line_search(
     image: torch.Tensor,
     decrease: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How far to go along ``-step``: all of it, or else near the minimum of the convex function along it.
+    """How far to go along ``-step`` ``[B]``: all of it, or else near the minimum of the convex function along it.
 
-    Returns:
-        Lengths in (0, 1] ``[B]``, and where the predicted decrease is below the rounding of the potential ``[B]``, so
-        that the whole step was taken on trust.
+    Also says where the predicted decrease is below the rounding of the potential ``[B]``, so that the whole step was
+    taken on trust.
     """
     away = lam - potential.centre
     slope0 = (potential.linear * step).sum(-1) - potential.alpha * (away * step).sum(-1)

@@ -131,12 +131,7 @@ class SteerRequest:
         support: int | None,
         options: SolverOptions | None,
     ) -> SteerRequest:
-        """Check what a user asks for.
-
-        Raises:
-            IncompatibleModelError: If a state or direction has another width, or is not finite.
-            RecipeError: If a setting cannot be used.
-        """
+        """Check what a user asks for."""
         beta = direction if isinstance(direction, torch.Tensor) else direction.direction
         dtype = working_dtype(geometry.weight, lam)
         states = lam.detach().reshape(-1, lam.shape[-1]).to(dtype)
@@ -168,11 +163,7 @@ class SteerRequest:
         return self._z
 
     def concept(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids of the base and the target side.
-
-        Raises:
-            RecipeError: If no pairs were given.
-        """
+        """Token ids of the base and the target side; refused without pairs."""
         if self.pairs is None:
             raise RecipeError("The target target_prob needs pairs=, the tokens of the concept's two sides.")
         return self.pairs.base_ids.to(self.lam.device), self.pairs.target_ids.to(self.lam.device)
@@ -195,11 +186,7 @@ def as_numbers(value: float | torch.Tensor) -> torch.Tensor:
 
 
 def check_alpha(kind: str, alpha: float) -> None:
-    """Refuse a regularisation under which a target may not exist.
-
-    Raises:
-        RecipeError: With the target.
-    """
+    """Refuse a regularisation under which a target may not exist."""
     if not math.isfinite(alpha) or alpha < 0 or (alpha == 0 and kind in ("t", "target_prob", "kl_budget")):
         raise RecipeError(
             f"alpha={alpha:g} with the target {kind}: without regularisation a dual step leaves the hull of the "

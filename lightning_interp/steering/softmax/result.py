@@ -90,16 +90,7 @@ def described(
     resid: torch.Tensor,
     covered: torch.Tensor,
 ) -> SteerResult:
-    """Diagnostics of steered states over the whole vocabulary.
-
-    Args:
-        request: What was asked for.
-        point: The steered states and what they took.
-        z: Logits of the steered states ``[B, V]``.
-        t: Steps ``[B]``.
-        resid: Relative error of the dual coordinate ``[B]``.
-        covered: Probability that the support covers ``[B]``.
-    """
+    """Diagnostics of steered states with the logits ``z`` ``[B, V]``; see :class:`SteerResult`."""
     beta, lam, geometry = request.beta, point.lam, request.geometry
     first, second = (geometry.capped(logits).log_softmax(-1) for logits in (request.z, z))
     change = geometry.logits_change(lam - request.lam)
@@ -139,8 +130,7 @@ def ends_there(
         request: What was asked for.
         lam: Where the states are ``[B, d]``.
         t: Steps along the direction ``[B]``.
-        z: The family's logits at the states, over the whole vocabulary ``[B, V]``: where a model caps its logits, the
-            target is one of the family without the cap.
+        z: The family's logits at the states ``[B, V]``: where a model caps them, the target is one without the cap.
         change: How far they have moved ``[B, V]``.
         resid: Relative error of the dual coordinate ``[B]``; NaN for a walk in the state itself.
 

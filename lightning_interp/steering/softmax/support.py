@@ -56,14 +56,10 @@ class RestrictedFamily:
 
 
 class PolishedFamily:
-    """The whole vocabulary with the curvature of a support: exact gradients, cheap Hessian-vector products.
+    """The ``whole`` vocabulary with the curvature of a ``part``: exact gradients, cheap Hessian-vector products.
 
     Newton's method on it ends where the whole family's gradient vanishes, so what it gives needs no other
     certificate. A step is nearly Newton's own while the support holds nearly all probability.
-
-    Args:
-        whole: The family over the whole vocabulary.
-        part: The same family over a support of each row.
     """
 
     def __init__(self, whole: SoftmaxGeometry, part: RestrictedFamily) -> None:
@@ -96,21 +92,7 @@ class PolishedFamily:
 
 
 def restrict(geometry: SoftmaxGeometry, index: torch.Tensor, dtype: torch.dtype) -> RestrictedFamily:
-    """Gather the rows of a support, once a solve: gathering costs as much as several products with them.
-
-    Args:
-        geometry: The whole family.
-        index: Token ids ``[B, K]``, each at most once a row.
-        dtype: Working dtype.
-
-    Returns:
-        The restricted family.
-
-    Example:
-        >>> geometry = SoftmaxGeometry(torch.eye(4))
-        >>> restrict(geometry, torch.tensor([[0, 2]]), torch.float32).logits(torch.ones(1, 4)).shape
-        torch.Size([1, 2])
-    """
+    """Gather the rows of a support ``[B, K]``, once a solve: gathering costs as much as several products with them."""
     index = index.to(geometry.weight.device)
     bias = None if geometry.bias is None else geometry.bias[index].to(dtype)
     return RestrictedFamily(index, geometry.weight[index].to(dtype), bias, geometry.scale)
@@ -124,7 +106,7 @@ def choose_support(
     end: torch.Tensor | None = None,
     always: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Tokens that a path from one state along one direction can make likely.
+    """Tokens ``[B, K]`` that a path from one state along one direction can make likely, without repetition.
 
     Half of them are the likeliest at the start, a quarter the likeliest at the straight path's end, and a quarter those
     that the direction favours most; the likeliest at the start alone would hide the growth of promoted tokens.
@@ -132,16 +114,9 @@ def choose_support(
     Args:
         z: Logits at the start ``[B, V]``.
         push: Logits of the direction, ``[B, V]`` or ``[1, V]``.
-        size: Tokens wanted, ``always`` not counted.
+        size: Tokens wanted, ``always`` not counted; ``K`` is at least this (at most ``V``).
         end: Logits at the straight path's end ``[B, V]``; a guess along ``push`` if None.
         always: Token ids that must be in.
-
-    Returns:
-        ``[B, K]`` token ids without repetition, ``K`` the same in all rows and at least ``size`` (at most ``V``).
-
-    Example:
-        >>> choose_support(torch.tensor([[5.0, 4.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 0.0, 1.0]]), 2).tolist()
-        [[0, 3]]
     """
     rows, vocabulary = z.shape
     size = min(size, vocabulary)

@@ -22,11 +22,7 @@ __all__ = ["KlMeasure", "Measure", "OddsMeasure", "SearchResult", "search_step"]
 
 
 class Measure(Protocol):
-    """A number of a state, and its gradient; rows are those of the curve.
-
-    Attributes:
-        turns: Whether it may fall along a curve, so that steps against the direction count too.
-    """
+    """A number of a state, and its gradient; it ``turns`` if it may fall along a curve: steps against count too."""
 
     turns: ClassVar[bool]
 
@@ -49,12 +45,7 @@ class KlMeasure:
 
 @dataclass(frozen=True)
 class OddsMeasure:
-    """Log odds of two sets of tokens, ``log p(target) - log p(base)``.
-
-    Args:
-        base: Columns of the family that hold base tokens, bool ``[K]`` or ``[B, K]``.
-        target: The same for target tokens.
-    """
+    """Log odds ``log p(target) - log p(base)`` of two sets of the family's columns, bool ``[K]`` or ``[B, K]``."""
 
     base: torch.Tensor
     target: torch.Tensor
@@ -73,12 +64,7 @@ class OddsMeasure:
 
 @dataclass
 class SearchResult:
-    """Points at which a measure meets its goal, one row each.
-
-    Args:
-        point: The points; their reason says why the search ended where it did not end at the goal.
-        t: Dual steps ``[B]``.
-    """
+    """Points at which a measure meets its goal (or why not), one row each, and their dual steps ``[B]``."""
 
     point: NewtonResult
     t: torch.Tensor
@@ -92,7 +78,7 @@ def search_step(
     accepted: torch.Tensor,
     warm: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> SearchResult:
-    """Find the points of curves where a measure has a value.
+    """Find the points of curves where a measure has a value; a row out of reach has the nearest point, and says why.
 
     Args:
         curve: One curve a row.
@@ -100,9 +86,6 @@ def search_step(
         goal: Values ``[B]``.
         accepted: Accepted absolute errors ``[B]``.
         warm: A point ``[B, d]`` near the curve and its step ``[B]``, where a coarser search ended.
-
-    Returns:
-        The points; a row that cannot reach its goal has the nearest point that was seen, and says why.
     """
     search = _Search(curve, measure, goal, accepted)
     if warm is not None and len(search.rows):

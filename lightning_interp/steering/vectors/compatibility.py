@@ -17,27 +17,17 @@ _CHOICES = ("error", "warn", "off")
 
 
 def check_model_choice(choice: str, *, what: str) -> CheckModel:
-    """Refuse an unknown ``check_model``.
-
-    Raises:
-        RecipeError: With the choices.
-    """
+    """Refuse an unknown ``check_model``."""
     if choice not in _CHOICES:
         raise RecipeError(f"{what}(check_model={choice!r}) is unknown; expected 'error', 'warn' or 'off'.")
     return choice  # type: ignore[return-value]
 
 
 def check_vector_model(vector: SteeringVector, model_map: ModelMap, choice: CheckModel, *, what: str) -> None:
-    """Refuse a vector of another model, or warn of it.
+    """Refuse a vector of another model, or warn of it, as ``choice`` says; ``what`` names the intervention.
 
     A vector without a fingerprint (from a control-vector file, or made by hand) is compared by its family alone, and
     only warned of, as such names differ between programs.
-
-    Args:
-        vector: The vector.
-        model_map: The model that is being hooked.
-        choice: ``error``, ``warn``, or ``off``.
-        what: The intervention's name, for messages.
 
     Raises:
         IncompatibleModelError: If the fingerprints differ and ``choice`` is ``error``.

@@ -76,11 +76,6 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
     Raises:
         DataError: If a text has no tokens, with its number.
-
-    Example:
-        >>> from lightning_interp.testing import byte_tokenizer
-        >>> [len(row) for row in encode_texts(byte_tokenizer(), ["a", "abc"])]
-        [1, 3]
     """
     rows: list[list[int]] = tokenizer(list(texts))["input_ids"] if texts else []
     for number, row in enumerate(rows):

@@ -20,12 +20,7 @@ __all__ = ["ReadDirection", "as_direction", "read_direction"]
 
 @dataclass(frozen=True, eq=False)
 class ReadDirection:
-    """One direction and what is known about it.
-
-    Args:
-        direction: float32 ``[d]`` (float64 if it was given so).
-        fingerprint: Of the model that it belongs to, if that is known.
-    """
+    """One direction, float32 or float64 ``[d]``, and the fingerprint of its model if that is known."""
 
     direction: torch.Tensor
     fingerprint: str | None = None
@@ -37,21 +32,13 @@ class ReadDirection:
 
 
 def as_direction(value: Any, *, what: str = "The direction") -> torch.Tensor:
-    """Check a direction and put it into a plain form.
-
-    Args:
-        value: A tensor ``[d]`` or a list of numbers.
-        what: Its name, for messages.
+    """Check a direction ``[d]``; ``what`` is its name, for messages.
 
     Returns:
         ``value`` itself if it requires grad, so that it can be trained; otherwise a copy in float32 (float64 stays).
 
     Raises:
         RecipeError: If it is no vector, holds NaN or infinities, or is zero.
-
-    Example:
-        >>> as_direction([3, 4])
-        tensor([3., 4.])
     """
     tensor = value if isinstance(value, torch.Tensor) else _tensor(value, what)
     if tensor.dim() != 1 or tensor.numel() == 0 or tensor.is_complex():
@@ -72,11 +59,7 @@ def frozen(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check_finite(tensor: torch.Tensor, what: str) -> None:
-    """Refuse NaN and infinities.
-
-    Raises:
-        RecipeError: With the place of the first.
-    """
+    """Refuse NaN and infinities, with the place of the first."""
     wrong = (~torch.isfinite(tensor.detach())).nonzero()
     if len(wrong):
         place = wrong[0].tolist()
@@ -87,14 +70,7 @@ def check_finite(tensor: torch.Tensor, what: str) -> None:
 
 
 def read_direction(probe: Any, site: Site | str | None = None) -> ReadDirection:
-    """One direction from a tensor, a list, a probe, a vector, or a file.
-
-    Args:
-        probe: What the user has.
-        site: Which one of a vector with several.
-
-    Returns:
-        The direction and its model's fingerprint.
+    """One direction from a tensor, a list, a probe, a vector, or a file; ``site`` chooses from a vector with several.
 
     Raises:
         RecipeError: If it is no direction, or one of several has to be chosen.
