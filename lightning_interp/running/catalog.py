@@ -163,11 +163,7 @@ def code_files(code: Path) -> list[Path]:
 
 
 def header(path: Path) -> str:
-    """Return the comment lines that a recipe's YAML file begins with, without their signs.
-
-    Returns:
-        The text: purpose, command, time, hardware.
-    """
+    """Return the comment lines that a recipe's YAML file begins with, without their signs."""
     lines: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):

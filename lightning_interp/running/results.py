@@ -132,12 +132,6 @@ def write_results(
 ) -> None:
     """Write ``metrics.json``, ``tables/*.csv`` and ``figures/*.png``, each file in one step.
 
-    Args:
-        run_dir: The run folder.
-        metrics: Plain values; NaN becomes null.
-        tables: Rows by name.
-        figures: Matplotlib figures or PNG files by name.
-
     Raises:
         DataError: If a value has no JSON form.
         RecipeError: If a figure is neither of both.

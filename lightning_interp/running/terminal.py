@@ -114,13 +114,7 @@ def plain_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]], file: IO[str] | None = None) -> None:
-    """Print a table: with Rich on a terminal, as plain text elsewhere.
-
-    Args:
-        title: Printed above it.
-        rows: The table.
-        file: Where to; standard output if None.
-    """
+    """Print a table: with Rich on a terminal, as plain text elsewhere."""
     out = file or sys.stdout
     if not out.isatty():
         print(f"{title}\n{plain_table(rows)}", file=out)

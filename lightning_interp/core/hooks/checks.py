@@ -27,9 +27,6 @@ _WRAPPERS = {
 def check_hookable(module: nn.Module) -> None:
     """Refuse modules whose hooks would be ignored.
 
-    Args:
-        module: The outermost module that will be called.
-
     Raises:
         CompiledModelError: If any part of it was compiled.
         UnsupportedStrategyError: If it is, or holds, a model wrapped by FSDP1 or DeepSpeed.
@@ -65,11 +62,6 @@ def quantized_modules(module: nn.Module) -> list[str]:
 def check_dense(module: nn.Module, *, purpose: str, remedy: str) -> None:
     """Refuse a quantised model.
 
-    Args:
-        module: The model.
-        purpose: What cannot be done with it.
-        remedy: What to do instead.
-
     Raises:
         QuantizedModelError: If any module is quantised.
     """
@@ -85,11 +77,6 @@ def check_strategy(strategy: Any, *, reads_weights: bool, purpose: str) -> None:
     """Refuse Lightning strategies that cannot do what an intervention needs.
 
     Strategies are told apart by class name, so that both Lightning namespaces and subclasses are seen.
-
-    Args:
-        strategy: ``trainer.strategy``.
-        reads_weights: Whether the intervention uses weight values.
-        purpose: What was asked, for the message.
 
     Raises:
         UnsupportedStrategyError: With the remedy.

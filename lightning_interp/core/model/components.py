@@ -134,9 +134,6 @@ def has_post_norms(block: nn.Module) -> bool:
 def mixing_modules(block: nn.Module) -> Iterator[tuple[str, str]]:
     """Modules of a block that mix tokens by their own weights, so that no row of them stands alone.
 
-    Args:
-        block: One decoder block.
-
     Yields:
         The module's name below the block, and why its rows are not apart.
 

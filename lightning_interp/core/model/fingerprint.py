@@ -100,9 +100,6 @@ def check_fingerprint(
 def weights_digest(model: nn.Module) -> str:
     """Digest of a sample of every parameter, by which two stages of a training are told apart.
 
-    Args:
-        model: The model.
-
     Returns:
         Hexadecimal digits: of names, types, shapes, and up to 64 evenly spaced values of each parameter, bit by bit.
         It is quick for any size of model, and does not see a change that leaves all these values as they were.

@@ -19,9 +19,6 @@ def resolve_layers(layers: Layers, count: int) -> frozenset[int]:
             one takes the rest; ``upper_half`` is the two last quarters, ``second_half`` begins at ``count // 2``.
         count: Number of blocks.
 
-    Returns:
-        Indices.
-
     Raises:
         SiteError: If the choice cannot be read or names a layer that is not there.
 

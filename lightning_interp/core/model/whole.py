@@ -12,10 +12,6 @@ __all__ = ["check_weights"]
 def check_weights(module: nn.Module, *, purpose: str) -> None:
     """Refuse models whose weight values are not whole on this process.
 
-    Args:
-        module: The model.
-        purpose: What needs the weights, for the message.
-
     Raises:
         UnsupportedStrategyError: If a parameter is sharded.
     """

@@ -42,12 +42,6 @@ def site_width(model_map: ModelMap, site: Site) -> int | None:
 def check_width(model_map: ModelMap, site: Site, width: int, *, what: str) -> None:
     """Refuse something of another width than the site's.
 
-    Args:
-        model_map: The model.
-        site: The site.
-        width: Of the direction.
-        what: Name of the direction, for the message.
-
     Raises:
         IncompatibleModelError: With both widths.
     """

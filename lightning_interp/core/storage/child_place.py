@@ -65,9 +65,6 @@ def check_child_name(run_dir: Path, key: str) -> str:
 def check_parents_free(run_dir: Path) -> None:
     """Refuse to open a child run alone while a run that it belongs to is open.
 
-    Args:
-        run_dir: A run folder; of a child if it lies in ``<run>/children/``.
-
     Raises:
         ManifestError: If such a run is open, in this process or another.
     """

@@ -101,9 +101,6 @@ class JsonlWriter:
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append a batch of rows and return when they are on disk.
 
-        Args:
-            rows: Plain dicts with an integer ``index``.
-
         Raises:
             DataError: If a row has no integer ``index`` or a value without a JSON form; nothing is written then.
             ManifestError: If the disk is full or the folder cannot be written.

@@ -84,10 +84,6 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write ``data`` to ``path`` so that a reader sees all of it or the old file.
 
-    Args:
-        path: The file to write; missing parent folders are made.
-        data: The content.
-
     Raises:
         ManifestError: If the folder or the file cannot be written.
     """
@@ -233,9 +229,6 @@ def canonical_json(obj: Any) -> str:
 
 def digest(obj: Any) -> str:
     """Return the SHA-256 of ``obj``'s canonical JSON in hexadecimal.
-
-    Args:
-        obj: Plain values; see :func:`jsonable`.
 
     Raises:
         DataError: If a value has no JSON form.

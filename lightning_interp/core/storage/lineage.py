@@ -87,15 +87,7 @@ class Lineage:
         return Token(now, hashlib.sha256(text.encode()).hexdigest())
 
     def add_phase(self, name: str, token: Token, *, result_digest: str, files: Mapping[str, Any], result: Any) -> None:
-        """Add a finished phase.
-
-        Args:
-            name: Its name.
-            token: Its token.
-            result_digest: The digest of its result.
-            files: Stamps of its files by name.
-            result: The result itself; looked at only if the run has phases in format 1.
-        """
+        """Add a finished phase."""
         hashes = {file: sha_of(stamp) for file, stamp in files.items()}
         self.digest = digest([self.digest, "phase", name, token.now, result_digest, hashes])
         if self._old is not None:

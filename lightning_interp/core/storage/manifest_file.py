@@ -176,13 +176,6 @@ def stored_run(
 ) -> dict[str, Any] | None:
     """Return the content of the manifest if the folder holds this very run, None if it holds no run.
 
-    Args:
-        path: The run folder.
-        config: The configuration that is asked for.
-        name: The name that is asked for.
-        outputs: Files and folders that a first start must not find there.
-        not_identity: Keys of the configuration that may differ.
-
     Raises:
         ManifestError: If the folder holds another run, or files that the run would overwrite.
     """

@@ -40,13 +40,6 @@ class FollowerManifest(RunManifest):
     ) -> FollowerManifest:
         """Wait until there is a manifest in the run folder, and follow it.
 
-        Args:
-            path: The run folder, on a disk that all ranks see.
-            config: The run's configuration, of plain values.
-            name: The run's name.
-            not_identity: Keys of the configuration that may differ.
-            place: Where a child run hangs in its parent, which is a follower too.
-
         Raises:
             ManifestError: If rank zero does not open it in time, or the folder belongs to another run or configuration.
         """
@@ -80,12 +73,6 @@ class FollowerManifest(RunManifest):
     def phase(self, name: str, fn: Callable[[Path], Any], *, inputs: Any = None, every_rank: bool = False) -> Any:
         """Return rank zero's result of a phase, after taking part in it if it runs on every rank.
 
-        Args:
-            name: The phase's name.
-            fn: Called only with ``every_rank``, in step with rank zero.
-            inputs: As on rank zero.
-            every_rank: As on rank zero.
-
         Raises:
             ManifestError: If rank zero ended before the phase was finished.
         """
@@ -112,12 +99,7 @@ class FollowerManifest(RunManifest):
         """Do nothing: rank zero stores it."""
 
     def close(self, status: str = "finished", message: str | None = None) -> None:
-        """Say to the parent, if this is a child run, that it has ended; rank zero ends the session.
-
-        Args:
-            status: How it ended: ``finished``, ``interrupted`` or ``failed``.
-            message: Not used.
-        """
+        """Say to the parent, if this is a child run, that it has ended; rank zero ends the session."""
         if not self._closed:
             self._closed = True
             self._close_child(status, message)

@@ -19,12 +19,7 @@ __all__ = ["begun_entry", "phase_result", "refresh_stamps", "result_digest", "wr
 
 
 def begun_entry(token: Token, earlier: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what the manifest says of a phase that begins, or goes on.
-
-    Args:
-        token: What the phase depends on.
-        earlier: What it said of the attempt that goes on, if there was one.
-    """
+    """Return what the manifest says of a phase that begins, or goes on."""
     earlier = earlier or {"seconds": 0.0, "attempts": 0}
     return {
         "status": "running",
@@ -90,11 +85,6 @@ def result_digest(entry: Mapping[str, Any]) -> str:
 
 def refresh_stamps(folder: Path, name: str, stamps: dict[str, Any]) -> bool:
     """Check the files of a finished phase, and note the times that they have now.
-
-    Args:
-        folder: The phase's folder.
-        name: The phase's name.
-        stamps: The files' stamps by relative path; brought up to date.
 
     Raises:
         ManifestError: If a file is missing or changed.

@@ -40,11 +40,7 @@ def now() -> str:
 
 
 def status_of(error: BaseException) -> str:
-    """Return how a session ended that an error left.
-
-    Returns:
-        ``failed``, or ``interrupted`` if somebody stopped it.
-    """
+    """Return how a session ended that an error left."""
     return "failed" if isinstance(error, Exception) else "interrupted"
 
 

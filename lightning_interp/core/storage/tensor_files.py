@@ -24,11 +24,6 @@ def save_tensors(
 
     ``safetensors`` itself orders several keys of metadata at random, so that one vector had two hashes.
 
-    Args:
-        path: The file; missing folders are made.
-        tensors: Tensors on any device, also views that share memory.
-        metadata: Text by name.
-
     Raises:
         ManifestError: If the file cannot be written.
 

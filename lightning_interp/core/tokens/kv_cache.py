@@ -20,10 +20,6 @@ _NAMES = ("cache", "past_key_values")
 def cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
     """The cache among the arguments of a call, by what it is; None without one.
 
-    Args:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-
     Example:
         >>> from transformers import DynamicCache
         >>> cache = DynamicCache()
@@ -58,11 +54,7 @@ def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
 
 
 def cache_of(output: Any) -> Any | None:
-    """The cache that a model's output carries; None without one.
-
-    Args:
-        output: What the model returned.
-    """
+    """The cache that a model's output carries; None without one."""
     # Asked for by the names that it has: asking a new output for an older name logs a deprecation, ``in`` included.
     has = set(output.keys()) if hasattr(output, "keys") else set(_NAMES)
     return next((cache for name in _NAMES if name in has and (cache := getattr(output, name, None)) is not None), None)

@@ -229,9 +229,6 @@ class _BatchRows(Mapping[str, Any]):
 def argument_reader(module: nn.Module) -> Callable[[str, tuple[Any, ...], dict[str, Any]], Any]:
     """Make a function that finds one argument of a module's ``forward``, by name or by place.
 
-    Args:
-        module: The module.
-
     Returns:
         ``argument(name, args, kwargs)``, None where it was not passed.
     """
@@ -248,9 +245,6 @@ def argument_reader(module: nn.Module) -> Callable[[str, tuple[Any, ...], dict[s
 
 def step_reader(backbone: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], StepContext]:
     """Make a function that reads a :class:`StepContext` off the arguments of a decoder's ``forward``.
-
-    Args:
-        backbone: The module that holds the block stack.
 
     Returns:
         ``read(args, kwargs) -> StepContext``, cheap enough for every forward pass.

@@ -80,9 +80,6 @@ class Encoder:
     def encode(self, row: Row) -> EncodedRow:
         """Encode one row.
 
-        Returns:
-            Its token ids and which of them are scored.
-
         Raises:
             DataError: If the tokenizer lacks what the row needs; with the row's file and line.
         """

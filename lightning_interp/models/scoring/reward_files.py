@@ -61,13 +61,6 @@ def write_model_folder(
 
     Where transformers has a class for sequence classification in this family, the folder is one of that class.
 
-    Args:
-        model: The model.
-        folder: The folder to make; it appears whole or not at all.
-        text: Values of ``TEXT_SETTINGS``.
-        tokenizer: Saved beside the model if given.
-        overwrite: Whether a folder that holds files may be replaced.
-
     Raises:
         ManifestError: If the folder holds files and ``overwrite`` is False, or cannot be written.
     """
@@ -89,14 +82,6 @@ def write_adapter_folder(
     overwrite: bool,
 ) -> None:
     """Write an adapter with its score head as PEFT does for sequence classification.
-
-    Args:
-        model: The decoder with a score head that carries the adapter.
-        folder: The folder to make; it appears whole or not at all.
-        base: The base model's source.
-        text: Values of ``TEXT_SETTINGS``.
-        tokenizer: Saved beside the adapter if given.
-        overwrite: Whether a folder that holds files may be replaced.
 
     Raises:
         ManifestError: If the folder holds files and ``overwrite`` is False, or cannot be written.

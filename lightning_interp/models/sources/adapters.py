@@ -112,13 +112,6 @@ def save_adapter(
 ) -> Path:
     """Write the injected adapter as a folder that ``PeftModel.from_pretrained`` reads.
 
-    Args:
-        model: The model that carries the adapter.
-        folder: The folder to make; it appears whole or not at all.
-        base: The base model's source, for the configuration.
-        tokenizer: Saved beside the adapter if given.
-        overwrite: Whether a folder that holds files may be replaced.
-
     Raises:
         ManifestError: If the folder holds files and ``overwrite`` is False, or cannot be written.
     """

@@ -24,10 +24,6 @@ def atomic_folder(target: str | os.PathLike[str], *, overwrite: bool = False) ->
     The files are forced to disk before the rename. Whoever opens ``target`` sees all of them or none, whenever
     the writer was killed; a target that is replaced stays whole until the new folder is complete.
 
-    Args:
-        target: The folder to make; missing parents are made.
-        overwrite: Whether a target that holds files may be replaced.
-
     Yields:
         The temporary folder, beside the target.
 

@@ -27,10 +27,6 @@ def load_gguf(path: Path, options: LoadOptions) -> tuple[PreTrainedModel, PreTra
     The file is checked whole before anything is built. The model is an ordinary one afterwards: it can be
     trained and saved.
 
-    Args:
-        path: The file.
-        options: How to load; quantising again is refused.
-
     Returns:
         The model in evaluation mode, its tokenizer, and what it was dequantised from (``"4-bit"``), None if the
         file holds unquantised weights.

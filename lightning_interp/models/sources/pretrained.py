@@ -64,9 +64,6 @@ class LoadOptions:
 def named_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """The type that a name stands for.
 
-    Args:
-        dtype: A torch type, or its name with or without ``torch.``.
-
     Raises:
         RecipeError: If torch has no type of that name.
 
@@ -111,12 +108,6 @@ def load_model(
     where: str | Path, options: LoadOptions, *, auto: Any = AutoModelForCausalLM, **more: Any
 ) -> PreTrainedModel:
     """Load the weights of a folder or hub id and make sure that none of them was left random.
-
-    Args:
-        where: The folder or hub id.
-        options: How to load.
-        auto: The class of transformers that says what kind of model it is.
-        **more: Further arguments of ``from_pretrained``.
 
     Raises:
         DataError: If weights are missing, damaged or of another shape than the configuration says.

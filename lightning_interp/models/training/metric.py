@@ -63,12 +63,7 @@ class TokenLoss(Metric):
         self.add_state("tokens", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, total: Tensor, tokens: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            total: Sum of the cross entropy of its scored tokens.
-            tokens: Their number.
-        """
+        """Add a batch."""
         # Not in place: a reset inside validate() leaves inference tensors, which the next fit() may not change.
         self.total = self.total + total.detach()
         self.tokens = self.tokens + tokens
