@@ -33,13 +33,14 @@ def needs(*, cuda: int = 0, bnb: bool = False, bundled: bool = False) -> Callabl
         >>> [mark.name for mark in test_two_devices.pytestmark][:2]
         ['gpu', 'bundled']
     """
-    lacking = [_lacking_cuda(cuda), _lacking_bnb() if bnb else None]
+    no_bnb = bnb and find_spec("bitsandbytes") is None
+    lacking = [_lacking_cuda(cuda), "needs bitsandbytes, which is not installed" if no_bnb else None]
     marks = []
     if cuda:
         marks.append(pytest.mark.gpu)
     if bundled:
         marks.append(pytest.mark.bundled)
-        if not _on_ci():
+        if os.environ.get("CI", "").lower() != "true":
             lacking.append(missing_bundled())
     reason = "; ".join(text for text in lacking if text)
     marks.append(pytest.mark.skipif(bool(reason), reason=reason or "this machine has what the test needs"))
@@ -75,11 +76,3 @@ def _lacking_cuda(wanted: int) -> str | None:
 
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return None if found >= wanted else f"needs {wanted} CUDA device(s), found {found}"
-
-
-def _lacking_bnb() -> str | None:
-    return None if find_spec("bitsandbytes") is not None else "needs bitsandbytes, which is not installed"
-
-
-def _on_ci() -> bool:
-    return os.environ.get("CI", "").lower() == "true"

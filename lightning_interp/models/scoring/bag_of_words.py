@@ -19,11 +19,11 @@ from lightning_interp.core.measure.undisturbed import undisturbed
 from lightning_interp.core.storage.tensor_files import save_tensors
 from lightning_interp.errors import DataError, IncompatibleModelError, RecipeError
 from lightning_interp.models.scoring.reward_text import Prompt, RewardEncoder, Scores, score_rows
-from lightning_interp.models.scoring.text_scorer import Scorer
+from lightning_interp.models.scoring.text_scorer import Scorer, ScoresTexts
 from lightning_interp.models.sources.folders import atomic_folder, check_weight_files
 from lightning_interp.models.training.optimisation import Optimisation, no_more, plain, settings_of
 from lightning_interp.models.training.optimised import Optimised
-from lightning_interp.models.training.reward_metric import PairScores, PointScores, bradley_terry_loss
+from lightning_interp.models.training.reward_metric import PairScores, PointScores, log_scores, pair_losses
 
 __all__ = ["BagOfWords"]
 
@@ -33,14 +33,14 @@ _WORDS = Optimisation(lr=0.02)
 _TOKEN_BUDGET = 1 << 18  # ids of one scored batch
 
 
-class BagOfWords(Optimised):
+class BagOfWords(ScoresTexts, Optimised):
     """A reward that is a sum over the different words of a text, with prompt, and an intercept.
 
-    How often a word occurs and where does not matter, nor does anything else that the tokenizer does not see, so some
-    effects on the reward are known without measuring them. It is trained on the batches of
-    :class:`~lightning_interp.models.PreferenceDataModule`, made with its ``encoder``: on pairs by the loss of Bradley
-    and Terry, on rated texts by logistic regression (ratings from 0 to 1) or the squared error. All weights begin at
-    zero, so nothing is drawn at random but the order of the data.
+    How often a word occurs and where does not matter, nor does anything else that the tokenizer does not see: texts of
+    the same words have the same reward to the bit, so some effects on the reward are known without measuring them. It
+    is trained on the batches of :class:`~lightning_interp.models.PreferenceDataModule`, made with its ``encoder``: on
+    pairs by the loss of Bradley and Terry, on rated texts by logistic regression (ratings from 0 to 1) or the squared
+    error. All weights begin at zero, so nothing is drawn at random but the order of the data.
 
     Logs ``train/loss``, and after validation ``val/loss``, ``val/accuracy`` (of pairs, or of ratings on the right side
     of a half; not with the squared error) and the number of ``val/pairs`` or ``val/texts``.
@@ -91,7 +91,7 @@ class BagOfWords(Optimised):
         self.tokenizer, self.loss = tokenizer, loss
         self.weights = nn.Embedding(len(tokenizer), 1)
         nn.init.zeros_(self.weights.weight)
-        self.val_pairs, self.val_sides, self.val_points = PairScores(), PairScores(), PointScores()
+        self.val_pairs, self.val_sides, self.val_points = PairScores(), PairScores("texts"), PointScores()
 
     @property
     def encoder(self) -> RewardEncoder:
@@ -114,36 +114,6 @@ class BagOfWords(Optimised):
             Rewards of shape ``[batch]``.
         """
         return _summed(self.weights.weight, input_ids, attention_mask, self.tokenizer.unk_token_id)
-
-    def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Tensor:
-        """Rewards of texts.
-
-        Args:
-            prompts: What each text answers; its words count like those of the text.
-            texts: The texts.
-
-        Returns:
-            Float64 tensor of shape ``[n]`` on the CPU. Texts of the same words have the same reward to the bit.
-
-        Raises:
-            DataError: If a text cannot be written.
-        """
-        return self.scores(prompts, texts).reward
-
-    def scores(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Scores:
-        """The same, with which texts were cut: none.
-
-        Args:
-            prompts: What each text answers.
-            texts: The texts.
-
-        Returns:
-            Rewards and flags, each of shape ``[n]``.
-
-        Raises:
-            DataError: If a text cannot be written.
-        """
-        return self.scorer.scores(prompts, texts)
 
     def top_words(self, count: int = 10) -> dict[str, list[tuple[str, float]]]:
         """The words that raise and lower the reward most.
@@ -198,23 +168,13 @@ class BagOfWords(Optimised):
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/loss``, ``val/accuracy`` and the number of pairs or texts."""
-        for metric in (self.val_pairs, self.val_sides, self.val_points):
-            if metric.update_called:  # every process has batches of the same kind
-                for name, value in metric.compute().items():
-                    shown = "texts" if metric is self.val_sides and name == "pairs" else name
-                    self.log(f"val/{shown}", value.float(), prog_bar=name in ("loss", "accuracy"), sync_dist=True)
-            metric.reset()
+        log_scores(self, "val", self.val_pairs, self.val_sides, self.val_points)
 
     def _losses(self, rewards: Tensor, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """The loss of each pair or rated text, ``[n]``."""
-        if "margin" in batch:
-            chosen, rejected = rewards.chunk(2)
-            return bradley_terry_loss(chosen, rejected, batch["margin"])
-        if "reward" not in batch:
-            raise DataError(
-                f"Batch {batch_idx} has neither 'margin' (pairs) nor 'reward' (rated texts), only {', '.join(batch)}. "
-                "PreferenceDataModule makes both kinds."
-            )
+        losses = pair_losses(rewards, batch, batch_idx)
+        if losses is not None:
+            return losses
         rating = batch["reward"]
         if self.loss == "squared":
             return (rewards - rating) ** 2

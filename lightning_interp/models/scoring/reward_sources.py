@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from lightning_interp.models.scoring.score_head import DecoderWithScore, empty_s
 from lightning_interp.models.sources.adapters import ADAPTER, adapter_base, attach_adapter_folder, is_adapter_folder
 from lightning_interp.models.sources.bundled import ALIASES
 from lightning_interp.models.sources.folders import check_weight_files
-from lightning_interp.models.sources.loading import load_causal_lm
+from lightning_interp.models.sources.loading import load_with
 from lightning_interp.models.sources.pretrained import (
     LoadOptions,
     Quantization,
@@ -94,7 +95,6 @@ def load_reward_model(
         >>> loaded.label, loaded.fresh, loaded.model.score
         ('tiny:llama', True, Linear(in_features=32, out_features=1, bias=False))
     """
-    name = os.fspath(source)
     options = LoadOptions(
         dtype=named_dtype(dtype),
         quantization=quantization,
@@ -102,23 +102,20 @@ def load_reward_model(
         trust_remote_code=trust_remote_code,
         cache_dir=cache_dir,
     )
+    return _load(os.fspath(source), options, seed)
+
+
+def _load(name: str, options: LoadOptions, seed: int) -> LoadedReward:
     path = Path(name).expanduser()
     if name.strip() and path.is_dir() and is_adapter_folder(path):
         return _adapter(path, options, seed)
     kind = _architecture(name, path, options)
     if not kind.endswith(_CLASSIFIER) and kind != DecoderWithScore.__name__:
-        loaded = load_causal_lm(
-            name,
-            dtype=options.dtype,
-            quantization=quantization,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            cache_dir=cache_dir,
-        )
+        loaded = load_with(name, options)
         return LoadedReward(scoring_model(loaded.model, seed=seed), loaded.tokenizer, loaded.label, True)
     where: str | Path = name
     if path.is_dir():
-        _without_revision(path, options)
+        options.without_revision(path)
         check_weight_files(path)
         where = path
     tokenizer = load_tokenizer_files(where, options)
@@ -126,7 +123,7 @@ def load_reward_model(
         model = _own_class(where, options)
     else:
         model = scoring_model(load_model(where, options, auto=AutoModelForSequenceClassification), seed=seed)
-    label = path.resolve().name if path.is_dir() else name if revision is None else f"{name}@{revision}"
+    label = path.resolve().name if path.is_dir() else name if options.revision is None else f"{name}@{options.revision}"
     return LoadedReward(model, tokenizer, label, False, read_text_settings(path))
 
 
@@ -167,22 +164,14 @@ def _score_weight(folder: Path) -> Tensor:
 
 
 def _adapter(folder: Path, options: LoadOptions, seed: int) -> LoadedReward:
-    _without_revision(folder, options)
+    options.without_revision(folder)
     base, revision = adapter_base(folder)
     if (path := Path(base).expanduser()).is_dir() and is_adapter_folder(path):
         raise RecipeError(
             f"The adapter in {folder} names {base!r} as its base, which is an adapter itself. Merge that one into its "
             "base and name the merged folder."
         )
-    loaded = load_reward_model(
-        base,
-        dtype=options.dtype,
-        quantization=options.quantization,
-        revision=revision,
-        trust_remote_code=options.trust_remote_code,
-        cache_dir=options.cache_dir,
-        seed=seed,
-    )
+    loaded = _load(base, replace(options, revision=revision), seed)
     attach_adapter_folder(loaded.model, folder)
     trained = _unwrap_score(loaded.model)
     tokenizer = loaded.tokenizer
@@ -201,11 +190,3 @@ def _unwrap_score(model: Any) -> bool:
     model.score = wrapped[ADAPTER].float()
     model.peft_config[ADAPTER].modules_to_save = None
     return True
-
-
-def _without_revision(path: Path, options: LoadOptions) -> None:
-    if options.revision is not None:
-        raise RecipeError(
-            f"revision={options.revision!r} means nothing for {str(path)!r}: only Hugging Face ids have revisions. "
-            "Leave it out."
-        )

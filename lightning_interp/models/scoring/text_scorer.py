@@ -20,12 +20,7 @@ from lightning_interp.models.scoring.reward_text import Prompt, RewardEncoder, S
 from lightning_interp.models.scoring.score_head import DecoderWithScore, label_index, needs_score_head, scoring_model
 from lightning_interp.models.sources.pretrained import Quantization
 
-__all__ = [
-    "Scorer",
-    "TextScorer",
-    "read_scores",
-    "settle_text",
-]
+__all__ = ["Scorer", "ScoresTexts", "TextScorer", "read_scores", "settle_text"]
 
 
 class Scorer(ABC):
@@ -67,6 +62,35 @@ class Scorer(ABC):
     def identity(self) -> dict[str, Any]:
         """What makes it the scorer that it is, as plain values: rewards of two identities are never mixed."""
         return {"name": self.name}
+
+
+class ScoresTexts:
+    """A module that scores texts in evaluation mode, whatever mode it is in, and is left as found."""
+
+    @property
+    def scorer(self) -> Scorer:
+        """The module as it is now, as a scorer of texts; it goes on changing as the module is trained."""
+        raise NotImplementedError
+
+    def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Tensor:
+        """Rewards of texts.
+
+        Args:
+            prompts: What each text answers.
+            texts: The texts.
+
+        Returns:
+            Float tensor of shape ``[n]`` on the CPU; each does not depend on the other texts.
+
+        Raises:
+            RecipeError: If there is no tokenizer.
+            DataError: If a text has no token or cannot be written.
+        """
+        return self.scores(prompts, texts).reward
+
+    def scores(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Scores:
+        """Rewards of texts, and which of them were cut; otherwise as :meth:`score`."""
+        return self.scorer.scores(prompts, texts)
 
 
 class TextScorer(Scorer):

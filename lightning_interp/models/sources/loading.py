@@ -27,7 +27,7 @@ from lightning_interp.models.sources.pretrained import (
     quiet_bars,
 )
 
-__all__ = ["LoadedModel", "load_causal_lm"]
+__all__ = ["LoadedModel", "load_causal_lm", "load_with"]
 
 _TINY = "tiny:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -98,22 +98,23 @@ def load_causal_lm(
         trust_remote_code=trust_remote_code,
         cache_dir=cache_dir,
     )
-    return _load(os.fspath(source), options)
+    return load_with(os.fspath(source), options)
 
 
-def _load(source: str, options: LoadOptions, adapter: Path | None = None) -> LoadedModel:
+def load_with(source: str, options: LoadOptions, adapter: Path | None = None) -> LoadedModel:
+    """As :func:`load_causal_lm`, with checked options; ``adapter`` is the folder that names the source as its base."""
     path = Path(source).expanduser()
     if source.startswith(_TINY):
-        return _tiny(source, _without_revision(source, options))
+        return _tiny(source, options.without_revision(source))
     if source in ALIASES:
-        return _bundled(source, _without_revision(source, options))
+        return _bundled(source, options.without_revision(source))
     if source.strip() and path.is_dir():
-        options = _without_revision(source, options)
+        options = options.without_revision(source)
         if is_adapter_folder(path):
             return _adapter(path, options, adapter)
         return LoadedModel(*load_folder(path, options), label=_name(path), dequantised_from=None)
     if source.endswith(".gguf"):
-        model, tokenizer, bits = load_gguf(path, _without_revision(source, options))
+        model, tokenizer, bits = load_gguf(path, options.without_revision(source))
         return LoadedModel(model, tokenizer, _labelled(_name(path), bits), bits)
     return _hub(source, path, options)
 
@@ -144,7 +145,7 @@ def _adapter(folder: Path, options: LoadOptions, adapter: Path | None) -> Loaded
             "Merge that one into its base and name the merged folder."
         )
     base, revision = adapter_base(folder)
-    loaded = _load(base, replace(options, revision=revision), folder)
+    loaded = load_with(base, replace(options, revision=revision), folder)
     attach_adapter_folder(loaded.model, folder)
     tokenizer = loaded.tokenizer
     if (folder / "tokenizer_config.json").exists():
@@ -173,15 +174,6 @@ def _hub(source: str, path: Path, options: LoadOptions) -> LoadedModel:
         ) from error
     label = source if options.revision is None else f"{source}@{options.revision}"
     return LoadedModel(model, tokenizer, label, None)
-
-
-def _without_revision(source: str, options: LoadOptions) -> LoadOptions:
-    if options.revision is not None:
-        raise RecipeError(
-            f"revision={options.revision!r} means nothing for {source!r}: only Hugging Face ids have revisions. "
-            "Leave it out."
-        )
-    return options
 
 
 def _name(path: Path) -> str:

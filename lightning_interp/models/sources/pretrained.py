@@ -60,6 +60,19 @@ class LoadOptions:
         if self.quantization not in (None, *get_args(Quantization)):
             raise RecipeError(f"There is no quantization {self.quantization!r}; choose '4bit', '8bit' or None.")
 
+    def without_revision(self, source: str | Path) -> LoadOptions:
+        """The same options, refused with a revision: only hub ids have some.
+
+        Raises:
+            RecipeError: If there is one.
+        """
+        if self.revision is not None:
+            raise RecipeError(
+                f"revision={self.revision!r} means nothing for {str(source)!r}: only Hugging Face ids have revisions. "
+                "Leave it out."
+            )
+        return self
+
 
 def named_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """The type that a name stands for.

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
+from lightning import LightningModule
 from torch import Tensor
 from torchmetrics import Metric
 
-__all__ = ["PairScores", "PointScores", "bradley_terry_loss"]
+from lightning_interp.errors import DataError
+
+__all__ = ["PairScores", "PointScores", "bradley_terry_loss", "log_scores", "pair_losses"]
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
@@ -33,10 +38,39 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float 
     return -F.logsigmoid(chosen.float() - rejected.float() - margin)
 
 
+def pair_losses(rewards: Tensor, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor | None:
+    """The loss of each pair ``[n]`` of a batch with the rewards ``[2 n]``; None for a batch of rated texts.
+
+    Raises:
+        DataError: If the batch holds neither pairs nor ratings.
+    """
+    if "margin" in batch:
+        chosen, rejected = rewards.chunk(2)
+        return bradley_terry_loss(chosen, rejected, batch["margin"])
+    if "reward" not in batch:
+        raise DataError(
+            f"Batch {batch_idx} has neither 'margin' (pairs) nor 'reward' (rated texts), only {', '.join(batch)}. "
+            "PreferenceDataModule makes both kinds."
+        )
+    return None
+
+
+def log_scores(module: LightningModule, stage: str, *metrics: PairScores | PointScores) -> None:
+    """Log what the metrics of a stage found, and reset them; those without a batch are left out."""
+    for metric in metrics:
+        if metric.update_called:  # every process has batches of the same kind
+            for name, value in metric.compute().items():
+                module.log(f"{stage}/{name}", value.float(), prog_bar=name in ("loss", "accuracy"), sync_dist=True)
+        metric.reset()
+
+
 class PairScores(Metric):
     """Mean loss and share of pairs in the right order; every pair weighs the same, whatever batch it was in.
 
     Two equal rewards are half right.
+
+    Args:
+        counted: What to call the number of pairs.
 
     Example:
         >>> scores = PairScores()
@@ -51,8 +85,9 @@ class PairScores(Metric):
     right: Tensor
     count: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, counted: str = "pairs") -> None:
         super().__init__()
+        self.counted = counted
         for name, dtype in (("loss", torch.float32), ("right", torch.float32), ("count", torch.int64)):
             self.add_state(name, default=torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
 
@@ -73,8 +108,8 @@ class PairScores(Metric):
         self.count = self.count + weight.sum().long()
 
     def compute(self) -> dict[str, Tensor]:
-        """Return ``loss``, ``accuracy`` and the number of ``pairs``; NaN for the first two if there is none."""
-        return {"loss": self.loss / self.count, "accuracy": self.right / self.count, "pairs": self.count}
+        """Return ``loss``, ``accuracy`` and the number of pairs; NaN for the first two if there is none."""
+        return {"loss": self.loss / self.count, "accuracy": self.right / self.count, self.counted: self.count}
 
 
 class PointScores(Metric):

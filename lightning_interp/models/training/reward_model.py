@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
-from lightning_interp.errors import DataError, IncompatibleModelError, RecipeError
+from lightning_interp.errors import IncompatibleModelError, RecipeError
 from lightning_interp.models.scoring.reward_files import write_adapter_folder, write_model_folder
 from lightning_interp.models.scoring.reward_sources import LoadedReward, load_reward_model
-from lightning_interp.models.scoring.reward_text import ANY_TEXT, Prompt, RewardEncoder, RewardText, Scores
+from lightning_interp.models.scoring.reward_text import ANY_TEXT, RewardEncoder, RewardText
 from lightning_interp.models.scoring.score_head import DecoderWithScore, needs_score_head, scoring_model
-from lightning_interp.models.scoring.text_scorer import TextScorer, read_scores, settle_text
+from lightning_interp.models.scoring.text_scorer import ScoresTexts, TextScorer, read_scores, settle_text
 from lightning_interp.models.sources.pretrained import Quantization
 from lightning_interp.models.training.finetuning import FINETUNING, SETTINGS, Finetuned, base_source
 from lightning_interp.models.training.lora import LoraSettings
 from lightning_interp.models.training.optimisation import Optimisation, no_more, plain, settings_of
-from lightning_interp.models.training.reward_metric import PairScores, PointScores, bradley_terry_loss
+from lightning_interp.models.training.reward_metric import PairScores, PointScores, log_scores, pair_losses
 
 __all__ = ["RewardModel"]
 
 
-class RewardModel(Finetuned):
+class RewardModel(ScoresTexts, Finetuned):
     """Trains a model that scores texts, and scores texts with it.
 
     Batches come from :class:`PreferenceDataModule`. On pairs the loss is that of Bradley and Terry (with a margin
@@ -137,38 +137,6 @@ class RewardModel(Finetuned):
         """
         return self.scorer.encoder
 
-    def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Tensor:
-        """Rewards of texts, in evaluation mode, whatever mode the module is in.
-
-        Args:
-            prompts: What each text answers.
-            texts: The texts.
-
-        Returns:
-            Float32 tensor of shape ``[n]`` on the CPU; each does not depend on the other texts.
-
-        Raises:
-            RecipeError: If there is no tokenizer.
-            DataError: If a text has no token or cannot be written.
-        """
-        return self.scores(prompts, texts).reward
-
-    def scores(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Scores:
-        """The same, with which texts were cut.
-
-        Args:
-            prompts: What each text answers.
-            texts: The texts.
-
-        Returns:
-            Rewards and flags, each of shape ``[n]``.
-
-        Raises:
-            RecipeError: If there is no tokenizer.
-            DataError: If a text has no token or cannot be written.
-        """
-        return self.scorer.scores(prompts, texts)
-
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss of a batch.
 
@@ -199,11 +167,11 @@ class RewardModel(Finetuned):
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/loss``, ``val/accuracy`` and ``val/pairs`` (for ratings ``val/loss`` and ``val/texts``)."""
-        self._log_epoch("val", self.val_pairs, self.val_points)
+        log_scores(self, "val", self.val_pairs, self.val_points)
 
     def on_test_epoch_end(self) -> None:
         """Log the same of the test."""
-        self._log_epoch("test", self.test_pairs, self.test_points)
+        log_scores(self, "test", self.test_pairs, self.test_points)
 
     def _prepare(self, settings: LoraSettings | None) -> None:
         decoder = isinstance(self.model, DecoderWithScore)
@@ -218,15 +186,8 @@ class RewardModel(Finetuned):
 
     def _losses(self, rewards: Tensor, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The loss of each pair or rated text, ``[n]``."""
-        if "margin" in batch:
-            chosen, rejected = rewards.chunk(2)
-            return bradley_terry_loss(chosen, rejected, batch["margin"])
-        if "reward" not in batch:
-            raise DataError(
-                f"Batch {batch_idx} has neither 'margin' (pairs) nor 'reward' (rated texts), only {', '.join(batch)}. "
-                "PreferenceDataModule makes both kinds."
-            )
-        return (rewards - batch["reward"]) ** 2
+        losses = pair_losses(rewards, batch, batch_idx)
+        return (rewards - batch["reward"]) ** 2 if losses is None else losses
 
     def _measure(self, batch: dict[str, Tensor], batch_idx: int, pairs: PairScores, points: PointScores) -> None:
         rewards = self(batch["input_ids"], batch["attention_mask"])
@@ -236,13 +197,6 @@ class RewardModel(Finetuned):
             pairs.update(chosen, rejected, losses, batch.get("real"))
         else:
             points.update(losses, batch.get("real"))
-
-    def _log_epoch(self, stage: str, *metrics: PairScores | PointScores) -> None:
-        for metric in metrics:
-            if metric.update_called:  # every process has batches of the same kind
-                for name, value in metric.compute().items():
-                    self.log(f"{stage}/{name}", value.float(), prog_bar=name in ("loss", "accuracy"), sync_dist=True)
-            metric.reset()
 
     def _write_model(self, folder: str | os.PathLike[str], *, overwrite: bool) -> None:
         write_model_folder(self.model, folder, text=self._text, tokenizer=self.tokenizer, overwrite=overwrite)
