@@ -202,10 +202,6 @@ def yaml_keys(path: Path) -> dict[str, tuple[int, Any]]:
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return a sentence that names what ``word`` may have meant.
 
-    Args:
-        word: What was written.
-        known: What exists.
-
     Returns:
         ``Did you mean 'x'?``, or the list of all.
 

@@ -9,13 +9,7 @@ __all__ = ["write_scalars"]
 
 
 def write_scalars(folder: Path, tag: str, values: Sequence[float]) -> None:
-    """Write a curve for TensorBoard.
-
-    Args:
-        folder: Of the events.
-        tag: Name of the curve.
-        values: One a step.
-    """
+    """Write a curve for TensorBoard."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder)) as writer:

@@ -35,11 +35,7 @@ class RunFolder:
         return self._manifest.current
 
     def folder(self, name: str) -> Path:
-        """Return the folder of a phase.
-
-        Args:
-            name: The phase's name.
-        """
+        """Return the folder of a phase."""
         return self._manifest.folder(name)
 
     def phase(self, name: str, fn: Callable[[Path], Any], *, inputs: Any = None, every_rank: bool = False) -> Any:

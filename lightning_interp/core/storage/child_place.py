@@ -79,12 +79,7 @@ def check_parents_free(run_dir: Path) -> None:
 
 
 def child_folders(run_dir: Path) -> dict[str, Path]:
-    """Return the folders of a run's children that have begun.
-
-    Example:
-        >>> child_folders(Path("/nowhere"))
-        {}
-    """
+    """Return the folders of a run's children that have begun."""
     folders = {name: run_dir / CHILDREN / name for name in _names(run_dir)}
     return {name: folder for name, folder in folders.items() if (folder / "manifest.json").exists()}
 

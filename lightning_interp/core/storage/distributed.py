@@ -49,12 +49,7 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def is_rank_zero() -> bool:
-    """Return whether this process is the one that writes files and prints.
-
-    Example:
-        >>> is_rank_zero()
-        True
-    """
+    """Return whether this process is the one that writes files and prints."""
     return rank_and_world_size()[0] == 0
 
 

@@ -95,20 +95,8 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write ``text`` in UTF-8 to ``path`` so that a reader sees all of it or the old file.
 
-    Args:
-        path: The file to write; missing parent folders are made.
-        text: The content.
-
-    Returns:
-        ``path``.
-
     Raises:
         ManifestError: If the folder or the file cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> atomic_write_text(Path(tempfile.mkdtemp()) / "note.txt", "finished").read_text()
-        'finished'
     """
     return atomic_write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
@@ -121,9 +109,6 @@ def atomic_write_json(path: str | os.PathLike[str], obj: Any, *, nan_as_null: bo
         obj: Plain values; see :func:`jsonable` for what is accepted.
         nan_as_null: Write ``null`` for NaN and infinities, which strict JSON readers need; otherwise they are
             written as ``NaN`` and ``Infinity``, which Python reads back.
-
-    Returns:
-        ``path``.
 
     Raises:
         DataError: If a value has no JSON form.
@@ -232,10 +217,6 @@ def digest(obj: Any) -> str:
 
     Raises:
         DataError: If a value has no JSON form.
-
-    Example:
-        >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1.0})
-        True
     """
     return hashlib.sha256(canonical_json(obj).encode()).hexdigest()
 

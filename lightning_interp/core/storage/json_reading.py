@@ -74,9 +74,6 @@ def read_json(
         error: The class to raise, :class:`~lightning_interp.errors.DataError` or another of the package.
         own: As for :func:`parse_json`.
 
-    Returns:
-        The object.
-
     Raises:
         InterpError: Of the class ``error``, if the file cannot be read or :func:`parse_json` refuses it.
 

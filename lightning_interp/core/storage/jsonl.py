@@ -51,15 +51,6 @@ def json_lines(
 def json_object(data: bytes, where: str, *, expected: str = "a JSON object", own: bool = False) -> dict[str, Any]:
     """Read one JSON object.
 
-    Args:
-        data: The text.
-        where: File and line, for messages.
-        expected: What it should be, for messages.
-        own: As for :func:`json_lines`.
-
-    Returns:
-        The object.
-
     Raises:
         DataError: If it is none.
     """
@@ -74,10 +65,6 @@ def json_object(data: bytes, where: str, *, expected: str = "a JSON object", own
 
 def text_lines(path: str | os.PathLike[str], *, expected: str = "one text a line") -> Iterator[tuple[str, str]]:
     """Read a text file in UTF-8, line by line; blank lines are skipped and a byte order mark is accepted.
-
-    Args:
-        path: The file.
-        expected: What the file should hold, for messages.
 
     Yields:
         File and line, for messages, and the line without its end.
@@ -117,13 +104,6 @@ def raw_lines(
 
 def write_json_lines(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write a whole JSONL file; a reader sees the old file or the new one.
-
-    Args:
-        path: The file.
-        rows: Plain objects.
-
-    Returns:
-        ``path``.
 
     Raises:
         ManifestError: If the file cannot be written.

@@ -18,12 +18,7 @@ __all__ = ["Lineage", "Token", "is_old_entry"]
 
 
 def is_old_entry(entry: Mapping[str, Any]) -> bool:
-    """Whether a phase's entry was written in format 1, with its result inside.
-
-    Example:
-        >>> is_old_entry({"status": "finished", "result": 3})
-        True
-    """
+    """Whether a phase's entry was written in format 1, with its result inside."""
     return "result_file" not in entry
 
 

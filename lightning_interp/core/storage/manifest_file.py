@@ -117,13 +117,7 @@ class ManifestText:
         self._finished.pop(name, None)
 
     def of(self, state: Mapping[str, Any]) -> bytes:
-        """Return the text.
-
-        Example:
-            >>> state = new_manifest("demo", {"seed": 0})
-            >>> json.loads(ManifestText().of(state)) == state
-            True
-        """
+        """Return the text."""
         sections = [f"{_text(key)}: {self._section(key, value)}" for key, value in state.items()]
         return ("{\n  " + ",\n  ".join(sections) + "\n}\n").encode()
 

@@ -81,12 +81,7 @@ class RunLock:
 
 
 def is_in_use(run_dir: Path) -> bool:
-    """Return whether a live process of this machine works in a run folder.
-
-    Example:
-        >>> is_in_use(Path("/nowhere"))
-        False
-    """
+    """Return whether a live process of this machine works in a run folder."""
     path = (run_dir / ".lock").resolve()
     if _HELD.get(path) == os.getpid():
         return True

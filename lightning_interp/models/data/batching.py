@@ -23,9 +23,6 @@ class TokenDataset(Dataset[tuple[Tensor, Tensor]]):
     """Encoded rows in memory: ids and, for each, whether it is scored.
 
     A negative index ``~i`` gives row ``i`` with nothing scored: the filler of a validation share.
-
-    Args:
-        rows: The rows.
     """
 
     def __init__(self, rows: Sequence[EncodedRow]) -> None:

@@ -51,11 +51,6 @@ class Judged(NamedTuple):
 def read_judged(source: Any, *, name: str) -> list[JudgedRow]:
     """Read and check all rows of a source, which are all pairs or all rated texts.
 
-    Args:
-        source: A JSONL file, a folder written by ``datasets.Dataset.save_to_disk``, a list of dicts, or a
-            ``datasets.Dataset``.
-        name: What to call a source without a file, for messages.
-
     Raises:
         DataError: With file and line of the first row that is no such row, or of another form than the first.
 
@@ -113,9 +108,6 @@ class PairDataset(Dataset[Judged]):
     """Encoded rows in memory.
 
     A negative index ``~i`` gives row ``i`` as a filler: the one that makes validation shares equally long.
-
-    Args:
-        rows: The rows.
     """
 
     def __init__(self, rows: Sequence[Judged]) -> None:

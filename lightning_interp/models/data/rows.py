@@ -57,10 +57,6 @@ def raw_rows(source: Any, *, name: str, expected: str) -> Iterator[tuple[str, An
     Raises:
         DataError: If the source cannot be read, with file and line of the first row that is no JSON, or if there is
             no row.
-
-    Example:
-        >>> list(raw_rows([{"a": 1}], name="train", expected='{"a": ...}'))
-        [('train[0]', {'a': 1})]
     """
     empty = True
     for where, row in _raw(source, name, expected):

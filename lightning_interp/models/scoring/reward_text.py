@@ -173,13 +173,7 @@ class RewardEncoder(Encoder):
 
 
 def length_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Most tokens that a model and its tokenizer say they can take; None if neither says.
-
-    Example:
-        >>> from lightning_interp.testing import byte_tokenizer, tiny_model
-        >>> length_limit(tiny_model("llama"), byte_tokenizer())
-        1024
-    """
+    """Most tokens that a model and its tokenizer say they can take; None if neither says."""
     config: Any = model.config.get_text_config()
     limits = (getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None))
     known = [

@@ -79,9 +79,6 @@ class DecoderWithScore(PreTrainedModel):
             attention_mask: 1 for tokens and 0 for padding on either side, of the same shape.
             **kwargs: Further arguments of the body.
 
-        Returns:
-            ``logits`` of shape ``[batch, labels]``, float32.
-
         Raises:
             DataError: If a row has no token.
         """
@@ -99,20 +96,8 @@ def align_left(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor
 
     A causal model then cannot see padding at all, so scores do not depend on the side that the caller padded.
 
-    Args:
-        input_ids: Token ids of shape ``[batch, time]``.
-        attention_mask: 1 for tokens and 0 for padding, of the same shape; all ones if None.
-
-    Returns:
-        Ids and mask of the same shape.
-
     Raises:
         DataError: If a row has no token.
-
-    Example:
-        >>> ids, mask = align_left(torch.tensor([[0, 5, 6]]), torch.tensor([[0, 1, 1]]))
-        >>> ids.tolist(), mask.tolist()
-        ([[5, 6, 0]], [[1, 1, 0]])
     """
     if attention_mask is None:
         return input_ids, torch.ones_like(input_ids)
@@ -144,10 +129,6 @@ def scoring_model(model: PreTrainedModel, *, seed: int) -> PreTrainedModel:
     - A classifier that pools in another way (an encoder, or one that brings its own code) stays as it is.
     - Any other decoder loses its language modelling head and gets a fresh map, whose standard deviation is
       ``1 / sqrt(d + 1)`` (Stiennon et al. 2020, "Learning to summarize from human feedback").
-
-    Args:
-        model: The model.
-        seed: Root seed of a fresh map.
 
     Returns:
         A model whose output has ``logits`` of shape ``[batch, labels]``.
@@ -193,11 +174,6 @@ def label_index(model: PreTrainedModel, label: int | str | None) -> int:
 
     Raises:
         IncompatibleModelError: If there are several outputs and none was chosen, or there is no such output.
-
-    Example:
-        >>> from lightning_interp.testing import tiny_model
-        >>> label_index(scoring_model(tiny_model("llama"), seed=0), None)
-        0
     """
     config = model.config
     names = {str(name): int(index) for index, name in (config.id2label or {}).items()}

@@ -28,11 +28,7 @@ _PREFIX = "base_model.model."
 
 
 def is_adapter_folder(folder: Path) -> bool:
-    """Whether a folder holds a PEFT adapter.
-
-    Args:
-        folder: The folder.
-    """
+    """Whether a folder holds a PEFT adapter."""
     return (folder / _CONFIG).is_file()
 
 
@@ -67,11 +63,6 @@ def adapter_base(folder: Path) -> tuple[str, str | None]:
 
 def attach_adapter_folder(model: nn.Module, folder: Path, *, name: str = ADAPTER) -> None:
     """Inject the adapter of a PEFT folder into its base model, in place; its parameters are frozen.
-
-    Args:
-        model: The base model; adapters of other names on it stay.
-        folder: The adapter folder.
-        name: What to call the adapter.
 
     Raises:
         DataError: If the folder is damaged.

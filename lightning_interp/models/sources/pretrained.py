@@ -79,10 +79,6 @@ def named_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
     Raises:
         RecipeError: If torch has no type of that name.
-
-    Example:
-        >>> named_dtype("bfloat16")
-        torch.bfloat16
     """
     if not isinstance(dtype, str):
         return dtype
@@ -171,13 +167,6 @@ def _warn_of_narrow_maps(model: PreTrainedModel) -> None:
 
 def load_tokenizer_files(where: str | Path, options: LoadOptions) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder or hub id.
-
-    Args:
-        where: The folder or hub id.
-        options: How to load.
-
-    Returns:
-        The tokenizer.
 
     Raises:
         DataError: If there is no tokenizer, or it cannot be read.

@@ -195,12 +195,7 @@ class Finetuned(Optimised):
 
 
 def base_source(model: PreTrainedModel, source: str) -> str:
-    """The base model's source: a name, or an absolute path.
-
-    Args:
-        model: The model.
-        source: What it was loaded from; read off its configuration if empty.
-    """
+    """The base model's source: a name, or an absolute path."""
     source = source or str(getattr(model.config, "_name_or_path", "")) or type(model).__name__
     path = Path(source).expanduser()
     if source in ALIASES or not path.exists():

@@ -106,21 +106,12 @@ def no_more(module: Any, flat: Mapping[str, Any]) -> None:
 
 
 def plain(settings: Any) -> dict[str, Any]:
-    """A settings object as values that a checkpoint can hold, which is read with ``weights_only=True``.
-
-    Args:
-        settings: A dataclass.
-    """
+    """A settings object as values that a checkpoint can hold, which is read with ``weights_only=True``."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
 
 
 def adamw(parameters: Iterable[nn.Parameter], settings: Optimisation) -> AdamW:
-    """Make an AdamW that decays matrices only, not biases and norms.
-
-    Args:
-        parameters: All parameters; those without gradient are left out.
-        settings: Learning rate, decay of matrices, and decay rates of the moments.
-    """
+    """Make an AdamW that decays matrices only, not biases and norms."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [parameter for parameter in trained if parameter.dim() >= 2], "weight_decay": settings.weight_decay},

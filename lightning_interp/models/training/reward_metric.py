@@ -113,14 +113,7 @@ class PairScores(Metric):
 
 
 class PointScores(Metric):
-    """Mean squared error of predicted rewards; every text weighs the same, whatever batch it was in.
-
-    Example:
-        >>> scores = PointScores()
-        >>> scores.update(torch.tensor([1.0, 4.0]), torch.tensor([True, True]))
-        >>> {name: float(value) for name, value in scores.compute().items()}
-        {'loss': 2.5, 'texts': 2.0}
-    """
+    """Mean squared error of predicted rewards; every text weighs the same, whatever batch it was in."""
 
     full_state_update = False
     is_differentiable = False
