@@ -87,17 +87,8 @@ class CaptureCallback(InterventionCallback):
         """Write what this batch gave."""
         self._write(trainer, batch_idx, dataloader_idx)
 
-    def on_test_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Write what this batch gave."""
-        self._write(trainer, batch_idx, dataloader_idx)
-
-    def on_predict_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Write what this batch gave."""
-        self._write(trainer, batch_idx, dataloader_idx)
+    on_test_batch_end = on_validation_batch_end
+    on_predict_batch_end = on_validation_batch_end
 
 
 def load_captures(folder: str | Path) -> dict[str, list[torch.Tensor]]:

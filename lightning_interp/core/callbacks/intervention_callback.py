@@ -137,29 +137,17 @@ class InterventionCallback(L.Callback):
         """Attach if ``test`` was asked for."""
         self._enter("test", trainer, pl_module)
 
-    def on_test_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Hand the batch to selectors."""
-        self._batch(batch)
+    on_test_batch_start = on_validation_batch_start
 
-    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-        """Release."""
-        self.release()
+    on_test_end = on_train_end
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach if ``predict`` was asked for."""
         self._enter("predict", trainer, pl_module)
 
-    def on_predict_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Hand the batch to selectors."""
-        self._batch(batch)
+    on_predict_batch_start = on_validation_batch_start
 
-    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        """Release."""
-        self.release()
+    on_predict_end = on_train_end
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Report what was measured in this stage."""

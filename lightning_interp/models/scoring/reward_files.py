@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,8 @@ from lightning_interp.core.storage.files import atomic_write_json
 from lightning_interp.core.storage.tensor_files import read_tensors, save_tensors
 from lightning_interp.errors import DataError
 from lightning_interp.models.scoring.score_head import DecoderWithScore
-from lightning_interp.models.sources.adapters import save_adapter
-from lightning_interp.models.sources.folders import atomic_folder
-from lightning_interp.models.sources.pretrained import quiet_bars
 
-__all__ = ["TEXT_SETTINGS", "read_text_settings", "write_adapter_folder", "write_model_folder"]
+__all__ = ["TEXT_SETTINGS", "complete_folder", "read_text_settings"]
 
 TEXT_SETTINGS = ("chat", "system_prompt", "add_eos", "max_length", "label")
 """What a folder says beside the weights: how texts are written, and which output is the reward."""
@@ -49,54 +45,29 @@ def read_text_settings(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def write_model_folder(
-    model: Any,
-    folder: str | os.PathLike[str],
-    *,
-    text: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase | None,
-    overwrite: bool,
+def complete_folder(
+    folder: Path, model: Any, *, text: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, adapter: bool
 ) -> None:
-    """Write a whole reward model.
+    """Make a folder of an exported model, or of its adapter, one of a reward model.
 
-    Where transformers has a class for sequence classification in this family, the folder is one of that class.
+    Where transformers has a class for sequence classification in this family, the folder is one of that class. The
+    score head lies with the adapter, as PEFT has it for sequence classification.
 
-    Raises:
-        ManifestError: If the folder holds files and ``overwrite`` is False, or cannot be written.
+    Args:
+        folder: What ``save_pretrained`` or ``save_adapter`` wrote.
+        model: The model.
+        text: Values of ``TEXT_SETTINGS``.
+        tokenizer: Of the model, if there is one.
+        adapter: Whether only the adapter was written.
     """
-    with atomic_folder(folder, overwrite=overwrite) as temporary, quiet_bars():
-        model.save_pretrained(temporary)
-        _name_class(temporary / "config.json", model, tokenizer)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        _write_text_settings(temporary, text)
-
-
-def write_adapter_folder(
-    model: Any,
-    folder: str | os.PathLike[str],
-    *,
-    base: str,
-    text: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase | None,
-    overwrite: bool,
-) -> None:
-    """Write an adapter with its score head as PEFT does for sequence classification.
-
-    Raises:
-        ManifestError: If the folder holds files and ``overwrite`` is False, or cannot be written.
-    """
-    with atomic_folder(folder, overwrite=overwrite) as temporary:
-        save_adapter(model, temporary, base=base, tokenizer=tokenizer)
-        weights, about = read_tensors(temporary / "adapter_model.safetensors")
+    if adapter:
+        weights, about = read_tensors(folder / "adapter_model.safetensors")
         weights["base_model.model.score.weight"] = model.score.weight
-        save_tensors(temporary / "adapter_model.safetensors", weights, about)
-        config = json.loads((temporary / "adapter_config.json").read_text(encoding="utf-8"))
-        atomic_write_json(temporary / "adapter_config.json", {**config, "modules_to_save": ["score"]})
-        _write_text_settings(temporary, text)
-
-
-def _write_text_settings(folder: Path, text: Mapping[str, Any]) -> None:
+        save_tensors(folder / "adapter_model.safetensors", weights, about)
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        atomic_write_json(folder / "adapter_config.json", {**config, "modules_to_save": ["score"]})
+    else:
+        _name_class(folder / "config.json", model, tokenizer)
     atomic_write_json(folder / _FILE, {name: text[name] for name in TEXT_SETTINGS})
 
 

@@ -155,18 +155,18 @@ class Finetuned(Optimised):
             UnsupportedStrategyError: If the model is sharded; load a checkpoint on one device and export that.
         """
         check_weights(self.model, purpose=f"{type(self).__name__}.export")
-        write = self._write_adapter if self.has_adapter else self._write_model
-        write(folder, overwrite=overwrite)
+        with atomic_folder(folder, overwrite=overwrite) as temporary, quiet_bars():
+            if self.has_adapter:
+                save_adapter(self.model, temporary, base=self.source, tokenizer=self.tokenizer)
+            else:
+                self.model.save_pretrained(temporary)
+                if self.tokenizer is not None:
+                    self.tokenizer.save_pretrained(temporary)
+            self._complete(temporary)
         return Path(folder)
 
-    def _write_adapter(self, folder: str | os.PathLike[str], *, overwrite: bool) -> None:
-        save_adapter(self.model, folder, base=self.source, tokenizer=self.tokenizer, overwrite=overwrite)
-
-    def _write_model(self, folder: str | os.PathLike[str], *, overwrite: bool) -> None:
-        with atomic_folder(folder, overwrite=overwrite) as temporary, quiet_bars():
-            self.model.save_pretrained(temporary)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(temporary)
+    def _complete(self, folder: Path) -> None:
+        """For subclasses that have more to write into an exported folder."""
 
     def _prepare(self, settings: LoraSettings | None) -> None:
         quantised = quantized_modules(self.model)

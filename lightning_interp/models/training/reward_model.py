@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
 from lightning_interp.errors import IncompatibleModelError, RecipeError
-from lightning_interp.models.scoring.reward_files import write_adapter_folder, write_model_folder
+from lightning_interp.models.scoring.reward_files import complete_folder
 from lightning_interp.models.scoring.reward_sources import LoadedReward, load_reward_model
 from lightning_interp.models.scoring.reward_text import ANY_TEXT, RewardEncoder, RewardText
 from lightning_interp.models.scoring.score_head import DecoderWithScore, needs_score_head, scoring_model
@@ -198,15 +198,5 @@ class RewardModel(ScoresTexts, Finetuned):
         else:
             points.update(losses, batch.get("real"))
 
-    def _write_model(self, folder: str | os.PathLike[str], *, overwrite: bool) -> None:
-        write_model_folder(self.model, folder, text=self._text, tokenizer=self.tokenizer, overwrite=overwrite)
-
-    def _write_adapter(self, folder: str | os.PathLike[str], *, overwrite: bool) -> None:
-        write_adapter_folder(
-            self.model,
-            folder,
-            base=self.source,
-            text=self._text,
-            tokenizer=self.tokenizer,
-            overwrite=overwrite,
-        )
+    def _complete(self, folder: Path) -> None:
+        complete_folder(folder, self.model, text=self._text, tokenizer=self.tokenizer, adapter=self.has_adapter)
