@@ -141,7 +141,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"loss": torch.ones(3)}, "context 0, method 'dual', has an unknown score 'loss'"),
+            ({"loss": torch.ones(3)}, "method 'dual' in context 0 has an unknown score 'loss'"),
             ({"hvps": torch.ones(2)}, r"has hvps of shape \[2\] beside target_prob of \[3\]"),
             ({"target_prob": torch.ones(3, 1)}, r"has no target_prob \[n\]"),
             ({"target_prob": torch.ones(0)}, r"has no target_prob \[n\]"),

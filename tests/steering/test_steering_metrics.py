@@ -421,7 +421,9 @@ class TestEffects:
                 result.at("dual", "off_target_kl", at)
         with pytest.raises(DataError, match=r"no path for any of the methods \['dual'\]"):
             PathScores({"dual": {}})
-        with pytest.raises(DataError, match="method 'dual' in context 4 has no target_prob, only entropy"):
+        with pytest.raises(
+            DataError, match=r"method 'dual' in context 4 has no target_prob \[n\], n >= 1, only entropy"
+        ):
             PathScores({"dual": {4: {"entropy": torch.ones(2)}}})
         with pytest.raises(DataError, match=r"context 4 has entropy of shape \[2\] beside target_prob of \[3\]"):
             PathScores({"dual": {4: {"target_prob": torch.ones(3), "entropy": torch.ones(2)}}})

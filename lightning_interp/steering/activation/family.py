@@ -57,13 +57,9 @@ class ProjectOut(Steering):
         check_model: CheckModel = "error",
     ) -> None:
         found, vector = place(directions, site, _span, what=type(self).__name__)
+        tensors = {s: (v,) for s, v in found.items()}
         super().__init__(
-            {s: (v,) for s, v in found.items()},
-            strength=strength,
-            positions=positions,
-            schedule=schedule,
-            vector=vector,
-            check_model=check_model,
+            tensors, strength=strength, positions=positions, schedule=schedule, vector=vector, check_model=check_model
         )
         for s, tensor in found.items():
             orthonormal(tensor.detach(), what=f"ProjectOut at {s}")
@@ -129,14 +125,10 @@ class ClampDirection(Steering):
         check_model: CheckModel = "error",
     ) -> None:
         _check_bounds(to, low, high)
-        found, vector = place(direction, site, lambda v, what: as_direction(v, what=what), what=type(self).__name__)
+        found, vector = place(direction, site, as_direction, what=type(self).__name__)
+        tensors = {s: (v,) for s, v in found.items()}
         super().__init__(
-            {s: (v,) for s, v in found.items()},
-            strength=strength,
-            positions=positions,
-            schedule=schedule,
-            vector=vector,
-            check_model=check_model,
+            tensors, strength=strength, positions=positions, schedule=schedule, vector=vector, check_model=check_model
         )
         self.to, self.low, self.high = to, low, high
 

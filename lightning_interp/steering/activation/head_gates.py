@@ -23,11 +23,7 @@ class _HeadGate(Gate):
     geometry: Any = field(default=None, repr=False, kw_only=True)
 
     def check(self, site: Site, attachment: Attachment) -> None:
-        """Only the head's input tells the distribution.
-
-        Raises:
-            SiteError: For any other site.
-        """
+        """Only the head's input tells the distribution."""
         if site.kind != "unembed_in":
             raise SiteError(
                 f"{type(self).__name__} needs the next-token distribution, which {site} does not tell. Use it at "
@@ -119,11 +115,7 @@ class PairMassGate(_HeadGate):
         return tuple(sorted({token for pair in self.pairs for token in pair}))
 
     def bound(self, attachment: Attachment) -> Positions:
-        """See :meth:`Gate.bound`.
-
-        Raises:
-            PositionError: If a token is not in the model's vocabulary.
-        """
+        """See :meth:`Gate.bound`; a token that is not in the model's vocabulary is refused."""
         made: Any = super().bound(attachment)
         if not 0 <= self.ids[0] <= self.ids[-1] < made.geometry.vocabulary:
             raise PositionError(

@@ -41,10 +41,6 @@ class SteeringMeter(Sums):
         self.add(torch.stack([valid.sum(), moved.sum(), relative.double().sum()]))
 
     def compute(self) -> dict[str, float]:
-        """The measures so far, over all processes; every process must call it.
-
-        Returns:
-            ``{"share": ..., "shift": ...}``; 0 where nothing was steered.
-        """
+        """The measures so far, over all processes, 0 where nothing was steered; every process must call it."""
         tokens, changed, moved = self.totals()
         return {"share": changed / tokens if tokens else 0.0, "shift": moved / changed if changed else 0.0}

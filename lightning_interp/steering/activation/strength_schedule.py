@@ -30,14 +30,7 @@ class StrengthSchedule(ABC):
 
     @abstractmethod
     def factor(self, steps: torch.Tensor) -> torch.Tensor:
-        """The factor of each token.
-
-        Args:
-            steps: Generation steps, whole numbers ``[B, T]``; 0 or less in the prompt.
-
-        Returns:
-            float32 ``[B, T]``.
-        """
+        """Factors float32 ``[B, T]`` at generation steps ``[B, T]``, which are 0 or less in the prompt."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 from lightning_interp.errors import DataError, RecipeError
@@ -86,11 +86,15 @@ def pairs_from_vocabulary(tokenizer: Any, kind: PairKind) -> CounterfactualPairs
     for index, text, space in word_tokens(tokenizer):
         (spaced if space else bare)[text] = index
     if kind == "capitalised":
-        found, dropped = _capitalised(spaced), 0
+        found, dropped = _among(spaced, ((word, word.capitalize()) for word in spaced if _lower(word, 2))), 0
     elif kind == "number_digit":
-        found, dropped = [*_numbers(spaced, " "), *_numbers(bare, "")], 0
+        spellings = [(form, n) for word, n in _NUMBERS.items() for form in (word, word.capitalize())]
+        found, dropped = [*_among(spaced, spellings), *_among(bare, spellings, "")], 0
     else:
-        found, dropped = _verbs(spaced, kind)
+        forms = _verbs(spaced, kind)
+        uses = Counter(forms.values())
+        kept = [(base, form) for base, form in forms.items() if uses[form] == 1 and form not in forms]
+        found, dropped = _among(spaced, kept), len(forms) - len(kept)
     if not found:
         raise DataError(
             f"The vocabulary of {type(tokenizer).__name__} ({len(tokenizer)} tokens) has no pair of kind {kind!r}. "
@@ -104,40 +108,24 @@ def pairs_from_vocabulary(tokenizer: Any, kind: PairKind) -> CounterfactualPairs
 _Found = list[tuple[tuple[int, int], tuple[str, str]]]
 
 
-def _capitalised(words: dict[str, int]) -> _Found:
-    lower = (word for word in words if len(word) > 1 and word.isalpha() and word.islower())
-    return [
-        ((words[word], words[word.capitalize()]), (f" {word}", f" {word.capitalize()}"))
-        for word in lower
-        if word.capitalize() in words
-    ]
+def _among(words: dict[str, int], pairs: Iterable[tuple[str, str]], space: str = " ") -> _Found:
+    """The pairs of which both sides are words, as ids and as texts."""
+    return [((words[a], words[b]), (space + a, space + b)) for a, b in pairs if a in words and b in words]
 
 
-def _numbers(words: dict[str, int], space: str) -> _Found:
-    spellings = ((form, digits) for word, digits in _NUMBERS.items() for form in (word, word.capitalize()))
-    return [
-        ((words[word], words[digits]), (space + word, space + digits))
-        for word, digits in spellings
-        if word in words and digits in words
-    ]
+def _lower(word: str, least: int) -> bool:
+    return len(word) >= least and word.isalpha() and word.islower()
 
 
-def _verbs(words: dict[str, int], kind: str) -> tuple[_Found, int]:
+def _verbs(words: dict[str, int], kind: str) -> dict[str, str]:
     rules: dict[str, Callable[[str], list[str]]] = {"verb_ing": _ing, "verb_past": _past, "verb_third": _third}
-    forms: dict[str, str] = {}
-    for base in words:
-        form = next((form for form in rules[kind](base) if form in words), None)
-        if form is not None and _is_verb(base, words):
-            forms[base] = form
-    uses = Counter(forms.values())
-    kept = {base: form for base, form in forms.items() if uses[form] == 1 and form not in forms}
-    found = [((words[base], words[form]), (f" {base}", f" {form}")) for base, form in kept.items()]
-    return found, len(forms) - len(kept)
+    forms = {base: next((form for form in rules[kind](base) if form in words), None) for base in words}
+    return {base: form for base, form in forms.items() if form is not None and _is_verb(base, words)}
 
 
 def _is_verb(base: str, words: dict[str, int]) -> bool:
     short = len(base) < 3 or not _VOWEL.search(base)
-    if (short and base not in _IRREGULAR) or not (base.isalpha() and base.islower()) or base in _MODAL:
+    if (short and base not in _IRREGULAR) or not _lower(base, 1) or base in _MODAL:
         return False
     forms = [_ing, _third] if base in _IRREGULAR else [_ing, _third, _past]
     return all(any(form in words for form in rule(base)) for rule in forms)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_interp.core.measure.reduced import KeyedRows
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.steering.effects.metrics import SCORES
-from lightning_interp.steering.effects.path_scores import PathScores
+from lightning_interp.steering.effects.path_scores import PathScores, check_path
 
 __all__ = ["SteeringMetrics"]
 
@@ -48,8 +48,7 @@ class SteeringMetrics(KeyedRows):
         Args:
             context: Which one; the same number on another process means the same context.
             method: One of the methods.
-            scores: Name of ``SCORES`` to ``[n]``, as ``score_path`` gives them;
-                names that are missing are not known.
+            scores: Name of ``SCORES`` to ``[n]``, as ``score_path`` gives them; missing names are not known.
 
         Raises:
             RecipeError: If the method is unknown.
@@ -57,7 +56,12 @@ class SteeringMetrics(KeyedRows):
         """
         if method not in self.methods:
             raise RecipeError(f"Unknown method {method!r}; this metric collects {', '.join(self.methods)}.")
-        _check(context, method, scores)
+        if strange := [name for name in scores if name not in SCORES]:
+            raise DataError(
+                f"The path of method {method!r} in context {context} has an unknown score {strange[0]!r}; expected "
+                f"some of {', '.join(SCORES)}."
+            )
+        check_path(method, context, scores)
         n = len(scores["target_prob"])
         unknown = torch.full((n,), torch.nan, dtype=torch.float64)
         columns = [scores[name].detach().cpu().double() if name in scores else unknown for name in SCORES]
@@ -80,17 +84,3 @@ class SteeringMetrics(KeyedRows):
             context, method = place.tolist()
             paths[self.methods[method]][context] = {"target_prob": points[:, 0], **known}
         return PathScores({method: contexts for method, contexts in paths.items() if contexts})
-
-
-def _check(context: int, method: str, scores: Mapping[str, Tensor]) -> None:
-    where = f"The path of context {context}, method {method!r},"
-    if unknown := [name for name in scores if name not in SCORES]:
-        raise DataError(f"{where} has an unknown score {unknown[0]!r}; expected some of {', '.join(SCORES)}.")
-    if "target_prob" not in scores or scores["target_prob"].dim() != 1 or not len(scores["target_prob"]):
-        raise DataError(f"{where} has no target_prob [n], n >= 1. Use the scores that score_path gives.")
-    for name, values in scores.items():
-        if values.shape != scores["target_prob"].shape:
-            raise DataError(
-                f"{where} has {name} of shape {list(values.shape)} beside target_prob of "
-                f"{list(scores['target_prob'].shape)}; expected one value a point."
-            )

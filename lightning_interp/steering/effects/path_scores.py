@@ -153,7 +153,7 @@ class PathScores:
             raise DataError(f"PathScores got no path for any of the methods {list(self.paths)}.")
         for method, contexts in self.paths.items():
             for context, path in contexts.items():
-                _check_path(method, context, path)
+                check_path(method, context, path)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -169,14 +169,7 @@ class PathScores:
     def curve(
         self, method: str, score: str, *, bins: int = 10, saturated: float = SATURATED, level: float = 0.95
     ) -> Curve:
-        """One score of one method in bins of ``P(W=1)``, with intervals over contexts.
-
-        Args:
-            method: Name of the method.
-            score: Name of the score.
-            bins: See :func:`bin_path`.
-            saturated: See :func:`bin_path`.
-            level: Confidence level.
+        """One score of one method in bins of ``P(W=1)``, with intervals over contexts; see :func:`bin_path`.
 
         Raises:
             RecipeError: If the method or score is unknown.
@@ -208,7 +201,7 @@ class PathScores:
             second: Name of another.
             score: What to compare.
             at: The ``P(W=1)`` that both paths are interpolated to.
-            level: Confidence level.
+            level: Confidence level of the intervals.
             seed: Of the bootstrap.
 
         Raises:
@@ -292,20 +285,16 @@ def _known(column: Tensor) -> list[float]:
     return values
 
 
-def _check_path(method: str, context: int, path: Mapping[str, Tensor]) -> None:
-    if "target_prob" not in path:
+def check_path(method: str, context: int, path: Mapping[str, Tensor]) -> None:
+    """Refuse scores without ``target_prob`` ``[n]``, ``n >= 1``, or of another length."""
+    where, shapes = f"The path of method {method!r} in context {context}", {k: list(v.shape) for k, v in path.items()}
+    wanted = shapes.get("target_prob", [])
+    if len(wanted) != 1 or not wanted[0]:
+        held = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "nothing"
+        raise DataError(f"{where} has no target_prob [n], n >= 1, only {held}. Use the scores that score_path gives.")
+    if wrong := [name for name, shape in shapes.items() if shape != wanted]:
         raise DataError(
-            f"The path of method {method!r} in context {context} has no target_prob, only "
-            f"{', '.join(path) or 'nothing'}. Use the scores that score_path gives."
-        )
-    lengths = {name: tuple(values.shape) for name, values in path.items()}
-    wrong = [
-        name for name, shape in lengths.items() if shape != lengths["target_prob"] or len(shape) != 1 or not shape[0]
-    ]
-    if wrong:
-        raise DataError(
-            f"The path of method {method!r} in context {context} has {wrong[0]} of shape {list(lengths[wrong[0]])} "
-            f"beside target_prob of {list(lengths['target_prob'])}; expected [n] each, n >= 1."
+            f"{where} has {wrong[0]} of shape {shapes[wrong[0]]} beside target_prob of {wanted}; expected [n] each."
         )
 
 

@@ -117,11 +117,4 @@ class DualCurve:
 
     def _minimise(self, potential: Potential, start: torch.Tensor, tolerance: Tolerance) -> NewtonResult:
         options = self.options
-        return minimise(
-            potential,
-            start,
-            tolerance=tolerance,
-            max_newton=options.max_newton,
-            cg_max=options.cg_max,
-            hvp_budget=options.hvp_budget,
-        )
+        return minimise(potential, start, tolerance, options.max_newton, options.cg_max, options.hvp_budget)

@@ -147,7 +147,6 @@ class NewtonResult:
 def minimise(
     potential: Potential,
     start: torch.Tensor,
-    *,
     tolerance: Tolerance,
     max_newton: int = 30,
     cg_max: int = 50,
@@ -165,23 +164,17 @@ def minimise(
         hvp_budget: Products of one row in all; None for no limit.
     """
     with exact_arithmetic(start.device):
-        return _Descent(potential, start, tolerance, max_newton, cg_max, hvp_budget).run()
+        return _Descent(potential, start, tolerance, (max_newton, cg_max, hvp_budget)).run()
 
 
 class _Descent:
     """The rows that are still on their way."""
 
     def __init__(
-        self,
-        potential: Potential,
-        start: torch.Tensor,
-        tolerance: Tolerance,
-        max_newton: int,
-        cg_max: int,
-        hvp_budget: int | None,
+        self, potential: Potential, start: torch.Tensor, tolerance: Tolerance, limits: tuple[int, int, int | None]
     ) -> None:
         self.potential, self.tolerance = potential, tolerance
-        self.max_newton, self.cg_max, self.hvp_budget = max_newton, cg_max, hvp_budget
+        self.max_newton, self.cg_max, self.hvp_budget = limits
         self.found = NewtonResult.empty(start)
         self.here = NewtonResult.empty(start)
         self.rows = torch.arange(len(start), device=start.device)

@@ -109,7 +109,7 @@ def extract_vector(
 def direction_between(
     positive: torch.Tensor, negative: torch.Tensor, method: Method, *, l2: float = 1.0
 ) -> torch.Tensor:
-    """A direction from rows of both classes.
+    """A direction from rows of both classes, as long as the means lie apart along it, pointing to the positive one.
 
     Args:
         positive: ``[n, d]``.
@@ -118,7 +118,7 @@ def direction_between(
         l2: Penalty of ``logistic``.
 
     Returns:
-        float64 ``[d]``, pointing from the negative to the positive mean, and as long as these lie apart along it.
+        float64 ``[d]``.
 
     Raises:
         RecipeError: If the method is unknown.

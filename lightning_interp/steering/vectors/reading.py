@@ -31,7 +31,7 @@ class ReadDirection:
         return tensor_hash(self.direction)
 
 
-def as_direction(value: Any, *, what: str = "The direction") -> torch.Tensor:
+def as_direction(value: Any, what: str = "The direction") -> torch.Tensor:
     """Check a direction ``[d]``; ``what`` is its name, for messages.
 
     Returns:
