@@ -62,7 +62,10 @@ def render_report(run: StoredRun) -> str:
         settings=[(key, value) for key, value in _leaves(run.manifest["config"]) if key != "run_dir"],
         smoke=bool(run.manifest["config"].get("smoke")),
         facts=_facts(run),
-        phases=[_phase(name, phase) for name, phase in run.manifest["phases"].items()],
+        phases=[
+            {"name": name, "status": phase["status"], "time": _duration(float(phase["seconds"]))}
+            for name, phase in run.manifest["phases"].items()
+        ],
         versions=_versions(run),
         config_file=str(run.path / "config.yaml"),
     )
@@ -124,10 +127,6 @@ def _facts(run: StoredRun) -> list[tuple[str, str]]:
         ("Seed", shown(config.get("seed"))),
         ("Model", str(run.outcome.get("source") or config.get("model"))),
     ]
-
-
-def _phase(name: str, phase: Mapping[str, Any]) -> dict[str, str]:
-    return {"name": name, "status": phase["status"], "time": _duration(float(phase["seconds"]))}
 
 
 def _versions(run: StoredRun) -> list[tuple[str, str]]:

@@ -55,7 +55,8 @@ def stamp_file(path: Path) -> dict[str, Any]:
     """
     before = path.stat()
     sha = sha256_file(path)
-    return {"sha256": sha, "size": before.st_size, "mtime_ns": _settled(before.st_mtime_ns)}
+    settled = time.time_ns() - before.st_mtime_ns > _TICK
+    return {"sha256": sha, "size": before.st_size, "mtime_ns": before.st_mtime_ns if settled else None}
 
 
 def current_stamp(path: Path, stamp: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -159,10 +160,6 @@ def _is_result(path: Path) -> bool:
     if path.name != RESULT or len(path.parents) < 3 or path.parents[1].name != "phases":
         return False
     return (path.parents[2] / "manifest.json").exists()
-
-
-def _settled(mtime_ns: int) -> int | None:
-    return mtime_ns if time.time_ns() - mtime_ns > _TICK else None
 
 
 class KnownFiles:

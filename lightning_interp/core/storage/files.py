@@ -107,8 +107,7 @@ def atomic_write_json(path: str | os.PathLike[str], obj: Any, *, nan_as_null: bo
     Args:
         path: The file to write; missing parent folders are made.
         obj: Plain values; see :func:`jsonable` for what is accepted.
-        nan_as_null: Write ``null`` for NaN and infinities, which strict JSON readers need; otherwise they are
-            written as ``NaN`` and ``Infinity``, which Python reads back.
+        nan_as_null: Write ``null`` for NaN and infinities, for strict readers, not what Python reads back.
 
     Raises:
         DataError: If a value has no JSON form.

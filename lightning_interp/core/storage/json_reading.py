@@ -27,15 +27,13 @@ def parse_json(data: bytes, *, own: bool = False) -> Any:
 
     Args:
         data: The text.
-        own: Whether this package wrote it: then numbers of any length and lone surrogates (half characters, as a
-            sampled token may be) are what was stored.
+        own: Whether this package wrote it: then numbers of any length and half characters are what was stored.
 
     Returns:
         The object. ``NaN`` and ``Infinity`` are read as Python writes them.
 
     Raises:
-        ValueError: If it is no JSON, is nested deeper than 200 levels, has one key twice in an object, a number that
-            no float can hold, or half of a character.
+        ValueError: If it is no JSON, too deep, has a key twice, a number too large for a float, or half a character.
 
     Example:
         >>> parse_json(b'{"a": [1, 2.5]}')

@@ -35,11 +35,7 @@ class Token:
     old: str = ""
 
     def fits(self, entry: Mapping[str, Any]) -> bool:
-        """Whether a stored phase was run with these very inputs.
-
-        Args:
-            entry: What the manifest says of the phase.
-        """
+        """Whether a stored phase was run with these very inputs."""
         return bool(entry["inputs"] == (self.old if is_old_entry(entry) else self.now))
 
 
@@ -89,12 +85,7 @@ class Lineage:
             self._old.append(canonical_json([name, token.old, result, hashes]))
 
     def add_child(self, name: str, child: str) -> None:
-        """Add a child run.
-
-        Args:
-            name: Its name.
-            child: The digest of its own lineage, or a word that says that it was not finished.
-        """
+        """Add a child run."""
         self.digest = digest([self.digest, "child", name, child])
         if self._old is not None:
             self._old.append(canonical_json(["child", name, child]))

@@ -35,22 +35,10 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "an object": dict,
     "a list": list,
 }
-_SECTIONS = {
-    "name": _TEXT,
-    "config": "an object",
-    "sessions": "a list",
-    "phases": "an object",
-    "outcome": "an object",
-}
+_SECTIONS = {"name": _TEXT, "sessions": "a list", **dict.fromkeys(("config", "phases", "outcome"), "an object")}
 _SESSION = {"started": _TEXT, "status": _TEXT, "message": _TEXT_OR_NONE, "seconds": _NUMBER, "versions": "an object"}
-_PHASE = {
-    "status": _TEXT,
-    "inputs": _TEXT,
-    "files": "an object",
-    "seconds": _NUMBER,
-    "attempts": _NUMBER,
-    "message": _TEXT_OR_NONE,
-}
+_PHASE = {"status": _TEXT, "inputs": _TEXT, "files": "an object", "seconds": _NUMBER, "attempts": _NUMBER}
+_PHASE["message"] = _TEXT_OR_NONE
 _STAMP = {"sha256": _TEXT, "size": _NUMBER}
 _ABSENT = object()
 
@@ -62,14 +50,7 @@ def new_manifest(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         The content: ``sessions`` has one entry for each time the run was started, ``phases`` one for each phase, and
         ``outcome`` what the finished run says of itself; ``config`` is that of the last start.
     """
-    return {
-        "format": FORMAT,
-        "name": name,
-        "config": dict(config),
-        "sessions": [],
-        "phases": {},
-        "outcome": {},
-    }
+    return {"format": FORMAT, "name": name, "config": dict(config), "sessions": [], "phases": {}, "outcome": {}}
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:

@@ -104,8 +104,7 @@ class ResumableLoader(DataLoader[tuple[Tensor, Tensor]]):
     """A loader that a run which was saved in the middle of an epoch continues at the next batch.
 
     Attributes:
-        processed: Gives the number of batches that the trainer has finished in this epoch; the number given out if
-            None. They differ when a batch breaks off.
+        processed: Gives how many batches the trainer has finished in this epoch; if None, those given out count.
     """
 
     processed: Callable[[], int] | None = None

@@ -49,8 +49,7 @@ class Encoder:
     Attributes:
         tokenizer: The tokenizer.
         chat: Whether prompt and completion become a user's and an assistant's turn.
-        system_prompt: System text put before conversations that have none; None leaves the template's own implicit
-            text, the empty string asks for an explicit empty one.
+        system_prompt: System text of conversations without one; None keeps the template's own, ``""`` has an empty one.
         add_eos: Whether texts and completions end with the end token (conversations end as the template says).
 
     Example:

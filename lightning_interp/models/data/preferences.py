@@ -41,8 +41,7 @@ class PreferenceDataModule(TextDataModule):
             differed was cut off) is left out and counted.
 
     Attributes:
-        counts: After ``setup``, for each split: ``rows`` used, ``tokens``, ``truncated`` texts and ``identical``
-            pairs.
+        counts: After ``setup``, by split: ``rows`` used, ``tokens``, ``truncated`` texts and ``identical`` pairs.
 
     Raises:
         RecipeError: If an argument has a wrong value. ``setup`` raises DataError with file and line.

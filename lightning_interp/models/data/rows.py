@@ -34,8 +34,7 @@ def read_rows(source: Any, *, name: str) -> list[Row]:
     """Read and check all rows of a source.
 
     Args:
-        source: A JSONL file, a folder written by ``datasets.Dataset.save_to_disk``, a list of dicts, or a
-            ``datasets.Dataset``.
+        source: A JSONL file, a folder of ``datasets``' ``save_to_disk``, a list of dicts, or a ``datasets.Dataset``.
         name: What to call a source without a file, for messages.
 
     Raises:
@@ -55,15 +54,15 @@ def raw_rows(source: Any, *, name: str, expected: str) -> Iterator[tuple[str, An
         File and line (or name and index), and the row.
 
     Raises:
-        DataError: If the source cannot be read, with file and line of the first row that is no JSON, or if there is
-            no row.
+        DataError: If the source cannot be read or holds no row; with file and line of the first that is no JSON.
     """
     empty = True
     for where, row in _raw(source, name, expected):
         empty = False
         yield where, row
     if empty:
-        raise DataError(f"{_name(source, name)} holds no rows. Expected one JSON object a line: {expected}.")
+        where = str(source) if isinstance(source, str | os.PathLike) else name
+        raise DataError(f"{where} holds no rows. Expected one JSON object a line: {expected}.")
 
 
 def _raw(source: Any, name: str, expected: str) -> Iterator[tuple[str, Any]]:
@@ -146,7 +145,3 @@ def check_text(value: Any, key: str, where: str, *, may_be_empty: bool) -> None:
         raise DataError(f"{where}: {key!r} is {value!r:.80}, a {type(value).__name__}; expected a string.")
     if not value and not may_be_empty:
         raise DataError(f"{where}: {key!r} is empty, so there is nothing to learn. Remove the row or fill it in.")
-
-
-def _name(source: Any, name: str) -> str:
-    return str(source) if isinstance(source, str | os.PathLike) else name

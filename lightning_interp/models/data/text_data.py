@@ -46,8 +46,7 @@ class TextDataModule(L.LightningDataModule):
         seed: Root seed of the order.
         num_workers: Processes that make batches; the rows are in memory, so more than 0 seldom helps.
         chat: Turn prompt and completion into a user's and an assistant's turn of the chat template.
-        system_prompt: System text for conversations without one; None keeps the template's own implicit text, the
-            empty string asks for an explicit empty one.
+        system_prompt: System text of conversations without one; None keeps the template's own, ``""`` has an empty one.
         add_eos: Whether texts and completions end with the end token (conversations end as the template says).
         too_long: Cut longer rows off at the end and count them, or raise. A row whose scored part is cut off whole is
             left out and counted.

@@ -46,14 +46,12 @@ class BagOfWords(ScoresTexts, Optimised):
     of a half; not with the squared error) and the number of ``val/pairs`` or ``val/texts``.
 
     Args:
-        tokenizer: Of :func:`~lightning_interp.models.word_tokenizer`, or any other with an end token, which every text
-            gets: its weight is the intercept.
+        tokenizer: Of :func:`~lightning_interp.models.word_tokenizer`, or another with an end token, the intercept's.
         loss: Of rated texts.
         optimisation: How its weights are trained, all of which decay: settings, or some of them as a dict.
         **flat: Fields of :class:`Optimisation` under their own names, as checkpoints hold them.
 
     Attributes:
-        tokenizer: The tokenizer.
         weights: A weight for each token.
 
     Raises:
@@ -142,9 +140,6 @@ class BagOfWords(ScoresTexts, Optimised):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss of a batch.
-
-        Returns:
-            The loss, a scalar.
 
         Raises:
             DataError: If the batch holds neither pairs nor ratings, or a rating that the loss cannot use.

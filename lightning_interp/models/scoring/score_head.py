@@ -134,8 +134,7 @@ def scoring_model(model: PreTrainedModel, *, seed: int) -> PreTrainedModel:
         A model whose output has ``logits`` of shape ``[batch, labels]``.
 
     Raises:
-        IncompatibleModelError: If it has both an encoder and a decoder and is no classifier, or is no Hugging Face
-            model.
+        IncompatibleModelError: If it is no Hugging Face model, or has encoder and decoder and is no classifier.
     """
     if not isinstance(model, PreTrainedModel):
         raise IncompatibleModelError(
@@ -198,15 +197,10 @@ def empty_score(width: int, labels: int, device: torch.device) -> nn.Linear:
 
 def _fresh_score(body: PreTrainedModel, seed: int) -> nn.Linear:
     weight = next(p for p in body.parameters() if p.is_floating_point())
-    width = _width(body)
+    config: Any = body.config.get_text_config()  # states have in some families the size of the embeddings
+    width = int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
     generator = torch.Generator().manual_seed(derived_seed(seed, "score-head"))
     score = empty_score(width, 1, weight.device)
     with torch.no_grad():
         score.weight.copy_(torch.randn(1, width, generator=generator) / math.sqrt(width + 1))
     return score
-
-
-def _width(body: PreTrainedModel) -> int:
-    """Size of the states that a body gives, which in some families is that of its embeddings."""
-    config: Any = body.config.get_text_config()
-    return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)

@@ -50,10 +50,6 @@ class Scorer(ABC):
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Tensor:
         """Rewards of texts.
 
-        Args:
-            prompts: What each text answers.
-            texts: The texts.
-
         Returns:
             Float tensor of shape ``[n]``.
         """
@@ -105,8 +101,7 @@ class TextScorer(Scorer):
         chat: Write texts by the tokenizer's chat template; None does so if it has one.
         system_prompt: System text for prompts without one; None keeps the template's own implicit text.
         add_eos: Whether a text ends with the end token without a chat template.
-        max_length: Most tokens of a text; longer ones are cut and flagged. None takes what the model and tokenizer
-            can take.
+        max_length: Most tokens of a text; longer ones are cut and flagged. None takes what the model can take.
         token_budget: Most tokens of one batch.
         name: What to call it; the model's source if None.
 
@@ -194,10 +189,6 @@ class TextScorer(Scorer):
 
     def scores(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Scores:
         """Rewards of texts, and which of them were cut.
-
-        Args:
-            prompts: What each text answers.
-            texts: The texts.
 
         Returns:
             Float32 rewards and flags, each of shape ``[n]``, on the CPU.

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_interp.core.measure.seeding import seeded_rng
@@ -71,7 +71,8 @@ def attach_adapter_folder(model: nn.Module, folder: Path, *, name: str = ADAPTER
     from peft import PeftConfig
     from peft.functional import inject_adapter_in_model, set_peft_model_state_dict
 
-    weights = _read_weights(folder)
+    # Without the prefix of PEFT's wrapping class: names as the model itself has them.
+    weights = {name.removeprefix(_PREFIX): tensor for name, tensor in TensorFolder(folder, stem="adapter_model")}
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
@@ -124,8 +125,3 @@ def save_adapter(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
     return Path(folder)
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    # Without the prefix of PEFT's wrapping class: names as the model itself has them.
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in TensorFolder(folder, stem="adapter_model")}

@@ -107,9 +107,6 @@ class CausalLM(Finetuned):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean cross entropy of a batch's labelled tokens.
 
-        Returns:
-            The loss, a scalar.
-
         Raises:
             DataError: If the batch has no ``labels``, or no labelled token.
         """

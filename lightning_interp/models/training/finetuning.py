@@ -181,7 +181,9 @@ class Finetuned(Optimised):
             self.model.config.dtype = torch.float32
         else:
             if quantised:
-                _prepare_quantised(self.model)
+                from peft import prepare_model_for_kbit_training
+
+                prepare_model_for_kbit_training(self.model, use_gradient_checkpointing=False)
             if settings is not None:
                 inject_lora(self.model, settings, seed=self.seed, task=self._task)
             else:
@@ -201,12 +203,6 @@ def base_source(model: PreTrainedModel, source: str) -> str:
     if source in ALIASES or not path.exists():
         return source
     return adapter_base(path)[0] if is_adapter_folder(path) else str(path.resolve())
-
-
-def _prepare_quantised(model: PreTrainedModel) -> None:
-    from peft import prepare_model_for_kbit_training
-
-    prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
 def _is_sharded(tensor: Any) -> bool:

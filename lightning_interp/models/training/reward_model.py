@@ -140,9 +140,6 @@ class RewardModel(ScoresTexts, Finetuned):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss of a batch.
 
-        Returns:
-            The loss, a scalar.
-
         Raises:
             DataError: If the batch holds neither pairs nor ratings.
         """
