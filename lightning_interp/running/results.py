@@ -145,12 +145,7 @@ def write_results(
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as CSV with a header; numbers in full, nothing for None, lists and dicts as JSON.
-
-    Raises:
-        DataError: If a value has no text form.
-        ManifestError: If the folder cannot be written.
-    """
+    """Write rows as CSV with a header; numbers in full, nothing for None, lists and dicts as JSON."""
     names = columns(rows)
     plain = jsonable(list(rows), where=f"table {path.stem!r}")
     lines = [_line(names), *(_line([_cell(row.get(name)) for name in names]) for row in plain)]
@@ -181,12 +176,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
 
 def write_figure(path: Path, figure: Any) -> None:
-    """Write a figure as PNG.
-
-    Raises:
-        RecipeError: If it is neither, or the file is no PNG.
-        ManifestError: If the folder cannot be written.
-    """
+    """Write a figure as PNG."""
     if hasattr(figure, "savefig"):
         atomic_write_bytes(path, png(figure))
         return

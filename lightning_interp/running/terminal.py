@@ -81,9 +81,6 @@ def shown_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def plain_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a table as text, numbers to the right.
 
-    Returns:
-        Lines of equal layout, without a line break at the end.
-
     Example:
         >>> print(plain_table([{"plan": "FE", "top5": 0.25}, {"plan": "FE+LT", "top5": 1.0}]))
         plan   top5

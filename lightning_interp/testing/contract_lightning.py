@@ -35,8 +35,7 @@ class CallbackContract:
     tiny model for two training batches and one batch of the other stages.
 
     Attributes:
-        alters_training: Whether the trained weights may differ from those without the callback. Default: if ``when``
-            of the callback holds ``train``.
+        alters_training: Whether trained weights may differ from those without it; by default if it acts in ``train``.
         texts: What the batches say; the module's ``tokenizer`` is the byte tokenizer.
         folder: An empty folder for this test.
 

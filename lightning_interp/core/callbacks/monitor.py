@@ -37,8 +37,7 @@ class Monitor(L.Callback, ABC):
         precision: ``"run"``, the precision of the Trainer, or ``"float32"``, without autocast.
 
     Attributes:
-        history: One entry a look: ``epoch`` (how many were finished), ``step``, and what :meth:`look` gave. Saved in
-            checkpoints.
+        history: One entry a look: finished ``epoch``s, ``step``, and what :meth:`look` gave. Saved in checkpoints.
 
     Raises:
         RecipeError: If ``every``, ``name`` or ``precision`` has a wrong value.

@@ -32,8 +32,7 @@ def model_fingerprint(model: nn.Module | ModelMap, *, target: str | None = None)
     changes nothing. The weight is read in pieces, and hashed again only when it has changed.
 
     Args:
-        model: A plain model, a PEFT wrapper, a LightningModule, or a map of one. Of a sharded model every process must
-            ask.
+        model: A plain model, a PEFT wrapper, a LightningModule, or a map; if sharded, every process must ask.
         target: Dotted path of the Hugging Face model, where there are several.
 
     Returns:

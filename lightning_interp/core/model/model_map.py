@@ -52,8 +52,7 @@ class ModelMap:
         blocks: The block stack.
         components: One table of canonical components a layer.
         shared: Components of which there is one (``embed``, ``pos_embed``, ``final_norm``, ``unembed``).
-        memo: What was worked out from the modules and holds as long as they are the same; build a new map after
-            changing them.
+        memo: What was worked out from the modules; build a new map after changing them.
 
     Example:
         >>> from lightning_interp.testing import tiny_model

@@ -62,12 +62,7 @@ class Lineage:
         self._old: list[str] | None = [] if old else None
 
     def token(self, name: str, inputs: Any) -> Token:
-        """Return the token of a phase that is called now.
-
-        Args:
-            name: The phase's name.
-            inputs: Plain values that it depends on; None means all that was added so far.
-        """
+        """Return the token of a phase that is called now."""
         if inputs is not None:
             given = digest([name, ["given", inputs]])  # as in format 1
             return Token(given, given)

@@ -103,8 +103,7 @@ class RunManifest:
             name: The run's name.
             versions: Versions of the packages that matter, kept with each start of the run.
             outputs: Files and folders that the run writes: they must not lie there before its first start.
-            not_identity: Keys of the configuration that may differ when the run goes on, such as
-                ``"trainer.devices"``; with all below them.
+            not_identity: Keys that may differ when the run goes on, as ``"trainer.devices"``; with all below them.
 
         Returns:
             The open manifest.
@@ -195,8 +194,7 @@ class RunManifest:
             inputs: What the result depends on besides the run's configuration, usually results of earlier phases.
                 Paths stand for the content of their file or folder. None means all phases called before this one;
                 ``{}`` means nothing.
-            every_rank: Call ``fn`` on every rank (a phase with a Trainer inside); otherwise on rank zero only, while
-                the others wait.
+            every_rank: Call ``fn`` on every rank (a Trainer is inside); else the others wait for rank zero.
 
         Returns:
             The result as JSON gives it back (tuples are lists), the same on every call and on every rank.
@@ -224,8 +222,7 @@ class RunManifest:
             key: Names the child in this run: letters, digits, dot, dash and underscore.
             config: The child's configuration; what may differ when it goes on is as in this run.
             name: The child's name; that of this run with the key behind it if None.
-            inputs: What the child's phases depend on besides its configuration. None means all that was called before
-                in this run; ``{}`` means nothing.
+            inputs: What its phases depend on besides its configuration, as for :meth:`phase`.
 
         Returns:
             The child's open manifest.

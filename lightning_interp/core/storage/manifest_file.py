@@ -58,12 +58,6 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
 
     Raises:
         ManifestError: If there is none, or it cannot be read, or it is not one that this version writes.
-
-    Example:
-        >>> read_manifest(Path("/nowhere"))
-        Traceback (most recent call last):
-        ...
-        lightning_interp.errors.ManifestError: '/nowhere' is no run folder: it has no manifest.json. ...
     """
     path = run_dir / "manifest.json"
     try:
@@ -120,14 +114,6 @@ class ManifestText:
 def config_difference(there: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
     """Return one line for each key whose value differs, with both values.
 
-    Args:
-        there: The stored configuration.
-        now: The one that is asked for.
-        ignored: Keys that are not compared, such as ``"run_dir"`` or ``"trainer.devices"``, with all below them.
-
-    Returns:
-        Lines such as ``"trainer.max_epochs: 3 there, 4 now"``, in the order of the keys.
-
     Example:
         >>> config_difference({"lr": 1e-3, "trainer": {"devices": 1}}, {"lr": 1e-3, "trainer": {}})
         ['trainer.devices: 1 there, not set now']
@@ -174,11 +160,7 @@ def check_same_run(
     name: str,
     not_identity: Collection[str] = NOT_IDENTITY,
 ) -> None:
-    """Raise if the run that is stored has another name or configuration.
-
-    Raises:
-        ManifestError: With the names, or with the keys that differ and both values of each.
-    """
+    """Raise if the run that is stored has another name or configuration."""
     if state["name"] != name:
         raise ManifestError(
             f"Run folder {str(path)!r} holds a run of {state['name']!r}, not of {name!r}. Choose another --run_dir."

@@ -106,11 +106,7 @@ class FollowerManifest(RunManifest):
             self._leave_parent(status)
 
     def check_rank_zero(self, what: str) -> None:
-        """Raise if rank zero does not work in this run any more.
-
-        Raises:
-            ManifestError: If rank zero has ended, or has not opened the run in time.
-        """
+        """Raise if rank zero does not work in this run any more."""
         self._state = read_manifest(self.path)
         self._check_session(what)
 

@@ -36,9 +36,6 @@ def begun_entry(token: Token, earlier: Mapping[str, Any] | None) -> dict[str, An
 def write_result(folder: Path, name: str, result: Any) -> dict[str, Any]:
     """Write what a phase returned into its folder.
 
-    Returns:
-        What the manifest keeps of it: ``sha256`` and ``size`` of the file, and ``digest`` of what it says.
-
     Raises:
         ManifestError: If the phase wrote a file of that name itself, or the folder cannot be written.
     """

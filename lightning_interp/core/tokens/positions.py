@@ -325,8 +325,7 @@ class ChatTemplate(Positions):
     """Parts of a conversation that was written by the tokenizer's own chat template.
 
     Args:
-        part: ``user``, ``assistant`` or ``system`` for what that role said, ``template`` for everything the template
-            added.
+        part: ``user``, ``assistant`` or ``system`` for what that role said, ``template`` for what the template added.
     """
 
     part: str = "template"

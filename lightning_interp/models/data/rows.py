@@ -136,11 +136,7 @@ def _messages(messages: Any, where: str) -> list[dict[str, str]]:
 
 
 def check_text(value: Any, key: str, where: str, *, may_be_empty: bool) -> None:
-    """Refuse a value that is no text.
-
-    Raises:
-        DataError: With the row's place and the value.
-    """
+    """Refuse a value that is no text."""
     if not isinstance(value, str):
         raise DataError(f"{where}: {key!r} is {value!r:.80}, a {type(value).__name__}; expected a string.")
     if not value and not may_be_empty:

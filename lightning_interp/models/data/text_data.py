@@ -48,8 +48,7 @@ class TextDataModule(L.LightningDataModule):
         chat: Turn prompt and completion into a user's and an assistant's turn of the chat template.
         system_prompt: System text of conversations without one; None keeps the template's own, ``""`` has an empty one.
         add_eos: Whether texts and completions end with the end token (conversations end as the template says).
-        too_long: Cut longer rows off at the end and count them, or raise. A row whose scored part is cut off whole is
-            left out and counted.
+        too_long: Cut the ends of longer rows and count them, or raise. A row with nothing scored left is left out.
 
     Attributes:
         counts: After ``setup``, for each split: ``rows`` used, ``tokens``, ``scored`` tokens, ``truncated`` and

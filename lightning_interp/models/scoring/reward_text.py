@@ -21,12 +21,7 @@ Prompt = str | Sequence[Mapping[str, str]]
 
 
 class EncodedText(NamedTuple):
-    """Token ids of a prompt with its text.
-
-    Attributes:
-        ids: Token ids.
-        truncated: Whether they were cut to the greatest length.
-    """
+    """Token ids of a prompt with its text, and whether they were cut to the greatest length."""
 
     ids: list[int]
     truncated: bool

@@ -95,9 +95,6 @@ def align_left(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor
     """Move the padding of every row to its end; a batch that is so already is given back as it is.
 
     A causal model then cannot see padding at all, so scores do not depend on the side that the caller padded.
-
-    Raises:
-        DataError: If a row has no token.
     """
     if attention_mask is None:
         return input_ids, torch.ones_like(input_ids)

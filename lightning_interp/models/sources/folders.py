@@ -56,11 +56,7 @@ def atomic_folder(target: str | os.PathLike[str], *, overwrite: bool = False) ->
 
 
 def check_weight_files(folder: Path) -> None:
-    """Refuse a model folder whose safetensors weights are missing, incomplete or damaged; only headers are read.
-
-    Raises:
-        DataError: With the name of the file that is missing or damaged.
-    """
+    """Refuse a model folder whose safetensors weights are missing, incomplete or damaged; only headers are read."""
     TensorFolder(folder).check()
 
 

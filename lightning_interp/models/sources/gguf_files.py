@@ -68,11 +68,7 @@ def convert_gguf(path: str | os.PathLike[str], folder: str | os.PathLike[str], *
 
 
 def write_converted(path: Path, folder: Path) -> None:
-    """Write model and tokenizer of a ``.gguf`` file that is known to be whole into an existing folder.
-
-    Raises:
-        DataError: If it is of an architecture or tokenizer that transformers cannot read.
-    """
+    """Write model and tokenizer of a ``.gguf`` file that is known to be whole into an existing folder."""
     model, tokenizer = _dequantise(path, LoadOptions())
     with quiet_bars():
         model.save_pretrained(folder)
@@ -80,14 +76,7 @@ def write_converted(path: Path, folder: Path) -> None:
 
 
 def precision_label(path: Path) -> str | None:
-    """Read a ``.gguf`` file's table of tensors and say how most weights are stored.
-
-    Returns:
-        ``"4-bit"`` and the like, or None if most weights are floating point.
-
-    Raises:
-        DataError: If the file is damaged or cut short.
-    """
+    """Say how a ``.gguf`` file has most weights: ``"4-bit"`` and the like, or None for floating point."""
     weights: Counter[str] = Counter()
     for tensor in _read(path).tensors:
         weights[tensor.tensor_type.name] += int(tensor.n_elements)

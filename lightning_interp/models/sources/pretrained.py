@@ -102,11 +102,7 @@ def quiet_bars() -> Iterator[None]:
 
 
 def load_folder(folder: Path, options: LoadOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load model and tokenizer of a folder in Hugging Face format.
-
-    Raises:
-        DataError: If a file is missing, damaged, or does not fit the others.
-    """
+    """Load model and tokenizer of a folder in Hugging Face format."""
     _check_config(folder / "config.json")
     check_weight_files(folder)
     tokenizer = load_tokenizer_files(folder, options)

@@ -30,8 +30,7 @@ class Optimisation:
         betas: Decay rates of AdamW's two moments.
         warmup_steps: Steps over which the learning rate rises from zero.
         schedule: What the learning rate does afterwards: stay, or fall to zero by the last step.
-        gradient_checkpointing: Recompute a language model's activations in the backward pass: less memory, about a
-            third more time.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
 
     Raises:
         RecipeError: With the name and value of a setting that cannot work.
@@ -96,11 +95,7 @@ def settings_of(default: _Settings, given: _Settings | Mapping[str, Any], flat: 
 
 
 def no_more(module: Any, flat: Mapping[str, Any]) -> None:
-    """Refuse arguments that nothing has taken.
-
-    Raises:
-        TypeError: With the first name.
-    """
+    """Refuse arguments that nothing has taken."""
     if flat:
         raise TypeError(f"{type(module).__name__}() got an unexpected keyword argument {next(iter(flat))!r}")
 

@@ -25,11 +25,7 @@ def saved_names(names: Iterable[str], model: nn.Module, *, prefix: str) -> set[s
 
 
 def check_state(given: Mapping[str, Any], own: Mapping[str, Any], needed: Iterable[str], *, owner: str) -> None:
-    """Refuse a state that lacks a needed tensor, or holds an unknown one or one of another shape.
-
-    Raises:
-        IncompatibleModelError: With the first such tensor.
-    """
+    """Refuse a state that lacks a needed tensor, or holds an unknown one or one of another shape."""
     lacking = sorted(set(needed) - set(given))
     unknown = sorted(set(given) - set(own))
     other = [name for name in given if name in own and given[name].shape != own[name].shape]
