@@ -13,7 +13,7 @@ from lightning_interp.errors import RecipeError
 from lightning_interp.steering.activation.intervention import Steering
 from lightning_interp.steering.activation.placement import Sites, as_sites, place
 from lightning_interp.steering.activation.strength_schedule import AnySchedule
-from lightning_interp.steering.vectors.reading import as_direction, check_finite, frozen
+from lightning_interp.steering.vectors.reading import as_direction, check_finite, frozen, numbers_of
 
 __all__ = ["AffineMap"]
 
@@ -114,10 +114,7 @@ def _parts(matrix: Any, bias: Any, what: str) -> tuple[torch.Tensor, ...]:
 
 
 def _numbers(value: Any, what: str, dims: int) -> torch.Tensor:
-    try:
-        tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RecipeError(f"{what} is {value!r:.60}, no tensor: {error}.") from error
+    tensor = value if isinstance(value, torch.Tensor) else numbers_of(value, what)
     if tensor.dim() != dims or tensor.numel() == 0 or tensor.is_complex():
         raise RecipeError(f"{what} has the shape {list(tensor.shape)} ({tensor.dtype}); expected {dims} dimensions.")
     check_finite(tensor, what)

@@ -161,7 +161,9 @@ class ClassMoments:
                 "last batch of each can be taken back. Give every process rows of its own: predict does, and so does a "
                 "sampler that does not shuffle."
             )
-        made = ClassMoments(self.width, dual=self.dual, scatter=self.scatter, **self._origin())
+        made = ClassMoments(
+            self.width, dual=self.dual, scatter=self.scatter, fingerprint=self.fingerprint, site=self.site
+        )
         made._sums = [ours + theirs for ours, theirs in zip(self._sums, other._sums, strict=True)]
         made._seen = {**other._seen, **self._seen}
         mine = {name: row for name, row in self._held.items() if name not in other._seen or name in other._held}
@@ -251,9 +253,6 @@ class ClassMoments:
 
     def _summed(self, rows: Tensor) -> StreamedSums:
         return StreamedSums.of(rows, square=self.width if self.scatter else 0)
-
-    def _origin(self) -> dict[str, Any]:
-        return {"fingerprint": self.fingerprint, "site": self.site}
 
     def _check_shapes(self, lam: Tensor, labels: Tensor, phi: Tensor | None, ids: Tensor | None) -> None:
         expected = (lam.shape[0], self.width)

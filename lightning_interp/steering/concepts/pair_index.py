@@ -23,11 +23,6 @@ class PairIndex:
         slots: Place of each target token among ``tokens``, ``[n1]``.
         group: Place among ``tokens`` that each token's mass goes to ``[V]``.
         side: 0 for base, 1 for target, -1 for neutral tokens, ``[V]``.
-
-    Example:
-        >>> index = PairIndex.build([(0, 3), (1, 3)], 5, torch.device("cpu"))
-        >>> index.tokens.tolist(), index.group.tolist(), index.side.tolist()
-        ([2, 3, 4], [1, 1, 0, 1, 2], [0, 0, -1, 1, -1])
     """
 
     base: Tensor

@@ -17,7 +17,7 @@ _SMALLEST_STEP = 1e-10
 def fit_logistic(
     x: Tensor, y: Tensor, *, l2: float = 1.0, tolerance: float = 1e-10, max_iter: int = 200
 ) -> tuple[Tensor, float]:
-    """Weights and offset that minimise ``sum log(1 + exp(-(+-)(x w + b))) + l2/2 |w|^2``; the offset is not penalised.
+    """``(w, b)`` that minimise ``sum log(1 + exp(-(+-)(x w + b))) + l2/2 |w|^2``, float64; the offset is not penalised.
 
     With more columns than rows the problem is solved in the span of the rows, where the solution lies.
 
@@ -27,9 +27,6 @@ def fit_logistic(
         l2: Strength of the penalty, > 0 (or 0 with probabilities strictly between 0 and 1).
         tolerance: How much the loss may still fall before the last step, as Newton's method predicts it.
         max_iter: Newton iterations at most.
-
-    Returns:
-        ``(w, b)``, float64 ``[d]`` and a number.
 
     Raises:
         RecipeError: If the penalty is no penalty.

@@ -210,20 +210,14 @@ class ConceptProbe:
             geometry = SoftmaxGeometry.from_model(model)
         moments = _moments(base, target, kind, geometry, None if model is None else model_fingerprint(model), site)
         if kind == "logistic":
-            return cls._logistic(base, target, moments, l2, alpha, meta)
+            weight, bias = fit_logistic(torch.cat([base, target]), _labels(base, target), l2=l2)
+            return cls(weight, bias, kind, meta={**(meta or {}), "l2": l2}, **_origin(moments, alpha))
         probe = cls.from_moments(moments, kind, ridge=ridge, alpha=alpha, meta=meta)
         if offset == "midpoint" or kind == "lda":
             return probe
         values = torch.cat([probe.value(base.double()), probe.value(target.double())])
-        scale, bias = calibrate(values, _labels(base, target))
-        return replace(probe, scale=scale, bias=bias, meta={**probe.meta, "offset": "calibrated"})
-
-    @classmethod
-    def _logistic(
-        cls, base: Tensor, target: Tensor, moments: ClassMoments, l2: float, alpha: float | None, meta: Any
-    ) -> ConceptProbe:
-        weight, bias = fit_logistic(torch.cat([base, target]), _labels(base, target), l2=l2)
-        return cls(weight, bias, "logistic", meta={**(meta or {}), "l2": l2}, **_origin(moments, alpha))
+        scale, middle = calibrate(values, _labels(base, target))
+        return replace(probe, scale=scale, bias=middle, meta={**probe.meta, "offset": "calibrated"})
 
     @classmethod
     def from_moments(

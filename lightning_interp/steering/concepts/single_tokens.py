@@ -13,8 +13,8 @@ _MARKS = ("Ġ", "▁")
 def single_token(tokenizer: Any, text: str) -> int | None:
     """The token that a string is, or None.
 
-    Either encoding gives one token that reads the same (with its leading space, ``" run"``), or the vocabulary has the
-    string as an entry (``"▁run"``).
+    It is one if encoding it (with its leading space, ``" run"``) gives one token that reads the same, or the vocabulary
+    has it as an entry (``"▁run"``).
     """
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) == 1 and _says(tokenizer, ids[0], text):

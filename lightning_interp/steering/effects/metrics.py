@@ -75,13 +75,10 @@ def ranks(log_p: Tensor) -> Tensor:
 
 
 def rank_difference(log_z0: Tensor, log_z: Tensor, *, keep: Tensor | None = None) -> Tensor:
-    """``sum_z P^Z_0(z) |1/rank(z) - 1/rank_0(z)|``: whether other tokens come to the top, ``[..., Z] -> [...]``.
+    """``sum_z P^Z_0(z) |1/rank(z) - 1/rank_0(z)|`` of ``log P^Z``: whether other tokens come up, ``[..., Z] -> [...]``.
 
-    Args:
-        log_z0: ``log P^Z`` before steering.
-        log_z: ``log P^Z`` after steering.
-        keep: Which tokens count, bool ``[Z]`` (see :func:`covering_tokens`); ranks are then among these, and ``P^Z_0``
-            is renormalised on them. None for all.
+    ``keep``, bool ``[Z]`` (see :func:`covering_tokens`), says which tokens count; ranks are then among these, and
+    ``P^Z_0`` is renormalised on them.
 
     Raises:
         IncompatibleModelError: If ``keep`` is of another vocabulary.

@@ -27,15 +27,9 @@ SATURATED = 0.9999
 
 @dataclass(frozen=True)
 class Curve:
-    """One score of one method against ``P(W=1)``.
+    """One score of one method against ``P(W=1)``: of the unsteered states, then in each bin over the contexts there.
 
-    Args:
-        method: Name of the method.
-        score: Name of the score.
-        start: Mean ``P(W=1)`` of the unsteered states.
-        first: The score of the unsteered states.
-        centres: Middle of each bin.
-        bins: The score in each bin, over the contexts with a point there; NaN with ``n=0`` in an empty one.
+    ``start`` and ``first`` are the unsteered states' mean ``P(W=1)`` and score; an empty bin has NaN with ``n=0``.
     """
 
     method: str
@@ -53,17 +47,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two methods at the same ``P(W=1)``, over the contexts where both reach it.
+    """Two methods at the same ``P(W=1)`` over the contexts where both reach it: means, paired difference and ratio.
 
-    Args:
-        score: Name of the score.
-        at: The ``P(W=1)``.
-        methods: Names of both methods.
-        first: Mean of the first.
-        second: Mean of the second.
-        difference: Mean of first minus second, paired over contexts.
-        ratio: Mean of the first over mean of the second, paired.
-        left_out: Contexts in which one of them never reaches it, or starts beyond it.
+    ``difference`` is first minus second; ``left_out`` counts contexts where one never reaches ``at``, or starts beyond.
     """
 
     score: str
@@ -82,13 +68,7 @@ class Comparison:
 
 
 def bin_path(x: Tensor, y: Tensor, *, bins: int = 10, saturated: float = SATURATED) -> Tensor:
-    """Average one path's points in equal bins of ``P(W=1)``; its first point stands alone.
-
-    Args:
-        x: ``P(W=1)`` of each point ``[n]``.
-        y: A score of each point ``[n]``; NaN points are left out.
-        bins: Number of bins of [0, 1].
-        saturated: Points with ``x`` at or above this are left out.
+    """Average scores ``y`` of a path in equal bins of its ``P(W=1)``, ``x``, but for NaN and ``x >= saturated``.
 
     Returns:
         ``[1 + bins]``: the first point, then the mean of the others in each bin; NaN where there is none.

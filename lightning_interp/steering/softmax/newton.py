@@ -152,13 +152,12 @@ def minimise(
     cg_max: int = 50,
     hvp_budget: int | None = None,
 ) -> NewtonResult:
-    """Minimise a potential from ``start``; a row that does not converge has its best point and the reason.
+    """Minimise a potential from ``start`` ``[B, d]``; a row that does not converge has its best point and the reason.
 
     Args:
         potential: What to minimise.
-        start: First guess ``[B, d]``, on the hyperplane if there is one.
-        tolerance: Norm of the allowed gradient at which a row is done ``[B]``, or a function that gives it from the
-            whole gradient.
+        start: First guess, on the hyperplane if there is one.
+        tolerance: Norm of the allowed gradient at which a row is done ``[B]``, or a function of the whole gradient.
         max_newton: Iterations at most.
         cg_max: Hessian-vector products of one iteration at most.
         hvp_budget: Products of one row in all; None for no limit.

@@ -91,18 +91,12 @@ class Target:
 
 @dataclass
 class SteerRequest:
-    """Steering of some states, one row a state.
+    """Steering of some states ``lam`` ``[B, d]`` along ``beta`` ``[B, d]``, in the working dtype.
 
     Args:
-        geometry: Of the head.
-        lam: States ``[B, d]`` in the working dtype.
-        beta: Directions ``[B, d]``.
         kind: ``t``, ``probe_value``, ``target_prob`` or ``kl_budget``, to which the other targets come down.
         goal: One value a row ``[B]``.
-        pairs: Tokens of the concept.
-        alpha: Regularisation, as a number.
         support: Tokens to work on, or None.
-        options: How exact.
         warm: A point ``[B, d]`` and its step ``[B]`` from a coarser solve.
     """
 
@@ -140,13 +134,17 @@ class SteerRequest:
         own = getattr(direction, "alpha", None)
         resolved = geometry.resolve_alpha(own if alpha == "auto" and own is not None else alpha)
         kind, goal = target.kind, target.values(len(states), dtype, states.device)
-        _check_settings(kind, support, pairs)
+        if support is not None and support < 4:
+            raise RecipeError(f"support={support}: expected at least 4 tokens, or None for the whole vocabulary.")
         if kind == "probe_delta":
             kind, goal = "probe_value", goal + (beta * states).sum(-1)
         elif kind == "probe_prob":
             offset = getattr(direction, "bias", 0.0) if bias is None else bias
             kind, goal = "probe_value", goal.logit() / getattr(direction, "scale", 1.0) - float(offset)
-        return cls(geometry, states, beta, kind, goal, pairs, resolved, support, options or SolverOptions())
+        request = cls(geometry, states, beta, kind, goal, pairs, resolved, support, options or SolverOptions())
+        if kind == "target_prob":
+            request.concept()
+        return request
 
     def rows(self, index: torch.Tensor) -> SteerRequest:
         """The same for some of the rows."""
@@ -192,13 +190,6 @@ def check_alpha(kind: str, alpha: float) -> None:
             f"alpha={alpha:g} with the target {kind}: without regularisation a dual step leaves the hull of the "
             "unembedding at a finite length. Use alpha > 0, or a probe target with alpha >= 0."
         )
-
-
-def _check_settings(kind: str, support: int | None, pairs: TokenPairs | None) -> None:
-    if support is not None and support < 4:
-        raise RecipeError(f"support={support}: expected at least 4 tokens, or None for the whole vocabulary.")
-    if kind == "target_prob" and pairs is None:
-        raise RecipeError("The target target_prob needs pairs=, the tokens of the concept's two sides.")
 
 
 def _odd(values: torch.Tensor) -> str:

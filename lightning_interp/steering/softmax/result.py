@@ -124,7 +124,11 @@ def ends_there(
     change: torch.Tensor,
     resid: torch.Tensor,
 ) -> torch.Tensor:
-    """Whether states meet what was asked for, from the states alone: nothing that a solver says of itself counts.
+    """Whether states meet what was asked for ``[B]``, from the states alone and nothing that a solver says.
+
+    A dual step may be off by ten times the accepted share, a probe value by that share of the move, a KL or odds
+    by twice ``target_rtol`` (ten times for a walk in the state, as its line search does), and all by what the
+    rounding of the states makes of it. NaN is False.
 
     Args:
         request: What was asked for.
@@ -133,11 +137,6 @@ def ends_there(
         z: The family's logits at the states ``[B, V]``: where a model caps them, the target is one without the cap.
         change: How far they have moved ``[B, V]``.
         resid: Relative error of the dual coordinate ``[B]``; NaN for a walk in the state itself.
-
-    Returns:
-        bool ``[B]``, False where a number is NaN. A dual step may be off by ten times the accepted share, a probe value
-        by the accepted share of the move, a KL or odds by twice ``target_rtol`` (ten times for a walk in the state,
-        whose line search accepts that), and all by what the rounding of the states makes of it.
     """
     options, goal = request.options, request.goal
     eps, beta = 64 * torch.finfo(lam.dtype).eps, request.beta

@@ -125,8 +125,7 @@ def _direction(
     solve: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(Cov + alpha I)^-1 unit`` on the likeliest tokens, and the products it took."""
-    family, slope = _local_family(geometry, state, top_k)
-    p = _probabilities(geometry, family, state)
+    family, p, slope = _local_family(geometry, state, top_k)
     if solve == "dense":
         rows = family.weight * geometry.scale * slope[:, :, None]
         found = [solve_dense(r, q, v, alpha) for r, q, v in zip(rows, p, unit, strict=True)]
@@ -140,21 +139,15 @@ def _direction(
 
 def _local_family(
     geometry: SoftmaxGeometry, state: torch.Tensor, top_k: int | None
-) -> tuple[RestrictedFamily, torch.Tensor]:
+) -> tuple[RestrictedFamily, torch.Tensor, torch.Tensor]:
+    """The likeliest tokens, their probabilities, and the slope of the cap at their logits."""
     z = geometry.logits(state)
     index = z.topk(min(top_k or z.shape[-1], z.shape[-1]), dim=-1).indices
     family = restrict(geometry, index, state.dtype)
     kept = z.gather(-1, index)
     if geometry.softcap is None or geometry.on_softcap != "pullback":
-        return family, torch.ones_like(kept)
-    return family, 1 - torch.tanh(kept / geometry.softcap).square()
-
-
-def _probabilities(geometry: SoftmaxGeometry, family: RestrictedFamily, state: torch.Tensor) -> torch.Tensor:
-    z = family.logits(state)
-    if geometry.softcap is not None and geometry.on_softcap == "pullback":
-        z = geometry.softcap * torch.tanh(z / geometry.softcap)
-    return z.softmax(-1)
+        return family, kept.softmax(-1), torch.ones_like(kept)
+    return family, geometry.capped(kept).softmax(-1), 1 - torch.tanh(kept / geometry.softcap).square()
 
 
 def _fixed_cg(product: Any, b: torch.Tensor, cg_max: int, atol: float) -> tuple[torch.Tensor, torch.Tensor]:

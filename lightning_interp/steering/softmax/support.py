@@ -16,14 +16,7 @@ _REACH = 10.0
 
 
 class RestrictedFamily:
-    """The softmax over some tokens, renormalised, with tokens of its own in each row.
-
-    Args:
-        index: Token ids ``[B, K]``.
-        weight: Their rows of the unembedding ``[B, K, d]``.
-        bias: ``[B, K]`` or None.
-        scale: Factor of all logits.
-    """
+    """The softmax over tokens ``index`` ``[B, K]`` with rows ``weight`` ``[B, K, d]`` and ``bias`` ``[B, K]``."""
 
     def __init__(
         self, index: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: float = 1.0

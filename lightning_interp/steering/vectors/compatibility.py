@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Literal
+from typing import Literal, get_args
 
 from lightning_interp.core.model.fingerprint import check_fingerprint, model_fingerprint
 from lightning_interp.core.model.model_map import ModelMap
@@ -13,12 +13,11 @@ from lightning_interp.steering.vectors.steering_vectors import SteeringVector
 __all__ = ["CheckModel", "check_model_choice", "check_vector_model"]
 
 CheckModel = Literal["error", "warn", "off"]
-_CHOICES = ("error", "warn", "off")
 
 
 def check_model_choice(choice: str, *, what: str) -> CheckModel:
     """Refuse an unknown ``check_model``."""
-    if choice not in _CHOICES:
+    if choice not in get_args(CheckModel):
         raise RecipeError(f"{what}(check_model={choice!r}) is unknown; expected 'error', 'warn' or 'off'.")
     return choice  # type: ignore[return-value]
 

@@ -109,16 +109,13 @@ def extract_vector(
 def direction_between(
     positive: torch.Tensor, negative: torch.Tensor, method: Method, *, l2: float = 1.0
 ) -> torch.Tensor:
-    """A direction from rows of both classes, as long as the means lie apart along it, pointing to the positive one.
+    """A direction from rows of both classes, float64 ``[d]``, to the positive mean, as long as they lie apart.
 
     Args:
         positive: ``[n, d]``.
         negative: ``[m, d]``; for the ``pca`` methods ``[n, d]``, paired row by row.
         method: See :func:`extract_vector`.
         l2: Penalty of ``logistic``.
-
-    Returns:
-        float64 ``[d]``.
 
     Raises:
         RecipeError: If the method is unknown.

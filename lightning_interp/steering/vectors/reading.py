@@ -40,7 +40,7 @@ def as_direction(value: Any, what: str = "The direction") -> torch.Tensor:
     Raises:
         RecipeError: If it is no vector, holds NaN or infinities, or is zero.
     """
-    tensor = value if isinstance(value, torch.Tensor) else _tensor(value, what)
+    tensor = value if isinstance(value, torch.Tensor) else numbers_of(value, what)
     if tensor.dim() != 1 or tensor.numel() == 0 or tensor.is_complex():
         raise RecipeError(f"{what} has the shape {list(tensor.shape)} ({tensor.dtype}); expected real numbers [d].")
     check_finite(tensor, what)
@@ -80,7 +80,8 @@ def read_direction(probe: Any, site: Site | str | None = None) -> ReadDirection:
     from lightning_interp.steering.vectors.steering_vectors import SteeringVector
 
     if isinstance(probe, str | os.PathLike):
-        probe = _load(probe)
+        named = str(probe).lower().endswith(".safetensors") and read_tensors(probe)[1].get("format", "")
+        probe = ConceptProbe.load(Path(probe)) if named and "concept_probe" in named else SteeringVector.load(probe)
     if isinstance(probe, SteeringVector):
         return ReadDirection(as_direction(probe.only(site)).detach(), probe.fingerprint)
     if isinstance(probe, torch.Tensor | Sequence):
@@ -92,18 +93,9 @@ def read_direction(probe: Any, site: Site | str | None = None) -> ReadDirection:
     return ReadDirection(as_direction(probe.direction), probe.fingerprint)
 
 
-def _load(path: str | os.PathLike[str]) -> Any:
-    """A probe or a vector, as the file says that it is one."""
-    from lightning_interp.steering.concepts.probes import ConceptProbe
-    from lightning_interp.steering.vectors.steering_vectors import SteeringVector
-
-    if str(path).lower().endswith(".safetensors") and "concept_probe" in read_tensors(path)[1].get("format", ""):
-        return ConceptProbe.load(Path(path))
-    return SteeringVector.load(path)
-
-
-def _tensor(value: Any, what: str) -> torch.Tensor:
+def numbers_of(value: Any, what: str) -> torch.Tensor:
+    """Float32 numbers of nested lists."""
     try:
         return torch.as_tensor(value, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise RecipeError(f"{what} is {value!r:.60}, no vector: {error}. Pass a tensor [d].") from error
+        raise RecipeError(f"{what} is {value!r:.60}, no vector and no tensor: {error}.") from error
