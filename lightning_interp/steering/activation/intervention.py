@@ -52,8 +52,7 @@ class Steering(Intervention):
         tensors: What the member needs at each site; the last dimension of each tensor is the site's width.
         strength: A number, or one for each row ``[B]``; with ``k`` rows a prompt (beams, samples), ``[B / k]``.
         positions: Which tokens.
-        schedule: Factor of the strength over the steps of a generation; see
-            :mod:`~lightning_interp.steering.activation.strength_schedule`.
+        schedule: Factor of the strength over the steps of a generation, see :class:`StrengthSchedule`.
         vector: Where the tensors come from, to check and to record it.
         check_model: What to do with a vector of another model: ``error``, ``warn`` or ``off``.
 
@@ -207,8 +206,7 @@ class AddDirection(Steering):
 
     Args:
         direction: A tensor ``[d]`` for every site named by ``site``; a mapping from sites to tensors; a
-            ``SteeringVector``; or a file of one. A tensor that requires grad
-            stays the same object and is trained.
+            ``SteeringVector``; or a file of one. A tensor that requires grad stays the same object and is trained.
         site: One site or several, as objects or as text (``"resid_post.12"``). Left out, a vector's own sites.
         strength: See :class:`Steering`; times the direction's own length.
         positions: Which tokens.

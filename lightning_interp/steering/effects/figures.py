@@ -39,7 +39,7 @@ def steering_figure(
     bins: int = 10,
     title: str = "",
 ) -> Any:
-    """Side effects against ``P(W=1)``: one panel a score, one line a method, bands over contexts.
+    """A figure of side effects against ``P(W=1)``: one panel a score, one line a method, bands over contexts.
 
     The open marker is the unsteered state; the other points are means in equal bins of ``P(W=1)``.
 
@@ -50,9 +50,6 @@ def steering_figure(
         names: What to call methods in the legend.
         bins: Bins of ``P(W=1)``.
         title: Above the panels.
-
-    Returns:
-        A matplotlib figure.
     """
     shown = list(methods) if methods is not None else list(result.methods)
     title = f"{title}\n{_counted(result, shown)}; bands: 95 % intervals over contexts"
@@ -79,7 +76,9 @@ def path_figure(
     names: Mapping[str, str] | None = None,
     title: str = "",
 ) -> Any:
-    """Every path on its own: one score against another, one panel a method, one line a context.
+    """A figure of every path: one score against another, one panel a method, one line a context.
+
+    Points of saturated ``P(W=1)`` are left out; a dot marks each start.
 
     Args:
         result: Scored paths.
@@ -88,9 +87,6 @@ def path_figure(
         methods: One panel each; all by default.
         names: What to call methods.
         title: Above the panels.
-
-    Returns:
-        A matplotlib figure; points of saturated ``P(W=1)`` are left out, a dot marks each start.
 
     Raises:
         RecipeError: If a method or score is unknown.

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-__all__ = ["ROUNDED", "divergence", "entropy", "exact_arithmetic", "rounding", "working_dtype"]
+__all__ = ["ROUNDED", "centred", "divergence", "entropy", "exact_arithmetic", "rounding", "working_dtype"]
 
 _EXACT = ("none", "ieee")
 _TERMS = range(15, 2, -1)  # of the exponential series below 0.5, to the last digit of float64
@@ -61,6 +61,11 @@ def divergence(first: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     excess = torch.where(c.abs() < 0.5, p * (0.5 * c.square() * series), far).sum(-1)
     kl: torch.Tensor = torch.where(excess < 1, excess.log1p(), (first + c).logsumexp(-1)).clamp_min(0)
     return kl
+
+
+def centred(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """``p (u - sum(p u))``: the covariance's action in the space of logits; centring first loses fewer digits."""
+    return p * (u - (p * u).sum(-1, keepdim=True))
 
 
 def entropy(log_probs: torch.Tensor) -> torch.Tensor:

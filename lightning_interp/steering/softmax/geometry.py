@@ -16,7 +16,7 @@ from torch import nn
 from lightning_interp.core.model.head import SoftmaxHead, read_head
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.errors import IncompatibleModelError
-from lightning_interp.steering.softmax.arithmetic import divergence, entropy, exact_arithmetic, working_dtype
+from lightning_interp.steering.softmax.arithmetic import centred, divergence, entropy, exact_arithmetic, working_dtype
 from lightning_interp.steering.softmax.newton import REASONS, NewtonResult, Potential, minimise
 
 __all__ = ["Softcap", "SoftmaxGeometry"]
@@ -351,8 +351,3 @@ class SoftmaxGeometry:
                 f"{what} of {self.name}, which caps its logits at {self.softcap:g}: a capped head has no dual "
                 "coordinate. Use on_softcap='ignore', or the stepwise path (algorithm1)."
             )
-
-
-def centred(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """``p (u - sum(p u))``: the covariance's action in the space of logits; centring first loses fewer digits."""
-    return p * (u - (p * u).sum(-1, keepdim=True))

@@ -14,7 +14,7 @@ from typing import Protocol, Self
 
 import torch
 
-from lightning_interp.steering.softmax.arithmetic import exact_arithmetic
+from lightning_interp.steering.softmax.arithmetic import centred, exact_arithmetic
 from lightning_interp.steering.softmax.linear_solvers import Map, conjugate_gradient, likely_inverse
 
 __all__ = ["REASONS", "Family", "NewtonResult", "Potential", "Tolerance", "minimise"]
@@ -82,7 +82,7 @@ class Potential:
         if own is not None:
             return self.allowed(own(p, v)) + self.alpha * v
         u = self.family.logits_change(v)
-        return self.allowed(self.family.mean(p * (u - (p * u).sum(-1, keepdim=True)))) + self.alpha * v
+        return self.allowed(self.family.mean(centred(p, u))) + self.alpha * v
 
     def solve(
         self, p: torch.Tensor, b: torch.Tensor, *, tolerance: torch.Tensor, max_iterations: int

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 
 from lightning_interp.errors import RecipeError
-from lightning_interp.steering.softmax.arithmetic import exact_arithmetic, working_dtype
-from lightning_interp.steering.softmax.geometry import SoftmaxGeometry, centred
+from lightning_interp.steering.softmax.arithmetic import centred, exact_arithmetic, working_dtype
+from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
 from lightning_interp.steering.softmax.linear_solvers import solve_dense
 from lightning_interp.steering.softmax.request import TokenPairs
 from lightning_interp.steering.softmax.support import RestrictedFamily, restrict
@@ -67,9 +67,6 @@ def algorithm1(
         solve: Conjugate gradients, or a dense factorisation as in the paper's runs.
         pairs: With them a row stops when the concept's probability exceeds ``stop_prob``.
         stop_prob: See ``pairs``.
-
-    Returns:
-        The path.
 
     Raises:
         RecipeError: If a setting is out of its range.

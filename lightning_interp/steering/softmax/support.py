@@ -6,7 +6,7 @@ from typing import Self
 
 import torch
 
-from lightning_interp.steering.softmax.arithmetic import exact_arithmetic
+from lightning_interp.steering.softmax.arithmetic import centred, exact_arithmetic
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
 
 __all__ = ["PolishedFamily", "RestrictedFamily", "choose_support", "restrict"]
@@ -57,27 +57,13 @@ class PolishedFamily:
 
     def __init__(self, whole: SoftmaxGeometry, part: RestrictedFamily) -> None:
         self.whole, self.part = whole, part
-
-    def logits(self, lam: torch.Tensor) -> torch.Tensor:
-        """``[B, d] -> [B, V]``."""
-        return self.whole.logits(lam)
-
-    def logits_change(self, v: torch.Tensor) -> torch.Tensor:
-        """Linear part of :meth:`logits`."""
-        return self.whole.logits_change(v)
-
-    def mean(self, weights: torch.Tensor) -> torch.Tensor:
-        """Its transpose, ``[B, V] -> [B, d]``."""
-        return self.whole.mean(weights)
+        self.logits, self.logits_change = whole.logits, whole.logits_change
+        self.mean, self.gradients = whole.mean, whole.gradients
 
     def curvature(self, p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Hessian-vector product with the support's share of the probabilities ``p`` ``[B, V]``; ``[B, d]``."""
         inside, u = p.gather(-1, self.part.index), self.part.logits_change(v)
-        return self.part.mean(inside * (u - (inside * u).sum(-1, keepdim=True)))
-
-    def gradients(self, index: torch.Tensor) -> torch.Tensor:
-        """Gradients of the logits of tokens ``index`` ``[B, k]``: ``[B, k, d]``."""
-        return self.whole.gradients(index)
+        return self.part.mean(centred(inside, u))
 
     def rows(self, index: torch.Tensor) -> PolishedFamily:
         """The same for some of the rows."""

@@ -46,7 +46,7 @@ def extract_vector(
     token_budget: int = 4096,
     advance: Callable[[int], object] | None = None,
 ) -> SteeringVector:
-    """Read both sides once and make a direction at each site.
+    """Read both sides once and make a direction at each site, with all that is known about it.
 
     The mean difference keeps sums alone (``O(d)`` memory a site); the other methods keep one row a text and site.
 
@@ -64,9 +64,6 @@ def extract_vector(
         l2: Penalty of ``logistic``, see :func:`~lightning_interp.steering.concepts.probe_regression.fit_logistic`.
         token_budget: Most tokens of a forward pass.
         advance: Called with the number of texts that were just read.
-
-    Returns:
-        The vector, with all that is known about it.
 
     Raises:
         RecipeError: If the method is unknown.
