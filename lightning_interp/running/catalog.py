@@ -134,9 +134,6 @@ def recipe_module(name: str) -> ModuleType:
 
     Args:
         name: Without its ending, such as ``grafting/_common``.
-
-    Raises:
-        RecipeError: If it cannot be imported.
     """
     return _module_at(recipes_dir() / f"{name}.py")
 

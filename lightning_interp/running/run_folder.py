@@ -61,10 +61,6 @@ class RunFolder:
     def progress(self, description: str, total: float | None = None) -> AbstractContextManager[ProgressBar]:
         """Show a progress bar on a terminal, nothing elsewhere.
 
-        Args:
-            description: What is being done.
-            total: The number of steps, if known.
-
         Returns:
             A context manager; call ``advance()`` on what it gives.
         """

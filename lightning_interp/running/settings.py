@@ -54,11 +54,7 @@ def load_settings(cls: type[T], source: RecipeSource, overrides: Sequence[str] =
 
 
 def print_help(cls: type[Any], source: RecipeSource) -> None:
-    """Print every field with its meaning, type and value, below the header of the YAML file.
-
-    Raises:
-        RecipeError: If the YAML file holds a wrong key or value.
-    """
+    """Print every field with its meaning, type and value, below the header of the YAML file."""
     parser, values = _parser(cls, source), load_settings(cls, source)
     for key in parser.get_defaults().keys():  # noqa: SIM118 - a Namespace
         if key not in (_FILE, "recipe"):

@@ -60,11 +60,7 @@ def quantized_modules(module: nn.Module) -> list[str]:
 
 
 def check_dense(module: nn.Module, *, purpose: str, remedy: str) -> None:
-    """Refuse a quantised model.
-
-    Raises:
-        QuantizedModelError: If any module is quantised.
-    """
+    """Refuse a quantised model."""
     found = quantized_modules(module)
     if found:
         raise QuantizedModelError(
@@ -77,9 +73,6 @@ def check_strategy(strategy: Any, *, reads_weights: bool, purpose: str) -> None:
     """Refuse Lightning strategies that cannot do what an intervention needs.
 
     Strategies are told apart by class name, so that both Lightning namespaces and subclasses are seen.
-
-    Raises:
-        UnsupportedStrategyError: With the remedy.
     """
     names = [cls.__name__ for cls in type(strategy).__mro__]
     for name, remedy in _REFUSED.items():

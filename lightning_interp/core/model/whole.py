@@ -10,11 +10,7 @@ __all__ = ["check_weights"]
 
 
 def check_weights(module: nn.Module, *, purpose: str) -> None:
-    """Refuse models whose weight values are not whole on this process.
-
-    Raises:
-        UnsupportedStrategyError: If a parameter is sharded.
-    """
+    """Refuse models whose weight values are not whole on this process."""
     for name, parameter in module.named_parameters():
         if (
             type(parameter).__name__ == "DTensor"

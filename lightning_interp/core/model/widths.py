@@ -40,11 +40,7 @@ def site_width(model_map: ModelMap, site: Site) -> int | None:
 
 
 def check_width(model_map: ModelMap, site: Site, width: int, *, what: str) -> None:
-    """Refuse something of another width than the site's.
-
-    Raises:
-        IncompatibleModelError: With both widths.
-    """
+    """Refuse something of another width than the site's."""
     found = site_width(model_map, site)
     if found not in (None, width):
         raise IncompatibleModelError(

@@ -63,11 +63,7 @@ def check_child_name(run_dir: Path, key: str) -> str:
 
 
 def check_parents_free(run_dir: Path) -> None:
-    """Refuse to open a child run alone while a run that it belongs to is open.
-
-    Raises:
-        ManifestError: If such a run is open, in this process or another.
-    """
+    """Refuse to open a child run alone while a run that it belongs to is open."""
     path = Path(os.path.abspath(run_dir))
     while path.parent.name == CHILDREN:
         path = path.parent.parent

@@ -93,11 +93,7 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write ``text`` in UTF-8 to ``path`` so that a reader sees all of it or the old file.
-
-    Raises:
-        ManifestError: If the folder or the file cannot be written.
-    """
+    """Write ``text`` in UTF-8 to ``path`` so that a reader sees all of it or the old file."""
     return atomic_write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
@@ -117,11 +113,7 @@ def atomic_write_json(path: str | os.PathLike[str], obj: Any, *, nan_as_null: bo
 
 
 def check_writable(folder: str | os.PathLike[str]) -> Path:
-    """Make ``folder`` if it is missing and make sure that files can be written into it.
-
-    Raises:
-        ManifestError: If it cannot be made or written.
-    """
+    """Make ``folder`` if it is missing and make sure that files can be written into it."""
     probe = Path(folder) / f".writable-{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
@@ -212,11 +204,7 @@ def canonical_json(obj: Any) -> str:
 
 
 def digest(obj: Any) -> str:
-    """Return the SHA-256 of ``obj``'s canonical JSON in hexadecimal.
-
-    Raises:
-        DataError: If a value has no JSON form.
-    """
+    """Return the SHA-256 of ``obj``'s canonical JSON in hexadecimal."""
     return hashlib.sha256(canonical_json(obj).encode()).hexdigest()
 
 

@@ -49,11 +49,7 @@ def json_lines(
 
 
 def json_object(data: bytes, where: str, *, expected: str = "a JSON object", own: bool = False) -> dict[str, Any]:
-    """Read one JSON object.
-
-    Raises:
-        DataError: If it is none.
-    """
+    """Read one JSON object."""
     try:
         row = parse_json(data, own=own)
     except ValueError as error:
@@ -89,9 +85,6 @@ def raw_lines(
 
     Yields:
         The line's number, from 1, and its bytes with their end.
-
-    Raises:
-        DataError: If the file cannot be read.
     """
     try:
         with open(path, "rb") as file:
@@ -103,11 +96,7 @@ def raw_lines(
 
 
 def write_json_lines(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write a whole JSONL file; a reader sees the old file or the new one.
-
-    Raises:
-        ManifestError: If the file cannot be written.
-    """
+    """Write a whole JSONL file; a reader sees the old file or the new one."""
     with atomic_writer(path) as out:
         out.writelines(json_bytes(row) + b"\n" for row in rows)
     return Path(path)

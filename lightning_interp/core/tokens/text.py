@@ -204,11 +204,7 @@ def mask_by_text(
 
 
 def ids_of(step: StepContext, selector: object) -> torch.Tensor:
-    """The token ids of a pass ``[B, T]``.
-
-    Raises:
-        PositionError: If the model was called with embeddings.
-    """
+    """The token ids of a pass ``[B, T]``."""
     if step.input_ids is None:
         raise PositionError(f"{selector} reads token ids, but the model was called with inputs_embeds. Pass input_ids.")
     return step.input_ids

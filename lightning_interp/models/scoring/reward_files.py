@@ -28,9 +28,6 @@ def read_text_settings(folder: Path) -> dict[str, Any]:
 
     Returns:
         Values of ``TEXT_SETTINGS``; empty if the folder does not say.
-
-    Raises:
-        DataError: If the file is damaged.
     """
     path = folder / _FILE
     if not path.is_file():

@@ -61,11 +61,7 @@ class LoadOptions:
             raise RecipeError(f"There is no quantization {self.quantization!r}; choose '4bit', '8bit' or None.")
 
     def without_revision(self, source: str | Path) -> LoadOptions:
-        """The same options, refused with a revision: only hub ids have some.
-
-        Raises:
-            RecipeError: If there is one.
-        """
+        """The same options, refused with a revision: only hub ids have some."""
         if self.revision is not None:
             raise RecipeError(
                 f"revision={self.revision!r} means nothing for {str(source)!r}: only Hugging Face ids have revisions. "
@@ -75,11 +71,7 @@ class LoadOptions:
 
 
 def named_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """The type that a name stands for.
-
-    Raises:
-        RecipeError: If torch has no type of that name.
-    """
+    """The type that a name stands for."""
     if not isinstance(dtype, str):
         return dtype
     found: Any = getattr(torch, dtype.removeprefix("torch."), None)

@@ -69,11 +69,7 @@ class TokenLoss(Metric):
         self.tokens = self.tokens + tokens
 
     def compute(self) -> Tensor:
-        """Return the mean cross entropy a token.
-
-        Raises:
-            DataError: If no token was scored.
-        """
+        """Return the mean cross entropy a token."""
         if int(self.tokens) == 0:
             raise DataError(
                 "No batch had a labelled token, so there is no mean loss: all labels are -100 after the first column. "

@@ -39,11 +39,7 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float 
 
 
 def pair_losses(rewards: Tensor, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor | None:
-    """The loss of each pair ``[n]`` of a batch with the rewards ``[2 n]``; None for a batch of rated texts.
-
-    Raises:
-        DataError: If the batch holds neither pairs nor ratings.
-    """
+    """The loss of each pair ``[n]`` of a batch with the rewards ``[2 n]``; None for a batch of rated texts."""
     if "margin" in batch:
         chosen, rejected = rewards.chunk(2)
         return bradley_terry_loss(chosen, rejected, batch["margin"])
