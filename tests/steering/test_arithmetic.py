@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_interp.steering.softmax.arithmetic import exact_arithmetic, working_dtype
+from lightning_interp.steering.softmax.arithmetic import entropy, exact_arithmetic, working_dtype
 
 BACKENDS = (torch.backends.cuda, torch.backends.mkldnn)
 CPU = torch.device("cpu")
@@ -60,3 +60,9 @@ def test_work_is_done_in_float32_at_least():
     half, double = torch.ones(1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.float64)
     assert working_dtype(half, None) == torch.float32
     assert working_dtype(half, double) == torch.float64
+
+
+def test_entropy_passes_over_what_never_comes_and_keeps_nan():
+    rows = torch.tensor([[0.5, 0.5, 0.0], [torch.nan, 0.5, 0.5]]).log()
+    assert entropy(rows).isnan().tolist() == [False, True]
+    assert entropy(rows)[0].item() == pytest.approx(0.6931471805599453)
