@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from lightning import LightningModule
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_interp.errors import DataError
+
+if TYPE_CHECKING:
+    from lightning import LightningModule
 
 __all__ = ["PairScores", "PointScores", "bradley_terry_loss", "log_scores", "pair_losses"]
 
