@@ -50,6 +50,10 @@ class Scorer(ABC):
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Tensor:
         """Rewards of texts.
 
+        Args:
+            prompts: What each text answers.
+            texts: The texts.
+
         Returns:
             Float tensor of shape ``[n]``.
         """
@@ -189,6 +193,10 @@ class TextScorer(Scorer):
 
     def scores(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Scores:
         """Rewards of texts, and which of them were cut.
+
+        Args:
+            prompts: What each text answers.
+            texts: The texts.
 
         Returns:
             Float32 rewards and flags, each of shape ``[n]``, on the CPU.

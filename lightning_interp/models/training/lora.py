@@ -60,7 +60,12 @@ class LoraSettings:
                 raise RecipeError(f"LoRA cannot have {name}={value!r}: it would train nothing. Name at least one.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values, which :class:`LoraSettings` takes back and a checkpoint can hold."""
+        """The settings as plain values, which :class:`LoraSettings` takes back and a checkpoint can hold.
+
+        Example:
+            >>> LoraSettings(**LoraSettings(layers=(0, 1)).to_dict()).layers
+            [0, 1]
+        """
         plain = asdict(self)
         return {
             name: list(value) if isinstance(value, Sequence | set) and not isinstance(value, str) else value

@@ -115,7 +115,11 @@ class PairMassGate(_HeadGate):
         return tuple(sorted({token for pair in self.pairs for token in pair}))
 
     def bound(self, attachment: Attachment) -> Positions:
-        """See :meth:`Gate.bound`; a token that is not in the model's vocabulary is refused."""
+        """See :meth:`Gate.bound`.
+
+        Raises:
+            PositionError: If a token is not in the model's vocabulary.
+        """
         made: Any = super().bound(attachment)
         if not 0 <= self.ids[0] <= self.ids[-1] < made.geometry.vocabulary:
             raise PositionError(

@@ -90,8 +90,11 @@ class Steering(Intervention):
 
         Args:
             site: Which site.
-            x: Activation ``[B, n, d]``; a new tensor of the same shape and dtype comes back.
+            x: Activation ``[B, n, d]``.
             amount: The dose: a number that is not 0, or float32 that broadcasts to ``[B, n, 1]``.
+
+        Returns:
+            A new tensor of the same shape and dtype.
         """
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         with torch.autocast(x.device.type, enabled=False):
@@ -100,7 +103,15 @@ class Steering(Intervention):
 
     @abstractmethod
     def change(self, site: Site, x: torch.Tensor) -> torch.Tensor:
-        """What is added at dose 1, ``[B, n, d]`` or ``[d]``, to ``x`` ``[B, n, d]``, float32 or wider."""
+        """What is added at dose 1.
+
+        Args:
+            site: Which site.
+            x: Activation ``[B, n, d]``, float32 or wider.
+
+        Returns:
+            ``[B, n, d]`` or ``[d]``.
+        """
 
     def settings(self) -> dict[str, Any]:
         """The member's own settings for records, as plain values."""
@@ -140,7 +151,12 @@ class Steering(Intervention):
             hook_site(attachment, site, partial(self._act, positions, site))
 
     def describe(self) -> dict[str, Any]:
-        """What is done, where, and how much: plain values to keep beside every result."""
+        """What is done, where, and how much: plain values to keep beside every result.
+
+        Example:
+            >>> AddDirection(torch.ones(4), site="resid_post.1", strength=2.0).describe()["strength"]
+            2.0
+        """
         plain: dict[str, Any] = jsonable(
             {
                 "kind": type(self).__name__,
@@ -249,7 +265,14 @@ class AddDirection(Steering):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], **settings: Any) -> Self:
-        """Steer with the vector of a ``.safetensors`` or control-vector ``.gguf`` file, and the class's ``settings``.
+        """Read a vector from a file and steer with it.
+
+        Args:
+            path: A ``.safetensors`` file of this package, or a control-vector ``.gguf`` file.
+            **settings: Everything else that the class takes.
+
+        Returns:
+            The intervention.
 
         Raises:
             DataError: If the file is missing, damaged, or holds something else.

@@ -30,12 +30,15 @@ _SHOWN = 32  # numbers of a list that a description shows
 
 
 def bind_positions(positions: Positions, attachment: Attachment, sites: Sequence[Site]) -> Positions:
-    """The selector with all that its gates need from the model that is being hooked; itself if it holds no gate.
+    """Give every gate inside a selector what it needs from the model that is being hooked.
 
     Args:
         positions: The selector.
         attachment: Owns the hooks of gates that read a site of their own.
         sites: Where the selector will be asked.
+
+    Returns:
+        The selector to ask; ``positions`` itself if it holds no gate.
 
     Raises:
         SiteError: If a gate means nothing at one of the sites.
@@ -78,7 +81,13 @@ def same_at_every_site(positions: Positions) -> bool:
 
 
 def describe_positions(positions: Positions) -> dict[str, Any]:
-    """:meth:`Positions.to_dict` of a selector for records: long lists of numbers stand as their length.
+    """A selector as plain data for records: long lists of numbers stand as their length.
+
+    Args:
+        positions: The selector.
+
+    Returns:
+        What :meth:`Positions.to_dict` gives, short enough to read.
 
     Example:
         >>> describe_positions(Generated(0, 20))

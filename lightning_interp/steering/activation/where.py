@@ -65,10 +65,25 @@ class Gate(Positions):
 
     @abstractmethod
     def values(self, x: torch.Tensor) -> torch.Tensor:
-        """What is compared with the thresholds, float ``[B, n]``, of an activation ``[B, n, d]``."""
+        """What is compared with the thresholds.
+
+        Args:
+            x: Activation ``[B, n, d]``.
+
+        Returns:
+            float ``[B, n]``.
+        """
 
     def check(self, site: Site, attachment: Attachment) -> None:
-        """Refuse a site at which the value means nothing (``SiteError``). The default accepts every one."""
+        """Refuse a site at which the value means nothing. The default accepts every one.
+
+        Args:
+            site: Where the gate will be asked.
+            attachment: Knows the model.
+
+        Raises:
+            SiteError: With the sites at which it means something.
+        """
 
     def bound(self, attachment: Attachment) -> Positions:
         """The gate with what it needs from the model. The default needs nothing."""
@@ -174,7 +189,12 @@ class ProbeGate(Gate):
         return wide @ direction.to(wide) + self.offset
 
     def check(self, site: Site, attachment: Attachment) -> None:
-        """Refuse a site that does not exist or has another width, or another model."""
+        """Refuse a site of another width.
+
+        Raises:
+            SiteError: If the gate's own site does not exist.
+            IncompatibleModelError: With both widths.
+        """
         where, found = Site.parse(self.site) if self.site else site, self.found
         width = site_width(attachment.model_map, where)
         if width not in (None, len(found.direction)):

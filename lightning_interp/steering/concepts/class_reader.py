@@ -38,6 +38,10 @@ class PredictedSide:
 
     Raises:
         RecipeError: If a value makes no sense.
+
+    Example:
+        >>> PredictedSide(CounterfactualPairs([(0, 1)])).top_k
+        3
     """
 
     pairs: CounterfactualPairs

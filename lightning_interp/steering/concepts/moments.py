@@ -172,7 +172,13 @@ class ClassMoments:
         return made
 
     def reduced(self, group: Any = None) -> ClassMoments:
-        """Moments of all processes, the same on each; every process of the group (None for all) must call this.
+        """Moments of all processes, the same on each; every process must call this.
+
+        Args:
+            group: The process group; None for all processes.
+
+        Returns:
+            The merged moments; these themselves without a process group.
 
         Raises:
             DataError: See :meth:`__add__`.
@@ -180,7 +186,13 @@ class ClassMoments:
         return reduce_moments(self, group) or self
 
     def save(self, path: str | Path) -> Path:
-        """Write counts and sums to a safetensors file, making missing folders; ids are not kept.
+        """Write counts and sums to a safetensors file; ids are not kept.
+
+        Args:
+            path: The file; missing folders are made.
+
+        Returns:
+            ``path``.
 
         Raises:
             ManifestError: If the file cannot be written.
@@ -198,6 +210,12 @@ class ClassMoments:
     @classmethod
     def load(cls, path: str | Path) -> ClassMoments:
         """Read what :meth:`save` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The moments.
 
         Raises:
             DataError: If the file is missing, damaged, or holds something else.

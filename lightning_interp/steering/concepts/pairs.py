@@ -86,10 +86,15 @@ class CounterfactualPairs:
         """Pairs of strings that are one token each.
 
         Args:
-            pairs: Base to target, with the leading space (``" run"``) or as the vocabulary writes it (``"Ġrun"``).
+            pairs: Base to target, as text with its leading space (``" run"``) or as the vocabulary writes it
+                (``"Ġrun"``, ``"▁run"``).
             tokenizer: Of the model.
             name: What the concept is called.
-            missing: If a string is not one token: ``raise``, or ``drop`` its pair and count it under ``missing``.
+            missing: What to do about a string that is not one token: ``raise``, or ``drop`` its pair and count it under
+                ``missing``.
+
+        Returns:
+            The pairs.
 
         Raises:
             DataError: If a string is not one token and ``missing`` is ``raise``, or no pair is left.
@@ -160,7 +165,9 @@ class CounterfactualPairs:
     def target_prob(self, p: Tensor, *, eps: float = 0.0) -> Tensor:
         """``P(W=1) = p(S1) / (p(S0) + p(S1))``, ``[..., V] -> [...]``.
 
-        ``eps`` is added to the denominator (the authors' code adds 1e-10); without it, no mass on pairs gives NaN.
+        Args:
+            p: Probabilities ``[..., V]``.
+            eps: Added to the denominator (the authors' code adds 1e-10); without it, no mass on pairs gives NaN.
         """
         index, p = self.index(p), _real(p)
         return p[..., index.target].sum(-1) / (self.pair_mass(p) + eps)
@@ -176,7 +183,11 @@ class CounterfactualPairs:
     def resplit(self, p0: Tensor, w: float | Tensor) -> Tensor:
         """The oracle: ``p0`` with ``P(W=1) = w`` and ``P^Z`` unchanged, the best that any steering could do.
 
-        A target gets the share ``w`` (a number or ``[...]``) of its group; the base tokens share the rest as in ``p0``.
+        A target gets the share ``w`` of its group; the base tokens share the rest in proportion to ``p0``.
+
+        Args:
+            p0: Probabilities ``[..., V]``.
+            w: Share of the target side, a number or ``[...]``.
 
         Raises:
             RecipeError: If a share is not between 0 and 1.

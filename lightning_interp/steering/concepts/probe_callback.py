@@ -88,12 +88,15 @@ class ProbeCallback(InterventionCallback):
     def probe(
         self, kind: ProbeKind = "dual_md", *, stage: Stage | None = None, alpha: float | None = None
     ) -> ConceptProbe:
-        """The probe of what was read; its bias is half-way between the class means.
+        """The probe of what was read.
 
         Args:
             kind: ``dual_md``, ``primal_md``, or ``lda`` (with ``scatter``).
             stage: Which stage's moments; needed if several stages ran.
             alpha: Regularisation to keep in the probe.
+
+        Returns:
+            The probe; its bias is half-way between the class means.
 
         Raises:
             RecipeError: If nothing was read, or several stages were; or the moments do not hold what the kind needs.

@@ -145,7 +145,10 @@ class ConceptProbe:
         return float(torch.cosine_similarity(self.direction.double().cpu(), vector.detach().double().cpu(), dim=0))
 
     def check(self, model: nn.Module | ModelMap) -> None:
-        """Refuse a model (or a map of one) that this probe was not made for.
+        """Refuse a model that this probe was not made for.
+
+        Args:
+            model: A plain model, a PEFT wrapper, a LightningModule, or a map of one.
 
         Raises:
             IncompatibleModelError: If the width or the fingerprint differs.
@@ -183,7 +186,7 @@ class ConceptProbe:
         site: Site = _HEAD,
         meta: dict[str, Any] | None = None,
     ) -> ConceptProbe:
-        """Make a probe, with a float64 direction, from states of both classes.
+        """Make a probe from states of both classes.
 
         Args:
             base: States with ``W = 0``, ``[n, d]``; need not be paired with the others.
@@ -192,13 +195,17 @@ class ConceptProbe:
                 mean states), ``logistic`` (L2) or ``lda``.
             geometry: Gives dual coordinates; by default that of ``model``.
             model: Whose states these are: its fingerprint goes into the probe.
-            offset: Of mean differences: ``calibrated`` fits scale and bias to the training values (see ``calibrate``),
-                ``midpoint`` puts the bias half-way between the class means and leaves the scale at 1.
+            offset: Of mean differences: ``calibrated`` fits scale and bias to the training values (see
+                ``calibrate``), ``midpoint`` puts the bias half-way
+                between the class means and leaves the scale at 1.
             l2: Penalty of ``logistic``, see :func:`~lightning_interp.steering.concepts.probe_regression.fit_logistic`.
             ridge: Added to the covariance's diagonal by ``lda``.
             alpha: Kept in the probe.
             site: Where the states were read.
             meta: Kept in the probe.
+
+        Returns:
+            The probe; its direction is float64.
 
         Raises:
             RecipeError: If a value makes no sense, ``dual_md`` has no geometry, or both classes have the same mean.
@@ -238,6 +245,9 @@ class ConceptProbe:
             alpha: Kept in the probe.
             meta: Kept in the probe.
 
+        Returns:
+            The probe.
+
         Raises:
             RecipeError: If the moments do not hold what the kind needs, or both classes have the same mean.
             DataError: If a class has no states.
@@ -267,7 +277,13 @@ class ConceptProbe:
         return facts
 
     def save(self, path: str | Path) -> Path:
-        """Write the probe to a safetensors file, making missing folders.
+        """Write the probe to a safetensors file.
+
+        Args:
+            path: The file; missing folders are made.
+
+        Returns:
+            ``path``.
 
         Raises:
             ManifestError: If the file cannot be written.
@@ -278,7 +294,14 @@ class ConceptProbe:
 
     @classmethod
     def load(cls, path: str | Path, *, model: nn.Module | ModelMap | None = None) -> ConceptProbe:
-        """Read what :meth:`save` wrote; with ``model``, :meth:`check` it.
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: The file.
+            model: Refuse the probe if it was made for another model; see :meth:`check`.
+
+        Returns:
+            The probe, on the CPU.
 
         Raises:
             DataError: If the file is missing, damaged, or holds something else.

@@ -43,7 +43,7 @@ _DOUBLING = re.compile(r"[aeiou][bdgklmnprtvz]$")  # and the letter before is no
 
 
 def pairs_from_vocabulary(tokenizer: Any, kind: PairKind) -> CounterfactualPairs:
-    """All pairs of one kind whose two sides are single tokens, in the order of base tokens.
+    """All pairs of one kind whose two sides are single tokens.
 
     ``capitalised``
         `` word`` and `` Word``: at least two ASCII letters after a leading space. Pieces of words (`` lig``) are in it,
@@ -62,6 +62,9 @@ def pairs_from_vocabulary(tokenizer: Any, kind: PairKind) -> CounterfactualPairs
     Args:
         tokenizer: Of the model; its vocabulary must write a leading space as ``Ġ`` or ``▁``.
         kind: Which pairs; the base side is the plain form (lower case, number word, infinitive).
+
+    Returns:
+        The pairs, in the order of base tokens.
 
     Raises:
         RecipeError: If the kind is unknown.

@@ -124,7 +124,7 @@ def dual_alignment(phi: Tensor, beta: Tensor) -> Tensor:
 def score_distributions(
     log_p0: Tensor, log_p: Tensor, pairs: CounterfactualPairs, *, offset: float = 0.0, keep: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The scores ``[...]`` of ``SCORES`` that two distributions and the pairs tell, up to ``entropy``.
+    """Everything that two distributions and the pairs tell.
 
     Args:
         log_p0: Log-probabilities before steering, ``[V]`` or ``[..., V]``.
@@ -132,6 +132,10 @@ def score_distributions(
         pairs: Of the concept.
         offset: See :func:`kl_divergence`.
         keep: Reduced vocabulary of ``rank_difference``, see there; None makes it the full one.
+
+    Returns:
+        ``target_prob``, ``pair_mass``, ``off_target_kl``, ``rank_difference``, ``rank_difference_full``, ``total_kl``
+        and ``entropy``, each ``[...]``.
 
     Example:
         >>> pairs, log_p0 = CounterfactualPairs([(0, 1)]), torch.tensor([0.6, 0.2, 0.2]).log()
@@ -164,9 +168,7 @@ def score_path(
     mass: float = 0.99,
     points: int = 20,
 ) -> dict[str, Tensor]:
-    """Score every point of a path of states against its first: ``SCORES`` to float64 ``[n]`` on the CPU.
-
-    ``alignment`` is that of the step that leads to a point.
+    """Score every point of a path of states against its first point.
 
     Args:
         geometry: Of the model; distributions are the model's own, capped where it caps.
@@ -177,6 +179,9 @@ def score_path(
         offset: See :func:`kl_divergence`.
         mass: See :func:`covering_tokens`.
         points: How many equally spaced points of the path define the reduced vocabulary.
+
+    Returns:
+        Name of ``SCORES`` to ``[n]``, on the CPU in float64. ``alignment`` is that of the step that leads to a point.
 
     Raises:
         IncompatibleModelError: If the path is no ``[n, d]`` of this model.

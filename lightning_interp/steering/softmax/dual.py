@@ -30,9 +30,14 @@ _SUPPORT_BYTES = 2**28
 
 
 def combine(directions: Sequence[torch.Tensor], steps: Sequence[float]) -> torch.Tensor:
-    """One direction ``sum_k t_k beta_k`` for several concepts, to be used with ``t=1``.
+    """One direction for several concepts: dual steps add up, in any order, and are undone by their negatives.
 
-    Dual steps add up, in any order, and are undone by their negatives.
+    Args:
+        directions: ``beta_k`` ``[d]``.
+        steps: ``t_k``.
+
+    Returns:
+        ``sum_k t_k beta_k``, to be used with ``t=1``.
     """
     return torch.stack([step * direction for step, direction in zip(steps, directions, strict=True)]).sum(0)
 

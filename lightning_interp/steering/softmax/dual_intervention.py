@@ -110,7 +110,11 @@ class DualSteering(Intervention):
         return (_HEAD,)
 
     def check(self, model_map: ModelMap) -> None:
-        """Refuse a model of another width, or, with ``check_model``, another fingerprint than the probe's."""
+        """Refuse a model that the direction is not for.
+
+        Raises:
+            IncompatibleModelError: If widths or fingerprints differ.
+        """
         super().check(model_map)
         check_width(model_map, _HEAD, len(self.direction), what="DualSteering's direction")
         expected = getattr(self.probe, "fingerprint", None)
@@ -125,14 +129,23 @@ class DualSteering(Intervention):
         hook_site(attachment, _HEAD, partial(self._act, geometry, positions))
 
     def transform(self, site: Site, x: torch.Tensor, step: StepContext) -> torch.Tensor:
-        """Not used alone: steering needs the head that :meth:`install` reads, so this raises."""
+        """Not used alone: steering needs the head that :meth:`install` reads.
+
+        Raises:
+            RecipeError: Always.
+        """
         raise RecipeError(
             "DualSteering acts through attach(), which reads the model's head; its transform() cannot be called alone. "
             "Use attach(), or dual_steer() on states."
         )
 
     def describe(self) -> dict[str, Any]:
-        """What is done, where, and to which target: plain values to keep beside every result."""
+        """What is done, where, and to which target: plain values to keep beside every result.
+
+        Example:
+            >>> DualSteering(torch.ones(4), kl_budget=0.5).describe()["target"]
+            {'kl_budget': 0.5}
+        """
         value = as_numbers(getattr(self.target, self.target.kind))
         plain: dict[str, Any] = jsonable(
             {

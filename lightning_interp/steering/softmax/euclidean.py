@@ -27,7 +27,7 @@ def euclidean_steer(
     bias: float | None = None,
     **target: float | torch.Tensor | None,
 ) -> SteerResult:
-    """Ordinary steering ``lam + t beta`` at the targets of :func:`dual_steer`, with its diagnostics, for comparison.
+    """Ordinary steering ``lam + t beta`` at the same targets as :func:`dual_steer`, for comparison.
 
     Args:
         geometry: Of the model's head.
@@ -36,6 +36,9 @@ def euclidean_steer(
         pairs: Tokens of the concept, for ``target_prob``.
         bias: Offset of the probe, for ``probe_prob``.
         **target: As for :func:`dual_steer`.
+
+    Returns:
+        Steered states with the same diagnostics; no products are counted, as none are made.
 
     Raises:
         IncompatibleModelError: If a state or direction has another width, or is not finite.

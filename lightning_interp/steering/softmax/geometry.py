@@ -103,6 +103,9 @@ class SoftmaxGeometry:
             on_softcap: What to do with capped logits; see the class.
             vocab_size: Cut padding rows off the vocabulary; by default the model's own softmax, with them.
 
+        Returns:
+            The geometry.
+
         Raises:
             IncompatibleModelError: If the logits are no function of the head's input that this geometry knows.
             SiteError: If the model has no head.
@@ -159,7 +162,11 @@ class SoftmaxGeometry:
         return kappa * self.spread
 
     def check_state(self, *tensors: torch.Tensor) -> None:
-        """Refuse states or directions of another width (``IncompatibleModelError``)."""
+        """Refuse states or directions of another width.
+
+        Raises:
+            IncompatibleModelError: With both widths.
+        """
         for tensor in tensors:
             if tensor.shape[-1:] != (self.width,):
                 raise IncompatibleModelError(
@@ -255,13 +262,17 @@ class SoftmaxGeometry:
     ) -> torch.Tensor:
         """The state whose dual coordinate ``dual(lam, alpha=alpha)`` is ``y``, ``[..., d]``.
 
-        With ``alpha > 0`` there is exactly one, with 0 only inside the hull of the unembedding's rows.
+        With ``alpha > 0`` there is exactly one for every ``y``. With ``alpha = 0`` only points inside the convex hull
+        of the unembedding's rows have one.
 
         Args:
             y: Regularised dual coordinates ``[..., d]``.
             alpha: The regularisation that ``y`` was made with.
             start: First guess ``[..., d]``; the origin if None.
             rtol: Accepted error relative to ``y``; by default 1e-5 in float32 and 1e-12 in float64.
+
+        Returns:
+            The states.
 
         Raises:
             IncompatibleModelError: If a point could not be reached, such as one outside of the hull.

@@ -30,9 +30,9 @@ def dual_step(
     cg_max: int = 200,
     solved: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """States ``[B, d]`` with the dual coordinate moved by ``shift``; gradients go to the state and the shift.
+    """Move the dual coordinate by ``shift``, with gradients to the state and to the shift.
 
-    The head's weight is a constant: nothing flows back into it. The dtype stays that of ``lam``.
+    The head's weight is a constant: nothing flows back into it.
 
     Args:
         geometry: Of the head.
@@ -42,6 +42,9 @@ def dual_step(
         rtol: Accepted relative error, of the step and of the backward solve.
         cg_max: Hessian-vector products of the backward solve at most.
         solved: The steered states ``[B, d]``, where they are known already; only gradients are made then.
+
+    Returns:
+        Steered states ``[B, d]`` in the dtype of ``lam``.
 
     Raises:
         IncompatibleModelError: If the step or its gradient did not converge.

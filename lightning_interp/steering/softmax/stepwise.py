@@ -68,6 +68,9 @@ def algorithm1(
         pairs: With them a row stops when the concept's probability exceeds ``stop_prob``.
         stop_prob: See ``pairs``.
 
+    Returns:
+        The path.
+
     Raises:
         RecipeError: If a setting is out of its range.
         IncompatibleModelError: If a state or direction has another width.

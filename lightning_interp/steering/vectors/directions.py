@@ -46,7 +46,7 @@ def extract_vector(
     token_budget: int = 4096,
     advance: Callable[[int], object] | None = None,
 ) -> SteeringVector:
-    """Read both sides once and make a direction at each site, with all that is known about it.
+    """Read both sides once and make a direction at each site.
 
     The mean difference keeps sums alone (``O(d)`` memory a site); the other methods keep one row a text and site.
 
@@ -64,6 +64,9 @@ def extract_vector(
         l2: Penalty of ``logistic``, see :func:`~lightning_interp.steering.concepts.probe_regression.fit_logistic`.
         token_budget: Most tokens of a forward pass.
         advance: Called with the number of texts that were just read.
+
+    Returns:
+        The vector, with all that is known about it.
 
     Raises:
         RecipeError: If the method is unknown.
@@ -106,13 +109,16 @@ def extract_vector(
 def direction_between(
     positive: torch.Tensor, negative: torch.Tensor, method: Method, *, l2: float = 1.0
 ) -> torch.Tensor:
-    """A direction from rows of both classes, float64 ``[d]``, to the positive mean, as long as they lie apart.
+    """A direction from rows of both classes.
 
     Args:
         positive: ``[n, d]``.
         negative: ``[m, d]``; for the ``pca`` methods ``[n, d]``, paired row by row.
         method: See :func:`extract_vector`.
         l2: Penalty of ``logistic``.
+
+    Returns:
+        float64 ``[d]``, pointing from the negative to the positive mean, and as long as these lie apart along it.
 
     Raises:
         RecipeError: If the method is unknown.

@@ -35,12 +35,15 @@ _NAME = re.compile(r"direction\.(\d+)")
 
 
 def save_control_vector(vector: SteeringVector, path: str | os.PathLike[str], *, model_hint: str | None = None) -> Path:
-    """Write a vector for llama.cpp (``--control-vector``) and repeng, whole or not at all.
+    """Write a vector for llama.cpp (``--control-vector``) and repeng.
 
     Args:
         vector: Directions at ``resid_post`` of layers from 1 on.
-        path: The file.
+        path: The file; it appears whole or not at all.
         model_hint: Family of the model as llama.cpp names it; default is the vector's ``model_type``.
+
+    Returns:
+        ``path``.
 
     Raises:
         SiteError: If the layout has no place for one of the sites.
@@ -79,9 +82,15 @@ def save_control_vector(vector: SteeringVector, path: str | os.PathLike[str], *,
 
 
 def load_control_vector(path: str | os.PathLike[str]) -> SteeringVector:
-    """Read the ``resid_post`` vector of a control-vector file of llama.cpp, repeng or this package.
+    """Read a control-vector file of llama.cpp, repeng or this package.
 
     A layer whose direction is zero is one that is not steered, and is left out.
+
+    Args:
+        path: The ``.gguf`` file.
+
+    Returns:
+        The vector, at ``resid_post``.
 
     Raises:
         DataError: If the file is missing or damaged, or is no control vector.

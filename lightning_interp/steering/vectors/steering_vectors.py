@@ -84,7 +84,13 @@ class SteeringVector:
         return tensor_hash(*(self.directions[site] for site in sorted(self.sites, key=str)))
 
     def only(self, site: Site | str | None = None) -> torch.Tensor:
-        """The direction ``[d]`` at a site, which may be left out where there is one.
+        """The direction at a site.
+
+        Args:
+            site: Which; may be left out where there is one.
+
+        Returns:
+            ``[d]``.
 
         Raises:
             SiteError: With the sites that there are.
@@ -117,6 +123,12 @@ class SteeringVector:
 
     def without(self, other: SteeringVector) -> SteeringVector:
         """What is left when the part along another vector is projected out, at the sites they share.
+
+        Args:
+            other: A vector of the same model.
+
+        Returns:
+            A vector at the shared sites.
 
         Raises:
             IncompatibleModelError: If the vectors belong to different models, or share no site.
@@ -182,6 +194,12 @@ class SteeringVector:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a ``.safetensors`` file (one tensor a site, the rest as metadata) or a control-vector ``.gguf`` file.
 
+        Args:
+            path: The file; it appears whole or not at all.
+
+        Returns:
+            ``path``.
+
         Raises:
             RecipeError: If the ending is neither.
             SiteError: If a ``.gguf`` file cannot hold one of the sites.
@@ -199,6 +217,12 @@ class SteeringVector:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SteeringVector:
         """Read what :meth:`save` wrote, or a control-vector ``.gguf`` file of llama.cpp or repeng.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The vector.
 
         Raises:
             DataError: If the file is missing, damaged, or holds something else.
