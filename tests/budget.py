@@ -1,7 +1,8 @@
 """CPU seconds by test file: measured in every run, held to `budgets.json`, and written there by `make budgets`.
 
 CPU seconds, children's too, do not grow when other processes wait for the same core. They do grow where a core is
-slower or shares its caches, so a yardstick is timed all along and budgets are stretched by what it says.
+slower or shares its caches: so a yardstick is timed all along and stretches the budgets, and a file that took too much
+is measured once more, alone, before it turns a run red.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 import json
 import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,15 +60,27 @@ def yardstick() -> float:
     return time.process_time() - before
 
 
-def over(taken: dict[str, float], budgets: dict[str, Any], scale: float) -> list[str]:
-    """A line for each file that took more than it may."""
-    lines = []
+def over(taken: dict[str, float], budgets: dict[str, Any], scale: float) -> dict[str, str]:
+    """What to say of each file that took more than it may."""
+    said = {}
     for name, seconds in sorted(taken.items()):
         budget = budgets["files"].get(name, budgets["others"])
         if seconds > (limit := (FACTOR * budget + FLOOR) * scale):
             why = f"{FACTOR:g} x {budget:.1f} + {FLOOR:g}, on a machine that is {scale:.2f} times as slow"
-            lines.append(f"{name}: {seconds:.1f} CPU seconds, at most {limit:.1f} ({why})")
-    return lines
+            said[name] = f"{name}: {seconds:.1f} CPU seconds, at most {limit:.1f} ({why})"
+    return said
+
+
+def alone(names: Iterable[str], root: Path) -> dict[str, float]:
+    """The CPU seconds of test files that run alone, in one more process; of what is no file, none."""
+    files = [name for name in names if (root / name).is_file()]
+    if not files:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "cpu.json")
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "--budgets=off", f"--cpu-file={out}", *files]
+        subprocess.run(command, cwd=root, check=False, stdout=subprocess.DEVNULL)
+        return json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
 
 
 class Budget:
@@ -77,6 +93,7 @@ class Budget:
         self.collection: list[float] = []
         self.sticks: list[float] = []
         self.last_stick = float("-inf")
+        self.too_slow: dict[str, str] = {}
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
@@ -109,7 +126,10 @@ class Budget:
             self.config.workeroutput["budget"] = said
             return
         self.taken.update(_shared)
-        if session.exitstatus == pytest.ExitCode.OK and self.too_slow():
+        if self.config.option.cpu_file:
+            Path(self.config.option.cpu_file).write_text(json.dumps(self.taken), encoding="utf-8")
+        self.too_slow = self.judged(again=session.exitstatus == pytest.ExitCode.OK)
+        if self.too_slow and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     @pytest.hookimpl(optionalhook=True)
@@ -119,13 +139,15 @@ class Budget:
         self.collection += said["collection"]
         self.sticks += said["sticks"]
 
-    def too_slow(self) -> list[str]:
-        """Slow tests have no budget, so a run that was asked for them is not held to one."""
+    def judged(self, again: bool) -> dict[str, str]:
+        """The files over their budget, measured again or not; a run that was asked for slow tests has no budget."""
         option = self.config.option
         if option.budgets != "check" or option.markexpr not in ("", DEFAULT) or not (FILE.exists() and self.sticks):
-            return []
+            return {}
         budgets = json.loads(FILE.read_text(encoding="utf-8"))
-        return over(self.taken, budgets, max(1.0, statistics.median(self.sticks) / budgets["yardstick"]))
+        scale = max(1.0, statistics.median(self.sticks) / budgets["yardstick"])
+        first = over(self.taken, budgets, scale)
+        return over(alone(first, self.config.rootpath), budgets, scale) if first and again else first
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.config.option.cpu:
@@ -136,10 +158,10 @@ class Budget:
                 terminalreporter.line(f"{seconds:8.1f}  {name}")
         if self.config.option.budgets == "write":
             self.write()
-        elif lines := self.too_slow():
+        elif self.too_slow:
             terminalreporter.section("over the budget of CPU seconds", red=True)
             terminalreporter.line("Make these faster, or say with `make budgets` that they may take so long:")
-            for line in lines:
+            for line in self.too_slow.values():
                 terminalreporter.line(line)
 
     def write(self) -> None:
@@ -155,6 +177,7 @@ class Budget:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("budget")
     group.addoption("--cpu", type=int, default=0, metavar="N", help="show the N files that took most CPU seconds")
+    group.addoption("--cpu-file", metavar="PATH", help="write the CPU seconds of each file there, as JSON")
     group.addoption(
         "--budgets", choices=["check", "write", "off"], default="check", help="what to do with tests/budgets.json"
     )

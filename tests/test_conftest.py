@@ -107,10 +107,22 @@ def test_a_file_over_its_budget_is_named_and_what_is_shared_is_booked_apart(repo
 
 def test_budgets_are_a_factor_a_floor_and_the_speed_of_the_machine():
     budgets = {"others": 1.0, "files": {"a.py": 4.0}}
-    assert budget.over({"a.py": 6.9, "b.py": 2.4}, budgets, 1.0) == []
-    (line,) = budget.over({"a.py": 7.1, "b.py": 2.4}, budgets, 1.0)
-    assert line.startswith("a.py: 7.1 CPU seconds, at most 7.0 (1.5 x 4.0 + 1")
-    assert budget.over({"a.py": 13.9, "b.py": 5.1}, budgets, 2.0)[0].startswith("b.py: 5.1 CPU seconds, at most 5.0")
+    assert budget.over({"a.py": 6.9, "b.py": 2.4}, budgets, 1.0) == {}
+    said = budget.over({"a.py": 7.1, "b.py": 2.4}, budgets, 1.0)
+    assert list(said) == ["a.py"]
+    assert said["a.py"].startswith("a.py: 7.1 CPU seconds, at most 7.0 (1.5 x 4.0 + 1")
+    said = budget.over({"a.py": 13.9, "b.py": 5.1}, budgets, 2.0)
+    assert said["b.py"].endswith("at most 5.0 (1.5 x 1.0 + 1, on a machine that is 2.00 times as slow)")
+
+
+def test_a_file_over_its_budget_is_measured_alone_before_it_turns_a_run_red(tmp_path, monkeypatch):
+    (tmp_path / "test_slow.py").write_text(SLOW)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p budget -p no:cacheprovider")
+    taken = budget.alone(["test_slow.py", "smoke run of something"], tmp_path)
+    assert taken.keys() == {"test_slow.py", "what many share"}
+    assert 0.5 <= taken["test_slow.py"] < 5
+    assert budget.alone(["smoke run of something"], tmp_path) == {}
 
 
 @pytest.mark.parametrize("ci", [False, True])
