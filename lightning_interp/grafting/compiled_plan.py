@@ -163,11 +163,7 @@ def _alike(columns: list[list[int]]) -> torch.Tensor:
 
 
 class _States:
-    """Which sets of rules can own a token of one plan, as a machine that reads the rules in order.
-
-    Args:
-        kinds: Of each rule, whether it adds and whether it has graft dropout.
-    """
+    """Which sets of rules can own a token of a plan: a machine that reads rules (adds, has dropout) in order."""
 
     def __init__(self, kinds: tuple[tuple[bool, bool], ...]) -> None:
         self.kinds = kinds

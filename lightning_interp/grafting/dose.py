@@ -17,12 +17,7 @@ Doses = Mapping[str, torch.Tensor]
 
 
 def dose_of(dose: float | str, doses: Doses) -> Dose:
-    """The dose of a rule, for each layer.
-
-    Args:
-        dose: A number, or a key of ``doses``.
-        doses: Tensors, scalar or ``[L]``; read at every call, so that an optimiser may move them.
-    """
+    """The dose of a rule for each layer: a number, or ``doses[dose]`` (scalar or ``[L]``) read anew at every call."""
     if not isinstance(dose, str):
         return dose
     name = dose
@@ -35,17 +30,7 @@ def dose_of(dose: float | str, doses: Doses) -> Dose:
 
 
 def check_doses(rule: GraftRule, cells: set[Cell], doses: Doses, n_layers: int) -> None:
-    """Refuse doses that do not fit.
-
-    Args:
-        rule: A rule.
-        cells: What it grafts.
-        doses: Tensors by name.
-        n_layers: Blocks of the model.
-
-    Raises:
-        RecipeError: If a named dose is missing or has the wrong shape, or a cell is not linear in its parameters.
-    """
+    """Refuse a named dose that is missing or has a wrong shape, and doses of cells not linear in their parameters."""
     if rule.dose in (0, 1):
         return
     if any(name == "moe" for name, _ in cells):

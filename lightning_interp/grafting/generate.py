@@ -36,31 +36,9 @@ def complete(
     num_beams: int = 1,
     advance: Callable[[int], object] | None = None,
 ) -> list[dict[str, Any]]:
-    """Continue every prompt under every graft plan, without sampling, with a KV cache.
+    """Continue every prompt under every graft plan, without sampling, with a KV cache; one row a prompt and plan.
 
-    Args:
-        evaluator: Prompts, plans and tokenizer.
-        model: The recipient.
-        donor: See :class:`~lightning_interp.grafting.intervention.Graft`.
-        max_new_tokens: Length of the continuation.
-        decode: Weights of generated tokens; every row of the result names it.
-        num_beams: 1 is greedy.
-        advance: Called with the number of prompts that were just finished.
-
-    Returns:
-        One row a prompt and plan: ``prompt, unit, form, plan, decode, num_beams, target, completion, exact``; ``exact``
-        is 1 when the continuation begins with the whole target.
-
-    Raises:
-        RecipeError: If a number is below 1.
-
-    Example:
-        >>> from lightning_interp import GraftEvaluator, GraftPrompt
-        >>> from lightning_interp.testing import byte_tokenizer, tiny_pair
-        >>> evaluator = GraftEvaluator([GraftPrompt("Ann met", "Bo", {"FE": "Ann"})], byte_tokenizer())
-        >>> rows = complete(evaluator, *tiny_pair("llama"), max_new_tokens=3)
-        >>> len(rows), rows[0]["decode"]
-        (8, 'recipient')
+    ``exact`` is 1 when the continuation begins with the whole target; ``advance`` is told how many prompts are done.
     """
     if max_new_tokens < 1 or num_beams < 1:
         raise RecipeError(f"complete(max_new_tokens={max_new_tokens}, num_beams={num_beams}): both must be at least 1.")
@@ -114,19 +92,7 @@ def _written(
 
 
 def exact_match(rows: Sequence[Mapping[str, Any]], *, level: float = 0.95) -> dict[str, Estimate]:
-    """Share of facts whose whole answer was written, with Wilson's interval over units.
-
-    Args:
-        rows: From :func:`complete`.
-        level: Confidence level.
-
-    Returns:
-        One estimate a plan.
-
-    Example:
-        >>> exact_match([{"plan": "FE", "unit": "1", "exact": 1.0}, {"plan": "FE", "unit": "2", "exact": 0.0}])["FE"].n
-        2
-    """
+    """Share of facts whose whole answer was written, with Wilson's interval over units."""
     units: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         units.setdefault(row["plan"], {}).setdefault(row["unit"], []).append(row["exact"])

@@ -24,19 +24,7 @@ METRICS = (
 
 
 def target_rank(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Rank of the target, 1 for the largest; ties favour the target.
-
-    Args:
-        logits: ``[..., V]``.
-        target: Token ids ``[...]``.
-
-    Returns:
-        ``1 +`` the number of strictly larger logits, ``[...]``; a NaN counts as larger, so a broken model never hits.
-
-    Example:
-        >>> target_rank(torch.tensor([[3.0, 2.0, 2.0]]), torch.tensor([2])).item()
-        2
-    """
+    """Rank of the target, 1 for the largest; ties favour it. A NaN counts as larger, so a broken model never hits."""
     own = logits.gather(-1, target[..., None])
     return 1 + (~(logits <= own)).sum(dim=-1)
 
@@ -44,24 +32,11 @@ def target_rank(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def score_logits(
     logits: torch.Tensor, target: torch.Tensor, recipient: torch.Tensor, donor: torch.Tensor, *, top_k: int = 5
 ) -> torch.Tensor:
-    """Score predictions against the target and against the two plain models.
+    """Score logits ``[n, V]``, or ``[plans, n, V]``, against targets ``[n]`` and the two plain models' logits.
 
-    Args:
-        logits: ``[n, V]`` of some graft at the last prompt token, or ``[plans, n, V]`` of several.
-        target: First token of the expected answer, ``[n]``.
-        recipient: Logits of the recipient for the same prompts, ``[n, V]``.
-        donor: Logits of the donor, ``[n, V]``.
-        top_k: For the second column.
-
-    Returns:
-        ``[n, 8]`` or ``[plans, n, 8]``, columns as in ``METRICS``: top-1 and top-k hits, probability and
-        log-probability (nats) and rank of the target, its logit minus that of the recipient's favourite token, and
-        KL(recipient || graft) and KL(donor || graft) in nats.
-
-    Example:
-        >>> plain = torch.tensor([[2.0, 1.0]])
-        >>> score_logits(plain, torch.tensor([0]), plain, plain)[0, -2:].tolist()
-        [0.0, 0.0]
+    Returns ``[..., n, 8]``, columns as in ``METRICS``: top-1 and top-k hits, probability, log-probability (nats) and
+    rank of the target, its logit minus that of the recipient's favourite token, and KL(recipient || graft) and KL(donor
+    || graft) in nats.
     """
     logits, recipient, donor = logits.float(), recipient.float(), donor.float()
     log_p = logits.log_softmax(dim=-1)
@@ -91,29 +66,14 @@ def _kl(reference: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 
 class GraftScores(KeyedRows):
-    """Scores of every plan on every prompt, gathered over processes; a prompt counts once, whoever scored it.
-
-    Args:
-        plans: Names of the plans.
-
-    Example:
-        >>> scores = GraftScores(["PRE", "SFT"])
-        >>> scores.update(torch.tensor([0]), torch.ones(1, 2, len(METRICS)))
-        >>> scores.compute().shape
-        torch.Size([1, 2, 8])
-    """
+    """Scores of every plan on every prompt, gathered over processes; a prompt counts once, whoever scored it."""
 
     def __init__(self, plans: Sequence[str]) -> None:
         super().__init__(len(plans) * len(METRICS))
         self.plans = tuple(plans)
 
     def update(self, index: torch.Tensor, scores: torch.Tensor) -> None:
-        """Add scores.
-
-        Args:
-            index: Which prompts, ``[n]``.
-            scores: ``[n, plans, 8]``.
-        """
+        """Add scores ``[n, plans, 8]`` of the prompts ``[n]``."""
         self.add(index, scores)
 
     def compute(self) -> torch.Tensor:

@@ -112,21 +112,9 @@ def patched_logits(
     ids: torch.Tensor,
     step: StepContext,
 ) -> dict[str, torch.Tensor]:
-    """Logits at the last column of the recipient with some of a donor's activations.
+    """Logits ``[n, V]`` at the last column of the recipient under each plan, for left-padded prompts ``[n, T]``.
 
-    Args:
-        model_map: The recipient, in evaluation mode.
-        donors: All donors; the recipient of an adapter is the model with it off.
-        source: Which of them is read.
-        plans: Patches by name.
-        ids: The prompts, left-padded ``[n, T]``.
-        step: What position selectors see of them.
-
-    Returns:
-        ``[n, V]`` by name.
-
-    Raises:
-        RecipeError: If there is no such donor.
+    Activations come from donor ``source``; the recipient of an adapter is the model with it off.
     """
     if source not in donors:
         raise RecipeError(f"A patch takes activations from {source!r}, but the donors are {', '.join(donors)}.")

@@ -32,25 +32,10 @@ class _Interval:
 
 
 class PrefixTree:
-    """How to compute the last column of many rows with every shared prefix computed once.
+    """How to compute the last column of many left-padded rows ``[R, T]`` with every shared prefix computed once.
 
-    Args:
-        ids: Token ids ``[R, T]``, left-padded.
-        valid: Real tokens, bool ``[R, T]``.
-        inner: Class of the weights that each token's blocks use ``[R, T]``; equal classes, equal weights.
-        full: The same with final norm and head, ``[R, T]``; only the last column matters.
-        share: False computes each row from its first token in one pass (different rows only).
-
-    Attributes:
-        intervals: The passes, in order.
-        row_of: For each row, the row of the last interval that stands for it, ``[R]``.
-
-    Example:
-        >>> ids = torch.zeros(3, 10, dtype=torch.long)
-        >>> inner = torch.tensor([[0] * 9 + [last] for last in (0, 1, 2)])
-        >>> tree = PrefixTree(ids.repeat(20, 1), ids.repeat(20, 1) == 0, inner.repeat(20, 1), inner.repeat(20, 1))
-        >>> [(i.stop - i.start, len(i.rows)) for i in tree.intervals], tree.tokens
-        ([(10, 3)], 30)
+    ``inner`` and ``full`` class the weights of each token without and with norm and head: equal classes, equal weights.
+    ``intervals`` are the passes, in order; ``row_of`` says which row of the last one stands for each row.
     """
 
     def __init__(

@@ -89,20 +89,7 @@ class PromptBatch:
 
 
 def encode(prompt: GraftPrompt, index: int, tokenizer: Any, asked: Sequence[str]) -> EncodedPrompt:
-    """Tokenise one prompt and find its spans.
-
-    Args:
-        prompt: The prompt.
-        index: Its number.
-        tokenizer: A fast tokenizer.
-        asked: Spans that some plan selects.
-
-    Returns:
-        The encoded prompt.
-
-    Raises:
-        PositionError: If a span is missing or not found, or the prompt or its target is empty.
-    """
+    """Tokenise one prompt and find the spans that some plan selects."""
     if lacking := [name for name in asked if name not in prompt.spans]:
         raise PositionError(
             f"The prompt {prompt.text!r} has no span {lacking[0]!r}, which a plan selects; it has: "
@@ -123,18 +110,7 @@ def spans_of(positions: Any) -> Iterator[str]:
 
 
 def encode_prompt(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of a text and the characters of each.
-
-    Args:
-        tokenizer: A fast tokenizer.
-        text: The prompt.
-
-    Returns:
-        Ids ``[T]`` and half-open character spans ``[T]``.
-
-    Raises:
-        PositionError: If the tokenizer gives no offsets.
-    """
+    """Token ids of a text and the half-open span of characters of each."""
     if not getattr(tokenizer, "is_fast", False):
         raise PositionError(
             f"{type(tokenizer).__name__} gives no character offsets. Load the fast tokenizer of this model."
@@ -175,19 +151,7 @@ def locate_entity(tokenizer: Any, text: str, entity: str, *, which: str = "first
 
 
 def first_target_token(tokenizer: Any, text: str, target: str) -> int:
-    """Id of the first token of ``" " + target`` after a prompt (Nief et al. 2025, released code).
-
-    Args:
-        tokenizer: Any tokenizer.
-        text: The prompt.
-        target: The expected continuation.
-
-    Returns:
-        A token id.
-
-    Raises:
-        PositionError: If the target is empty.
-    """
+    """Id of the first token of ``" " + target`` after a prompt (Nief et al. 2025, released code)."""
     if not target.strip():
         raise PositionError(f"The target {target!r} of the prompt {text!r} is empty.")
     ids = list(tokenizer(text)["input_ids"])

@@ -23,13 +23,7 @@ __all__ = ["Rows", "last_logits", "model_inputs", "whole_head"]
 
 @dataclass(frozen=True)
 class Rows:
-    """Left-padded rows and the code of each of their tokens.
-
-    Args:
-        ids: ``[R, T]``.
-        valid: Real tokens, bool ``[R, T]``.
-        codes: From the graft's schedule, ``[R, T]``.
-    """
+    """Left-padded token ids, which of them are real, and the graft's code of each, all ``[R, T]``."""
 
     ids: torch.Tensor
     valid: torch.Tensor
@@ -41,19 +35,6 @@ def last_logits(model_map: ModelMap, graft: Graft, rows: Rows, tree: PrefixTree,
     """Logits at the last column of every different row.
 
     The graft must be attached. Passes go depth first, so that only one path of caches is alive.
-
-    Args:
-        model_map: The recipient.
-        graft: The attached graft; its ``given`` codes are set for each pass and cleared at the end.
-        rows: All rows.
-        tree: Their tree.
-        token_budget: Most tokens (rows x columns, cached ones counted) of one pass.
-
-    Returns:
-        ``[different rows, V]``, to be indexed by ``tree.row_of``.
-
-    Raises:
-        UnsupportedStrategyError: If the model returns no cache that its rows can be picked from.
     """
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -105,17 +86,7 @@ def _pass(
 
 
 def model_inputs(model: nn.Module, ids: torch.Tensor, valid: torch.Tensor, *, start: int = 0) -> dict[str, Any]:
-    """Arguments of a forward pass over the columns from ``start`` on, with logits of the last column only.
-
-    Args:
-        model: A Hugging Face decoder.
-        ids: ``[R, T]``, left-padded, cached columns included.
-        valid: Real tokens, bool ``[R, T]``.
-        start: Columns that are in the cache.
-
-    Returns:
-        Keyword arguments on the model's device.
-    """
+    """Arguments of a forward pass over the columns from ``start`` on, with logits of the last column only."""
     device = next(model.parameters()).device
     accepted = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {"input_ids": ids[:, start:].to(device), "attention_mask": valid.long().to(device)}

@@ -92,17 +92,7 @@ class CaptureCallback(InterventionCallback):
 
 
 def load_captures(folder: str | Path) -> dict[str, list[torch.Tensor]]:
-    """Read what :class:`CaptureCallback` wrote for one stage.
-
-    Args:
-        folder: For example ``activations/predict``.
-
-    Returns:
-        Site (as text) to its tensors, in the order of batch, loader, rank and forward pass.
-
-    Raises:
-        DataError: If the folder holds no captures.
-    """
+    """What :class:`CaptureCallback` wrote for one stage, by site (text), in order of batch, loader, rank and pass."""
     places = {file: _NAME.fullmatch(file.name) for file in Path(folder).glob("rank*-batch*.safetensors")}
     ordered = sorted((int(m["batch"]), int(m["loader"] or 0), int(m["rank"]), f) for f, m in places.items() if m)
     files = [file for *_, file in ordered]

@@ -21,9 +21,6 @@ class MeteredCallback(InterventionCallback, ABC):
     :meth:`kept` what is kept. In ``predict``, where Lightning logs nothing, it is in :attr:`measured` alone. Validation
     inside of ``fit`` does not interrupt the count of training; sanity checks count nothing. For the arguments see
     :class:`~lightning_interp.core.callbacks.intervention_callback.InterventionCallback`.
-
-    Attributes:
-        measured: By stage, the measures of its last epoch. Saved in checkpoints.
     """
 
     def __init__(self, *args: Any, **settings: Any) -> None:

@@ -226,33 +226,13 @@ class Monitor(L.Callback, ABC):
 
 
 def log_reduced(module: Any, values: Mapping[str, float], *, on_step: bool = False, logger: bool = True) -> None:
-    """Log numbers that every process holds alike already, so nothing is left to synchronise.
-
-    Args:
-        module: The LightningModule, in a hook in which Lightning logs.
-        values: By name.
-        on_step: As the values of a step, not of an epoch.
-        logger: Whether loggers see them.
-    """
+    """Log numbers that every process holds alike already, so nothing is left to synchronise."""
     how = {"on_step": on_step, "on_epoch": not on_step, "logger": logger, "sync_dist": False, "rank_zero_only": False}
     module.log_dict(dict(values), batch_size=1, **how)
 
 
 def own_rows(trainer: Any, n: int) -> range:
-    """Which of ``n`` rows this process looks at: all of them where sharded weights need every process in every pass.
-
-    Args:
-        trainer: The Trainer.
-        n: Rows.
-
-    Returns:
-        Every ``world_size``-th row, from the rank on.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> list(own_rows(SimpleNamespace(strategy=None, global_rank=1, world_size=2), 5))
-        [1, 3]
-    """
+    """Which of ``n`` rows this process looks at: all of them where sharded weights need every process in every pass."""
     if is_sharded(trainer.strategy):
         return range(n)
     return range(trainer.global_rank, n, trainer.world_size)

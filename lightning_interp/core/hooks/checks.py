@@ -25,12 +25,7 @@ _WRAPPERS = {
 
 
 def check_hookable(module: nn.Module) -> None:
-    """Refuse modules whose hooks would be ignored.
-
-    Raises:
-        CompiledModelError: If any part of it was compiled.
-        UnsupportedStrategyError: If it is, or holds, a model wrapped by FSDP1 or DeepSpeed.
-    """
+    """Refuse modules whose hooks would be ignored."""
     config = sys.modules.get("torch._dynamo.config")  # not imported: nothing was compiled with it
     ignored = getattr(config, "skip_nnmodule_hook_guards", True)
     outermost = getattr(module, "_compiler_ctx", None) is not None

@@ -26,11 +26,7 @@ _PASSES = 32
 
 
 class Hook:
-    """A hook that belongs to one attachment: a copied or unpickled module carries an inert one.
-
-    Args:
-        function: What to run; None does nothing.
-    """
+    """A hook that belongs to one attachment: a copied or unpickled module carries an inert one."""
 
     __slots__ = ("function",)
 
@@ -324,16 +320,7 @@ class Compose(Intervention):
 def hook_site(
     attachment: Attachment, site: Site, function: Callable[[torch.Tensor, StepContext], torch.Tensor]
 ) -> None:
-    """Put ``function(x, step) -> x`` on one site.
-
-    Args:
-        attachment: Owns the handle and knows the running step.
-        site: Where.
-        function: Must return a tensor of the same shape and dtype; ``x`` itself leaves the pass untouched.
-
-    Raises:
-        SiteError: If the model lacks the site.
-    """
+    """Put ``function(x, step) -> x`` (same shape and dtype) on one site; ``x`` itself leaves the pass untouched."""
     point = attachment.model_map.module(site)
     if site.kind in ("unembed_in", "logits"):
         attachment.watch_head()
@@ -384,12 +371,7 @@ def first_input(
 
 
 def split_output(output: Any) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
-    """The activation in a module's output, and what came with it (None if the output is the tensor itself).
-
-    Example:
-        >>> split_output((torch.zeros(1), "cache"))[1]
-        ('cache',)
-    """
+    """The activation in a module's output, and what came with it (None if the output is the tensor itself)."""
     if isinstance(output, torch.Tensor):
         return output, None
     return output[0], tuple(output[1:])

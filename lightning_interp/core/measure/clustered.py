@@ -34,15 +34,7 @@ _NAN = math.nan
 
 
 class Point(NamedTuple):
-    """An estimate before it has an interval.
-
-    Args:
-        value: The estimate.
-        se: Its standard error; NaN where the sample carries none.
-        df: Degrees of freedom for Student's t.
-        n: Units that it rests on.
-        smallest: Units (or clusters) in the smallest sample that the error is estimated from.
-    """
+    """An estimate before it has an interval; ``smallest`` counts units (clusters) of the smallest sample in ``se``."""
 
     value: float
     se: float
@@ -73,17 +65,6 @@ def mean_point(x: Vector, cluster: Codes | None = None) -> Point:
 
     The cluster error is ``sqrt(G / (G - 1) * sum_g (sum_{i in g} (x_i - mean))^2) / n`` (CR1); with one unit a cluster
     it is ``sd / sqrt(n)``.
-
-    Args:
-        x: Values, ``[n]``.
-        cluster: Number of each unit's cluster, ``[n]``.
-
-    Returns:
-        The mean and its error.
-
-    Example:
-        >>> mean_point(np.array([1.0, 2.0, 3.0])).se ** 2 * 3
-        1.0
     """
     if cluster is None:
         return Point(mean(x), math.sqrt(variance(x) / x.size) if x.size > 1 else _NAN, x.size - 1, x.size, x.size)
@@ -101,30 +82,12 @@ def _clustered(value: float, influence: Vector, cluster: Codes, n: int) -> Point
 
 
 def paired_point(x: Vector, y: Vector, cluster: Codes | None = None) -> Point:
-    """Mean difference of two values of the same units, with the error of :func:`mean_point`.
-
-    Example:
-        >>> paired_point(np.array([1.0, 5.0]), np.array([0.0, 4.0]))[:2]
-        (1.0, 0.0)
-    """
+    """Mean difference of two values of the same units, with the error of :func:`mean_point`."""
     return mean_point(x - y, cluster)
 
 
 def difference_point(x: Vector, first: Mask, cluster: Codes | None = None) -> Point:
-    """Difference of the means of two samples, with Welch's error or the one of independent clusters.
-
-    Args:
-        x: Values, ``[n]``.
-        first: Which of them are of the first sample, ``[n]``; the rest are of the second.
-        cluster: Number of each unit's cluster, ``[n]``.
-
-    Returns:
-        The difference and its error; NaN if a sample is empty.
-
-    Example:
-        >>> difference_point(np.array([3.0, 2.0, 4.0, 1.0, 0.0, 2.0, 1.0]), np.arange(7) < 3).value
-        2.0
-    """
+    """Mean where ``first`` holds minus the mean elsewhere, with Welch's error or the one of independent clusters."""
     one, zero = x[first], x[~first]
     value, smaller = mean(one) - mean(zero), min(one.size, zero.size)
     if smaller < 2:
@@ -139,21 +102,7 @@ def difference_point(x: Vector, first: Mask, cluster: Codes | None = None) -> Po
 
 
 def point_interval(point: Point, *, ci: str, alpha: float) -> tuple[float, float, str]:
-    """Normal or Student's interval of a point.
-
-    Args:
-        point: Estimate and error.
-        ci: ``"auto"``, ``"normal"`` or ``"t"``.
-        alpha: One minus the confidence level.
-
-    Returns:
-        Low, high, and the name of the distribution.
-
-    Example:
-        >>> low, high, name = point_interval(Point(0.0, 1.0, 9.0, 10, 10), ci="auto", alpha=0.05)
-        >>> round(high, 4), name
-        (2.2622, 't(9)')
-    """
+    """Ends of a point's interval and its distribution's name; ``ci`` is ``auto``, ``normal`` or ``t``."""
     from scipy.special import ndtri, stdtrit
 
     student = ci == "t" or (ci == "auto" and point.smallest < SMALL)

@@ -10,22 +10,7 @@ __all__ = ["KeyedRows", "Sums"]
 
 
 class Sums(Metric):
-    """Sums of named quantities over batches and processes; a subclass says what is summed and what is made of it.
-
-    Args:
-        *names: Of the quantities.
-
-    Example:
-        >>> class Mean(Sums):
-        ...     def update(self, x):
-        ...         self.add(torch.stack([x.sum(), x.new_tensor(float(len(x)))]))
-        ...     def compute(self):
-        ...         total, count = self.totals()
-        ...         return total / count
-        >>> mean = Mean("total", "count")
-        >>> mean.update(torch.tensor([1.0, 2.0])), mean.update(torch.tensor([6.0])), mean.compute()
-        (None, None, 3.0)
-    """
+    """Sums of named quantities over batches and processes: ``update`` calls :meth:`add`, ``compute`` :meth:`totals`."""
 
     full_state_update = False
     is_differentiable = False
@@ -52,23 +37,7 @@ class Sums(Metric):
 
 
 class KeyedRows(Metric):
-    """Rows of numbers, each known by integers; a row counts once, on whichever process or how often it came.
-
-    Args:
-        width: Numbers in a row.
-        keys: Integers that name a row, each below 2**53.
-
-    Example:
-        >>> class Scores(KeyedRows):
-        ...     def update(self, index, values):
-        ...         self.add(index, values)
-        ...     def compute(self):
-        ...         return self.table()[1]
-        >>> scores = Scores(1)
-        >>> scores.update(torch.tensor([1, 0, 1]), torch.tensor([[5.0], [7.0], [5.0]]))
-        >>> scores.compute().tolist()
-        [[7.0], [5.0]]
-    """
+    """Rows of ``width`` numbers, known by ``keys`` integers below 2**53; each counts once, however often it came."""
 
     full_state_update = False
     is_differentiable = False
@@ -86,12 +55,7 @@ class KeyedRows(Metric):
         return torch.float32 if self.device.type == "mps" else torch.float64
 
     def add(self, keys: Tensor, values: Tensor) -> None:
-        """Add rows.
-
-        Args:
-            keys: ``[n]``, or ``[n, keys]``.
-            values: ``[n, width]``, or any shape of as many numbers.
-        """
+        """Add rows: ``[n]`` or ``[n, keys]`` integers, and as many times ``width`` numbers."""
         count = len(keys)
         parts = (keys.reshape(count, self.keys), values.reshape(count, self.width))
         self.rows.append(torch.cat([part.detach().to(self.device, self.dtype) for part in parts], dim=1).flatten())

@@ -21,20 +21,9 @@ CHUNK = 2**18
 def draw_counts(
     generator: np.random.Generator, n: int, resamples: int, *, chunk: int = CHUNK
 ) -> Iterator[NDArray[np.float64]]:
-    """How often each of ``n`` things is drawn when ``n`` are drawn with replacement, a block of resamples at a time.
+    """How often each of ``n`` things is drawn when ``n`` are drawn with replacement: blocks of resamples ``[rows, n]``.
 
-    Args:
-        generator: Where the draws come from.
-        n: Things.
-        resamples: Rows in all.
-        chunk: Counts in a block, at least one row.
-
-    Yields:
-        Counts ``[rows, n]``; each row sums to ``n``. The draws do not depend on ``chunk``.
-
-    Example:
-        >>> [block.sum(axis=1).tolist() for block in draw_counts(np.random.default_rng(0), 4, 3, chunk=8)]
-        [[4.0, 4.0], [4.0]]
+    The draws do not depend on ``chunk``, the counts in a block.
     """
     rows = max(1, chunk // max(n, 1))
     for start in range(0, resamples if n else 0, rows):
@@ -45,20 +34,9 @@ def draw_counts(
 
 
 def interval_ends(value: float, replicates: Vector, *, alpha: float, kind: str = "percentile") -> tuple[float, float]:
-    """Ends of a bootstrap interval.
+    """Ends of a ``percentile`` interval, or of a ``basic`` one (mirrored at the estimate).
 
-    Args:
-        value: The estimate.
-        replicates: The estimate in each resample; NaN where a resample gives none.
-        alpha: One minus the confidence level.
-        kind: ``"percentile"``, or ``"basic"`` (mirrored at the estimate).
-
-    Returns:
-        Low and high; NaN where fewer than half of the resamples give an estimate.
-
-    Example:
-        >>> interval_ends(1.0, np.array([0.0, 1.0, 4.0]), alpha=0.5, kind="basic")
-        (-0.5, 1.5)
+    NaN where fewer than half of the resamples give an estimate.
     """
     usable = replicates[np.isfinite(replicates)]
     if not np.isfinite(value) or 2 * usable.size < replicates.size:
@@ -77,25 +55,8 @@ def nested_bootstrap(
     """Draw again at every level: things of the outermost level, in each of these the next level's, at last the values.
 
     For means over questions of several datasets and seeds, whose errors go together: datasets > seeds > questions.
-
-    Args:
-        values: One a unit, ``[n]``.
-        *levels: What each unit belongs to, from the outermost level on, ``[n]`` each; of an inner level the same name
-            in two outer things means two things. None draws units alone.
-        statistic: Of the values that were drawn.
-        resamples: Number of resamples.
-        seed: Of the draws; each resample has a generator of its own.
-
-    Returns:
-        The statistic in each resample, ``[resamples]``; see :func:`interval_ends`.
-
-    Raises:
-        DataError: If there is no value, or a level has another length.
-
-    Example:
-        >>> spread = nested_bootstrap([0.0, 0.0, 1.0, 1.0], ["a", "a", "b", "b"], resamples=400)
-        >>> sorted(set(spread.tolist()))
-        [0.0, 0.5, 1.0]
+    ``levels`` say what each unit belongs to, from the outermost on; of an inner level the same name in two outer things
+    means two things. None draws units alone.
     """
     x = np.asarray(values, dtype=np.float64)
     if not x.size or any(len(level) != x.size for level in levels):

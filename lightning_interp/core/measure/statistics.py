@@ -28,19 +28,9 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and what is known about it.
+    """A number and what is known about it; ``n`` counts units of sampling (facts, contexts, texts), not rows.
 
-    Args:
-        value: The estimate.
-        low: Lower end of the interval; NaN where the sample carries none.
-        high: Upper end.
-        n: Units of sampling (facts, contexts, texts), not rows.
-        level: Confidence level.
-        method: How the interval was made.
-
-    Example:
-        >>> str(Estimate(0.5, 0.25, 0.75, 16, 0.95, "wilson"))
-        '0.50 [0.25, 0.75]'
+    The ends are NaN where the sample carries no interval.
     """
 
     value: float
@@ -64,20 +54,6 @@ def proportion_interval(shares: Sequence[float], *, level: float = 0.95) -> Esti
 
     The interval does not collapse at 0 or 1, where a bootstrap would. With several trials a unit the shares are no
     longer 0 or 1 and the interval is conservative.
-
-    Args:
-        shares: One value a unit.
-        level: Confidence level.
-
-    Returns:
-        The estimate.
-
-    Raises:
-        RecipeError: If a share is no share, or ``level`` no confidence level.
-
-    Example:
-        >>> print(proportion_interval([1.0] * 16))
-        1.00 [0.81, 1.00]
     """
     from scipy.stats import norm
 
@@ -109,24 +85,7 @@ def nested_interval(
 ) -> Estimate:
     """Mean of units inside of things that were sampled too, such as datasets > seeds > questions.
 
-    Args:
-        values: One a unit.
-        *levels: What each unit belongs to, from the outermost level on; see
-            :func:`~lightning_interp.core.measure.resampling.nested_bootstrap`.
-        level: Confidence level.
-        seed: Of the resampling.
-        resamples: Number of resamples.
-
-    Returns:
-        The estimate; its ``n`` counts the outermost things, and with fewer than two its interval is NaN.
-
-    Raises:
-        DataError: If there is no value, or a level has another length.
-        RecipeError: If ``level`` is no confidence level.
-
-    Example:
-        >>> nested_interval([0.0, 1.0, 0.0, 1.0], ["a", "a", "b", "b"]).n
-        2
+    ``n`` counts the outermost things; with fewer than two the interval is NaN.
     """
     _check_level(level)
     spread = nested_bootstrap(values, *levels, resamples=resamples, seed=seed)
@@ -136,21 +95,7 @@ def nested_interval(
 
 
 def ratio_interval(top: Sequence[float], bottom: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Estimate:
-    """Ratio of two means over the same units, with a paired percentile bootstrap.
-
-    Args:
-        top: Numerator, one value a unit.
-        bottom: Denominator, one value a unit.
-        level: Confidence level.
-        seed: Of the resampling.
-
-    Returns:
-        The estimate; NaN where the denominator's mean is zero.
-
-    Example:
-        >>> round(ratio_interval([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]).value, 6)
-        0.5
-    """
+    """Ratio of two means over the same units, with a paired percentile bootstrap; NaN where the bottom's is zero."""
 
     def ratio(x: Values, y: Values) -> Values:
         bottoms = y.mean(axis=-1)
@@ -165,18 +110,7 @@ def bootstrap_interval(
 ) -> Estimate:
     """A statistic with a percentile bootstrap that draws units, the same ones in every sample.
 
-    Args:
-        statistic: Called with one array a sample, ``[..., n]``; reduces the last axis.
-        samples: One value a unit in each.
-        level: Confidence level.
-        seed: Of the resampling; the global random state is not used.
-        resamples: Number of resamples.
-
-    Returns:
-        The estimate; its interval is NaN with fewer than two units.
-
-    Raises:
-        RecipeError: If the samples have different lengths, or ``level`` is no confidence level.
+    ``statistic`` gets one array ``[..., n]`` a sample and reduces the last axis.
     """
     _check_level(level)
     arrays = [np.asarray(sample, dtype=np.float64) for sample in samples]

@@ -16,18 +16,7 @@ __all__ = ["evaluating", "undisturbed"]
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode for every module below those given; each is put back by itself, as it was.
-
-    Args:
-        *modules: What is put into evaluation mode.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5).eval())
-        >>> with evaluating(model):
-        ...     inside = model.training
-        >>> inside, model.training, model[1].training
-        (False, True, False)
-    """
+    """Evaluation mode for every module below those given; each is put back by itself, as it was."""
     modes = {part: part.training for module in modules for part in module.modules()}
     for module in modules:
         module.eval()
@@ -45,20 +34,6 @@ def undisturbed(*modules: nn.Module, gradients: bool = False) -> Iterator[None]:
     The mode of every module below those given is put back one by one, so a part that was frozen in evaluation mode
     stays so; ``requires_grad`` of every parameter likewise. Random states are those of torch (the CPU, and CUDA devices
     in use), Python and NumPy.
-
-    Args:
-        *modules: What is put into evaluation mode.
-        gradients: Allow gradients in the block, also inside of ``torch.inference_mode``. The parameters then have no
-            ``grad`` in the block, and get the one they had back.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
-        >>> _ = model[1].eval()
-        >>> before = torch.get_rng_state()
-        >>> with undisturbed(model):
-        ...     inside = model.training, torch.is_grad_enabled(), torch.rand(1).shape
-        >>> inside[:2], model.training, model[1].training, torch.equal(before, torch.get_rng_state())
-        ((False, False), True, False, True)
     """
     parameters = [parameter for module in modules for parameter in module.parameters()]
     asked = [parameter.requires_grad for parameter in parameters]

@@ -66,13 +66,9 @@ _BLENDS = ("alpha", "beta")
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One module that belongs to a component.
+    """One module that belongs to a component: all its output features, or some ``columns`` ``[n]``.
 
-    Args:
-        path: Dotted path below the Hugging Face model.
-        module: The module itself.
-        columns: Output features that belong to the component ``[n]``; None for all of them.
-        per_call: True for a module that is not fed one row a token (a position embedding).
+    ``per_call`` marks a module that is not fed one row a token (a position embedding).
     """
 
     path: str
@@ -95,18 +91,7 @@ def mlp_of(block: nn.Module) -> str | None:
 
 
 def block_components(block: nn.Module, path: str, config: Any, attn: str | None, mlp: str | None) -> Components:
-    """Sort the parameters of one block into canonical components.
-
-    Args:
-        block: One decoder block.
-        path: Its dotted path below the Hugging Face model.
-        config: The model's configuration; tells how a fused projection is laid out.
-        attn: Name of the attention child.
-        mlp: Name of the feed-forward child, if it has one.
-
-    Returns:
-        Component name to its parts. Modules with unknown names are left out (see ``ModelMap.unmapped``).
-    """
+    """Sort the parameters of one block into canonical components; modules with unknown names are left out."""
     found: dict[str, list[Part]] = {}
     children = dict(block.named_children())
     sandwich = has_post_norms(block)
@@ -132,16 +117,7 @@ def has_post_norms(block: nn.Module) -> bool:
 
 
 def mixing_modules(block: nn.Module) -> Iterator[tuple[str, str]]:
-    """Modules of a block that mix tokens by their own weights, so that no row of them stands alone.
-
-    Yields:
-        The module's name below the block, and why its rows are not apart.
-
-    Example:
-        >>> from lightning_interp.testing import tiny_model
-        >>> list(mixing_modules(tiny_model("llama").model.layers[0]))
-        []
-    """
+    """Names of a block's modules that mix tokens by their own weights, so that no row stands alone, and why."""
     for name, module in block.named_modules():
         kind = type(module).__name__
         if isinstance(module, nn.Conv1d):
@@ -153,16 +129,7 @@ def mixing_modules(block: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def residual_doubt(block: nn.Module, table: Components, sublayers: Sequence[str | None]) -> str | None:
-    """Why a block may not simply add what its sub-layers return.
-
-    Args:
-        block: One decoder block.
-        table: Its components.
-        sublayers: Names of its attention and feed-forward children.
-
-    Returns:
-        What hints at a scaled, gated or extra write; None if nothing does.
-    """
+    """Why a block may not simply add what its sub-layers return (a scaled, gated or extra write), or None."""
     for name, _ in (*block.named_parameters(recurse=False), *block.named_buffers(recurse=False)):
         return f"has a tensor {name!r} of its own"
     known = {id(part.module) for parts in table.values() for part in parts}

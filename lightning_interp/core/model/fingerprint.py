@@ -97,16 +97,10 @@ def check_fingerprint(
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Digest of a sample of every parameter, by which two stages of a training are told apart.
+    """Digest by which two stages of a training are told apart.
 
-    Returns:
-        Hexadecimal digits: of names, types, shapes, and up to 64 evenly spaced values of each parameter, bit by bit.
-        It is quick for any size of model, and does not see a change that leaves all these values as they were.
-
-    Example:
-        >>> one, other = nn.Linear(3, 3), nn.Linear(3, 3)
-        >>> weights_digest(one) == weights_digest(one), weights_digest(one) == weights_digest(other)
-        (True, False)
+    It is of names, types, shapes and up to 64 evenly spaced values of each parameter, and does not see a change that
+    leaves all these values as they were.
     """
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -118,12 +112,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def tensor_hash(*tensors: torch.Tensor) -> str:
-    """SHA-256 of tensors' shapes and numbers, as float32, in hexadecimal.
-
-    Example:
-        >>> tensor_hash(torch.ones(2)) == tensor_hash(torch.ones(2, dtype=torch.float64))
-        True
-    """
+    """SHA-256 of tensors' shapes and numbers, as float32, in hexadecimal."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(str(list(tensor.shape)).encode())

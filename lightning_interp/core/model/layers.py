@@ -12,19 +12,10 @@ Layers = str | int | Sequence[str | int]
 
 
 def resolve_layers(layers: Layers, count: int) -> frozenset[int]:
-    """Turn a layer choice into block indices.
+    """Turn a layer choice (see :class:`~lightning_interp.grafting.plan.GraftRule`) into block indices.
 
-    Args:
-        layers: See :class:`~lightning_interp.grafting.plan.GraftRule`. Quarters have ``count // 4`` layers and the last
-            one takes the rest; ``upper_half`` is the two last quarters, ``second_half`` begins at ``count // 2``.
-        count: Number of blocks.
-
-    Raises:
-        SiteError: If the choice cannot be read or names a layer that is not there.
-
-    Example:
-        >>> sorted(resolve_layers("Q4", 18)), sorted(resolve_layers("4-6", 18)), sorted(resolve_layers("0.5-1.0", 4))
-        ([12, 13, 14, 15, 16, 17], [4, 5, 6], [2, 3])
+    Quarters have ``count // 4`` layers and the last one takes the rest; ``upper_half`` is the two last quarters,
+    ``second_half`` begins at ``count // 2``.
     """
     if not isinstance(layers, str | int):
         return frozenset[int]().union(*(resolve_layers(part, count) for part in layers))

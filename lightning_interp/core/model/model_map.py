@@ -283,18 +283,7 @@ class ModelMap:
 
 
 def find_decoder(module: nn.Module, target: str | None = None) -> tuple[str, nn.Module]:
-    """Find the outermost Hugging Face model below a module.
-
-    Args:
-        module: A plain model, a PEFT wrapper, a LightningModule, or anything that holds one.
-        target: Dotted path, where there is more than one.
-
-    Returns:
-        Its dotted path and the model.
-
-    Raises:
-        SiteError: If there is none, or several and no ``target``.
-    """
+    """Dotted path and module of the outermost Hugging Face model below a module, or of the one at ``target``."""
     from transformers import PreTrainedModel
 
     if target is not None:

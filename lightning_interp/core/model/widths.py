@@ -14,21 +14,7 @@ __all__ = ["check_width", "site_width"]
 
 
 def site_width(model_map: ModelMap, site: Site) -> int | None:
-    """Width of the activation at a site.
-
-    Args:
-        model_map: The model.
-        site: The site.
-
-    Returns:
-        The width, or None where only a forward pass tells.
-
-    Example:
-        >>> from lightning_interp.testing import tiny_model
-        >>> model_map = ModelMap.build(tiny_model("llama"))
-        >>> site_width(model_map, Site("mlp_out", 1)), site_width(model_map, Site("linear:down", 1))
-        (32, 32)
-    """
+    """Width of the activation at a site; None where only a forward pass tells."""
     point = model_map.module(site)
     if point.is_input and site.kind == "unembed_in":
         return _sizes(point.module)[0]

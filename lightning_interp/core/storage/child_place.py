@@ -26,13 +26,9 @@ class Parent(Protocol):
 
 @dataclass(frozen=True)
 class ChildPlace:
-    """A child that its parent opens.
+    """A child that its parent opens: ``base`` is a digest of what its phases depend on in the parent.
 
-    Attributes:
-        parent: The parent's open manifest.
-        key: The child's name in the parent.
-        base: A digest of what the child's phases depend on in the parent.
-        opening: How often the parent has opened this child in its running session, this time included.
+    ``opening`` counts how often the parent has opened it in its running session, this time included.
     """
 
     parent: Parent
@@ -46,11 +42,7 @@ class ChildPlace:
 
 
 def check_child_name(run_dir: Path, key: str) -> str:
-    """Return ``key`` if it can name a child of a run.
-
-    Raises:
-        ManifestError: If it could lead out of the folder, or differs from another child's only in case.
-    """
+    """Return ``key`` if it can name a child of a run."""
     if "/" in check_name(key, "child run"):
         raise ManifestError(f"{key!r} cannot name a child run: it holds '/'. Use '-' between its parts.")
     twin = next((name for name in _names(run_dir) if name != key and name.lower() == key.lower()), None)

@@ -40,19 +40,7 @@ _TICK = 2 * 10**9  # nanoseconds: the coarsest clock of a file system
 
 
 def stamp_file(path: Path) -> dict[str, Any]:
-    """Hash a file and return its stamp.
-
-    Returns:
-        ``sha256``, ``size``, and ``mtime_ns``: the time of its last change, None if that is too near to be trusted.
-
-    Example:
-        >>> import tempfile
-        >>> file = Path(tempfile.mkdtemp()) / "a.txt"
-        >>> _ = file.write_text("a")
-        >>> stamp = stamp_file(file)
-        >>> stamp["size"], stamp["mtime_ns"]
-        (1, None)
-    """
+    """Hash a file and return its stamp; ``mtime_ns`` is None if the last change is too near to be trusted."""
     before = path.stat()
     sha = sha256_file(path)
     settled = time.time_ns() - before.st_mtime_ns > _TICK
@@ -69,15 +57,7 @@ def current_stamp(path: Path, stamp: Mapping[str, Any] | None) -> dict[str, Any]
 
 
 def checked_stamp(path: Path, stamp: str | Mapping[str, Any]) -> dict[str, Any] | None:
-    """Compare a file with its stamp; one of another size has changed, and is not read.
-
-    Args:
-        path: The file, which exists.
-        stamp: Its stamp, or only a SHA-256, as manifests of format 1 have it.
-
-    Returns:
-        The stamp, with the time that the file has now; None if the file has changed.
-    """
+    """The stamp of a file with the time that it has now; None if it has changed (one of another size is not read)."""
     if isinstance(stamp, str):
         found = stamp_file(path)
     elif path.stat().st_size != stamp["size"]:
@@ -159,10 +139,6 @@ class KnownFiles:
     """Hashes files that phases depend on, trusting the stamps in a manifest.
 
     Files of the run's own phases are in their entries; the large ones from elsewhere are kept under ``sources``.
-
-    Args:
-        run_dir: The run folder.
-        state: The manifest's content; ``sources`` in it grows.
     """
 
     def __init__(self, run_dir: Path, state: dict[str, Any]) -> None:

@@ -21,19 +21,12 @@ __all__ = ["JsonlWriter", "is_rank_zero", "rank_and_world_size"]
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Return this process's global rank and the number of processes.
+    """This process's global rank and the number of processes.
 
-    A process group that is up decides. Before that, the variables of the launcher do: those of ``torchrun``, of
-    SLURM's ``srun`` (not of an interactive shell), or Lightning's ``LOCAL_RANK`` and ``NODE_RANK`` (with those, ranks
-    of several nodes are distinct but may have gaps until the process group is up). Without any of them, this is the
-    only process.
-
-    Returns:
-        ``(rank, world_size)``.
-
-    Example:
-        >>> rank_and_world_size()
-        (0, 1)
+    A process group that is up decides; before that, the variables of the launcher: those of ``torchrun``, of SLURM's
+    ``srun`` (not of an interactive shell), or Lightning's ``LOCAL_RANK`` and ``NODE_RANK`` (with those, ranks of
+    several nodes are distinct but may have gaps until the process group is up). Without any of them, this is the only
+    process.
     """
     torch = sys.modules.get("torch")  # without torch there is no process group, and this stays a light import
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -56,27 +49,8 @@ def is_rank_zero() -> bool:
 class JsonlWriter:
     """Writes rows of JSON from many ranks, survives a kill at any byte, and ends as one ordered file.
 
-    Each rank appends to a part file of its own beside ``path``; :meth:`write` returns when the rows are on disk. A
-    last line that a kill tore apart is cut off when the rank comes back. Every row carries an integer ``index`` which
-    says where it belongs; :meth:`merge` orders by it and keeps one row for each.
-
-    Args:
-        path: The final file.
-        rank: This process's global rank; found by :func:`rank_and_world_size` if None.
-        world_size: The number of processes; found likewise.
-
-    Raises:
-        ManifestError: If the folder cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "answers.jsonl"
-        >>> with JsonlWriter(path) as writer:
-        ...     writer.write([{"index": 1, "text": "b"}, {"index": 0, "text": "a"}])
-        ...     missing = [index for index in range(3) if index not in writer.written()]
-        ...     writer.write({"index": index, "text": "c"} for index in missing)
-        ...     writer.merge().read_text().splitlines()
-        ['{"index": 0, "text": "a"}', '{"index": 1, "text": "b"}', '{"index": 2, "text": "c"}']
+    Each rank appends to a part file of its own beside ``path``. Every row carries an integer ``index`` which says where
+    it belongs; :meth:`merge` orders by it and keeps one row for each.
     """
 
     def __init__(self, path: str | os.PathLike[str], rank: int | None = None, world_size: int | None = None) -> None:
@@ -94,20 +68,11 @@ class JsonlWriter:
         self.close()
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append a batch of rows and return when they are on disk.
-
-        Raises:
-            DataError: If a row has no integer ``index`` or a value without a JSON form; nothing is written then.
-            ManifestError: If the disk is full or the folder cannot be written.
-        """
+        """Append a batch of rows and return when they are on disk."""
         self._appender.append(_checked(row) for row in rows)
 
     def written(self) -> set[int]:
-        """Return the indices on disk, of every rank and of earlier attempts, also with another number of ranks.
-
-        Raises:
-            DataError: If a file holds a line that is not such a row.
-        """
+        """Return the indices on disk, of every rank and of earlier attempts, also with another number of ranks."""
         return {index for source in self._sources() for index, _, _ in _lines(source)}
 
     def merge(self, barrier: Callable[[], object] | None = None) -> Path:
@@ -115,13 +80,6 @@ class JsonlWriter:
 
         Rows are ordered by ``index``; of several rows with one index the first is kept (the final file's, then the
         lowest rank's). Every rank must call this.
-
-        Args:
-            barrier: Waits for all ranks, such as ``trainer.strategy.barrier``; that of the process group if None.
-
-        Raises:
-            DataError: If a part file holds a line that is not such a row.
-            ManifestError: If there are several ranks and no way to wait for them.
         """
         self.close()
         wait = barrier or self._group_barrier()

@@ -41,21 +41,7 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Yield a binary file that becomes ``path`` when the block ends without an error, and vanishes otherwise.
 
     The bytes go to a temporary file in the same folder, are forced to disk and then renamed over ``path``. Missing
-    parent folders are made. A ``path`` that is a symbolic link keeps being one: its target is replaced.
-
-    Yields:
-        The open temporary file.
-
-    Raises:
-        ManifestError: If the folder or the file cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> target = Path(tempfile.mkdtemp()) / "new" / "numbers.bin"
-        >>> with atomic_writer(target) as file:
-        ...     _ = file.write(b"1 2 3")
-        >>> target.read_bytes()
-        b'1 2 3'
+    folders are made. A ``path`` that is a symbolic link keeps being one: its target is replaced.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -82,11 +68,7 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write ``data`` to ``path`` so that a reader sees all of it or the old file.
-
-    Raises:
-        ManifestError: If the folder or the file cannot be written.
-    """
+    """Write ``data`` to ``path`` so that a reader sees all of it or the old file."""
     with atomic_writer(path) as file:
         file.write(data)
     return Path(path)
@@ -98,17 +80,7 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:
 
 
 def atomic_write_json(path: str | os.PathLike[str], obj: Any, *, nan_as_null: bool = False) -> Path:
-    """Write ``obj`` as indented JSON so that a reader sees all of it or the old file.
-
-    Args:
-        path: The file to write; missing parent folders are made.
-        obj: Plain values; see :func:`jsonable` for what is accepted.
-        nan_as_null: Write ``null`` for NaN and infinities, for strict readers, not what Python reads back.
-
-    Raises:
-        DataError: If a value has no JSON form.
-        ManifestError: If the folder or the file cannot be written.
-    """
+    """Write ``obj`` as indented JSON so that a reader sees all of it or the old file."""
     return atomic_write_bytes(path, json_bytes(jsonable(obj, nan_as_null=nan_as_null), indent=2) + b"\n")
 
 
@@ -133,23 +105,8 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 def jsonable(obj: Any, *, nan_as_null: bool = False, where: str = "") -> Any:
     """Return ``obj`` made of dicts, lists, strings, numbers, booleans and None only.
 
-    Tuples and sets become lists (sets sorted), paths strings, dataclasses dicts, enums their value, and NumPy or torch
-    scalars and arrays Python numbers and lists.
-
-    Args:
-        obj: The object.
-        nan_as_null: Replace NaN and infinities by None.
-        where: The object's key path, for the message.
-
-    Returns:
-        The plain object; nothing in it is shared with ``obj``.
-
-    Raises:
-        DataError: If a value has no JSON form; names the key path and the type.
-
-    Example:
-        >>> jsonable({"path": Path("a/b"), "size": (1, 2.5), 3: {"y", "x"}})
-        {'path': 'a/b', 'size': [1, 2.5], '3': ['x', 'y']}
+    ``where`` is its key path for errors. Tuples and sets become lists (sets sorted), paths strings, dataclasses dicts,
+    enums their value, and NumPy or torch scalars and arrays Python numbers and lists.
     """
     if isinstance(obj, enum.Enum):
         obj = obj.value
@@ -169,15 +126,7 @@ def jsonable(obj: Any, *, nan_as_null: bool = False, where: str = "") -> Any:
 
 
 def json_bytes(obj: Any, *, indent: int | None = None) -> bytes:
-    """Return the JSON of a plain object in UTF-8, with readable letters.
-
-    Args:
-        obj: What :func:`jsonable` returns.
-        indent: Spaces of indentation; one line if None.
-
-    Returns:
-        The text; lone surrogates (half characters, as a sampled token may be) are escaped, so that it reads back.
-    """
+    """JSON of a plain object in UTF-8, with readable letters; lone surrogates are escaped, so that it reads back."""
     try:
         return json.dumps(obj, indent=indent, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -185,21 +134,7 @@ def json_bytes(obj: Any, *, indent: int | None = None) -> bytes:
 
 
 def canonical_json(obj: Any) -> str:
-    """Return the one JSON text of ``obj``: sorted keys, no spaces, ASCII, and whole floats as integers.
-
-    Args:
-        obj: Plain values; see :func:`jsonable`.
-
-    Returns:
-        The text; equal objects give equal texts, whatever the order of their keys.
-
-    Raises:
-        DataError: If a value has no JSON form.
-
-    Example:
-        >>> canonical_json({"b": 1.0, "a": (True, None)})
-        '{"a":[true,null],"b":1}'
-    """
+    """Return the one JSON text of ``obj``: sorted keys, no spaces, ASCII, and whole floats as integers."""
     return json.dumps(_whole(jsonable(obj)), sort_keys=True, separators=(",", ":"))
 
 

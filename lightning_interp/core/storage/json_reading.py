@@ -23,25 +23,9 @@ _MOST_DIGITS = 308  # of a whole number: what a float can still hold
 
 
 def parse_json(data: bytes, *, own: bool = False) -> Any:
-    """Return what a JSON text in UTF-8 says; a byte order mark is accepted.
+    """What a JSON text in UTF-8 says.
 
-    Args:
-        data: The text.
-        own: Whether this package wrote it: then numbers of any length and half characters are what was stored.
-
-    Returns:
-        The object. ``NaN`` and ``Infinity`` are read as Python writes them.
-
-    Raises:
-        ValueError: If it is no JSON, too deep, has a key twice, a number too large for a float, or half a character.
-
-    Example:
-        >>> parse_json(b'{"a": [1, 2.5]}')
-        {'a': [1, 2.5]}
-        >>> parse_json(b'{"a": 1, "a": 2}')
-        Traceback (most recent call last):
-        ...
-        ValueError: the key 'a' is there twice in one object
+    What this package wrote (``own``) may hold numbers of any length and half characters.
     """
     text = data.removeprefix(BOM).decode("utf-8")
     try:
@@ -64,26 +48,7 @@ def read_json(
     error: type[InterpError] = DataError,
     own: bool = False,
 ) -> Any:
-    """Read a file that is JSON as a whole.
-
-    Args:
-        path: The file.
-        expected: What the file should be, for the message.
-        error: The class to raise, :class:`~lightning_interp.errors.DataError` or another of the package.
-        own: As for :func:`parse_json`.
-
-    Raises:
-        InterpError: Of the class ``error``, if the file cannot be read or :func:`parse_json` refuses it.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "n.json"
-        >>> _ = path.write_text("[1, 2")
-        >>> read_json(path)
-        Traceback (most recent call last):
-        ...
-        lightning_interp.errors.DataError: '...n.json' is no valid JSON (Expecting ',' delimiter...). Expected a JSON...
-    """
+    """Read a file that is JSON as a whole; what :func:`parse_json` refuses is raised as ``error``."""
     name = str(os.fspath(path))
     try:
         return parse_json(Path(path).read_bytes(), own=own)

@@ -22,25 +22,9 @@ __all__ = ["JsonlAppender", "json_lines", "json_object", "raw_lines", "text_line
 def json_lines(
     path: str | os.PathLike[str], *, expected: str = "one JSON object a line", own: bool = False, log: bool = False
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read a JSONL file of objects, line by line; blank lines are skipped and a byte order mark is accepted.
+    """Yield file and line (for messages) and the object of each line that is not blank.
 
-    Args:
-        path: The file.
-        expected: What the file should hold, for messages.
-        own: Whether this package wrote it; see :func:`~lightning_interp.core.storage.json_reading.parse_json`.
-        log: Whether it is appended to, so that a last line without its end was torn by a kill and does not count.
-
-    Yields:
-        File and line, for messages, and the object.
-
-    Raises:
-        DataError: If the file cannot be read or a line is no object; names file and line.
-
-    Example:
-        >>> import tempfile
-        >>> path = write_json_lines(Path(tempfile.mkdtemp()) / "a.jsonl", [{"text": "one"}, {"text": "two"}])
-        >>> [(where[-6:], row) for where, row in json_lines(path)]
-        [('line 1', {'text': 'one'}), ('line 2', {'text': 'two'})]
+    In a ``log`` that is appended to, a last line without its end was torn by a kill and does not count.
     """
     for number, line in raw_lines(path, expected=expected, log=log):
         if line.removeprefix(BOM).strip():
@@ -60,14 +44,7 @@ def json_object(data: bytes, where: str, *, expected: str = "a JSON object", own
 
 
 def text_lines(path: str | os.PathLike[str], *, expected: str = "one text a line") -> Iterator[tuple[str, str]]:
-    """Read a text file in UTF-8, line by line; blank lines are skipped and a byte order mark is accepted.
-
-    Yields:
-        File and line, for messages, and the line without its end.
-
-    Raises:
-        DataError: If the file cannot be read or a line is not in UTF-8; names file and line.
-    """
+    """Yield file and line (for messages) and the text, without its end, of each line in UTF-8 that is not blank."""
     for number, line in raw_lines(path, expected=expected):
         where = f"{os.fspath(path)}, line {number}"
         try:
@@ -81,11 +58,7 @@ def text_lines(path: str | os.PathLike[str], *, expected: str = "one text a line
 def raw_lines(
     path: str | os.PathLike[str], *, expected: str = "a file of lines", log: bool = False
 ) -> Iterator[tuple[int, bytes]]:
-    """Read a file line by line, as it is.
-
-    Yields:
-        The line's number, from 1, and its bytes with their end.
-    """
+    """Yield the number (from 1) and the bytes, with their end, of each line."""
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
@@ -107,22 +80,6 @@ class JsonlAppender:
 
     What a kill left behind the last line end is cut off first. One process at a time may append to a file: lock its
     folder, or give each rank a file of its own.
-
-    Args:
-        path: The file; made with the first row.
-        torn: Keep what is cut off, as a line of this file.
-
-    Raises:
-        ManifestError: If the file cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "log.jsonl"
-        >>> _ = path.write_bytes(b'{"n": 1}\n{"n": ')
-        >>> with JsonlAppender(path) as log:
-        ...     log.append([{"n": 2}, {"n": 3}])
-        >>> [row["n"] for _, row in json_lines(path)]
-        [1, 2, 3]
     """
 
     def __init__(self, path: str | os.PathLike[str], *, torn: str | os.PathLike[str] | None = None) -> None:
@@ -145,11 +102,7 @@ class JsonlAppender:
         self.close()
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append a batch of rows and return when they are on disk.
-
-        Raises:
-            ManifestError: If the disk is full or the file cannot be written; nothing is written then.
-        """
+        """Append a batch of rows and return when they are on disk; if that fails, nothing is written."""
         data = b"".join(json_bytes(row) + b"\n" for row in rows)
         if not data:
             return

@@ -24,12 +24,7 @@ def is_old_entry(entry: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Token:
-    """The digest of what a phase depends on.
-
-    Attributes:
-        now: As it is written now.
-        old: As format 1 wrote it; empty if the run has no phases of that format.
-    """
+    """The digest of what a phase depends on, and the one that format 1 wrote (empty without phases of that format)."""
 
     now: str
     old: str = ""
@@ -40,22 +35,7 @@ class Token:
 
 
 class Lineage:
-    """The phases that were called so far, in order.
-
-    Args:
-        base: What came before the first phase: a digest that a child run has from its parent.
-        old: Whether the run has phases in format 1.
-
-    Attributes:
-        digest: Of all that was added; grows by one small hash a phase, whatever the size of the results.
-
-    Example:
-        >>> lineage = Lineage()
-        >>> first = lineage.token("fit", None)
-        >>> lineage.add_phase("fit", first, result_digest="12", files={}, result=None)
-        >>> lineage.token("fit", None) == first
-        False
-    """
+    """The phases that were called so far, in order; ``digest`` grows by a small hash a phase, whatever the results."""
 
     def __init__(self, base: str = "", *, old: bool = False) -> None:
         self.digest = base

@@ -44,21 +44,12 @@ _ABSENT = object()
 
 
 def new_manifest(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of the manifest of a run that has not begun.
-
-    Returns:
-        The content: ``sessions`` has one entry for each time the run was started, ``phases`` one for each phase, and
-        ``outcome`` what the finished run says of itself; ``config`` is that of the last start.
-    """
+    """Return the content of the manifest of a run that has not begun."""
     return {"format": FORMAT, "name": name, "config": dict(config), "sessions": [], "phases": {}, "outcome": {}}
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:
-    """Return the content of a run folder's manifest.
-
-    Raises:
-        ManifestError: If there is none, or it cannot be read, or it is not one that this version writes.
-    """
+    """Return the content of a run folder's manifest."""
     path = run_dir / "manifest.json"
     try:
         state = parse_json(path.read_bytes(), own=True)
@@ -112,14 +103,7 @@ class ManifestText:
 
 
 def config_difference(there: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
-    """Return one line for each key whose value differs, with both values.
-
-    Example:
-        >>> config_difference({"lr": 1e-3, "trainer": {"devices": 1}}, {"lr": 1e-3, "trainer": {}})
-        ['trainer.devices: 1 there, not set now']
-        >>> config_difference({"trainer": {"devices": 1}}, {}, ["trainer.devices"])
-        []
-    """
+    """Return one line for each key whose value differs, with both values."""
     old, new = dict(_leaves(there, ignored)), dict(_leaves(now, ignored))
     return [
         f"{key}: {_shown(old.get(key, _ABSENT))} there, {_shown(new.get(key, _ABSENT))} now"
@@ -135,11 +119,7 @@ def stored_run(
     outputs: Collection[str] = (),
     not_identity: Collection[str] = NOT_IDENTITY,
 ) -> dict[str, Any] | None:
-    """Return the content of the manifest if the folder holds this very run, None if it holds no run.
-
-    Raises:
-        ManifestError: If the folder holds another run, or files that the run would overwrite.
-    """
+    """Return the content of the manifest if the folder holds this very run, None if it holds no run."""
     if not (path / "manifest.json").exists():
         foreign = next((output for output in ("phases", "children", *outputs) if (path / output).exists()), None)
         if foreign is not None:

@@ -38,11 +38,7 @@ class FollowerManifest(RunManifest):
         not_identity: Collection[str] = NOT_IDENTITY,
         place: ChildPlace | None = None,
     ) -> FollowerManifest:
-        """Wait until there is a manifest in the run folder, and follow it.
-
-        Raises:
-            ManifestError: If rank zero does not open it in time, or the folder belongs to another run or configuration.
-        """
+        """Wait until there is a manifest in the run folder, and follow it."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             if (path / "manifest.json").exists():
@@ -71,11 +67,7 @@ class FollowerManifest(RunManifest):
         self._earlier = len(state["sessions"]) if ended else len(state["sessions"]) - 1
 
     def phase(self, name: str, fn: Callable[[Path], Any], *, inputs: Any = None, every_rank: bool = False) -> Any:
-        """Return rank zero's result of a phase, after taking part in it if it runs on every rank.
-
-        Raises:
-            ManifestError: If rank zero ended before the phase was finished.
-        """
+        """Return rank zero's result of a phase, after taking part in it if it runs on every rank."""
         token, folder = self._token(name, inputs), self.folder(name)
         self._check_call(name, token)
         taken_part = not every_rank

@@ -34,11 +34,7 @@ def begun_entry(token: Token, earlier: Mapping[str, Any] | None) -> dict[str, An
 
 
 def write_result(folder: Path, name: str, result: Any) -> dict[str, Any]:
-    """Write what a phase returned into its folder.
-
-    Raises:
-        ManifestError: If the phase wrote a file of that name itself, or the folder cannot be written.
-    """
+    """Write what a phase returned into its folder."""
     path = folder / RESULT
     if path.exists():
         raise ManifestError(
@@ -51,14 +47,7 @@ def write_result(folder: Path, name: str, result: Any) -> dict[str, Any]:
 
 
 def phase_result(run_dir: Path, name: str, entry: Mapping[str, Any]) -> Any:
-    """Return what a phase returned, wherever its result lies.
-
-    Returns:
-        The result; None if the phase is not finished.
-
-    Raises:
-        ManifestError: If its file is missing or changed.
-    """
+    """Return what a phase returned, wherever its result lies; None if the phase is not finished."""
     if is_old_entry(entry):  # format 1 has it in the manifest
         return copy.deepcopy(entry.get("result"))
     stored = entry["result_file"]
@@ -81,11 +70,7 @@ def result_digest(entry: Mapping[str, Any]) -> str:
 
 
 def refresh_stamps(folder: Path, name: str, stamps: dict[str, Any]) -> bool:
-    """Check the files of a finished phase, and note the times that they have now.
-
-    Raises:
-        ManifestError: If a file is missing or changed.
-    """
+    """Check the files of a finished phase, and note the times that they have now; True if a time is new."""
     renewed = {}
     for file, stamp in stamps.items():
         path = folder / file

@@ -19,22 +19,10 @@ _HELD: dict[Path, int] = {}
 
 
 class RunLock:
-    """A lock on a run folder that the operating system releases when its process ends, however it ends.
+    """A lock on an existing run folder that the operating system releases when its process ends, however it ends.
 
-    POSIX record locks are used because forked children (data loader workers, forked ranks) do not inherit them: a
-    worker that outlives a killed run does not keep the folder locked.
-
-    Args:
-        run_dir: The run folder; it must exist.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> with RunLock(folder):
-        ...     RunLock(folder)
-        Traceback (most recent call last):
-        ...
-        lightning_interp.errors.ManifestError: Run folder '...' is in use by this process. ...
+    POSIX record locks, because forked children (data loader workers, forked ranks) do not inherit them: a worker that
+    outlives a killed run does not keep the folder locked.
     """
 
     def __init__(self, run_dir: Path) -> None:

@@ -13,19 +13,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def check_name(name: str, what: str) -> str:
-    """Return ``name`` if it can name a run or a phase and stays inside its folder.
-
-    Args:
-        name: Parts of letters, digits, dot, dash and underscore, with ``/`` between them.
-        what: What it names, for the message.
-
-    Raises:
-        ManifestError: If it could leave its folder, or holds other characters.
-
-    Example:
-        >>> check_name("grafting/facts", "run")
-        'grafting/facts'
-    """
+    """Return ``name`` (parts with ``/`` between them) if it can name a run or a phase and stays inside its folder."""
     if not all(_NAME.fullmatch(part) for part in name.split("/")):
         raise ManifestError(
             f"{name!r} cannot name a {what}: it could lead out of the run folder. Use letters, digits, '.', '-' "

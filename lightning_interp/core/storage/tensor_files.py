@@ -23,15 +23,6 @@ def save_tensors(
     """Write tensors to a safetensors file; the same content gives the same bytes, in every process.
 
     ``safetensors`` itself orders several keys of metadata at random, so that one vector had two hashes.
-
-    Raises:
-        ManifestError: If the file cannot be written.
-
-    Example:
-        >>> import tempfile, torch
-        >>> path = save_tensors(Path(tempfile.mkdtemp()) / "a.safetensors", {"v": torch.ones(2)}, {"made": "by hand"})
-        >>> read_tensors(path)
-        ({'v': tensor([1., 1.])}, {'made': 'by hand'})
     """
     from safetensors.torch import save
 
@@ -50,11 +41,7 @@ def save_tensors(
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read tensors and metadata of a safetensors file.
-
-    Raises:
-        DataError: If it is missing or damaged.
-    """
+    """Read tensors and metadata of a safetensors file."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -14,21 +14,9 @@ __all__ = ["aligned_left", "packed", "padded"]
 def padded(
     rows: Sequence[Sequence[int] | Tensor], pad: int = 0, *, side: Literal["left", "right"] = "right"
 ) -> tuple[Tensor, Tensor]:
-    """Rows of token ids of one width.
+    """Rows of token ids as one block, and its mask (1 for tokens), int64 ``[rows, width]``.
 
     On the right a causal model cannot see padding; generation needs it on the left.
-
-    Args:
-        rows: Token ids, at least one row.
-        pad: What is filled in; what is padding is told by the mask alone, so it may be any token's id.
-        side: Where.
-
-    Returns:
-        Ids and mask (1 for tokens), int64 ``[rows, width]``.
-
-    Example:
-        >>> [x.tolist() for x in padded([[1, 2], [3]], side="left")]
-        [[[1, 2], [0, 3]], [[1, 1], [0, 1]]]
     """
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad, dtype=torch.int64)
@@ -41,19 +29,7 @@ def padded(
 
 
 def aligned_left(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the padding of every row to its end; a batch that is so already is given back as it is.
-
-    Args:
-        input_ids: ``[batch, time]``.
-        mask: Nonzero for tokens, of the same shape.
-
-    Returns:
-        Ids and mask (True for tokens) of the same shape.
-
-    Example:
-        >>> [x.tolist() for x in aligned_left(torch.tensor([[0, 5, 6]]), torch.tensor([[0, 1, 1]]))]
-        [[[5, 6, 0]], [[True, True, False]]]
-    """
+    """Ids and bool mask ``[B, T]`` with all padding at the end of its row; such a batch is given back as it is."""
     real = mask != 0
     if not bool((real[:, 1:] & ~real[:, :-1]).any()):
         return input_ids, real
@@ -64,19 +40,8 @@ def aligned_left(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def packed(lengths: Sequence[int], token_budget: int, *, one_length: bool = False) -> list[list[int]]:
     """Which rows share a batch: the longest first, so that a batch that does not fit into memory fails at once.
 
-    A batch that has a sixteenth of the budget ends before a row that would be padded by more than a seventh.
-
-    Args:
-        lengths: Of the rows.
-        token_budget: Most tokens of one batch, padding included; a longer row is a batch of its own.
-        one_length: Batch only rows of the same length.
-
-    Returns:
-        Numbers of rows, batch by batch.
-
-    Example:
-        >>> packed([2, 5, 4, 5], 1000), packed([2, 5, 4, 5], 12)
-        ([[1, 3, 2, 0]], [[1, 3], [2], [0]])
+    A batch that has a sixteenth of the budget (tokens, padding included) ends before a row that would be padded by more
+    than a seventh; a row longer than the budget is a batch of its own.
     """
     batches: list[list[int]] = []
     longest = 0

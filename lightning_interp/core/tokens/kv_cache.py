@@ -18,36 +18,12 @@ _NAMES = ("cache", "past_key_values")
 
 
 def cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
-    """The cache among the arguments of a call, by what it is; None without one.
-
-    Example:
-        >>> from transformers import DynamicCache
-        >>> cache = DynamicCache()
-        >>> cache_in((None,), {"anything": cache}) is cache, cache_in((None,), {"cache": None})
-        (True, None)
-    """
+    """The cache among the arguments of a call, by what it is; None without one."""
     return next((value for value in (*kwargs.values(), *args) if hasattr(value, "get_seq_length")), None)
 
 
 def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """A cache as the keyword argument that a model's ``forward`` takes it by.
-
-    Args:
-        model: A Hugging Face decoder, also inside a PEFT wrapper.
-        cache: What an earlier pass returned.
-
-    Returns:
-        ``{"cache": cache}``, or ``{"past_key_values": cache}`` where the model has the older name.
-
-    Example:
-        >>> from lightning_interp.testing import tiny_model
-        >>> import torch
-        >>> model, ids = tiny_model("llama"), torch.arange(5)[None]
-        >>> first = model(ids[:, :4], use_cache=True)
-        >>> again = model(ids[:, 4:], **cache_argument(model, cache_of(first))).logits[:, -1]
-        >>> torch.allclose(again, model(ids).logits[:, -1], atol=1e-5)
-        True
-    """
+    """A cache as the keyword (``cache``, or the older ``past_key_values``) that a model's ``forward`` takes it by."""
     base = getattr(model, "get_base_model", None)
     accepted = inspect.signature((base() if base is not None else model).forward).parameters
     return {next((name for name in _NAMES if name in accepted), _NAMES[-1]): cache}

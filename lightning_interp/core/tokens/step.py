@@ -227,11 +227,7 @@ class _BatchRows(Mapping[str, Any]):
 
 
 def argument_reader(module: nn.Module) -> Callable[[str, tuple[Any, ...], dict[str, Any]], Any]:
-    """Make a function that finds one argument of a module's ``forward``, by name or by place.
-
-    Returns:
-        ``argument(name, args, kwargs)``, None where it was not passed.
-    """
+    """Make ``argument(name, args, kwargs)``, which finds an argument of a module's ``forward`` by name or place."""
     order = {name: i for i, name in enumerate(inspect.signature(module.forward).parameters)}
 
     def argument(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -244,11 +240,7 @@ def argument_reader(module: nn.Module) -> Callable[[str, tuple[Any, ...], dict[s
 
 
 def step_reader(backbone: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], StepContext]:
-    """Make a function that reads a :class:`StepContext` off the arguments of a decoder's ``forward``.
-
-    Returns:
-        ``read(args, kwargs) -> StepContext``, cheap enough for every forward pass.
-    """
+    """Make a function that reads a :class:`StepContext` off the arguments of a decoder's ``forward``."""
     argument = argument_reader(backbone)
 
     def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepContext:

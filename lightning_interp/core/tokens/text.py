@@ -29,16 +29,9 @@ class Mark(NamedTuple):
 
 
 def token_spans(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
-    """Decode ids and find the characters of each token.
+    """Decoded text of a row's real tokens, and the half-open span of characters of each.
 
     Two tokens that share the bytes of one character both span it.
-
-    Args:
-        tokenizer: Anything with a Hugging Face ``decode``.
-        ids: Real tokens of one row.
-
-    Returns:
-        The text, and one half-open span of character indices for each token.
     """
 
     def decode(part: Sequence[int]) -> str:
@@ -63,12 +56,7 @@ def token_spans(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int
 
 
 def find_occurrence(text: str, part: str, which: str) -> list[tuple[int, int]]:
-    """Half-open character spans of the ``first``, ``last`` or ``all`` mentions of ``part`` in ``text``.
-
-    Example:
-        >>> find_occurrence("abcabc", "bc", "all")
-        [(1, 3), (4, 6)]
-    """
+    """Half-open character spans of the ``first``, ``last`` or ``all`` mentions of ``part`` in ``text``."""
     starts, at = [], text.find(part)
     while at >= 0:
         starts.append(at)
@@ -78,21 +66,10 @@ def find_occurrence(text: str, part: str, which: str) -> list[tuple[int, int]]:
 
 
 def template_mask(tokenizer: Any, ids: Sequence[int], part: str) -> torch.Tensor:
-    """Tokens of one part of a templated conversation.
+    """Which tokens of a row are the ``user``, ``assistant``, ``system`` or ``template`` part of a chat, bool ``[T]``.
 
     The headers and the end of each role's turn are read off the tokenizer's own template, and then looked for in the
     decoded text. A system text that the template puts in by itself counts as the system's.
-
-    Args:
-        tokenizer: A tokenizer with a chat template.
-        ids: Real tokens of one row.
-        part: ``user``, ``assistant``, ``system`` or ``template``.
-
-    Returns:
-        bool ``[T]``.
-
-    Raises:
-        PositionError: If there is no template, it cannot be read, or the part is unknown.
     """
     if part not in PARTS:
         raise PositionError(f"Unknown part {part!r} of a chat template; expected one of {', '.join(PARTS)}.")
@@ -178,19 +155,7 @@ def _turns(text: str, marks: Sequence[Mark]) -> list[tuple[str, int, int]]:
 def mask_by_text(
     step: StepContext, selector: Hashable, choose: Callable[[Any, list[int], int], torch.Tensor]
 ) -> torch.Tensor:
-    """A mask that is worked out row by row from the prompt's text; once a pass, however many sites ask for it.
-
-    Args:
-        step: The forward pass.
-        selector: Who asks, for the pass's cache and for errors.
-        choose: Which of a row's tokens, from the tokenizer, their ids and the row, bool ``[n]``.
-
-    Returns:
-        Bool ``[B, T]``.
-
-    Raises:
-        PositionError: If the pass has no token ids or no tokenizer.
-    """
+    """A mask ``[B, T]`` that ``choose(tokenizer, ids, row)`` works out row by row; once a pass for all sites."""
     if selector not in step.cache:
         chosen = torch.zeros(step.batch_size, step.length, dtype=torch.bool)
         if step.past == 0:

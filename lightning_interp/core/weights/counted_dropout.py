@@ -28,13 +28,10 @@ _FIRST, _SECOND, _GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C88646
 
 @dataclass(eq=False)
 class CountedDropout:
-    """What the dropout of adapters is drawn from in training.
+    """What the dropout of adapters is drawn from in training: coins keyed by seed, step, row and token.
 
-    Args:
-        seed: Another seed, other coins.
-        step: Number of the coming pass; None counts the passes. Set it where the parts of one batch are passes of their
-            own, or a run is resumed.
-        row_numbers: Number of each row in the whole batch ``[B]``, for a pass over a part of it; None counts from 0.
+    ``step`` None counts the passes, and ``row_numbers`` ``[B]`` None the rows from 0: set them where the parts of one
+    batch are passes of their own, or a run is resumed.
     """
 
     seed: int = 0
@@ -45,16 +42,7 @@ class CountedDropout:
     def wrap(
         self, function: RowMap, dropouts: Mapping[str, nn.Dropout], step: Callable[[], StepContext]
     ) -> RowMap | TokenMap:
-        """A map whose dropout modules draw here while they are in training.
-
-        Args:
-            function: The map, made of modules.
-            dropouts: Its dropout modules by path.
-            step: Gives the pass that is running.
-
-        Returns:
-            ``function`` itself if it has no dropout.
-        """
+        """A map whose dropout modules draw here while they are in training."""
         if not dropouts:
             return function
 
@@ -94,35 +82,13 @@ class CountedDropout:
 
 
 def dropouts_in(module: nn.Module, path: str) -> dict[str, nn.Dropout]:
-    """Dropout modules of a module that can drop something, by path.
-
-    Args:
-        module: Where to look.
-        path: Its own path.
-    """
+    """Dropout modules that can drop something, by path, of a module that lies at ``path``."""
     found = module.named_modules(prefix=path)
     return {name: child for name, child in found if isinstance(child, nn.Dropout) and child.p > 0}
 
 
 def kept(key: int, tokens: torch.Tensor, width: int, p: float) -> torch.Tensor:
-    """Coins that fall on "keep" with probability ``1 - p``, each a hash of the key, its token and its feature.
-
-    Args:
-        key: What the coins are for.
-        tokens: One number a token, int64 ``[n]``.
-        width: Features.
-        p: Share that is dropped, in [0, 1].
-
-    Returns:
-        bool ``[n, width]``.
-
-    Example:
-        >>> coins = kept(7, torch.arange(100), 50, 0.2)
-        >>> bool(abs(coins.float().mean() - 0.8) < 0.02)
-        True
-        >>> torch.equal(kept(7, torch.tensor([42]), 50, 0.2)[0], coins[42])
-        True
-    """
+    """Bool ``[n, width]``, True with probability ``1 - p``: a hash of the key, the token's number and the feature."""
     features = torch.arange(1, width + 1, device=tokens.device) * _GOLDEN + key
     mixed = _mix(_mix(tokens + key)[:, None] ^ _mix(features))
     if p >= 1:

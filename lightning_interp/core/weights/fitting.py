@@ -20,15 +20,7 @@ _WEIGHTLESS = (
 
 
 def check_same_shapes(recipient: ModelMap, donor: ModelMap) -> None:
-    """Refuse a donor whose parameters have other names or shapes.
-
-    Args:
-        recipient: The model that is grafted into.
-        donor: Where weights come from.
-
-    Raises:
-        IncompatibleModelError: Naming the first three tensors that differ.
-    """
+    """Refuse a donor whose parameters have other names or shapes, naming the first three that differ."""
     kinds = [getattr(m.model.config, "model_type", type(m.model).__name__) for m in (recipient, donor)]
     if kinds[0] != kinds[1]:
         raise IncompatibleModelError(
@@ -51,11 +43,7 @@ def check_same_shapes(recipient: ModelMap, donor: ModelMap) -> None:
 
 
 def check_settings(recipient: Any, donor: Any) -> None:
-    """Refuse configurations that differ in what has no weights.
-
-    Raises:
-        IncompatibleModelError: Naming the first setting that differs.
-    """
+    """Refuse configurations that differ in what has no weights."""
     for name in _WEIGHTLESS:
         ours, theirs = getattr(recipient, name, None), getattr(donor, name, None)
         if ours != theirs:

@@ -33,10 +33,7 @@ _EXECUTIONS: tuple[Execution, ...] = ("auto", "overwrite", "partition", "dense")
 class RowSource:
     """A weight source at a dose: 1 for the source itself, else what lies between it and the recipient.
 
-    Args:
-        source: Where weights come from.
-        dose: A number, or a function of the layer (None outside of blocks) that gives one or a tensor.
-        label: Its name, for messages.
+    The dose is a number, or a function of the layer (None outside of blocks) that gives one or a tensor.
     """
 
     source: WeightSource
@@ -52,21 +49,10 @@ class RowSource:
 
 @dataclass(eq=False)
 class Claim:
-    """What one holder does with one module.
+    """What one holder does with one module: masks and maps of its sources (from 1), worked out in each pass.
 
-    Args:
-        holder: Its name, for messages.
-        part: The module.
-        layer: The block it is in, if any.
-        sources: Sources that change this module, from 1.
-        changes: Their maps.
-        deltas: What those that only add something to the recipient's map add.
-        adapters: All adapters of the holder; with any, rows that nobody claims run without adapters.
-        masks: Called in each pass; the mask for each group of output features (None for all features).
-        execution: How mixed masks are computed.
-        adds: Whether its deltas may be added to those of other holders.
-        dropout: What the dropout of adapters is drawn from.
-        step: Gives the pass that is running.
+    ``deltas`` are what sources that only add something add; with any ``adapters``, rows that nobody claims run without
+    them; ``adds`` lets its deltas be added to those of other holders.
     """
 
     holder: str
@@ -98,13 +84,6 @@ def hold(attachment: Attachment, claim: Claim) -> None:
     one row for equal sources (one adapter, one model object, at one dose). Other sources on one row of one module
     contradict each other, and the first pass in which that happens is refused; only where both holders add does the row
     get the sum of both deltas (a source that both name counts once).
-
-    Args:
-        attachment: Owns the claim; removing it leaves other claims as they are.
-        claim: The claim.
-
-    Raises:
-        IncompatibleModelError: If a masked map is on the module that belongs to no holder.
     """
     hooks = MaskedHooks.on(claim.part.module)
     if hooks is not None and isinstance(hooks.masked, _SharedMap):
@@ -122,23 +101,10 @@ def held_adapters(module: nn.Module) -> frozenset[str]:
 
 
 def dosed(plain: RowMap | None, change: RowMap, dose: Dose, layer: int | None) -> RowMap:
-    """A map at a dose: ``change`` itself at 1, else what lies between.
+    """A map at a dose: ``change`` itself at 1, else what lies between it and ``plain`` (None if it is added).
 
     Linear maps, embeddings and norms are linear in their parameters, so ``(1 - a) f(x; recipient) + a f(x; source)`` is
     ``f(x; (1 - a) recipient + a source)``, and the dose ``a`` may carry gradients.
-
-    Args:
-        plain: The recipient's map; None if ``change`` is only what is added to it.
-        change: The source's map.
-        dose: See :class:`RowSource`; a function is asked at every call.
-        layer: What the function is asked.
-
-    Returns:
-        A map of the same arguments.
-
-    Example:
-        >>> dosed(lambda x: x, lambda x: 3 * x, 0.5, None)(torch.ones(1))
-        tensor([2.])
     """
     if dose == 1:
         return change
@@ -242,11 +208,7 @@ def _sum(maps: Sequence[RowMap]) -> RowMap:
 
 
 def _joint(claims: Sequence[Claim]) -> tuple[dict[int, _Members], Callable[[], Masks]]:
-    """The sources of several claims as one row of codes, and the masks in these codes.
-
-    Returns:
-        What each code but 0 is, as (claim, its source) pairs: one, or several that add up.
-    """
+    """Several claims' sources as one row of codes, (claim, source) pairs that add up, and the masks in these codes."""
     codes: dict[int, _Members] = {k: ((0, k),) for k in claims[0].sources}
     if len(claims) == 1:
         return codes, claims[0].masks

@@ -31,32 +31,14 @@ PARTITION_FROM = 0.3
 
 @dataclass(frozen=True, eq=False)
 class TokenMap:
-    """A map that is told which tokens its rows are, as one that draws random numbers for each must be.
-
-    Args:
-        function: Called with the input, the mask, and the flat indices of the rows it is given (None for all).
-    """
+    """A map that is told which tokens its rows are (flat indices, None for all), as one that draws for each must be."""
 
     function: Callable[[torch.Tensor, RowMask, torch.Tensor | None], Any]
 
 
 @dataclass(eq=False)
 class MaskedMap:
-    """One module and its alternatives.
-
-    Args:
-        module: The module of the recipient model that is hooked.
-        native: The source that the module itself computes (0 for a plain recipient; the adapter's for an adapted
-            layer).
-        alternatives: The other sources, as functions of the module's input.
-        deltas: Sources that are source 0 plus this function of the input (a low-rank adapter); used for mixed masks in
-            place of the whole map, at a fraction of its cost.
-        mask: Called in each pass; the mask for each group of output features (``None`` for all features).
-        execution: How mixed masks are computed.
-        per_call: Compare whole outputs instead of gathering rows (modules that are not fed one row a token).
-        takes_empty: Whether the module can be run on no rows at all.
-        bypass: Whether in this pass the module itself may compute no rows that count, although it is a source.
-    """
+    """One module and its alternatives."""
 
     module: nn.Module
     native: int
@@ -77,29 +59,13 @@ def masked_rows(
     execution: Execution = "auto",
     deltas: Mapping[int, RowMap | TokenMap] | None = None,
 ) -> torch.Tensor:
-    """Apply to each row of ``x`` the map that the mask names.
+    """Apply to each row of ``x`` (``[B, T, ...]``, ``[B*T, ...]`` or ``[B, H, T, d]``) the map that the mask names.
 
     ``overwrite`` computes source 0 on all rows and writes the others over it (rows of source 0 stay bit-identical to a
     run without donors; cost ``1 + share``). ``partition`` computes each source on its own rows (cost 1). ``dense``
     computes every source on all rows and selects (static shapes). ``auto`` is ``overwrite`` up to a share of 0.3, then
-    ``partition``. A mask with one source runs that source alone on ``x`` as it is.
-
-    Args:
-        x: Input ``[B, T, ...]`` (or flat ``[B*T, ...]``, or heads first ``[B, H, T, d]``).
-        maps: Source index to its row-wise map.
-        mask: Source of each row.
-        execution: See above.
-        deltas: Sources that are source 0 plus a function of the input; if all others are, source 0 runs on all rows and
-            the differences are added to theirs.
-
-    Returns:
-        Output in the layout of ``x``.
-
-    Example:
-        >>> x = torch.ones(1, 3, 1)
-        >>> mask = RowMask(torch.tensor([[0, 1, 0]]))
-        >>> masked_rows(x, {0: lambda r: r, 1: lambda r: -r}, mask).flatten().tolist()
-        [1.0, -1.0, 1.0]
+    ``partition``. A mask with one source runs that source alone on ``x`` as it is. If all other sources have a
+    ``delta``, source 0 runs on all rows and the differences are added to theirs.
     """
     if mask.uniform is not None:
         return _run(maps[mask.uniform], x, mask)
@@ -117,27 +83,12 @@ def masked_rows(
 
 
 def attach_masked(attachment: Attachment, masked: MaskedMap) -> None:
-    """Hook one module so that its rows follow a mask; the module's own weights are never touched.
-
-    Args:
-        attachment: Owns the handles.
-        masked: The module, its alternatives and its mask.
-
-    Raises:
-        IncompatibleModelError: If another masked map is already on the module.
-    """
+    """Hook one module so that its rows follow a mask; the module's own weights are never touched."""
     attachment.add(MaskedHooks(masked))
 
 
 class MaskedHooks:
-    """The two hooks of one module: hand it only the rows it computes, then put the others in their places.
-
-    Args:
-        masked: The module, its alternatives and its mask; may be replaced between two calls of the module.
-
-    Raises:
-        IncompatibleModelError: If another masked map is already on the module.
-    """
+    """The two hooks of one module: hand it only the rows it computes, then put the others in their places."""
 
     def __init__(self, masked: MaskedMap) -> None:
         if self.on(masked.module) is not None:

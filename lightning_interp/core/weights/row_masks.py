@@ -13,16 +13,7 @@ __all__ = ["RowLayout", "RowMask"]
 
 
 class RowMask:
-    """Which weight source each row uses, with what every module needs of it worked out once.
-
-    Args:
-        source: int ``[B, T]``; 0 is the recipient, ``k`` the k-th donor.
-
-    Example:
-        >>> mask = RowMask(torch.tensor([[0, 1, 1], [0, 0, 0]]))
-        >>> mask.uniform is None, mask.rows(1).tolist(), round(mask.share, 2)
-        (True, [1, 2], 0.33)
-    """
+    """Which weight source each row uses (int ``[B, T]``; 0 is the recipient), and what modules need of it."""
 
     def __init__(self, source: torch.Tensor) -> None:
         self.source = source
@@ -61,20 +52,7 @@ class RowMask:
         return self._tails[n]
 
     def join(self, other: RowMask, table: torch.Tensor) -> RowMask:
-        """Two masks of the same rows as one.
-
-        Args:
-            other: int ``[B, T]`` too.
-            table: What each pair of sources is in the new mask, int ``[mine, theirs]``.
-
-        Returns:
-            The new mask, worked out once a pair of masks.
-
-        Example:
-            >>> mask, other = RowMask(torch.tensor([[0, 1, 0]])), RowMask(torch.tensor([[0, 0, 1]]))
-            >>> mask.join(other, torch.tensor([[0, 2], [1, 3]])).source.tolist()
-            [[0, 1, 2]]
-        """
+        """Two masks as one: ``table[mine, theirs]`` is each row's source in it. Worked out once a pair of masks."""
         key = (id(other), id(table))
         if key not in self._joined:
             source = table.to(self.source.device)[self.source, other.source]
@@ -91,11 +69,7 @@ class RowLayout:
 
     @classmethod
     def of(cls, x: torch.Tensor, mask: RowMask) -> RowLayout:
-        """How a tensor has its rows.
-
-        Raises:
-            PositionError: If it has no row for each token.
-        """
+        """How a tensor has its rows."""
         batch, length = mask.shape
         rows = x.dim() >= 2 and tuple(x.shape[:2]) == (batch, length)
         heads = x.dim() == 4 and (x.shape[0], x.shape[2]) == (batch, length)

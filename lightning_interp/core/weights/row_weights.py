@@ -42,35 +42,6 @@ class RowWeights(Intervention):
 
     On one module with another holder (a graft, other row weights), each keeps the rows that it claims; see
     :func:`~lightning_interp.core.weights.holders.hold`.
-
-    Args:
-        sources: Models, names of adapters on the recipient, or :class:`WeightSource`, by name; code ``k`` is the k-th.
-            Or ready :class:`RowSource`, which have a dose.
-        codes: Of the coming passes: int ``[B]`` (one source for a row, and for its beams) or ``[B, T]``, or a function
-            of the ``StepContext`` that gives codes ``[B, T]``. May be set anew before each pass.
-        signature: Source of every code, for a component and its layer; the default takes source ``k`` at code ``k`` in
-            all of them.
-        execution: How mixed masks are computed (see :func:`~lightning_interp.core.weights.masked_linear.masked_rows`).
-        adds: On rows that another holder with ``adds`` claims too, the sum of both differences is added, instead of
-            the error that tells of a contradiction (low-rank adapters only).
-        dropout: What the dropout of adapters in training is drawn from.
-        name: What messages call this.
-
-    Example:
-        >>> from peft import LoraConfig, inject_adapter_in_model
-        >>> from lightning_interp.testing import tiny_model
-        >>> model, ids = tiny_model("llama"), torch.arange(8).view(2, 4)
-        >>> for name, rank in {"first": 2, "second": 4}.items():
-        ...     config = LoraConfig(r=rank, target_modules=["q_proj"], init_lora_weights=False)
-        ...     _ = inject_adapter_in_model(config, model, adapter_name=name)
-        >>> rows = RowWeights({"a": "first", "b": "second"})
-        >>> with rows.attach(model), torch.no_grad():
-        ...     rows.codes = torch.tensor([1, 2])
-        ...     both = model(ids).logits
-        ...     rows.codes = torch.tensor([2])
-        ...     second = model(ids[1:]).logits
-        >>> torch.allclose(both[1:], second, atol=1e-5), torch.allclose(both[0], second[0], atol=1e-2)
-        (True, False)
     """
 
     def __init__(
@@ -111,11 +82,7 @@ class RowWeights(Intervention):
         check_sources(model_map, [each.source for each in self.sources])
 
     def install(self, attachment: Attachment) -> None:
-        """Hook every module that some code can change (and every adapted layer, which must be off elsewhere).
-
-        Raises:
-            IncompatibleModelError: After all is installed, if an adapter is active that no holder chooses by row.
-        """
+        """Hook every module that some code can change (and every adapted layer, which must be off elsewhere)."""
         by_module: dict[nn.Module, list[tuple[str, int | None, Part]]] = {}
         for name, layer, part in attachment.model_map.cells():
             by_module.setdefault(part.module, []).append((name, layer, part))
@@ -132,11 +99,7 @@ class RowWeights(Intervention):
 
 
 def expand_rows(codes: torch.Tensor, step: StepContext, what: str = "Codes") -> torch.Tensor:
-    """One code a row ``[B']`` for every token of a pass ``[B, T]``; rows may be the beams of fewer prompts.
-
-    Raises:
-        PositionError: If the rows of the pass are no multiple of the codes.
-    """
+    """One code a row ``[B']`` for every token of a pass ``[B, T]``; rows may be the beams of fewer prompts."""
     if len(codes) == 0 or step.batch_size % len(codes):
         raise PositionError(
             f"{what} are given for {len(codes)} rows, but the batch has {step.batch_size}. Give one a row."
@@ -145,17 +108,7 @@ def expand_rows(codes: torch.Tensor, step: StepContext, what: str = "Codes") -> 
 
 
 def check_sources(model_map: ModelMap, sources: Sequence[WeightSource]) -> None:
-    """Refuse what cannot be chosen row by row, before anything is hooked.
-
-    Args:
-        model_map: The recipient.
-        sources: Where weights come from.
-
-    Raises:
-        IncompatibleModelError: If a source and the recipient do not fit.
-        SiteError: If a block mixes tokens in a module that would have to treat each on its own, or adapters lie where
-            no hook reaches.
-    """
+    """Refuse sources that cannot be chosen row by row in a recipient, before anything is hooked."""
     for source in sources:
         source.check(model_map)
     if "mixing" not in model_map.memo:

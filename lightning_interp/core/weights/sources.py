@@ -343,11 +343,7 @@ AnySource = nn.Module | str | WeightSource
 
 
 def make_sources(donor: AnySource | Mapping[str, AnySource]) -> dict[str, WeightSource]:
-    """Donors by source name; a single one is called ``donor``. A :class:`WeightSource` is taken as it is.
-
-    Raises:
-        IncompatibleModelError: If something is neither a model nor the name of an adapter.
-    """
+    """Donors by source name; a single one is called ``donor``. A :class:`WeightSource` is taken as it is."""
     named = donor if isinstance(donor, Mapping) else {"donor": donor}
     made: dict[str, WeightSource] = {}
     for name, source in named.items():

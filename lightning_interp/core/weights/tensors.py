@@ -33,28 +33,9 @@ class TensorHeader(NamedTuple):
 
 
 class TensorFolder:
-    """The safetensors of a folder, in one file or in shards with an index. Nothing is unpickled.
+    """The safetensors of a folder, ``<stem>.safetensors`` or shards with an index.
 
-    Args:
-        folder: Holds ``<stem>.safetensors``, or ``<stem>.safetensors.index.json`` and the shards that it names.
-        stem: ``model``, as Hugging Face names weights.
-
-    Attributes:
-        files: Which file holds each tensor.
-
-    Raises:
-        DataError: If there are no such files (pickled ones are not read), or the file or index is damaged.
-
-    Example:
-        >>> import tempfile
-        >>> from lightning_interp.testing import tiny_model
-        >>> place = tempfile.mkdtemp()
-        >>> tiny_model("llama").save_pretrained(place, max_shard_size="50KB")
-        >>> folder = TensorFolder(place)
-        >>> len(set(folder.files.values())) > 1, folder.headers["model.norm.weight"].shape
-        (True, (32,))
-        >>> sum(tensor.numel() for _, tensor in folder) == sum(p.numel() for p in tiny_model("llama").parameters())
-        True
+    Nothing is unpickled. ``files`` says which file holds each tensor.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, stem: str = "model") -> None:
@@ -80,11 +61,7 @@ class TensorFolder:
 
     @cached_property
     def headers(self) -> dict[str, TensorHeader]:
-        """Shape and type of each tensor, in the order in which they lie in the files.
-
-        Raises:
-            DataError: If a shard is missing or damaged, or lacks a tensor that the index puts there.
-        """
+        """Shape and type of each tensor, in the order in which they lie in the files."""
         found: dict[str, TensorHeader] = {}
         for shard in self.shards:
             with _opened(shard) as file:
@@ -103,26 +80,14 @@ class TensorFolder:
         return found
 
     def check(self) -> None:
-        """Refuse a folder whose shards are missing, incomplete or damaged; only headers are read.
-
-        Raises:
-            DataError: With the name of the file.
-        """
+        """Refuse a folder whose shards are missing, incomplete or damaged; only headers are read."""
         _ = self.headers
 
     def __contains__(self, name: object) -> bool:
         return name in self.files or name in self.aliases
 
     def tensor(self, name: str, device: str | torch.device = "cpu") -> torch.Tensor:
-        """Read one tensor.
-
-        Args:
-            name: As stored, or an alias.
-            device: Where to put it.
-
-        Raises:
-            DataError: If there is none, or its file is missing or damaged.
-        """
+        """Read one tensor, by its name or an alias."""
         stored = name if name in self.files else self.aliases.get(name, name)
         if stored not in self.files:
             raise DataError(f"{self.folder} has no tensor {name!r} among its {len(self.files)}.")
@@ -130,11 +95,7 @@ class TensorFolder:
             return _read(file, stored, self.files[stored])
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every stored tensor with its name, shard by shard as they lie in the files.
-
-        Raises:
-            DataError: If a shard is missing or damaged, or lacks a tensor that the index puts there.
-        """
+        """Every stored tensor with its name, shard by shard as they lie in the files."""
         for shard in self.shards:
             with _opened(shard) as file:
                 for name in self._inside(shard, file):
