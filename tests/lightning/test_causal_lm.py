@@ -685,7 +685,7 @@ def test_a_batch_without_labels_is_refused(tmp_path):
         ({"lr": -1.0}, "lr=-1.0"),
         ({"optimisation": Optimisation(lr=1.0), "lr": 2.0, "betas": (0, 0)}, "betas, lr is given beside Optimisation"),
         ({"schedule": "poly"}, "schedule='poly'"),
-        ({"lora": {"r": 0}}, "rank r=0"),
+        ({"lora": {"r": 0}}, "LoRA cannot use r=0"),
         ({"dtype": "float5"}, "no type 'float5'"),
         ({"quantization": "2bit"}, "no quantization '2bit'"),
     ],

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import partial
 from itertools import chain
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.models import TextDataModule
-from lightning_interp.models.data.batching import Collator, EpochSampler, ResumableLoader, TokenDataset
+from lightning_interp.models.data.batching import EpochSampler, ResumableLoader, token_batch, token_dataset
 from lightning_interp.models.data.encoding import EncodedRow
 from lightning_interp.testing import byte_tokenizer
 
@@ -159,8 +160,8 @@ def test_processes_together_see_the_batches_of_one(size, world):
 
 
 def test_fillers_score_nothing():
-    dataset = TokenDataset([EncodedRow([5, 6], [False, True], False), EncodedRow([7, 8, 9], [True] * 3, False)])
-    batch = Collator(0)([dataset[1], dataset[~0]])
+    dataset = token_dataset([EncodedRow([5, 6], [False, True], False), EncodedRow([7, 8, 9], [True] * 3, False)])
+    batch = token_batch([dataset[1], dataset[~0]], pad_id=0)
     assert batch["input_ids"].tolist() == [[7, 8, 9], [5, 6, 0]]
     assert batch["labels"].tolist() == [[7, 8, 9], [-100] * 3]
     assert len(dataset) == 2
@@ -192,5 +193,7 @@ def test_a_loader_saved_at_the_end_of_an_epoch_starts_a_whole_one():
 
 def test_a_replaced_sampler_is_left_alone():
     """Lightning's overfit_batches puts a plain sampler into a copy of the loader."""
-    loader = ResumableLoader(TokenDataset([EncodedRow([1, 2], [True] * 2, False)]), collate_fn=Collator(0))
+    loader = ResumableLoader(
+        token_dataset([EncodedRow([1, 2], [True] * 2, False)]), collate_fn=partial(token_batch, pad_id=0)
+    )
     assert len(list(loader)) == 1

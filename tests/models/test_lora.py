@@ -132,11 +132,11 @@ def test_adapters_of_another_name_are_refused():
 @pytest.mark.parametrize(
     ("setting", "match"),
     [
-        ({"r": 0}, "r=0: expected at least 1"),
+        ({"r": 0}, "LoRA cannot use r=0: expected a rank of at least 1"),
         ({"alpha": 0}, "alpha=0: expected a number above 0"),
         ({"dropout": 1.0}, "dropout=1.0: expected 0 <= dropout < 1"),
-        ({"target_modules": []}, r"target_modules=\[\]: it would train nothing"),
-        ({"layers": ()}, r"layers=\(\): it would train nothing"),
+        ({"target_modules": []}, r"target_modules=\[\]: expected at least one"),
+        ({"layers": ()}, r"layers=\(\): expected at least one"),
     ],
 )
 def test_wrong_settings_are_refused(setting, match):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.models import PreferenceDataModule, RewardEncoder
-from lightning_interp.models.data.preference_pairs import Judged, PairCollator, read_judged
+from lightning_interp.models.data.preference_pairs import Judged, judged_batch, read_judged
 from lightning_interp.models.training.reward_metric import PairScores, PointScores, bradley_terry_loss
 from lightning_interp.testing import byte_tokenizer
 
@@ -55,7 +55,7 @@ def test_rated_texts_carry_their_reward():
 
 
 def test_fillers_of_a_validation_share_do_not_count():
-    batch = PairCollator(0)([Judged(([5], [6]), 0.0), Judged(([5], [6]), 0.0, real=False)])
+    batch = judged_batch([Judged(([5], [6]), 0.0), Judged(([5], [6]), 0.0, real=False)], pad_id=0)
     assert batch["real"].tolist() == [True, False]
     module = data(val=PAIRS)
     module.setup("validate")
@@ -116,7 +116,7 @@ def test_data_that_fits_is_not_reported():
         ({"prompt": "a", "chosen": 5, "rejected": "c"}, "'chosen' is 5, a int"),
         ({"prompt": 5, "chosen": "b", "rejected": "c"}, "'prompt' is 5; expected a string, or a list"),
         ({"prompt": [], "chosen": "b", "rejected": "c"}, r"'prompt' is \[\]; expected"),
-        ({"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}, "'prompt' is .*role"),
+        ({"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}, r"prompt\[0\] is .*role"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "wide"}, "'margin' is 'wide'; expected a finite"),
         ({"prompt": "a", "response": "b", "reward": float("nan")}, "'reward' is nan; expected a finite number"),
         ({"prompt": "a", "response": "b", "reward": True}, "'reward' is True; expected a finite number"),

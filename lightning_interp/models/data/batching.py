@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import cycle, islice
 from typing import Any
 
@@ -16,49 +15,43 @@ from lightning_interp.core.tokens.batches import padded
 from lightning_interp.models.data.encoding import EncodedRow
 from lightning_interp.models.training.metric import IGNORED
 
-__all__ = ["Collator", "EpochSampler", "ResumableLoader", "TokenDataset"]
+__all__ = ["EpochSampler", "ResumableLoader", "RowDataset", "token_batch", "token_dataset"]
 
 
-class TokenDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Encoded rows in memory: ids and, for each, whether it is scored.
+class RowDataset(Dataset[Any]):
+    """Rows in memory. A negative index ``~i`` gives row ``i`` as a filler, which a validation share does not count."""
 
-    A negative index ``~i`` gives row ``i`` with nothing scored: the filler of a validation share.
-    """
-
-    def __init__(self, rows: Sequence[EncodedRow]) -> None:
-        self._ids = [torch.tensor(row.ids, dtype=torch.int32) for row in rows]
-        self._scored = [torch.tensor(row.scored, dtype=torch.bool) for row in rows]
+    def __init__(self, rows: Iterable[Any], filler: Callable[[Any], Any]) -> None:
+        self._rows, self._filler = list(rows), filler
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._rows)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        if index < 0:
-            return self._ids[~index], torch.zeros_like(self._scored[~index])
-        return self._ids[index], self._scored[index]
+    def __getitem__(self, index: int) -> Any:
+        return self._filler(self._rows[~index]) if index < 0 else self._rows[index]
 
 
-@dataclass(frozen=True)
-class Collator:
-    """Pads rows on the right to the longest of a batch.
+def token_dataset(rows: Iterable[EncodedRow]) -> RowDataset:
+    """Encoded rows as two tensors each: ids and, for each, whether it is scored; in a filler nothing is."""
+    tensors = ((torch.tensor(r.ids, dtype=torch.int32), torch.tensor(r.scored, dtype=torch.bool)) for r in rows)
+    return RowDataset(tensors, _unscored)
 
-    Attributes:
-        pad_id: The id of padding; what is padding is told by the mask alone, so it may be the end token's.
+
+def _unscored(row: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return row[0], torch.zeros_like(row[1])
+
+
+def token_batch(rows: Sequence[tuple[Tensor, Tensor]], *, pad_id: int) -> dict[str, Tensor]:
+    """Rows padded on the right; what is padding is told by the mask alone, so ``pad_id`` may be the end token's.
 
     Example:
         >>> rows = [(torch.tensor([5, 6]), torch.tensor([False, True])), (torch.tensor([7]), torch.tensor([True]))]
-        >>> batch = Collator(0)(rows)
-        >>> {name: tensor.tolist() for name, tensor in batch.items()}
+        >>> {name: tensor.tolist() for name, tensor in token_batch(rows, pad_id=0).items()}
         {'input_ids': [[5, 6], [7, 0]], 'attention_mask': [[1, 1], [1, 0]], 'labels': [[-100, 6], [7, -100]]}
     """
-
-    pad_id: int
-
-    def __call__(self, rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """Make a batch."""
-        input_ids, attention_mask = padded([ids for ids, _ in rows], self.pad_id)
-        labels, _ = padded([torch.where(scored, ids.long(), IGNORED) for ids, scored in rows], IGNORED)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    input_ids, attention_mask = padded([ids for ids, _ in rows], pad_id)
+    labels, _ = padded([torch.where(scored, ids.long(), IGNORED) for ids, scored in rows], IGNORED)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 class EpochSampler(DistributedSampler[int]):
@@ -67,20 +60,6 @@ class EpochSampler(DistributedSampler[int]):
     Lightning leaves it as it is (it is a ``DistributedSampler``) and tells it the epoch. ``n`` processes with batches
     of ``b`` rows see together the same batches as one process with batches of ``n * b``. Processes get equally many
     rows: in training some rows are seen twice for that, otherwise fillers that score nothing are put in.
-
-    Args:
-        size: Number of rows.
-        seed: Root seed.
-        shuffle: Whether this is training: a new order each epoch.
-        rank: This process.
-        world_size: Number of processes.
-
-    Example:
-        >>> sampler = EpochSampler(5, seed=0, shuffle=True)
-        >>> first = list(sampler)
-        >>> sampler.set_epoch(1)
-        >>> first, list(sampler)
-        ([1, 4, 3, 2, 0], [0, 1, 3, 2, 4])
     """
 
     def __init__(self, size: int, *, seed: int, shuffle: bool, rank: int = 0, world_size: int = 1) -> None:
@@ -101,13 +80,9 @@ class EpochSampler(DistributedSampler[int]):
 
 
 class ResumableLoader(DataLoader[tuple[Tensor, Tensor]]):
-    """A loader that a run which was saved in the middle of an epoch continues at the next batch.
+    """A loader that a run which was saved in the middle of an epoch continues at the next batch."""
 
-    Attributes:
-        processed: Gives how many batches the trainer has finished in this epoch; if None, those given out count.
-    """
-
-    processed: Callable[[], int] | None = None
+    processed: Callable[[], int] | None = None  # batches that the trainer has finished; if None, those given out count
     _done = 0
     _skip = 0
 

@@ -21,17 +21,11 @@ __all__ = ["EncodedRow", "Encoder"]
 
 
 class EncodedRow(NamedTuple):
-    """Token ids of a row.
-
-    Attributes:
-        ids: Token ids.
-        scored: Whether each token is part of the loss.
-        split: Whether the parts were tokenised one by one because a token would straddle their boundary.
-    """
+    """Token ids of a row."""
 
     ids: list[int]
-    scored: list[bool]
-    split: bool
+    scored: list[bool]  # whether each token is part of the loss
+    split: bool  # whether the parts were tokenised one by one because a token would straddle their boundary
 
 
 class _Part(NamedTuple):
@@ -51,15 +45,6 @@ class Encoder:
         chat: Whether prompt and completion become a user's and an assistant's turn.
         system_prompt: System text of conversations without one; None keeps the template's own, ``""`` has an empty one.
         add_eos: Whether texts and completions end with the end token (conversations end as the template says).
-
-    Example:
-        >>> from lightning_interp.models.data.rows import read_rows
-        >>> from lightning_interp.testing import byte_tokenizer
-        >>> (row,) = read_rows([{"prompt": "2+2=", "completion": "4"}], name="train")
-        >>> tokenizer = byte_tokenizer()
-        >>> encoded = Encoder(tokenizer=tokenizer).encode(row)
-        >>> tokenizer.decode([i for i, scored in zip(encoded.ids, encoded.scored) if scored])
-        '4<eos>'
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -68,29 +53,19 @@ class Encoder:
     add_eos: bool = True
 
     def __post_init__(self) -> None:
-        if self.chat and not self.tokenizer.chat_template:
-            raise DataError(f"chat=True needs a chat template, and {self._name()} has none. {_NO_TEMPLATE}")
-        if self.system_prompt is not None and not self.tokenizer.chat_template:
-            raise DataError(
-                f"system_prompt={self.system_prompt!r} needs a chat template, and {self._name()} has "
-                f"none. {_NO_TEMPLATE}"
-            )
+        if self.chat:
+            self._needs_template("chat=True")
+        if self.system_prompt is not None:
+            self._needs_template(f"system_prompt={self.system_prompt!r}")
 
     def encode(self, row: Row) -> EncodedRow:
-        """Encode one row.
-
-        Raises:
-            DataError: If the tokenizer lacks what the row needs; with the row's file and line.
-        """
+        """Encode one row; a DataError names its file and line."""
         content = row.content
         if row.form == "messages":
             return self._conversation(content["messages"], row.where)
         if row.form == "prompt" and self.chat:
-            turns = [
-                {"role": "user", "content": content["prompt"]},
-                {"role": "assistant", "content": content["completion"]},
-            ]
-            return self._conversation(turns, row.where)
+            roles = {"user": content["prompt"], "assistant": content["completion"]}
+            return self._conversation([{"role": role, "content": text} for role, text in roles.items()], row.where)
         if row.form == "prompt":
             parts = [_Part(content["prompt"], False), _Part(content["completion"], True)]
         else:
@@ -103,27 +78,23 @@ class Encoder:
         return EncodedRow(begin + ids + end, scored_begin + scored + [True] * len(end), split)
 
     def _join(self, parts: Sequence[_Part]) -> EncodedRow:
-        whole = self._bare("".join(part.text for part in parts))
-        ends, text = [], ""
-        for part in parts[:-1]:
+        """Tokenise the parts together, or one by one where a token would straddle a boundary."""
+        full = "".join(part.text for part in parts)
+        whole, text, scored = self._bare(full), "", list[bool]()
+        for part in parts:
             text += part.text
-            ids = self._bare(text)
+            ids = whole if text == full else self._bare(text)
             if whole[: len(ids)] != ids:
-                return self._one_by_one(parts)
-            ends.append(len(ids))
-        scored: list[bool] = []
-        for part, end in zip(parts, [*ends, len(whole)], strict=True):
-            scored += [part.scored] * (end - len(scored))
-        return EncodedRow(whole, scored, False)
-
-    def _one_by_one(self, parts: Sequence[_Part]) -> EncodedRow:
+                break
+            scored += [part.scored] * (len(ids) - len(scored))
+        else:
+            return EncodedRow(whole, scored, False)
         pieces = [(self._bare(part.text), part.scored) for part in parts]
         ids = [index for piece, _ in pieces for index in piece]
         return EncodedRow(ids, [scored for piece, scored in pieces for _ in piece], True)
 
     def _conversation(self, turns: list[dict[str, str]], where: str) -> EncodedRow:
-        if not self.tokenizer.chat_template:
-            raise DataError(f"{where}: 'messages' needs a chat template, and {self._name()} has none. {_NO_TEMPLATE}")
+        self._needs_template(f"{where}: 'messages'")
         if self.system_prompt is not None and turns[0]["role"] != "system":
             turns = [{"role": "system", "content": self.system_prompt}, *turns]
         whole, parts, done = self._render(turns, where), list[_Part](), 0  # nothing follows the last scored part
@@ -186,5 +157,9 @@ class Encoder:
     def _name(self) -> Any:
         return self.tokenizer.name_or_path or type(self.tokenizer).__name__
 
-
-_NO_TEMPLATE = "Use an instruction-tuned model's tokenizer, or set tokenizer.chat_template."
+    def _needs_template(self, what: str) -> None:
+        if not self.tokenizer.chat_template:
+            raise DataError(
+                f"{what} needs a chat template, and {self._name()} has none. Use an instruction-tuned model's "
+                "tokenizer, or set tokenizer.chat_template."
+            )

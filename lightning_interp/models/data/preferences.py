@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
 from lightning_interp.errors import DataError
-from lightning_interp.models.data.preference_pairs import Judged, JudgedRow, PairCollator, PairDataset, read_judged
+from lightning_interp.models.data.batching import RowDataset
+from lightning_interp.models.data.preference_pairs import (
+    Judged,
+    JudgedRow,
+    judged_batch,
+    judged_dataset,
+    read_judged,
+)
 from lightning_interp.models.data.text_data import TextDataModule, TooLong
 from lightning_interp.models.scoring.reward_text import RewardEncoder
 
@@ -54,6 +60,8 @@ class PreferenceDataModule(TextDataModule):
         (torch.Size([2, 9]), 15)
     """
 
+    _batch = staticmethod(judged_batch)
+
     def __init__(
         self,
         train: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | Any,
@@ -77,7 +85,7 @@ class PreferenceDataModule(TextDataModule):
         )
         self.encoder = encoder
 
-    def _encode(self, split: str) -> PairDataset:
+    def _encode(self, split: str) -> RowDataset:
         rows = read_judged(self._sources[split], name=split)
         counts = dict.fromkeys(("rows", "tokens", "truncated", "identical"), 0)
         kept = []
@@ -92,7 +100,7 @@ class PreferenceDataModule(TextDataModule):
             counts["tokens"] += sum(map(len, judged.ids))
         self.counts[split] = counts
         self._tell(split, counts, len(rows))
-        return PairDataset(kept)
+        return judged_dataset(kept)
 
     def _judged(self, row: JudgedRow) -> tuple[Judged, int]:
         try:
@@ -120,6 +128,3 @@ class PreferenceDataModule(TextDataModule):
                 f"{split}: {counts['truncated']} texts were cut to max_length={self.encoder.max_length} tokens, and "
                 f"{counts['identical']} of {total} pairs left out because their texts are the same."
             )
-
-    def _collator(self) -> Callable[[Any], dict[str, Tensor]]:
-        return PairCollator(self._pad_id())

@@ -10,35 +10,23 @@ from typing import Any, NamedTuple
 from lightning_interp.core.storage.jsonl import json_lines
 from lightning_interp.errors import DataError
 
-__all__ = ["Row", "check_text", "raw_rows", "read_rows"]
+__all__ = ["Row", "check_text", "form_of", "raw_rows", "read_rows", "turns_of"]
 
 _FORMS = (("text",), ("prompt", "completion"), ("messages",))
 _EXPECTED = '{"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}'
+TURN = "{'role': ..., 'content': ...}"
 
 
 class Row(NamedTuple):
-    """A checked row.
+    """A checked row."""
 
-    Attributes:
-        where: File and line, or name and index, for messages.
-        form: ``"text"``, ``"prompt"`` or ``"messages"``.
-        content: The row's fields of that form.
-    """
-
-    where: str
-    form: str
-    content: dict[str, Any]
+    where: str  # file and line, or name and index, for messages
+    form: str  # "text", "prompt" or "messages"
+    content: dict[str, Any]  # the row's fields of that form
 
 
 def read_rows(source: Any, *, name: str) -> list[Row]:
-    """Read and check all rows of a source.
-
-    Args:
-        source: A JSONL file, a folder of ``datasets``' ``save_to_disk``, a list of dicts, or a ``datasets.Dataset``.
-        name: What to call a source without a file, for messages.
-
-    Raises:
-        DataError: With file and line of the first row that is no such row, or if there is none.
+    """Read and check all rows of a source (see :func:`raw_rows`).
 
     Example:
         >>> read_rows([{"prompt": "2+2=", "completion": "4", "id": 7}], name="train")
@@ -48,13 +36,9 @@ def read_rows(source: Any, *, name: str) -> list[Row]:
 
 
 def raw_rows(source: Any, *, name: str, expected: str) -> Iterator[tuple[str, Any]]:
-    """Read the rows of a source as they are.
+    """Yield the rows of a JSONL file, a folder of ``save_to_disk``, a list or a ``Dataset``, each with its place.
 
-    Yields:
-        File and line (or name and index), and the row.
-
-    Raises:
-        DataError: If the source cannot be read or holds no row; with file and line of the first that is no JSON.
+    A place is file and line, or ``name`` and index. A source that holds no row is refused.
     """
     empty = True
     for where, row in _raw(source, name, expected):
@@ -69,7 +53,7 @@ def _raw(source: Any, name: str, expected: str) -> Iterator[tuple[str, Any]]:
     if isinstance(source, str | os.PathLike):
         path = Path(source).expanduser()
         if path.is_dir():
-            yield from _from_folder(path, expected)
+            yield from _raw(_from_folder(path), str(path), expected)
         else:
             yield from json_lines(path, expected=f"one object a line: {expected}")
     elif isinstance(source, Sequence) or (hasattr(source, "__getitem__") and hasattr(source, "column_names")):
@@ -86,53 +70,63 @@ def _raw(source: Any, name: str, expected: str) -> Iterator[tuple[str, Any]]:
         )
 
 
-def _from_folder(path: Path, expected: str) -> Iterator[tuple[str, Any]]:
+def _from_folder(path: Path) -> Any:
     from datasets import load_from_disk
 
     try:
-        dataset = load_from_disk(str(path))
+        return load_from_disk(str(path))
     except (FileNotFoundError, ValueError) as error:
         raise DataError(
             f"{path} is a folder, but no dataset written by save_to_disk ({error}). Give a JSONL file."
         ) from error
-    yield from _raw(dataset, str(path), expected)
+
+
+def form_of(
+    row: Any, where: str, forms: Sequence[tuple[str, ...]], expected: str, *, alone: bool = False
+) -> tuple[str, ...]:
+    """The one form whose keys a row has; with ``alone``, no key of another form may be beside them."""
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where}: expected an object, got {type(row).__name__} {row!r:.80}. Write {expected}.")
+    present = {key for key, value in row.items() if value is not None}  # datasets fills absent columns with None
+    found = [form for form in forms if (present & set(form) if alone else present >= set(form))]
+    if len(found) != 1 or not present >= set(found[0]):
+        keys = ", ".join(repr(key) for key in row) or "none"
+        raise DataError(f"{where}: the keys are {keys}; expected exactly one of {expected}. Other keys are ignored.")
+    return found[0]
 
 
 def _checked(row: Any, where: str) -> Row:
-    if not isinstance(row, Mapping):
-        raise DataError(f"{where}: expected an object, got {type(row).__name__} {row!r:.80}. Write {_EXPECTED}.")
-    present = {key for key, value in row.items() if value is not None}  # datasets fills absent columns with None
-    forms = [form for form in _FORMS if present & set(form)]
-    if len(forms) != 1 or not set(forms[0]) <= present:
-        keys = ", ".join(repr(key) for key in row) or "none"
-        raise DataError(f"{where}: the keys are {keys}; expected exactly one of {_EXPECTED}. Other keys are ignored.")
-    form = forms[0]
-    content = {key: row[key] for key in form}
+    form = form_of(row, where, _FORMS, _EXPECTED, alone=True)
     if form == ("messages",):
-        content = {"messages": _messages(row["messages"], where)}
-    else:
-        for key, value in content.items():
-            check_text(value, key, where, may_be_empty=key == "prompt")
-    return Row(where, form[0], content)
+        return Row(where, "messages", {"messages": _messages(row["messages"], where)})
+    for key in form:
+        check_text(row[key], key, where, may_be_empty=key == "prompt")
+    return Row(where, form[0], {key: row[key] for key in form})
 
 
-def _messages(messages: Any, where: str) -> list[dict[str, str]]:
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise DataError(f"{where}: 'messages' is {messages!r:.80}; expected a list of {{'role': ..., 'content': ...}}.")
-    turns = []
-    for index, turn in enumerate(messages):
-        name = f"messages[{index}]"
-        if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
-            raise DataError(f"{where}: {name} is {turn!r:.80}; expected an object with 'role' and 'content'.")
-        check_text(turn["role"], f"{name}.role", where, may_be_empty=False)
-        check_text(turn["content"], f"{name}.content", where, may_be_empty=turn["role"] != "assistant")
-        turns.append({"role": turn["role"], "content": turn["content"]})
-    if not any(turn["role"] == "assistant" for turn in turns):
-        roles = ", ".join(turn["role"] for turn in turns)
+def _messages(messages: Any, where: str) -> list[dict[str, Any]]:
+    turns = turns_of(messages, "messages", where, expected=f"a list of {TURN}")
+    for index, turn in enumerate(turns):
+        check_text(turn["role"], f"messages[{index}].role", where, may_be_empty=False)
+        may_be_empty = turn["role"] != "assistant"
+        check_text(turn["content"], f"messages[{index}].content", where, may_be_empty=may_be_empty)
+    roles = [turn["role"] for turn in turns]
+    if "assistant" not in roles:
         raise DataError(
-            f"{where}: no turn has the role 'assistant' (the roles are {roles}), so there is nothing to learn."
+            f"{where}: no turn has the role 'assistant' (the roles are {', '.join(roles)}), so there is nothing to "
+            "learn."
         )
     return turns
+
+
+def turns_of(value: Any, key: str, where: str, *, expected: str) -> list[dict[str, Any]]:
+    """The turns of a conversation, with role and content alone."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise DataError(f"{where}: {key!r} is {value!r:.80}; expected {expected}.")
+    for index, turn in enumerate(value):
+        if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
+            raise DataError(f"{where}: {key}[{index}] is {turn!r:.80}; expected an object with 'role' and 'content'.")
+    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
 
 
 def check_text(value: Any, key: str, where: str, *, may_be_empty: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import lightning as L
@@ -13,7 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.models.data.batching import Collator, EpochSampler, ResumableLoader, TokenDataset
+from lightning_interp.models.data.batching import (
+    EpochSampler,
+    ResumableLoader,
+    RowDataset,
+    token_batch,
+    token_dataset,
+)
 from lightning_interp.models.data.encoding import EncodedRow, Encoder
 from lightning_interp.models.data.rows import Row, read_rows
 
@@ -67,6 +74,8 @@ class TextDataModule(L.LightningDataModule):
         (4, torch.Size([2, 6]))
     """
 
+    _batch: Callable[..., dict[str, Tensor]] = staticmethod(token_batch)
+
     def __init__(
         self,
         train: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | Any,
@@ -83,21 +92,16 @@ class TextDataModule(L.LightningDataModule):
         too_long: TooLong = "truncate",
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("max_length", max_length, 2),
-            ("num_workers", num_workers, 0),
-        ):
+        least_of = {"batch_size": (batch_size, 1), "max_length": (max_length, 2), "num_workers": (num_workers, 0)}
+        for name, (value, least) in least_of.items():
             if value < least:
                 raise RecipeError(f"{type(self).__name__} cannot use {name}={value!r}: expected at least {least}.")
         if too_long not in get_args(TooLong):
-            raise RecipeError(
-                f"{type(self).__name__} cannot use too_long={too_long!r}: expected one of "
-                f"{', '.join(get_args(TooLong))}."
-            )
+            known = ", ".join(get_args(TooLong))
+            raise RecipeError(f"{type(self).__name__} cannot use too_long={too_long!r}: expected one of {known}.")
         self._sources = {"train": train, "val": val}
         self._encoder = Encoder(tokenizer=tokenizer, chat=chat, system_prompt=system_prompt, add_eos=add_eos)
-        self._datasets: dict[str, Any] = {}  # what a subclass makes of rows
+        self._datasets: dict[str, RowDataset] = {}
         self.tokenizer = tokenizer
         self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
         self.num_workers, self.too_long = num_workers, too_long
@@ -142,7 +146,7 @@ class TextDataModule(L.LightningDataModule):
         """Let the next run's first epoch go on behind the batches of a checkpoint."""
         self._resume_at = int(state_dict.get("batches", 0))
 
-    def _encode(self, split: str) -> Any:
+    def _encode(self, split: str) -> RowDataset:
         counts = dict.fromkeys(("rows", "tokens", "scored", "truncated", "dropped", "split"), 0)
         kept = []
         for row in read_rows(self._sources[split], name=split):
@@ -160,7 +164,7 @@ class TextDataModule(L.LightningDataModule):
             counts["split"] += encoded.split
         self.counts[split] = counts
         self._report(split, counts)
-        return TokenDataset(kept)
+        return token_dataset(kept)
 
     def _cut(self, encoded: EncodedRow, row: Row) -> EncodedRow:
         if self.too_long == "error":
@@ -188,23 +192,14 @@ class TextDataModule(L.LightningDataModule):
             self.setup("fit" if split == "train" else "validate")
         dataset, trainer = self._datasets[split], self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        share = EpochSampler(len(dataset), seed=self.seed, shuffle=split == "train", rank=rank, world_size=world_size)
+        pad_ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         return ResumableLoader(
             dataset,
             batch_size=self.batch_size,
-            sampler=EpochSampler(
-                len(dataset), seed=self.seed, shuffle=split == "train", rank=rank, world_size=world_size
-            ),
-            collate_fn=self._collator(),
+            sampler=share,
+            collate_fn=partial(self._batch, pad_id=next((int(i) for i in pad_ids if i is not None), 0)),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
-
-    def _collator(self) -> Callable[[Any], dict[str, Tensor]]:
-        return Collator(self._pad_id())
-
-    def _pad_id(self) -> int:
-        for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if candidate is not None:
-                return int(candidate)
-        return 0

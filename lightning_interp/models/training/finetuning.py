@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_interp.core.hooks.checks import check_strategy, check_weights, quantized_modules
 from lightning_interp.core.model.model_map import ModelMap
-from lightning_interp.errors import QuantizedModelError, UnsupportedStrategyError
+from lightning_interp.errors import IncompatibleModelError, QuantizedModelError, UnsupportedStrategyError
 from lightning_interp.models.sources.adapters import adapter_base, has_adapter, is_adapter_folder, save_adapter
 from lightning_interp.models.sources.bundled import ALIASES
 from lightning_interp.models.sources.folders import atomic_folder
 from lightning_interp.models.sources.pretrained import quiet_bars
-from lightning_interp.models.training.lora import LoraSettings, inject_lora, train_adapter
+from lightning_interp.models.training.lora import LoraSettings, adapter_parameters, inject_lora, train_adapter
 from lightning_interp.models.training.optimisation import Optimisation, plain, settings_of
 from lightning_interp.models.training.optimised import Optimised
-from lightning_interp.models.training.state import check_state, saved_names
 
 __all__ = ["FINETUNING", "SETTINGS", "Finetuned", "base_source"]
 
@@ -36,18 +35,13 @@ class Finetuned(Optimised):
     """Trains a Hugging Face model, with an adapter or in full; subclasses say on what.
 
     With an adapter only its weights (and parameters that ask for gradients themselves) are trained, saved in
-    checkpoints and restored from them; the base is loaded anew. Without one all weights are trained, as float32
-    master weights.
-
-    Attributes:
-        model: The model.
-        source: Where its base came from: a name, or an absolute path.
+    checkpoints and restored from them; the base is loaded anew. Without one all weights are trained, in float32.
     """
 
     _task = "CAUSAL_LM"  # PEFT's name for it
 
     model: Any  # its own class says what it returns
-    source: str
+    source: str  # where its base came from: a name, or an absolute path
     tokenizer: PreTrainedTokenizerBase | None
     seed: int
 
@@ -73,12 +67,7 @@ class Finetuned(Optimised):
         return has_adapter(self.model)
 
     def setup(self, stage: str) -> None:
-        """Refuse a Trainer that cannot train this module.
-
-        Raises:
-            QuantizedModelError: If the Trainer quantises the model itself, which would freeze what is trained.
-            UnsupportedStrategyError: If its strategy is FSDP1 or DeepSpeed.
-        """
+        """Refuse a Trainer that cannot train this module: FSDP1, DeepSpeed, or one that quantises the model itself."""
         check_strategy(self.trainer.strategy, reads_weights=False, purpose=self._title)
         plugins = {cls.__name__ for cls in type(self.trainer.precision_plugin).__mro__}
         if "BitsandbytesPrecision" in plugins:
@@ -90,20 +79,15 @@ class Finetuned(Optimised):
             )
 
     def configure_model(self) -> None:
-        """Shard the model under ``ModelParallelStrategy`` (FSDP2): block by block, then the rest.
-
-        Raises:
-            UnsupportedStrategyError: If the strategy asks for tensor parallelism, its default.
-        """
+        """Shard the model under ``ModelParallelStrategy`` (FSDP2): block by block, then the rest."""
         mesh = self.device_mesh
         if mesh is None or any(map(_is_sharded, self.model.parameters())):
             return
         if mesh["tensor_parallel"].size() > 1:
-            total = mesh.size()
             raise UnsupportedStrategyError(
                 f"{self._title} cannot be split by tensor parallelism, and this ModelParallelStrategy has "
                 f"tensor_parallel_size={mesh['tensor_parallel'].size()}. "
-                f"Pass ModelParallelStrategy(data_parallel_size={total}, tensor_parallel_size=1)."
+                f"Pass ModelParallelStrategy(data_parallel_size={mesh.size()}, tensor_parallel_size=1)."
             )
         from torch.distributed.fsdp import fully_shard
 
@@ -125,17 +109,11 @@ class Finetuned(Optimised):
         """Restore what :meth:`on_save_checkpoint` keeps.
 
         With an adapter a checkpoint without the base is whole, and one that lacks a part of the adapter is refused,
-        whatever ``strict`` says.
-
-        Returns:
-            torch's lists of missing and unexpected names; with an adapter both are empty.
-
-        Raises:
-            IncompatibleModelError: With the first tensor that is missing, unknown or of another shape.
+        whatever ``strict`` says; torch's lists of missing and unexpected names are empty then.
         """
         if self.has_adapter or strict:
             own = self.state_dict()
-            check_state(state_dict, own, self._saved_names(own), owner=f"this {self._title}")
+            _check_state(state_dict, own, self._saved_names(own), owner=f"this {self._title}")
         result: Any = super().load_state_dict(state_dict, strict=strict and not self.has_adapter, assign=assign)
         return type(result)([], []) if self.has_adapter else result
 
@@ -193,7 +171,32 @@ class Finetuned(Optimised):
             _enable_checkpointing(self.model)
 
     def _saved_names(self, state: Mapping[str, Any]) -> set[str]:
-        return saved_names(state, self.model, prefix=_MODEL) if self.has_adapter else set(state)
+        """All names, or with an adapter those of what is trained, and of what lies beside the model."""
+        if not self.has_adapter:
+            return set(state)
+        kept = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        kept |= adapter_parameters(self.model)
+        return {name for name in state if not name.startswith(_MODEL) or name.removeprefix(_MODEL) in kept}
+
+
+def _check_state(given: Mapping[str, Any], own: Mapping[str, Any], needed: Iterable[str], *, owner: str) -> None:
+    """Refuse a state that lacks a needed tensor, or holds an unknown one or one of another shape."""
+    lacking = sorted(set(needed) - set(given))
+    unknown = sorted(set(given) - set(own))
+    other = [name for name in given if name in own and given[name].shape != own[name].shape]
+    if lacking:
+        problem = f"lacks {lacking[0]!r} ({len(lacking)} missing"
+    elif unknown:
+        problem = f"holds the unknown {unknown[0]!r} ({len(unknown)} unknown"
+    elif other:
+        shapes = f"{tuple(given[other[0]].shape)}, expected {tuple(own[other[0]].shape)}"
+        problem = f"holds {other[0]!r} with shape {shapes} ({len(other)} of another shape"
+    else:
+        return
+    raise IncompatibleModelError(
+        f"The checkpoint does not fit {owner}: it {problem}). "
+        "Build the module with the model and the lora settings of the checkpoint."
+    )
 
 
 def base_source(model: PreTrainedModel, source: str) -> str:

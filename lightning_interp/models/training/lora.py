@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
-from lightning_interp.errors import IncompatibleModelError, RecipeError
+from lightning_interp.errors import IncompatibleModelError
 from lightning_interp.models.sources.adapters import ADAPTER, has_adapter
+from lightning_interp.models.training.optimisation import check_settings, plain
 
 __all__ = ["LoraSettings", "adapter_parameters", "inject_lora", "train_adapter"]
 
@@ -48,16 +49,14 @@ class LoraSettings:
     use_dora: bool = False
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise RecipeError(f"LoRA cannot have rank r={self.r!r}: expected at least 1.")
-        if self.alpha <= 0:
-            raise RecipeError(f"LoRA cannot have alpha={self.alpha!r}: expected a number above 0.")
-        if not 0 <= self.dropout < 1:
-            raise RecipeError(f"LoRA cannot have dropout={self.dropout!r}: expected 0 <= dropout < 1.")
-        for name in ("target_modules", "layers"):
-            value = getattr(self, name)
-            if value is not None and not len(value):
-                raise RecipeError(f"LoRA cannot have {name}={value!r}: it would train nothing. Name at least one.")
+        wanted = {
+            "r": (self.r >= 1, "a rank of at least 1"),
+            "alpha": (self.alpha > 0, "a number above 0"),
+            "dropout": (0 <= self.dropout < 1, "0 <= dropout < 1"),
+            "target_modules": (len(self.target_modules) > 0, "at least one, as nothing would be trained"),
+            "layers": (self.layers is None or len(self.layers) > 0, "at least one, as nothing would be trained"),
+        }
+        check_settings(self, "LoRA", wanted)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, which :class:`LoraSettings` takes back and a checkpoint can hold.
@@ -66,27 +65,15 @@ class LoraSettings:
             >>> LoraSettings(**LoraSettings(layers=(0, 1)).to_dict()).layers
             [0, 1]
         """
-        plain = asdict(self)
-        return {
-            name: list(value) if isinstance(value, Sequence | set) and not isinstance(value, str) else value
-            for name, value in plain.items()
-        }
+        return plain(self)
 
 
 def inject_lora(model: PreTrainedModel, settings: LoraSettings, *, seed: int, task: str = "CAUSAL_LM") -> None:
     """Put a fresh adapter into a model, in place, and freeze everything else.
 
     The adapter's weights depend only on the seed and the model's shape, and are kept in float32 (the base keeps its
-    own type). At the start the adapter changes nothing: its second matrix is zero.
-
-    Args:
-        model: The model.
-        settings: The adapter.
-        seed: Root seed of its first matrices.
-        task: What PEFT calls the model's task; with ``"SEQ_CLS"`` the linear map of the scores is not adapted.
-
-    Raises:
-        IncompatibleModelError: If the model carries an adapter already, or has no module or layer of the names given.
+    own type). At the start the adapter changes nothing: its second matrix is zero. ``task`` is PEFT's name for what
+    the model does; with ``"SEQ_CLS"`` the linear map of the scores is not adapted.
     """
     from peft import LoraConfig
     from peft.functional import inject_adapter_in_model
@@ -97,13 +84,13 @@ def inject_lora(model: PreTrainedModel, settings: LoraSettings, *, seed: int, ta
             "one is put in. Leave lora out to go on training it, or merge it into the base first."
         )
     _check_layers(model, settings)
-    target = settings.target_modules
+    target, layers = settings.target_modules, settings.layers
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=target if isinstance(target, str) else list(target),
-        layers_to_transform=None if settings.layers is None else list(settings.layers),
+        layers_to_transform=None if layers is None else list(layers),
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
@@ -123,11 +110,7 @@ def inject_lora(model: PreTrainedModel, settings: LoraSettings, *, seed: int, ta
 
 
 def train_adapter(model: PreTrainedModel) -> None:
-    """Freeze a model except for the adapter that it carries, whose weights become float32.
-
-    Raises:
-        IncompatibleModelError: If the adapter's name is not the one that this package uses.
-    """
+    """Freeze a model except for the adapter that it carries, whose weights become float32."""
     from peft.functional import cast_adapter_dtype, set_requires_grad
 
     names = list(model.peft_config)

@@ -18,12 +18,8 @@ IGNORED = -100
 def completion_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of the cross entropy of the labelled tokens, and their number.
 
-    The logits at one position predict the token at the next. The sum is computed in float32, whatever the type of
-    the logits and inside autocast too.
-
-    Args:
-        logits: Of shape ``[batch, kept, vocabulary]``: for all positions or for the last ``kept`` of them.
-        labels: Token ids of shape ``[batch, time]`` with ``time >= kept``; -100 where nothing is scored.
+    The logits ``[batch, kept, vocabulary]`` of the last ``kept`` positions (or of all) predict the token at the next;
+    labels are ``[batch, time]``, -100 where nothing is scored. Summed in float32, inside autocast too.
 
     Example:
         >>> logits = torch.zeros(1, 3, 8)
@@ -41,15 +37,7 @@ def completion_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class TokenLoss(Metric):
-    """Mean cross entropy a token over batches and processes: every scored token weighs the same.
-
-    Example:
-        >>> loss = TokenLoss()
-        >>> loss.update(torch.tensor(6.0), torch.tensor(3))
-        >>> loss.update(torch.tensor(2.0), torch.tensor(1))
-        >>> loss.compute(), int(loss.tokens)
-        (tensor(2.), 4)
-    """
+    """Mean cross entropy a token over batches and processes: every scored token weighs the same."""
 
     full_state_update = False
     is_differentiable = False

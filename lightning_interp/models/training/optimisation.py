@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, TypeVar, get_args
 
@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_interp.errors import RecipeError
 
-__all__ = ["Optimisation", "Schedule", "adamw", "no_more", "plain", "schedule_of", "settings_of"]
+__all__ = ["Optimisation", "Schedule", "adamw", "check_settings", "no_more", "plain", "schedule_of", "settings_of"]
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -49,31 +49,29 @@ class Optimisation:
 
     def __post_init__(self) -> None:
         betas = self.betas
-        wrong = {
+        wanted = {
             "lr": (self.lr > 0 and math.isfinite(self.lr), "a number above 0"),
             "weight_decay": (self.weight_decay >= 0, "a number of at least 0"),
             "betas": (len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers with 0 <= beta < 1"),
             "warmup_steps": (self.warmup_steps >= 0, "at least 0"),
             "schedule": (self.schedule in get_args(Schedule), f"one of {', '.join(get_args(Schedule))}"),
         }
-        for name, (fits, expected) in wrong.items():
-            if not fits:
-                raise RecipeError(f"Training cannot use {name}={getattr(self, name)!r}: expected {expected}.")
+        check_settings(self, "Training", wanted)
         object.__setattr__(self, "betas", (float(betas[0]), float(betas[1])))
+
+
+def check_settings(settings: object, what: str, wanted: Mapping[str, tuple[bool, str]]) -> None:
+    """Refuse the first setting that does not fit; ``wanted`` says by name whether it does, and what is expected."""
+    for name, (fits, expected) in wanted.items():
+        if not fits:
+            raise RecipeError(f"{what} cannot use {name}={getattr(settings, name)!r}: expected {expected}.")
 
 
 def settings_of(default: _Settings, given: _Settings | Mapping[str, Any], flat: dict[str, Any]) -> _Settings:
     """Settings as an object, a mapping, or under their own names among a class's arguments, as in its checkpoints.
 
-    Args:
-        default: A dataclass; what is not given is taken from it.
-        given: An object, which is taken as it is, or a mapping; ``default`` itself stands for nothing.
-        flat: Arguments by name. Those that the dataclass has are taken out; beside ``given`` all of them, as a
-            checkpoint holds them, count for nothing.
-
-    Raises:
-        RecipeError: If single names are given beside ``given``.
-        TypeError: If a mapping holds a name that the dataclass does not have.
+    ``given`` is taken as it is, or fills up ``default`` if it is a mapping; ``default`` itself stands for nothing. The
+    dataclass's names are taken out of ``flat``; all of them beside ``given``, as a checkpoint holds them, do not count.
 
     Example:
         >>> flat = {"schedule": "linear", "seed": 1}
@@ -102,32 +100,25 @@ def no_more(module: Any, flat: Mapping[str, Any]) -> None:
 
 def plain(settings: Any) -> dict[str, Any]:
     """A settings object as values that a checkpoint can hold, which is read with ``weights_only=True``."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
+    return {
+        name: list(value) if isinstance(value, Sequence | set) and not isinstance(value, str) else value
+        for name, value in asdict(settings).items()
+    }
 
 
 def adamw(parameters: Iterable[nn.Parameter], settings: Optimisation) -> AdamW:
     """Make an AdamW that decays matrices only, not biases and norms."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [parameter for parameter in trained if parameter.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [parameter for parameter in trained if parameter.dim() < 2], "weight_decay": 0.0},
-    ]
-    return AdamW([group for group in groups if group["params"]], lr=settings.lr, betas=settings.betas)
+    matrices, others = ([p for p in trained if (p.dim() >= 2) is matrix] for matrix in (True, False))
+    decays = ((matrices, settings.weight_decay), (others, 0.0))
+    groups = [{"params": params, "weight_decay": decay} for params, decay in decays if params]
+    return AdamW(groups, lr=settings.lr, betas=settings.betas)
 
 
 def schedule_of(optimizer: AdamW, settings: Optimisation, *, total_steps: float) -> LRScheduler | None:
-    """Make the scheduler that is stepped after each optimizer step.
+    """Make the scheduler that is stepped after each optimizer step; None if the learning rate never changes.
 
-    Args:
-        optimizer: The optimizer.
-        settings: The warm-up, and what the learning rate does afterwards.
-        total_steps: Optimizer steps of the run; infinity if the run has no end.
-
-    Returns:
-        The scheduler, None if the learning rate never changes.
-
-    Raises:
-        RecipeError: If the learning rate is to fall by the end of a run that has none.
+    ``total_steps`` is infinity if the run has no end; a learning rate that is to fall by then is refused.
     """
     from transformers import get_scheduler
 

@@ -13,11 +13,7 @@ __all__ = ["Optimised"]
 
 
 class Optimised(L.LightningModule):
-    """A module whose trained parameters AdamW moves.
-
-    Attributes:
-        optimisation: How.
-    """
+    """A module whose trained parameters AdamW moves."""
 
     optimisation: Optimisation
 
@@ -31,11 +27,7 @@ class Optimised(L.LightningModule):
         self.optimisation = replace(self.optimisation, lr=value)
 
     def configure_optimizers(self) -> Any:
-        """Make AdamW over everything that is trained, and its schedule.
-
-        Raises:
-            RecipeError: If the learning rate is to fall by the end of a run that has none.
-        """
+        """Make AdamW over everything that is trained, and its schedule."""
         settings = self.optimisation
         optimizer = adamw(self.parameters(), settings)
         steps = float("inf") if settings.schedule == "constant" else self.trainer.estimated_stepping_batches

@@ -24,19 +24,8 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float 
     .. math:: -\log \sigma(r_{chosen} - r_{rejected} - m)
 
     The margin is that of Touvron et al. 2023 ("Llama 2", equation 2); without one it is the loss of Ouyang et al. 2022
-    ("Training language models to follow instructions with human feedback", equation 1). Computed in float32.
-
-    Args:
-        chosen: Rewards of the preferred texts, ``[n]``.
-        rejected: Rewards of the others, ``[n]``.
-        margin: By how much a preferred text should be ahead.
-
-    Returns:
-        The loss of each pair, ``[n]``.
-
-    Example:
-        >>> bradley_terry_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0])).tolist()
-        [0.3132616877555847, 0.6931471824645996]
+    ("Training language models to follow instructions with human feedback", equation 1). Rewards and losses are
+    ``[n]``; computed in float32.
     """
     return -F.logsigmoid(chosen.float() - rejected.float() - margin)
 
@@ -63,13 +52,42 @@ def log_scores(module: LightningModule, stage: str, *metrics: PairScores | Point
         metric.reset()
 
 
-class PairScores(Metric):
+class PointScores(Metric):
+    """Mean squared error of predicted rewards; every text weighs the same, whatever batch it was in."""
+
+    full_state_update = False
+    is_differentiable = False
+    counted = "texts"
+    means: tuple[str, ...] = ("loss",)
+    count: Tensor
+
+    def __init__(self, counted: str = "") -> None:
+        super().__init__()
+        self.counted = counted or self.counted
+        for name in self.means:
+            self.add_state(name, default=torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("count", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, real: Tensor | None = None) -> None:
+        """Add a batch of losses ``[n]``; ``real`` is False for texts that do not count."""
+        self._add(real, loss=loss)
+
+    def _add(self, real: Tensor | None, **values: Tensor) -> None:
+        # Not in place: a reset inside validate() leaves inference tensors, which the next fit() may not change.
+        for name, value in values.items():
+            weight = torch.ones_like(value) if real is None else real.to(value)
+            setattr(self, name, getattr(self, name) + (value.detach() * weight).sum())
+        self.count = self.count + weight.sum().long()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the means and the number of texts or pairs; NaN for a mean of none."""
+        return {name: getattr(self, name) / self.count for name in self.means} | {self.counted: self.count}
+
+
+class PairScores(PointScores):
     """Mean loss and share of pairs in the right order; every pair weighs the same, whatever batch it was in.
 
     Two equal rewards are half right.
-
-    Args:
-        counted: What to call the number of pairs.
 
     Example:
         >>> scores = PairScores()
@@ -78,63 +96,11 @@ class PairScores(Metric):
         {'loss': 1.0, 'accuracy': 0.5, 'pairs': 3.0}
     """
 
-    full_state_update = False
-    is_differentiable = False
-    loss: Tensor
-    right: Tensor
-    count: Tensor
+    counted = "pairs"
+    means = ("loss", "accuracy")
 
-    def __init__(self, counted: str = "pairs") -> None:
-        super().__init__()
-        self.counted = counted
-        for name, dtype in (("loss", torch.float32), ("right", torch.float32), ("count", torch.int64)):
-            self.add_state(name, default=torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
-
-    def update(self, chosen: Tensor, rejected: Tensor, loss: Tensor, real: Tensor | None = None) -> None:
-        """Add a batch.
-
-        Args:
-            chosen: Rewards of the preferred texts, ``[n]``.
-            rejected: Rewards of the others, ``[n]``.
-            loss: Loss of each pair, ``[n]``.
-            real: False for pairs that do not count, ``[n]``.
-        """
-        weight = torch.ones_like(loss) if real is None else real.to(loss)
-        right = (chosen > rejected).to(loss) + 0.5 * (chosen == rejected).to(loss)
-        # Not in place: a reset inside validate() leaves inference tensors, which the next fit() may not change.
-        self.loss = self.loss + (loss.detach() * weight).sum()
-        self.right = self.right + (right * weight).sum()
-        self.count = self.count + weight.sum().long()
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return ``loss``, ``accuracy`` and the number of pairs; NaN for the first two if there is none."""
-        return {"loss": self.loss / self.count, "accuracy": self.right / self.count, self.counted: self.count}
-
-
-class PointScores(Metric):
-    """Mean squared error of predicted rewards; every text weighs the same, whatever batch it was in."""
-
-    full_state_update = False
-    is_differentiable = False
-    loss: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name, dtype in (("loss", torch.float32), ("count", torch.int64)):
-            self.add_state(name, default=torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
-
-    def update(self, loss: Tensor, real: Tensor | None = None) -> None:
-        """Add a batch.
-
-        Args:
-            loss: Squared error of each text, ``[n]``.
-            real: False for texts that do not count, ``[n]``.
-        """
-        weight = torch.ones_like(loss) if real is None else real.to(loss)
-        self.loss = self.loss + (loss.detach() * weight).sum()
-        self.count = self.count + weight.sum().long()
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return ``loss`` and the number of ``texts``; NaN for the first if there is none."""
-        return {"loss": self.loss / self.count, "texts": self.count}
+    def update(  # type: ignore[override]  # two rewards a pair
+        self, chosen: Tensor, rejected: Tensor, loss: Tensor, real: Tensor | None = None
+    ) -> None:
+        """Add a batch of rewards and losses ``[n]``; ``real`` is False for pairs that do not count."""
+        self._add(real, loss=loss, accuracy=(chosen > rejected).to(loss) + 0.5 * (chosen == rejected).to(loss))
