@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from lightning_interp.core.storage import content
-from lightning_interp.core.storage.content import KnownFiles, checked_stamp, current_stamp, hash_folder, stamp_file
+from lightning_interp.core.storage.content import checked_stamp, current_stamp, hash_folder, known_sha256, stamp_file
 from lightning_interp.core.storage.files import atomic_write_text, sha256_file
 from lightning_interp.core.storage.manifest import RunManifest
 from lightning_interp.core.storage.manifest_file import read_manifest
@@ -136,7 +136,7 @@ class TestInARun:
         assert list(hash_folder(tmp_path / "phases/merge")) == ["weights"]
         atomic_write_text(tmp_path / "mine/result.json", "1")
         assert list(hash_folder(tmp_path / "mine")) == ["result.json"]
-        assert KnownFiles(tmp_path, {"phases": {}}).sha256(tmp_path / "mine/result.json") == sha256_file(
+        assert known_sha256(tmp_path / "mine/result.json", tmp_path, {"phases": {}}) == sha256_file(
             tmp_path / "mine/result.json"
         )
 

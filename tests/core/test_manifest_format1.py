@@ -9,10 +9,9 @@ import pytest
 
 from lightning_interp.core.storage import manifest_follower
 from lightning_interp.core.storage.files import atomic_write_text, digest
-from lightning_interp.core.storage.lineage import Lineage
 from lightning_interp.core.storage.manifest import RunManifest
 from lightning_interp.core.storage.manifest_file import read_manifest
-from lightning_interp.core.storage.phase_results import phase_result
+from lightning_interp.core.storage.phase_results import Lineage, phase_result
 
 STORED = Path(__file__).with_name("manifest_format1.json")  # written by the version before format 2
 FIRST = {"b": [1, 2.0, [3, None]], "a": "\u00e9 \ud800", "nan": math.nan}

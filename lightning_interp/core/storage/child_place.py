@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lightning_interp.core.storage.run_lock import is_in_use
-from lightning_interp.core.storage.run_words import check_name
 from lightning_interp.errors import ManifestError
 
-__all__ = ["CHILDREN", "ChildPlace", "check_child_name", "check_parents_free", "child_folders"]
+__all__ = ["CHILDREN", "ChildPlace", "check_parents_free", "child_folders", "child_names"]
 
 CHILDREN = "children"
 
@@ -41,19 +40,6 @@ class ChildPlace:
         return {"session": len(self.parent._state["sessions"]), "opening": self.opening}
 
 
-def check_child_name(run_dir: Path, key: str) -> str:
-    """Return ``key`` if it can name a child of a run."""
-    if "/" in check_name(key, "child run"):
-        raise ManifestError(f"{key!r} cannot name a child run: it holds '/'. Use '-' between its parts.")
-    twin = next((name for name in _names(run_dir) if name != key and name.lower() == key.lower()), None)
-    if twin is not None:
-        raise ManifestError(
-            f"Child runs {key!r} and {twin!r} differ only in case and would share a folder on some file systems. "
-            "Rename one of them."
-        )
-    return key
-
-
 def check_parents_free(run_dir: Path) -> None:
     """Refuse to open a child run alone while a run that it belongs to is open."""
     path = Path(os.path.abspath(run_dir))
@@ -68,10 +54,11 @@ def check_parents_free(run_dir: Path) -> None:
 
 def child_folders(run_dir: Path) -> dict[str, Path]:
     """Return the folders of a run's children that have begun."""
-    folders = {name: run_dir / CHILDREN / name for name in _names(run_dir)}
+    folders = {name: run_dir / CHILDREN / name for name in child_names(run_dir)}
     return {name: folder for name, folder in folders.items() if (folder / "manifest.json").exists()}
 
 
-def _names(run_dir: Path) -> list[str]:
+def child_names(run_dir: Path) -> list[str]:
+    """Return the names of a run's children."""
     folder = run_dir / CHILDREN
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []

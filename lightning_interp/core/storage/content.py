@@ -21,15 +21,14 @@ from lightning_interp.core.storage.files import sha256_file
 
 __all__ = [
     "RESULT",
-    "KnownFiles",
     "checked_stamp",
     "current_stamp",
     "delete_folder",
     "fingerprint",
     "hash_folder",
+    "known_sha256",
     "sha_of",
     "stamp_file",
-    "stamp_folder",
 ]
 
 RESULT = "result.json"  # in the folder of a finished phase: what the phase returned
@@ -72,17 +71,17 @@ def sha_of(stamp: str | Mapping[str, Any]) -> str:
     return stamp if isinstance(stamp, str) else str(stamp["sha256"])
 
 
-def stamp_folder(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the stamp of each file below ``folder`` that :func:`hash_folder` looks at."""
-    return {name: stamp_file(folder / name) for name in _names(folder)}
-
-
-def hash_folder(folder: Path, sha256: Callable[[Path], str] = sha256_file) -> dict[str, str]:
-    """Return the SHA-256 of each file below ``folder``.
+def hash_folder(folder: Path, of: Callable[[Path], Any] = sha256_file) -> dict[str, Any]:
+    """Return the SHA-256 (or the stamp, or whatever ``of`` gives) of each file below ``folder``.
 
     Checkpoints, event files, temporary files and the stored results of phases are left out.
     """
-    return {name: sha256(folder / name) for name in _names(folder)}
+    files = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file() and not _is_result(path))
+    return {
+        name.as_posix(): of(folder / name)
+        for name in files
+        if not any(fnmatch.fnmatch(part, pattern) for part in name.parts for pattern in NOT_HASHED)
+    }
 
 
 def fingerprint(inputs: Any, sha256: Callable[[Path], str] = sha256_file) -> Any:
@@ -118,16 +117,6 @@ def delete_folder(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _names(folder: Path) -> list[str]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_result(path))
-    relative = (path.relative_to(folder) for path in files)
-    return [
-        name.as_posix()
-        for name in relative
-        if not any(fnmatch.fnmatch(part, pattern) for part in name.parts for pattern in NOT_HASHED)
-    ]
-
-
 def _is_result(path: Path) -> bool:
     """Whether a file is what the manifest stored of a phase, in this run or another."""
     if path.name != RESULT or len(path.parents) < 3 or path.parents[1].name != "phases":
@@ -135,25 +124,17 @@ def _is_result(path: Path) -> bool:
     return (path.parents[2] / "manifest.json").exists()
 
 
-class KnownFiles:
-    """Hashes files that phases depend on, trusting the stamps in a manifest.
+def known_sha256(path: Path, run_dir: Path, state: dict[str, Any]) -> str:
+    """The SHA-256 of a file that a phase depends on, trusting the stamps in the manifest of the run.
 
     Files of the run's own phases are in their entries; the large ones from elsewhere are kept under ``sources``.
     """
-
-    def __init__(self, run_dir: Path, state: dict[str, Any]) -> None:
-        self._phases = Path(os.path.abspath(run_dir)) / "phases"
-        self._state = state
-
-    def sha256(self, path: Path) -> str:
-        """Return the SHA-256 of a file."""
-        place = Path(os.path.abspath(path))
-        if place.is_relative_to(self._phases):
-            name, *parts = place.relative_to(self._phases).parts
-            entry = self._state["phases"].get(name, {})
-            known = entry.get("files", {}).get("/".join(parts))
-            return sha_of(current_stamp(path, None if isinstance(known, str) else known))
-        stamp = current_stamp(path, self._state.get("sources", {}).get(str(place)))
-        if stamp["size"] >= _LARGE:
-            self._state.setdefault("sources", {})[str(place)] = stamp
-        return sha_of(stamp)
+    place, phases = Path(os.path.abspath(path)), Path(os.path.abspath(run_dir)) / "phases"
+    if place.is_relative_to(phases):
+        name, *parts = place.relative_to(phases).parts
+        known = state["phases"].get(name, {}).get("files", {}).get("/".join(parts))
+        return sha_of(current_stamp(path, None if isinstance(known, str) else known))
+    stamp = current_stamp(path, state.get("sources", {}).get(str(place)))
+    if stamp["size"] >= _LARGE:
+        state.setdefault("sources", {})[str(place)] = stamp
+    return sha_of(stamp)

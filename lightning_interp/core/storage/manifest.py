@@ -10,21 +10,40 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from lightning_interp.core.storage.child_place import CHILDREN, ChildPlace, check_child_name, check_parents_free
-from lightning_interp.core.storage.content import RESULT, KnownFiles, delete_folder, fingerprint, stamp_folder
+from lightning_interp.core.storage.child_place import CHILDREN, ChildPlace, check_parents_free, child_names
+from lightning_interp.core.storage.content import (
+    RESULT,
+    delete_folder,
+    fingerprint,
+    hash_folder,
+    known_sha256,
+    stamp_file,
+)
 from lightning_interp.core.storage.distributed import is_rank_zero
 from lightning_interp.core.storage.files import atomic_write_bytes, check_writable, digest, jsonable
-from lightning_interp.core.storage.lineage import Lineage, Token, is_old_entry
-from lightning_interp.core.storage.manifest_file import FORMAT, NOT_IDENTITY, ManifestText, new_manifest, stored_run
+from lightning_interp.core.storage.manifest_file import (
+    FORMAT,
+    NOT_IDENTITY,
+    ManifestText,
+    check_name,
+    check_part,
+    message_of,
+    new_manifest,
+    now,
+    status_of,
+    stored_run,
+)
 from lightning_interp.core.storage.phase_results import (
+    Lineage,
+    Token,
     begun_entry,
+    is_old_entry,
     phase_result,
     refresh_stamps,
     result_digest,
     write_result,
 )
 from lightning_interp.core.storage.run_lock import RunLock
-from lightning_interp.core.storage.run_words import check_name, message_of, now, status_of
 from lightning_interp.errors import ManifestError
 
 __all__ = ["RunManifest", "check_name"]
@@ -177,9 +196,7 @@ class RunManifest:
         Raises:
             ManifestError: If the name cannot be one.
         """
-        if "/" in check_name(name, "phase"):
-            raise ManifestError(f"{name!r} cannot name a phase: it holds '/'. Use '-' between its parts.")
-        return self.path / "phases" / name
+        return self.path / "phases" / check_part(name, "phase")
 
     def phase(self, name: str, fn: Callable[[Path], Any], *, inputs: Any = None, every_rank: bool = False) -> Any:
         """Run a phase once, and remember its result.
@@ -241,7 +258,7 @@ class RunManifest:
             0
             10
         """
-        path = self.path / CHILDREN / check_child_name(self.path, key)
+        path = self.path / CHILDREN / check_part(key, "child run", child_names(self.path))
         self._check_free(f"Child run {key!r} was opened")
         base = self._lineage.digest if inputs is None else digest(["given", fingerprint(inputs, self._sha256)])
         self._child_openings[key] = self._child_openings.get(key, 0) + 1
@@ -317,7 +334,7 @@ class RunManifest:
         atomic_write_bytes(self.path / "manifest.json", self._text.of(self._state))
 
     def _sha256(self, path: Path) -> str:
-        return KnownFiles(self.path, self._state).sha256(path)
+        return known_sha256(path, self.path, self._state)
 
     def _token(self, name: str, inputs: Any) -> Token:
         """Return the digest of what a phase depends on."""
@@ -338,12 +355,7 @@ class RunManifest:
 
     def _check_call(self, name: str, token: Token) -> None:
         self._check_free(f"Phase {name!r} was called")
-        twin = next((other for other in self.phases if other != name and other.lower() == name.lower()), None)
-        if twin is not None:
-            raise ManifestError(
-                f"Phases {name!r} and {twin!r} differ only in case and would share a folder on some file systems. "
-                "Rename one of them."
-            )
+        check_part(name, "phase", self.phases)
         if self._called.setdefault(name, token.now) != token.now:
             raise ManifestError(
                 f"Phase {name!r} was called twice in one run with different inputs. Give each call a name of its own, "
@@ -374,7 +386,7 @@ class RunManifest:
         began, self.current = time.monotonic(), name
         try:
             result = jsonable(fn(folder), where=f"the result of phase {name!r}")
-            files = stamp_folder(folder)
+            files = hash_folder(folder, stamp_file)
             entry.update(result_file=write_result(folder, name, result), files=files, status="finished")
         except BaseException as error:
             entry.update(status=status_of(error), message=message_of(error))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,15 @@ __all__ = [
     "FORMAT",
     "NOT_IDENTITY",
     "ManifestText",
+    "check_name",
+    "check_part",
     "check_same_run",
     "config_difference",
+    "message_of",
     "new_manifest",
+    "now",
     "read_manifest",
+    "status_of",
     "stored_run",
 ]
 
@@ -35,12 +42,56 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "an object": dict,
     "a list": list,
 }
-_SECTIONS = {"name": _TEXT, "sessions": "a list", **dict.fromkeys(("config", "phases", "outcome"), "an object")}
+_SECTIONS = {"name": _TEXT, "base": _TEXT, "sessions": "a list"}
+_SECTIONS |= dict.fromkeys(("config", "phases", "outcome", "sources"), "an object")
 _SESSION = {"started": _TEXT, "status": _TEXT, "message": _TEXT_OR_NONE, "seconds": _NUMBER, "versions": "an object"}
 _PHASE = {"status": _TEXT, "inputs": _TEXT, "files": "an object", "seconds": _NUMBER, "attempts": _NUMBER}
 _PHASE["message"] = _TEXT_OR_NONE
 _STAMP = {"sha256": _TEXT, "size": _NUMBER}
 _ABSENT = object()
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def check_name(name: str, what: str) -> str:
+    """Return ``name`` (parts with ``/`` between them) if it can name a run or a phase and stays inside its folder."""
+    if not all(_NAME.fullmatch(part) for part in name.split("/")):
+        raise ManifestError(
+            f"{name!r} cannot name a {what}: it could lead out of the run folder. Use letters, digits, '.', '-' "
+            "and '_', beginning with a letter or digit."
+        )
+    return name
+
+
+def check_part(name: str, what: str, others: Iterable[str] = ()) -> str:
+    """Return ``name`` if it can name a phase or a child run beside those that there are."""
+    if "/" in check_name(name, what):
+        raise ManifestError(f"{name!r} cannot name a {what}: it holds '/'. Use '-' between its parts.")
+    twin = next((other for other in others if other != name and other.lower() == name.lower()), None)
+    if twin is not None:
+        raise ManifestError(
+            f"{what.capitalize()}s {name!r} and {twin!r} differ only in case and would share a folder on some file "
+            "systems. Rename one of them."
+        )
+    return name
+
+
+def now() -> str:
+    """Return the time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def status_of(error: BaseException) -> str:
+    """Return how a session ended that an error left."""
+    return "failed" if isinstance(error, Exception) else "interrupted"
+
+
+def message_of(error: BaseException) -> str:
+    """Return what the manifest says of an error."""
+    if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+        return "KeyboardInterrupt"  # Lightning turns Ctrl-C inside a Trainer into an exit
+    if isinstance(error, SystemExit) and error.code == 143:
+        return "SIGTERM"
+    return f"{type(error).__name__}: {error}".rstrip(": ")
 
 
 def new_manifest(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,6 +234,7 @@ def _indented(text: str) -> str:
 
 
 def _check_content(path: Path, state: Mapping[str, Any]) -> None:
+    state = {"sources": {}, "base": ""} | dict(state)
     _check(path, state, _SECTIONS, "")
     for index, session in enumerate(state["sessions"]):
         optional = {"seconds": 0.0, "versions": {}} | session if isinstance(session, dict) else session
@@ -196,11 +248,8 @@ def _check_content(path: Path, state: Mapping[str, Any]) -> None:
             _check_stamp(path, stamp, f"{where}.files.{file}")
         if "result_file" in phase and phase["status"] == "finished":
             _check(path, phase["result_file"], {**_STAMP, "digest": _TEXT}, f"{where}.result_file")
-    sources = state.get("sources", {})
-    _check(path, {"sources": sources}, {"sources": "an object"}, "")
-    for file, stamp in sources.items():
+    for file, stamp in state["sources"].items():
         _check_stamp(path, stamp, f"sources.{file}")
-    _check(path, {"base": state.get("base", "")}, {"base": _TEXT}, "")
 
 
 def _check_stamp(path: Path, stamp: Any, where: str) -> None:
