@@ -49,11 +49,11 @@ class Map:
         from lightning_interp.core.tokens.step import StepContext
 
         graft = Graft(self.donors, self.plans)
-        schedule = graft.schedule(self.map)
-        codes = schedule.all_codes(StepContext(1, T, input_ids=self.ids)).reshape(-1, T)
+        compiled = graft.compiled(self.map)
+        codes = compiled.all_codes(StepContext(1, T, input_ids=self.ids)).reshape(-1, T)
         ids = self.ids.expand(len(codes), -1)
         rows = Rows(ids, torch.ones_like(ids, dtype=torch.bool), codes)
-        inner, full = schedule.classes
+        inner, full = compiled.classes
         tree = PrefixTree(rows.ids, rows.valid, inner[codes], full[codes], share=self.share)
         self.tokens = tree.tokens
         with graft.attach(self.map), whole_head(self.map):

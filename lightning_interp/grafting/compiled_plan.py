@@ -22,7 +22,7 @@ from lightning_interp.errors import RecipeError
 from lightning_interp.grafting.dropout import DRAWS, Cell
 from lightning_interp.grafting.plan import GraftPlan, GraftRule
 
-__all__ = ["EVERYWHERE", "NOWHERE", "Schedule", "Signature", "Source"]
+__all__ = ["EVERYWHERE", "NOWHERE", "CompiledPlans", "Signature", "Source"]
 
 Signature = tuple[int, ...]
 
@@ -41,7 +41,7 @@ class Source:
     dose: float | str = 1.0
 
 
-class Schedule:
+class CompiledPlans:
     """Plans worked out for one model.
 
     Args:

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_interp.core.measure.undisturbed import evaluating
 from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.tokens.batches import packed
 from lightning_interp.core.weights.masked_linear import Execution
 from lightning_interp.core.weights.sources import AnySource, ModelSource, WeightSource, make_sources
 from lightning_interp.errors import PositionError, RecipeError
@@ -159,13 +160,14 @@ class GraftEvaluator:
         """
         model_map = model if isinstance(model, ModelMap) else ModelMap.build(model)
         donors = make_sources(donor)
-        mine = sorted(self.encoded[rank::world_size], key=lambda prompt: len(prompt.ids))
+        mine = self.encoded[rank::world_size]
         models = [each.map.model for each in donors.values() if isinstance(each, ModelSource)]
         names = list(self.plans)
         grafts = [plan for plan in self.plans.values() if isinstance(plan, GraftPlan)]
         graft = Graft(donors, grafts, execution=self.execution)
         with evaluating(model_map.model, *models), whole_head(model_map):
-            for chunk in self._chunks(mine):
+            for numbers in packed([len(prompt.ids) * len(names) for prompt in mine], self.token_budget):
+                chunk = [mine[number] for number in numbers]
                 batch = PromptBatch.of(chunk)
                 found = self._grafted(model_map, graft, batch) | self._patched(model_map, donors, batch)
                 logits = [found[name] for name in names]
@@ -177,30 +179,20 @@ class GraftEvaluator:
                 index = [prompt.index for prompt in chunk]
                 yield torch.tensor(index), scores.cpu(), dict(zip(index, top, strict=True))
 
-    def _chunks(self, prompts: list[EncodedPrompt]) -> Iterator[list[EncodedPrompt]]:
-        chunk: list[EncodedPrompt] = []
-        for prompt in prompts:
-            if chunk and (len(chunk) + 1) * len(self.plans) * len(prompt.ids) > self.token_budget:
-                yield chunk
-                chunk = []
-            chunk.append(prompt)
-        if chunk:
-            yield chunk
-
     def _grafted(self, model_map: ModelMap, graft: Graft, batch: PromptBatch) -> dict[str, torch.Tensor]:
         """Logits at the last prompt token of every graft, ``[n, V]`` each."""
-        schedule = graft.schedule(model_map)
-        codes = schedule.all_codes(batch.step(self.tokenizer))
-        count = len(schedule.plans)
+        compiled = graft.compiled(model_map)
+        codes = compiled.all_codes(batch.step(self.tokenizer))
+        count = len(compiled.plans)
         rows = Rows(batch.ids.repeat(count, 1), batch.valid.repeat(count, 1), codes.reshape(-1, codes.shape[-1]))
-        inner, full = schedule.classes
+        inner, full = compiled.classes
         tree = PrefixTree(rows.ids, rows.valid, inner[rows.codes], full[rows.codes], share=self.share_prefixes)
         with graft.attach(model_map, tokenizer=self.tokenizer):
             logits = last_logits(model_map, graft, rows, tree, token_budget=self.token_budget)
         of_row = tree.row_of.to(logits.device).view(count, -1)
         self._count(tree.tokens, len(graft.plans) * batch.ids.numel())
         return {
-            name: logits[of_row[schedule.plans.index(plan)]]
+            name: logits[of_row[compiled.plans.index(plan)]]
             for name, plan in self.plans.items()
             if isinstance(plan, GraftPlan)
         }

@@ -25,7 +25,7 @@ from lightning_interp.core.weights.masked_linear import Execution
 from lightning_interp.core.weights.row_weights import RowWeights, check_sources
 from lightning_interp.core.weights.sources import AdapterSource, AnySource, CheckpointSource, ModelSource, make_sources
 from lightning_interp.errors import PositionError, RecipeError, SiteError
-from lightning_interp.grafting.compiled_plan import EVERYWHERE, NOWHERE, Schedule, without_padding
+from lightning_interp.grafting.compiled_plan import EVERYWHERE, NOWHERE, CompiledPlans, without_padding
 from lightning_interp.grafting.dose import Doses, check_doses, dose_of
 from lightning_interp.grafting.plan import GraftPlan
 
@@ -107,12 +107,12 @@ class Graft(Intervention):
         self.dropout = CountedDropout()
         """What the dropout of adapters is drawn from while they are in training."""
         self.given: torch.Tensor | None = None
-        """Codes ``[B, T]`` of the coming pass, from :meth:`schedule`; for callers that know them already."""
+        """Codes ``[B, T]`` of the coming pass, from :meth:`compiled`; for callers that know them already."""
         self.reads_weights = any(isinstance(source, ModelSource) for source in self.donors.values())
         for name in dict.fromkeys(source for each in self.plans for source in each.sources):
             if name not in self.donors:
                 raise RecipeError(f"A rule takes weights from {name!r}, but the donors are {', '.join(self.donors)}.")
-        self._schedule: tuple[ModelMap, Schedule] | None = None
+        self._compiled: tuple[ModelMap, CompiledPlans] | None = None
 
     def sites(self, model_map: ModelMap) -> Sequence[Site]:
         """None: a graft acts on weights, not on activations at a site."""
@@ -122,13 +122,13 @@ class Graft(Intervention):
         """The identity; see :meth:`install`."""
         return x
 
-    def schedule(self, model_map: ModelMap) -> Schedule:
+    def compiled(self, model_map: ModelMap) -> CompiledPlans:
         """The plans, each once, worked out for a model."""
-        if self._schedule is None or self._schedule[0] is not model_map:
+        if self._compiled is None or self._compiled[0] is not model_map:
             everywhere = callable(self.decode) or self.decode == "donor"
             plans = tuple(dict.fromkeys(self.plans))
-            self._schedule = (model_map, Schedule(plans, list(self.donors), model_map, everywhere=everywhere))
-        return self._schedule[1]
+            self._compiled = (model_map, CompiledPlans(plans, list(self.donors), model_map, everywhere=everywhere))
+        return self._compiled[1]
 
     def check(self, model_map: ModelMap) -> None:
         """Refuse what cannot be grafted, before anything is hooked.
@@ -147,14 +147,14 @@ class Graft(Intervention):
 
     def install(self, attachment: Attachment) -> None:
         """Hook every module that some plan can graft (and every adapted layer, which must be off elsewhere)."""
-        schedule = self.schedule(attachment.model_map)
+        compiled = self.compiled(attachment.model_map)
         sources = [
-            RowSource(self.donors[each.donor], dose_of(each.dose, self.doses), each.donor) for each in schedule.sources
+            RowSource(self.donors[each.donor], dose_of(each.dose, self.doses), each.donor) for each in compiled.sources
         ]
         RowWeights(
             sources,
-            _Codes(self, schedule),
-            signature=schedule.signature,
+            _Codes(self, compiled),
+            signature=compiled.signature,
             execution=self.execution,
             dropout=self.dropout,
             name=f"Graft({', '.join(map(repr, self.donors))})",
@@ -180,10 +180,10 @@ def _check_reached(model_map: ModelMap, groups: set[str]) -> None:
 class _Codes:
     """Which rules own each token of a pass, ``[B, T]``, as an index into the signatures."""
 
-    def __init__(self, graft: Graft, schedule: Schedule) -> None:
-        self.graft, self.schedule = graft, schedule
+    def __init__(self, graft: Graft, compiled: CompiledPlans) -> None:
+        self.graft, self.compiled = graft, compiled
         self.last_codes: torch.Tensor | None = None
-        place = {plan: i for i, plan in enumerate(schedule.plans)}
+        place = {plan: i for i, plan in enumerate(compiled.plans)}
         self.row_plan = [place[plan] for plan in graft.plans]
 
     def __call__(self, step: StepContext) -> torch.Tensor:
@@ -194,7 +194,7 @@ class _Codes:
         rows = self._rows(step)
         if not step.is_prefill:
             return without_padding(self._decoding(step, rows), step.valid)
-        codes = self.schedule.codes(step, rows)
+        codes = self.compiled.codes(step, rows)
         last = step.positions.argmax(dim=1, keepdim=True)
         self.last_codes = codes.gather(1, last)[:, 0]
         return codes
@@ -203,7 +203,7 @@ class _Codes:
         """Codes of generated tokens, as the decode policy says."""
         chosen = self.graft.decode
         policy = chosen(step) if callable(chosen) else chosen
-        start = self.schedule.start(rows, step.device)
+        start = self.compiled.start(rows, step.device)
         if isinstance(policy, torch.Tensor):
             if policy.dtype != torch.bool or tuple(policy.shape) != (step.batch_size, step.length):
                 raise PositionError(
@@ -212,7 +212,7 @@ class _Codes:
                 )
             return torch.where(policy.to(step.device), start + EVERYWHERE, start + NOWHERE)
         if policy == "outside":
-            return self.schedule.codes(replace(step, rolling=False, cache={}), rows)
+            return self.compiled.codes(replace(step, rolling=False, cache={}), rows)
         if policy == "like_last" and self.last_codes is not None:
             return self.last_codes[:, None].expand(-1, step.length)
         if policy not in DECODE:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_interp.core.measure.clustered import difference_point, mean_point, paired_point, point_interval
+from lightning_interp.core.measure.clustered import difference_point, mean_point, point_interval
 from lightning_interp.core.measure.resampling import interval_ends, nested_bootstrap
 from lightning_interp.core.measure.statistics import nested_interval
 from lightning_interp.errors import DataError, RecipeError
@@ -18,7 +18,7 @@ CLUSTER = np.repeat(np.arange(8), 5)
 
 def test_independent_units_are_scipys():
     assert mean_point(X).se == pytest.approx(stats.sem(X))
-    paired = paired_point(X, Y)
+    paired = mean_point(X - Y)
     assert paired.value / paired.se == pytest.approx(stats.ttest_rel(X, Y).statistic)
     first = np.arange(80) < 40
     apart, welch = difference_point(np.concatenate([X, Y]), first), stats.ttest_ind(X, Y, equal_var=False)
@@ -31,7 +31,7 @@ def test_of_clusters_of_one_size_the_means_are_the_sample():
     means = X.reshape(8, 5).mean(axis=1)
     found = mean_point(X, CLUSTER)
     assert (found.se, found.df, found.smallest) == (pytest.approx(stats.sem(means)), 7, 8)
-    assert paired_point(X, Y, CLUSTER).se == pytest.approx(stats.sem((X - Y).reshape(8, 5).mean(axis=1)))
+    assert mean_point(X - Y, CLUSTER).se == pytest.approx(stats.sem((X - Y).reshape(8, 5).mean(axis=1)))
 
 
 def test_nested_draws_have_the_variance_of_both_levels():

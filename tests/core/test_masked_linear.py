@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_interp.core.hooks.intervention import Attachment
 from lightning_interp.core.model.model_map import ModelMap
-from lightning_interp.core.weights.masked_linear import MaskedMap, attach_masked, masked_rows
+from lightning_interp.core.weights.masked_linear import MaskedHooks, MaskedMap, masked_rows
 from lightning_interp.core.weights.row_masks import RowMask
 from lightning_interp.errors import IncompatibleModelError, PositionError
 from lightning_interp.testing import tiny_model
@@ -209,7 +209,7 @@ class Handles:
 
 def run_hooked(module, x, masked):
     handles = Handles()
-    attach_masked(handles, masked)
+    handles.add(MaskedHooks(masked))
     try:
         with torch.no_grad():
             return module(x)
@@ -338,7 +338,7 @@ def test_an_exception_in_one_call_does_not_reach_the_next():
     own, (other,) = Fragile(WIDTH, OUT), linears(1)
     mask, x = RowMask(torch.tensor([[0, 1]])), random_input(1, 2, WIDTH)
     handles = Handles()
-    attach_masked(handles, MaskedMap(own, 0, {1: other}, lambda: [(None, mask)], "overwrite"))
+    handles.add(MaskedHooks(MaskedMap(own, 0, {1: other}, lambda: [(None, mask)], "overwrite")))
     with pytest.raises(RuntimeError, match="once"):
         own(x)
     own.fail = False
@@ -351,11 +351,11 @@ def test_a_second_masked_map_on_one_module():
     own, other = linears(2)
     masked = MaskedMap(own, 0, {1: other}, lambda: [(None, RowMask(torch.tensor([[0, 1]])))])
     handles = Handles()
-    attach_masked(handles, masked)
+    handles.add(MaskedHooks(masked))
     with pytest.raises(IncompatibleModelError, match="Linear already follows another masked map"):
-        attach_masked(handles, masked)
+        handles.add(MaskedHooks(masked))
     handles.remove()
-    attach_masked(handles, masked)
+    handles.add(MaskedHooks(masked))
     handles.remove()
     assert not own._forward_hooks
     assert not own._forward_pre_hooks
@@ -371,7 +371,7 @@ def test_steps_come_from_the_attachment():
         return [(None, RowMask(seen[-1] % 2))]
 
     with attachment, torch.no_grad():
-        attach_masked(attachment, MaskedMap(linear, 0, {1: lambda x: x.new_zeros(*x.shape[:-1], 64)}, odd_tokens))
+        attachment.add(MaskedHooks(MaskedMap(linear, 0, {1: lambda x: x.new_zeros(*x.shape[:-1], 64)}, odd_tokens)))
         linear.register_forward_hook(lambda _, __, out: record.update(out=out))
         model(torch.arange(5, 9)[None])
     assert seen[0].tolist() == [[0, 1, 2, 3]]

@@ -92,7 +92,7 @@ def test_the_ends(pairs):
 def test_too_many_rules_that_add():
     many = GraftPlan(tuple(GraftRule(Span(t), ("q",), adds=True) for t in range(30)))
     with pytest.raises(RecipeError, match=r"more than 4096 sets of its 30 rules"):
-        Graft("default", many).schedule(ModelMap.build(tiny_model("llama")))
+        Graft("default", many).compiled(ModelMap.build(tiny_model("llama")))
 
 
 def test_as_data():

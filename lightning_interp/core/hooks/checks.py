@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_interp.core.model.whole import check_weights
+from lightning_interp.core.model.fingerprint import check_weights
 from lightning_interp.errors import CompiledModelError, QuantizedModelError, UnsupportedStrategyError
 
 __all__ = ["check_dense", "check_hookable", "check_strategy", "check_weights", "is_sharded", "quantized_modules"]

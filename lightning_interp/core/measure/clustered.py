@@ -81,11 +81,6 @@ def _clustered(value: float, influence: Vector, cluster: Codes, n: int) -> Point
     return Point(value, math.sqrt(count / (count - 1) * float(np.square(sums).sum())), count - 1, n, count)
 
 
-def paired_point(x: Vector, y: Vector, cluster: Codes | None = None) -> Point:
-    """Mean difference of two values of the same units, with the error of :func:`mean_point`."""
-    return mean_point(x - y, cluster)
-
-
 def difference_point(x: Vector, first: Mask, cluster: Codes | None = None) -> Point:
     """Mean where ``first`` holds minus the mean elsewhere, with Welch's error or the one of independent clusters."""
     one, zero = x[first], x[~first]

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from lightning_interp.core.model.model_map import ModelMap
-from lightning_interp.errors import IncompatibleModelError
+from lightning_interp.errors import IncompatibleModelError, UnsupportedStrategyError
 
-__all__ = ["check_fingerprint", "model_fingerprint", "tensor_hash", "weights_digest"]
+__all__ = ["check_fingerprint", "check_weights", "model_fingerprint", "tensor_hash", "weights_digest"]
 
 _CHUNK = 2**22  # numbers that are hashed at a time
 _SHOWN = 12  # digits of a fingerprint in messages
@@ -94,6 +94,17 @@ def check_fingerprint(
         f"{what} was made for a model with fingerprint {expected[:_SHOWN]}, but {model} has {found[:_SHOWN]}. "
         "Use it on the model that it was made from, or make it again on this one."
     )
+
+
+def check_weights(module: nn.Module, *, purpose: str) -> None:
+    """Refuse models whose weight values are not whole on this process."""
+    for name, parameter in module.named_parameters():
+        kinds = (type(parameter).__name__, type(parameter.data).__name__)
+        if any("DTensor" in kind for kind in kinds) or hasattr(parameter, "ds_id"):
+            raise UnsupportedStrategyError(
+                f"{purpose} needs whole weights, but {name} of {type(module).__name__} is sharded. Use a single "
+                "device or DDP."
+            )
 
 
 def weights_digest(model: nn.Module) -> str:

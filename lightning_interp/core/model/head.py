@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lightning_interp.core.measure.undisturbed import evaluating
+from lightning_interp.core.model.fingerprint import check_weights
 from lightning_interp.core.model.model_map import ModelMap
-from lightning_interp.core.model.whole import check_weights
 from lightning_interp.errors import IncompatibleModelError, SiteError
 
 __all__ = ["SoftmaxHead", "read_head"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
@@ -38,13 +38,7 @@ class RowSource:
 
     source: WeightSource
     dose: Dose = 1.0
-    label: str = ""
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RowSource) and (self.source, self.dose) == (other.source, other.dose)
-
-    def __hash__(self) -> int:
-        return hash((self.source, self.dose))
+    label: str = field(default="", compare=False)
 
 
 @dataclass(eq=False)

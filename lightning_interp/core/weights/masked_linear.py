@@ -2,8 +2,7 @@
 
 One primitive carries weight grafting, position-gated adapters and adapter selection. Every module it is used on treats
 rows (tokens) independently, so choosing the source row by row inside one ordinary forward pass equals running each
-token
-through weights assembled for it (Nief et al. 2025, arXiv 2506.20746, section 3; the row-wise identity is ours).
+token through weights assembled for it (Nief et al. 2025, arXiv 2506.20746, section 3; the row-wise identity is ours).
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lightning_interp.core.hooks.intervention import Attachment, Hook, first_input, join_output, split_output
+from lightning_interp.core.hooks.intervention import Hook, first_input, join_output, split_output
 from lightning_interp.core.measure.seeding import generators_of
 from lightning_interp.core.weights.row_masks import RowLayout, RowMask
 from lightning_interp.errors import IncompatibleModelError
 
-__all__ = ["Execution", "MaskedHooks", "MaskedMap", "RowMap", "TokenMap", "attach_masked", "masked_rows"]
+__all__ = ["Execution", "MaskedHooks", "MaskedMap", "RowMap", "TokenMap", "masked_rows"]
 
 Execution = Literal["auto", "overwrite", "partition", "dense"]
 RowMap = Callable[..., Any]
@@ -80,11 +79,6 @@ def masked_rows(
     outputs = {k: layout.scatter(_run(maps[k], r, mask, mask.rows(k))) for k, r in rows.items()}
     base = layout.flatten(_fresh(_run(maps[0], x, mask), x)) if how == "overwrite" else None
     return layout.restore(_assemble(base, outputs, mask))
-
-
-def attach_masked(attachment: Attachment, masked: MaskedMap) -> None:
-    """Hook one module so that its rows follow a mask; the module's own weights are never touched."""
-    attachment.add(MaskedHooks(masked))
 
 
 class MaskedHooks:
