@@ -60,10 +60,8 @@ class RewardAttributeEffect(Monitor):
         RecipeError: If an argument has a wrong value.
 
     Example:
-        >>> triples = RewriteTriples(attr="loud", ids=["a", "b"], w=[1, 0], prompts=["", ""], original=["oh!", "ah"],
-        ...     rewrite=["oh", "ah!"], rewrite2=["oh!", "ah"], draw=[0, 0])
-        >>> callback = RewardAttributeEffect(triples, every_n_validations=2)
-        >>> callback.history
+        >>> row = {"id": "a", "w": 1, "original": "oh!", "rewrite": "oh", "rewrite2": "oh!"}
+        >>> RewardAttributeEffect(RewriteTriples.from_rows([row]), every_n_validations=2).history
         []
     """
 
@@ -145,28 +143,14 @@ class RewardAttributeEffect(Monitor):
     def look(self, trainer: Any, module: Any) -> dict[str, float]:
         """Effects, their errors, and how many units they rest on."""
         scores, triples = self._scores(trainer, module), self._ready
-        missing = "drop" if self.nonfinite == "drop" else "raise"
-        with warnings.catch_warnings(record=True) as notes:
-            warnings.simplefilter("always")
-            self.result = result = scores.effects(triples, se=self.se, missing=missing)
-        if trainer.is_global_zero:
-            for note in notes:
-                warnings.warn(f"RewardAttributeEffect({self._label!r}): {note.message}", note.category, stacklevel=2)
-        rate, naive = result.rate, result.naive
-        single = None if result.single is None else result.single.ate
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.result = result = scores.effects(triples, se=self.se, missing=self.nonfinite)
+        for note in result.warnings if trainer.is_global_zero else ():
+            warnings.warn(f"RewardAttributeEffect({self._label!r}): {note}", stacklevel=2)
         return {
-            "ate": rate.ate.value,
-            "att": rate.att.value,
-            "atu": rate.atu.value,
-            "ate_se": rate.ate.se,
-            "naive": math.nan if naive is None else naive.value,
-            "single": math.nan if single is None else single.value,
-            "att_se": rate.att.se,
-            "atu_se": rate.atu.se,
-            "naive_se": math.nan if naive is None else naive.se,
-            "single_se": math.nan if single is None else single.se,
-            "reward_std": math.nan if result.reward_std is None else result.reward_std,
-            "n": float(result.counts.n),
+            **dict.fromkeys(("naive", "single", "naive_se", "single_se", "reward_std"), math.nan),
+            **result.numbers(),
             "dropped": float(len(set(triples.ids)) - result.counts.n),
             "truncated": sum(scores.truncation().values()) / len(scores.truncated),
         }
@@ -177,9 +161,8 @@ class RewardAttributeEffect(Monitor):
 
     def _scores(self, trainer: Any, pl_module: Any) -> TripleScores:
         """Rewards of all texts on every process."""
-        triples = self._ready
-        stages = triples.stages[:3]
-        texts = list(zip(list(triples.prompts) * 3, [text for s in stages for text in triples.texts(s)], strict=True))
+        triples, stages = self._ready, self._ready.stages[:3]
+        texts = [pair for s in stages for pair in zip(triples.prompts, triples.texts(s), strict=True)]
         unique = sorted(set(texts), key=lambda pair: (-len(pair[0]) - len(pair[1]), pair))
         found, own = _Rewards().to(pl_module.device), own_rows(trainer, len(unique))
         for start in range(0, len(own), self.batch_size):
@@ -191,11 +174,7 @@ class RewardAttributeEffect(Monitor):
             found.update(torch.tensor(rows), torch.stack([reward, cut], dim=1))
         places = {pair: place for place, pair in enumerate(unique)}
         reward, cut = found.compute().cpu().double()[[places[pair] for pair in texts]].T
-        return TripleScores(
-            self._label,
-            dict(zip(stages, reward.chunk(3), strict=True)),
-            dict(zip(stages, cut.bool().chunk(3), strict=True)),
-        )
+        return TripleScores.stacked(self._label, stages, reward, cut.bool())
 
     def _asked(self, pl_module: Any, prompts: list[str], texts: list[str]) -> tuple[Any, Tensor | None]:
         if self.score is not None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import json
+import sys
 
 import pytest
 from rate_oracle import GOLDEN, IDS, random_units
@@ -72,13 +72,7 @@ def test_rows_and_frame():
 
 
 def test_without_pandas(monkeypatch):
-    def refuse(name, *arguments, **options):
-        if name.partition(".")[0] == "pandas":
-            raise ImportError(name)
-        return real(name, *arguments, **options)
-
-    real = builtins.__import__
-    monkeypatch.setattr("importlib.import_module", refuse)
+    monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(RecipeError, match=r"to_frame\(\) needs pandas, which is missing. Install it or use rows\(\)"):
         golden().to_frame()
 

@@ -24,11 +24,7 @@ _FILE = "reward_text.json"
 
 
 def read_text_settings(folder: Path) -> dict[str, Any]:
-    """How the texts of an exported reward model are written.
-
-    Returns:
-        Values of ``TEXT_SETTINGS``; empty if the folder does not say.
-    """
+    """How the texts of an exported reward model are written."""
     path = folder / _FILE
     if not path.is_file():
         return {}
@@ -49,13 +45,6 @@ def complete_folder(
 
     Where transformers has a class for sequence classification in this family, the folder is one of that class. The
     score head lies with the adapter, as PEFT has it for sequence classification.
-
-    Args:
-        folder: What ``save_pretrained`` or ``save_adapter`` wrote.
-        model: The model.
-        text: Values of ``TEXT_SETTINGS``.
-        tokenizer: Of the model, if there is one.
-        adapter: Whether only the adapter was written.
     """
     if adapter:
         weights, about = read_tensors(folder / "adapter_model.safetensors")

@@ -189,26 +189,6 @@ def score_rows(
     """Score rows of token ids in batches of rows of like length.
 
     Equal rows are scored once, so they get the same score to the bit, however they are spread over batches.
-
-    Args:
-        forward: Gives the scores ``[batch]`` of ids and attention mask ``[batch, time]``.
-        rows: Token ids, at least one a row.
-        pad_id: The id of padding, which goes on the right.
-        device: Where ``forward`` wants its input.
-        token_budget: Most tokens of one batch, padding included; a longer row is a batch of its own.
-        one_length: Batch only rows of the same length: for models that see padding.
-
-    Returns:
-        Scores of shape ``[n]`` on the CPU, float32 (float64 if ``forward`` gives that).
-
-    Raises:
-        DataError: If a row is empty, or ``forward`` gives another shape.
-
-    Example:
-        >>> rows = [[1, 2, 3], [4], [5, 6]]
-        >>> total = lambda ids, mask: (ids * mask).sum(1).float()
-        >>> score_rows(total, rows, pad_id=9, device=torch.device("cpu"), token_budget=4).tolist()
-        [6.0, 4.0, 11.0]
     """
     if empty := [index for index, row in enumerate(rows) if not row]:
         raise DataError(

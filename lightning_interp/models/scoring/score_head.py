@@ -35,20 +35,6 @@ class DecoderWithScore(PreTrainedModel):
     The classes of transformers look for the last token that is not the padding token, so a text that ends with the
     token that also pads is read too early, and a model without a padding token takes no batches. Here the attention
     mask alone says what is padding. Names of weights are those of transformers' classes for sequence classification.
-
-    Args:
-        config: The decoder's configuration.
-        body: The decoder without its language modelling head; it is used, not copied.
-        score: The linear map, ``[labels, d]``; one of another type than float32 is copied.
-        prefix: Name of the body in names of weights.
-
-    Example:
-        >>> from lightning_interp.testing import tiny_model
-        >>> model = scoring_model(tiny_model("gpt2"), seed=0)
-        >>> ids = torch.tensor([[9, 8, 7, 0, 0]])
-        >>> whole, cut = model(ids, torch.tensor([[1, 1, 1, 0, 0]])).logits, model(ids[:, :3]).logits
-        >>> whole.shape, bool(torch.allclose(whole, cut, atol=1e-6))
-        (torch.Size([1, 1]), True)
     """
 
     supports_gradient_checkpointing = True
@@ -72,16 +58,7 @@ class DecoderWithScore(PreTrainedModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> SequenceClassifierOutput:
-        """Score a batch of texts.
-
-        Args:
-            input_ids: Token ids of shape ``[batch, time]``.
-            attention_mask: 1 for tokens and 0 for padding on either side, of the same shape.
-            **kwargs: Further arguments of the body.
-
-        Raises:
-            DataError: If a row has no token.
-        """
+        """Score a batch of texts."""
         input_ids, attention_mask = align_left(input_ids, attention_mask)
         hidden = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
         last = attention_mask.sum(dim=1) - 1
@@ -126,12 +103,6 @@ def scoring_model(model: PreTrainedModel, *, seed: int) -> PreTrainedModel:
     - A classifier that pools in another way (an encoder, or one that brings its own code) stays as it is.
     - Any other decoder loses its language modelling head and gets a fresh map, whose standard deviation is
       ``1 / sqrt(d + 1)`` (Stiennon et al. 2020, "Learning to summarize from human feedback").
-
-    Returns:
-        A model whose output has ``logits`` of shape ``[batch, labels]``.
-
-    Raises:
-        IncompatibleModelError: If it is no Hugging Face model, or has encoder and decoder and is no classifier.
     """
     if not isinstance(model, PreTrainedModel):
         raise IncompatibleModelError(
@@ -166,11 +137,7 @@ def is_own_code(model: nn.Module) -> bool:
 
 
 def label_index(model: PreTrainedModel, label: int | str | None) -> int:
-    """Which of a model's outputs is the reward.
-
-    Raises:
-        IncompatibleModelError: If there are several outputs and none was chosen, or there is no such output.
-    """
+    """Which of a model's outputs is the reward."""
     config = model.config
     names = {str(name): int(index) for index, name in (config.id2label or {}).items()}
     listed = ", ".join(f"{index} ({name})" for name, index in names.items())

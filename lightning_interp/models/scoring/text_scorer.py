@@ -73,19 +73,7 @@ class ScoresTexts:
         raise NotImplementedError
 
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Tensor:
-        """Rewards of texts.
-
-        Args:
-            prompts: What each text answers.
-            texts: The texts.
-
-        Returns:
-            Float tensor of shape ``[n]`` on the CPU; each does not depend on the other texts.
-
-        Raises:
-            RecipeError: If there is no tokenizer.
-            DataError: If a text has no token or cannot be written.
-        """
+        """Rewards of texts."""
         return self.scores(prompts, texts).reward
 
     def scores(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Scores:
@@ -223,17 +211,7 @@ class TextScorer(Scorer):
 
 
 def read_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, label: int) -> Tensor:
-    """Rewards of a batch of token ids.
-
-    Args:
-        model: A model from :func:`~lightning_interp.models.scoring.score_head.scoring_model`.
-        input_ids: Token ids of shape ``[batch, time]``.
-        attention_mask: 1 for tokens and 0 for padding, of the same shape.
-        label: Which output is the reward.
-
-    Returns:
-        Float32 tensor of shape ``[batch]``.
-    """
+    """Rewards of a batch of token ids."""
     options = {"use_cache": False} if isinstance(model, DecoderWithScore) else {}
     output = model(input_ids=input_ids, attention_mask=attention_mask, **options)
     score: Tensor | None = getattr(output, "score", None)  # some models that bring their own code
@@ -250,18 +228,7 @@ def settle_text(
     *,
     fresh: bool,
 ) -> dict[str, Any]:
-    """Settle how texts are written: as given, else as the model's folder says, else by what fits the model.
-
-    Args:
-        given: Values of ``TEXT_SETTINGS``; None where nothing was asked for.
-        saved: The same of the folder, or nothing.
-        model: The model.
-        tokenizer: Its tokenizer, if there is one.
-        fresh: Whether its score head is fresh: then the end token closes a text, otherwise nobody can know.
-
-    Raises:
-        IncompatibleModelError: If the model has no such ``label``.
-    """
+    """Settle how texts are written: as given, else as the model's folder says, else by what fits the model."""
     text = {name: saved.get(name) if value is None else value for name, value in given.items()}
     if tokenizer is not None:
         defaults = {

@@ -56,13 +56,9 @@ def label_units(
 
 @dataclass(frozen=True, kw_only=True)
 class Compliance:
-    """How often rewrites of one pass and one direction have the value that was asked for.
+    """How often rewrites of one pass have the value of one direction, ``target``; ``unknown`` ones are not counted.
 
-    Args:
-        stage: ``"rewrite"``, ``"rewrite2"`` or ``"rewrite3"``.
-        target: The value that was asked for.
-        share: Share of the rewrites that have it, with Wilson's interval; of several draws of a unit the mean.
-        unknown: Rewrites that the labeller could not tell; they are not counted.
+    ``share`` has Wilson's interval; of several draws of a unit it takes the mean.
     """
 
     stage: str
@@ -93,8 +89,8 @@ def compliance_rates(triples: RewriteTriples, labeller: Labeller) -> list[Compli
 
     Example:
         >>> from lightning_interp.generation.labellers import Contains
-        >>> triples = RewriteTriples(attr="mark", ids=["a"], w=[1], prompts=[""], original=["oh!"], rewrite=["oh!"],
-        ...     rewrite2=["oh!"], draw=[0])
+        >>> row = {"id": "a", "w": 1, "original": "oh!", "rewrite": "oh!", "rewrite2": "oh!"}
+        >>> triples = RewriteTriples.from_rows([row])
         >>> [(row.stage, row.target, row.share.value) for row in compliance_rates(triples, Contains("!"))]
         [('rewrite', 0, 0.0), ('rewrite2', 1, 1.0)]
     """
@@ -105,8 +101,7 @@ def compliance_rates(triples: RewriteTriples, labeller: Labeller) -> list[Compli
         for target in (0, 1):
             part = [(name, label) for name, label, wanted in asked if wanted == target]
             if any(label is not None for _, label in part):
-                share, unknown = compliance(
-                    [label for _, label in part], [target] * len(part), units=[name for name, _ in part]
-                )
+                units, given = zip(*part, strict=True)
+                share, unknown = compliance(given, [target] * len(part), units=units)
                 rows.append(Compliance(stage=stage, target=target, share=share, unknown=unknown))
     return rows

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from lightning_interp.core.measure.clustered import Mask, Vector, mean_point, point_interval
+from lightning_interp.core.measure.clustered import Mask
 from lightning_interp.core.measure.statistics import Estimate, proportion_interval
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.rate.estimators.columns import label_column, number_column
 from lightning_interp.rate.estimators.effects import Settings
-from lightning_interp.rate.estimators.result import Effect, RateResult, Units
+from lightning_interp.rate.estimators.result import Effect, Finding, RateResult, mean_effect, plain
 from lightning_interp.rate.estimators.unit_table import UnitTable
 
 __all__ = [
@@ -33,26 +33,17 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class ThirdRewrite:
-    """The effect from rewrites 1 and 2 beside the one from rewrites 2 and 3.
+class ThirdRewrite(Finding):
+    """The ATE from rewrites 1 and 2, from rewrites 2 and 3, and the first minus the second, paired by unit.
 
     If the assumptions hold, both estimate the same. If every pass only removes a share ``q`` of the flaws that are
     left, the first is off by ``-(1 - q) B`` and the second by ``(1 - q)^2 B``, with ``B`` the bias of the single
     rewrite.
-
-    Args:
-        ate: ATE from rewrites 1 and 2.
-        ate_third: ATE from rewrites 2 and 3.
-        difference: First minus second, paired by unit.
     """
 
     ate: Effect
     ate_third: Effect
     difference: Effect
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return {name: getattr(self, name).to_dict() for name in self.__dataclass_fields__}
 
 
 def third_rewrite_check(
@@ -97,8 +88,8 @@ def third_rewrite_check(
     if ci == "bootstrap":
         raise RecipeError("third_rewrite_check() has ci='bootstrap'; expected 'auto', 'normal' or 't'.")
     third, absent = number_column("r_rw3", r_rw3)
-    lacking = ["missing_rewrite3" if gone else None for gone in absent]
-    lacking = [reason or (None if math.isfinite(x) else "nonfinite") for reason, x in zip(lacking, third, strict=True)]
+    kinds = zip(absent, np.isfinite(third), strict=True)
+    lacking = ["missing_rewrite3" if gone else None if finite else "nonfinite" for gone, finite in kinds]
     if third.size != len(w):
         raise DataError(f"r_rw3 has {third.size} values, but w has {len(w)}; expected one value a unit in each.")
     held = np.where(np.isfinite(third), third, 0.0)  # carried in the place of the originals, which are not needed
@@ -107,40 +98,22 @@ def third_rewrite_check(
     last: Any = units.r_orig
     later = np.where(units.w, units.r_rw2 - last, last - units.r_rw2)
     gap = np.where(units.w, last - units.r_rw, units.r_rw - last)
-    return ThirdRewrite(*(_mean_effect(contrast, units, settings) for contrast in (units.delta, later, gap)))
-
-
-def _mean_effect(contrast: Vector, units: Units, settings: Settings) -> Effect:
-    point = mean_point(contrast, units.cluster)
-    low, high, how = point_interval(point, ci=settings.ci, alpha=settings.alpha)
-    method = f"{settings.se}, {how}"
-    return Effect(point.value, low, high, point.n, 1 - settings.alpha, method, se=point.se)
+    contrasts = (units.delta, later, gap)
+    return ThirdRewrite(*(mean_effect(x, settings.se, cluster=units.cluster, ci=ci, alpha=alpha) for x in contrasts))
 
 
 @dataclass(frozen=True)
-class Attenuation:
-    """How often a rewrite carries the value that it was asked for, and what its failures would do to the effect.
+class Attenuation(Finding):
+    """How often a rewrite has the value it was asked for, by direction ``"1->0"`` and ``"0->1"``, and a ``factor``.
 
-    Args:
-        rewrite: For pass 1, by direction ``"1->0"`` and ``"0->1"``.
-        rewrite2: For pass 2, by direction.
-        factor: By estimand, ``1 / ((1 - a) (1 - b))`` with the shares ``a`` and ``b`` of failed first and second
-            rewrites of its units: what the effect would have to be multiplied by if a failed rewrite changed nothing
-            and every other was perfect. It is a hint and never applied. NaN where no rewrite succeeded.
+    ``factor`` is, by estimand, ``1 / ((1 - a) (1 - b))`` with the shares ``a`` and ``b`` of failed first and second
+    rewrites of its units: what the effect would have to be multiplied by if a failed rewrite changed nothing and every
+    other was perfect. It is never applied. NaN where no rewrite succeeded.
     """
 
     rewrite: Mapping[str, Estimate]
     rewrite2: Mapping[str, Estimate]
     factor: Mapping[str, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        passes = {
-            stage: {direction: rate.to_dict() for direction, rate in getattr(self, stage).items()}
-            for stage in ("rewrite", "rewrite2")
-        }
-        hints = {name: None if math.isnan(hint) else hint for name, hint in self.factor.items()}
-        return {**passes, "factor": hints}
 
 
 def attenuation_hint(w: Any, label_rw: Any, label_rw2: Any, *, level: float = 0.95) -> Attenuation:
@@ -192,16 +165,12 @@ def _factor(first: Mask, second: Mask) -> float:
 
 
 @dataclass(frozen=True)
-class SensitivityLine:
+class SensitivityLine(Finding):
     """What the effect would be if rewrites had an off-target side effect that depends on their direction.
 
-    Args:
-        beta: Reward of the off-target feature, in the unit of the effect.
-        asymmetry: ``D``: the share of rewrites to 1 minus that of rewrites to 0 which show the feature.
-        effect: The estimate minus ``beta * D``, with the interval moved along.
-        zero: The ``D`` at which the effect is zero.
-        zero_low: The ``D`` at which one end of the interval is zero.
-        zero_high: That of the other end; between the two, the interval holds zero.
+    The feature is worth ``beta``; ``asymmetry`` are values of ``D``, the share of rewrites to 1 minus that of rewrites
+    to 0 which show it; ``effect`` is the estimate minus ``beta * D``, with its interval. The estimate is zero at the
+    ``D`` ``zero``, and the ends of its interval at ``zero_low`` and ``zero_high``.
     """
 
     beta: float
@@ -218,13 +187,9 @@ class SensitivityLine:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        ends = {name: getattr(self, name) for name in ("zero", "zero_low", "zero_high")}
-        return {
-            "beta": self.beta,
-            **{name: value if math.isfinite(value) else None for name, value in ends.items()},
-            "possible": self.possible,
-            "line": [{"asymmetry": d, **e.to_dict()} for d, e in zip(self.asymmetry, self.effect, strict=True)],
-        }
+        found = {name: plain(getattr(self, name)) for name in ("beta", "zero", "zero_low", "zero_high", "possible")}
+        line = [{"asymmetry": d, **e.to_dict()} for d, e in zip(self.asymmetry, self.effect, strict=True)]
+        return {**found, "line": line}
 
 
 def asymmetry_line(
@@ -271,5 +236,4 @@ def asymmetry_line(
 
 
 def _moved(effect: Effect, by: float) -> Effect:
-    value, low, high = effect.value - by, effect.low - by, effect.high - by
-    return Effect(value, low, high, effect.n, effect.level, effect.method, se=effect.se)
+    return replace(effect, value=effect.value - by, low=effect.low - by, high=effect.high - by)

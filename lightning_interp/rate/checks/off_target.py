@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from lightning_interp.core.measure.clustered import Mask, Vector, mean_point, point_interval
+from lightning_interp.core.measure.clustered import Mask, Vector, mean
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.rate.estimators.columns import label_column
-from lightning_interp.rate.estimators.result import Effect
+from lightning_interp.rate.estimators.result import Effect, mean_effect, plain
 
 __all__ = ["MEASURES", "TextChange", "text_changes"]
 
@@ -46,15 +46,7 @@ MEASURES: Mapping[str, Callable[[str], float]] = {
 
 @dataclass(frozen=True)
 class TextChange:
-    """Mean change of one measure in one pass and direction.
-
-    Args:
-        measure: What was counted.
-        stage: ``"rewrite"`` or ``"rewrite2"``.
-        direction: ``"1->0"`` or ``"0->1"``: what the rewriter was asked for.
-        before: Mean over the texts that were rewritten.
-        change: Mean change, with its interval over units.
-    """
+    """Mean change of one measure in one pass and direction, and its mean ``before``, over the texts rewritten."""
 
     measure: str
     stage: str
@@ -64,14 +56,8 @@ class TextChange:
 
     def to_dict(self) -> dict[str, Any]:
         """A flat row of plain data."""
-        before = None if math.isnan(self.before) else self.before
-        return {
-            "measure": self.measure,
-            "stage": self.stage,
-            "direction": self.direction,
-            "before": before,
-            **self.change.to_dict(),
-        }
+        head = {name: plain(getattr(self, name)) for name in ("measure", "stage", "direction", "before")}
+        return {**head, **self.change.to_dict()}
 
 
 def text_changes(
@@ -130,7 +116,5 @@ def _change(
 ) -> TextChange:
     before, after = values
     known = where & np.isfinite(before) & np.isfinite(after)
-    point = mean_point((after - before)[known])
-    low, high, how = point_interval(point, ci="auto", alpha=alpha)
-    change = Effect(point.value, low, high, point.n, 1 - alpha, f"paired, {how}", se=point.se)
-    return TextChange(measure, stage, direction, mean_point(before[known]).value, change)
+    change = mean_effect((after - before)[known], "paired", alpha=alpha)
+    return TextChange(measure, stage, direction, mean(before[known]), change)

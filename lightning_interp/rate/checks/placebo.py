@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from lightning_interp.core.measure.clustered import mean_point, point_interval
 from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.core.measure.statistics import Estimate, proportion_interval
 from lightning_interp.errors import RecipeError
 from lightning_interp.rate.estimators.effects import Settings, effects_of_units
-from lightning_interp.rate.estimators.result import Effect, RateResult, Units
+from lightning_interp.rate.estimators.result import Effect, Finding, RateResult, Units, mean_effect
 
 __all__ = ["DummyOutcome", "PermutationCheck", "dummy_outcome_check", "permutation_check"]
 
@@ -24,15 +23,10 @@ _ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
-class PermutationCheck:
-    """Two-sided p-values of the exchange of each unit's two rewrites.
+class PermutationCheck(Finding):
+    """Two-sided p-values of the exchange of each unit's two rewrites, NaN for an empty arm.
 
-    Args:
-        ate: For the average effect over all units.
-        att: For the units with the attribute; NaN where there is none.
-        atu: For the units without.
-        resamples: Random exchanges that they rest on.
-        exchanged: What was exchanged at once: ``"units"`` or ``"clusters"``.
+    They rest on so many ``resamples``, in which ``"units"`` or ``"clusters"`` were ``exchanged``.
     """
 
     ate: float
@@ -40,10 +34,6 @@ class PermutationCheck:
     atu: float
     resamples: int
     exchanged: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data; NaN becomes None."""
-        return {name: None if value != value else value for name, value in asdict(self).items()}
 
 
 def permutation_check(result: RateResult, *, resamples: int = 9999, seed: int = 0) -> PermutationCheck:
@@ -91,25 +81,16 @@ def permutation_check(result: RateResult, *, resamples: int = 9999, seed: int = 
 
 
 @dataclass(frozen=True)
-class DummyOutcome:
-    """What the estimators make of rewards that have nothing to do with the texts.
+class DummyOutcome(Finding):
+    """What the estimators make of rewards that have nothing to do with the texts, by estimator.
 
-    Args:
-        covered: By estimator, the share of the repeats whose interval of the ATE (or naive difference) holds the truth,
-            zero, with Wilson's interval.
-        mean: By estimator, the mean estimate over the repeats, in standard deviations of the rewards.
-        level: The share that should be covered.
+    ``covered`` is the share of the repeats whose interval of the ATE (or naive difference) holds the truth, zero, with
+    Wilson's interval; it should be ``level``. ``mean`` is the mean estimate in standard deviations of the rewards.
     """
 
     covered: Mapping[str, Estimate]
     mean: Mapping[str, Effect]
     level: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        tables: dict[str, Mapping[str, Estimate]] = {"covered": self.covered, "mean": self.mean}
-        plain = {name: {key: one.to_dict() for key, one in table.items()} for name, table in tables.items()}
-        return {**plain, "level": self.level}
 
 
 def dummy_outcome_check(result: RateResult, *, repeats: int = 200, seed: int = 0) -> DummyOutcome:
@@ -146,7 +127,8 @@ def dummy_outcome_check(result: RateResult, *, repeats: int = 200, seed: int = 0
             f"standard deviation {spread:g}; expected at least two repeats, two units in each arm, and rewards that "
             "differ."
         )
-    settings = replace(_settings(result), ci="auto" if result.settings["ci"] == "bootstrap" else result.settings["ci"])
+    ci = "auto" if result.settings["ci"] == "bootstrap" else result.settings["ci"]
+    settings = Settings(**{**result.settings, "ci": ci, "standardize": False})
     found: dict[str, list[Effect]] = {}
     for repeat in range(repeats):
         generator = np.random.default_rng(derived_seed(seed, "rewrite-based dummy outcome", repeat))
@@ -154,17 +136,13 @@ def dummy_outcome_check(result: RateResult, *, repeats: int = 200, seed: int = 0
         for name, estimand, effect in again.items():
             if estimand in ("ate", "naive"):
                 found.setdefault(name, []).append(effect)
+    zero = {name: [float(e.low <= 0 <= e.high) for e in effects] for name, effects in found.items()}
+    means = {name: np.array([effect.value for effect in effects]) for name, effects in found.items()}
     return DummyOutcome(
-        covered={
-            name: proportion_interval([float(e.low <= 0 <= e.high) for e in effects]) for name, effects in found.items()
-        },
-        mean={name: _mean(effects, spread) for name, effects in found.items()},
+        covered={name: proportion_interval(shares) for name, shares in zero.items()},
+        mean={name: mean_effect(values, "mean over repeats").scaled(spread) for name, values in means.items()},
         level=1 - settings.alpha,
     )
-
-
-def _settings(result: RateResult) -> Settings:
-    return Settings(**{**result.settings, "standardize": False})
 
 
 def _dummy(units: Units, pool: Any, generator: np.random.Generator) -> Units:
@@ -172,9 +150,3 @@ def _dummy(units: Units, pool: Any, generator: np.random.Generator) -> Units:
         return generator.choice(pool, size=units.w.size)
 
     return replace(units, r_orig=None if units.r_orig is None else draw(), r_rw=draw(), r_rw2=draw())
-
-
-def _mean(effects: list[Effect], spread: float) -> Effect:
-    point = mean_point(np.array([effect.value for effect in effects]))
-    low, high, how = point_interval(point, ci="auto", alpha=0.05)
-    return Effect(point.value, low, high, point.n, 0.95, f"mean over repeats, {how}", se=point.se).scaled(spread)

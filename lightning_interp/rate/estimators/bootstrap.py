@@ -24,12 +24,7 @@ Block = tuple[slice, NDArray[np.float64]]
 
 @dataclass(frozen=True, eq=False)
 class Replicates:
-    """What each resample gave.
-
-    Args:
-        values: ``[resamples]`` for ``naive``, ``single/ate``, ..., ``rate/atu``, ``b1`` and ``b0``.
-        reward_std: Pooled standard deviation of the original rewards in each resample, ``[resamples]``, or None.
-    """
+    """What each resample gave."""
 
     values: Mapping[str, Vector]
     reward_std: Vector | None
@@ -41,22 +36,6 @@ def bootstrap_effects(
     """Draw units again and estimate everything from each resample.
 
     A unit goes with its three rewards, so the two sides of a contrast are never drawn apart.
-
-    Args:
-        units: The units.
-        n_boot: Resamples.
-        seed: Of the draws; the global random state is not used.
-        clusters: Draw whole clusters.
-        within_arms: Keep the arms' sizes, as when they were fixed by design.
-        chunk: Counts that are held at once.
-
-    Returns:
-        The replicates; NaN where a resample lacks an arm.
-
-    Example:
-        >>> units = Units(tuple(range(4)), np.arange(4) < 2, None, np.zeros(4), np.array([1.0, 1.0, -1.0, -1.0]))
-        >>> bootstrap_effects(units, n_boot=3, seed=0, within_arms=True).values["rate/ate"]
-        array([1., 1., 1.])
     """
     blocks = _cluster_block(units) if clusters and units.cluster is not None else _arm_blocks(units)
     together = [blocks] if not within_arms else [[block] for block in blocks]

@@ -19,36 +19,14 @@ SHOWN = 10
 
 
 def shown(items: Iterable[Any]) -> str:
-    """The first ten items for a message, and how many more there are.
-
-    Example:
-        >>> shown(["a", "b"])
-        "'a', 'b'"
-        >>> shown(range(12))
-        '0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more'
-    """
+    """The first ten items for a message, and how many more there are."""
     every = list(items)
     rest = f" and {len(every) - SHOWN} more" if len(every) > SHOWN else ""
     return ", ".join(map(repr, every[:SHOWN])) + rest
 
 
 def number_column(name: str, values: Any) -> tuple[Vector, Mask]:
-    """Numbers, one a unit, as float64 on the CPU.
-
-    Args:
-        name: Of the argument, for messages.
-        values: List, array or tensor of one axis; None marks an absent value.
-
-    Returns:
-        The values (NaN where absent) and where they are absent, both ``[n]``.
-
-    Raises:
-        DataError: If there is not exactly one axis, or an element is no real number.
-
-    Example:
-        >>> number_column("r_orig", [1, None, 2.5])
-        (array([1. , nan, 2.5]), array([False,  True, False]))
-    """
+    """Numbers, one a unit, as float64 on the CPU (NaN where absent), and where they are absent, ``[n]`` both."""
     array = _array(name, values)
     if array.dtype.kind in "fiub":
         return array.astype(np.float64), np.zeros(array.size, dtype=np.bool_)
@@ -101,22 +79,7 @@ def _from_sequence(values: Sequence[Any], exact: bool) -> NDArray[Any]:
 
 
 def label_column(name: str, values: Any) -> tuple[Mask, Mask]:
-    """Labels 0 or 1, one a unit.
-
-    Args:
-        name: Of the argument, for messages.
-        values: Bools, or integers or floats that are 0 or 1; None marks an unlabelled unit.
-
-    Returns:
-        Where the label is 1, and where there is none, both ``[n]``.
-
-    Raises:
-        DataError: If a label is anything else.
-
-    Example:
-        >>> label_column("w", [1, 0.0, None])
-        (array([ True, False, False]), array([False, False,  True]))
-    """
+    """Where a label is 1, and where there is none, ``[n]`` both."""
     numbers, absent = number_column(name, values)
     wrong = np.flatnonzero(~absent & (numbers != 0) & (numbers != 1))
     if wrong.size:
@@ -128,22 +91,7 @@ def label_column(name: str, values: Any) -> tuple[Mask, Mask]:
 
 
 def unit_ids(values: Any, n: int) -> tuple[int | str, ...]:
-    """Ids, one a unit: integers or strings, each once.
-
-    Args:
-        values: List, array or tensor; None for row numbers.
-        n: Number of units.
-
-    Returns:
-        The ids as plain Python values.
-
-    Raises:
-        DataError: If an id is no integer or string, or occurs twice.
-
-    Example:
-        >>> unit_ids(np.array(["a", "b"]), 2)
-        ('a', 'b')
-    """
+    """Ids, one a unit: integers or strings, each once; row numbers where none are given."""
     if values is None:
         return tuple(range(n))
     ids = _keys("ids", values)
@@ -170,22 +118,7 @@ def sort_key(key: int | str) -> tuple[bool, int | str]:
 
 
 def codes(name: str, values: Any) -> tuple[list[int | str], NDArray[np.int64]]:
-    """Names as numbers from 0, in the order of the names.
-
-    Args:
-        name: Of the argument, for messages.
-        values: Integers or strings, one a row; a name may occur many times.
-
-    Returns:
-        The names in order (integers before strings), and the number of each row's name, ``[n]``.
-
-    Raises:
-        DataError: If a name is no integer or string.
-
-    Example:
-        >>> codes("cluster", ["b", "a", "b"])
-        (['a', 'b'], array([1, 0, 1]))
-    """
+    """The different names, integers before strings, and the number of each row's name, ``[n]``."""
     keys = _keys(name, values)
     names = sorted(set(keys), key=sort_key)
     numbers = {key: number for number, key in enumerate(names)}

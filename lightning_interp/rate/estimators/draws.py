@@ -16,18 +16,7 @@ __all__ = ["UnitRewards", "combine_draws"]
 
 
 class UnitRewards(NamedTuple):
-    """One row a unit, sorted by id.
-
-    Args:
-        ids: One a unit.
-        w: Labels, ``[n]``; None where a unit has none.
-        r_orig: Mean rewards of the originals, ``[n]``, or None.
-        r_rw: Mean rewards of the rewrites over draws, ``[n]``.
-        r_rw2: Mean rewards of the rewrites of the rewrites over draws, ``[n]``.
-        cluster: One a unit, or None.
-        incomplete: Why a unit cannot be used, or None, ``[n]``.
-        draws: Number of draws, ``[n]``.
-    """
+    """One row a unit, sorted by id: means over its ``draws``, and why it cannot be used (or None)."""
 
     ids: list[int | str]
     w: list[int | None]
@@ -40,9 +29,7 @@ class UnitRewards(NamedTuple):
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of :func:`~lightning_interp.rate.estimators.effects.rate_effects`, by name."""
-        plain = self._asdict()
-        del plain["draws"]
-        return plain
+        return {name: column for name, column in self._asdict().items() if name != "draws"}
 
 
 def combine_draws(ids: Any, w: Any, r_orig: Any, r_rw: Any, r_rw2: Any, *, cluster: Any = None) -> UnitRewards:
@@ -53,15 +40,15 @@ def combine_draws(ids: Any, w: Any, r_orig: Any, r_rw: Any, r_rw2: Any, *, clust
     incomplete; leaving out single draws would select among rewrites.
 
     Args:
-        ids: Integers or strings, one a draw; the draws of a unit share its id.
-        w: Labels, one a draw, the same for all draws of a unit; None for an unlabelled unit.
-        r_orig: Rewards of the originals, one a draw, or None.
-        r_rw: Rewards of the rewrites, one a draw. An element that is None is missing.
-        r_rw2: Rewards of the rewrites of the rewrites, one a draw.
-        cluster: Integers or strings, one a draw, the same for all draws of a unit.
+        ids: Integers or strings, one a draw as everything here; the draws of a unit share its id.
+        w: Labels, the same for all draws of a unit; None for an unlabelled unit.
+        r_orig: Rewards of the originals, or None.
+        r_rw: Rewards of the rewrites. An element that is None is missing.
+        r_rw2: Rewards of the rewrites of the rewrites.
+        cluster: Integers or strings, the same for all draws of a unit.
 
     Returns:
-        One row a unit.
+        One row a unit, sorted by id; its ``arguments()`` are those of :func:`rate_effects`.
 
     Raises:
         DataError: If an input cannot be used, or the draws of a unit disagree in their label or cluster.
@@ -73,26 +60,24 @@ def combine_draws(ids: Any, w: Any, r_orig: Any, r_rw: Any, r_rw2: Any, *, clust
     """
     names, unit = codes("ids", ids)
     label, unlabelled = label_column("w", w)
-    labels = np.where(unlabelled, -1, label.astype(np.int64))
-    clusters, group = (None, None) if cluster is None else codes("cluster", cluster)
-    columns = {
-        name: number_column(name, values)
-        for name, values in (("r_orig", r_orig), ("r_rw", r_rw), ("r_rw2", r_rw2))
-        if name != "r_orig" or values is not None
-    }
-    sizes = {"w": labels, "cluster": group, **{name: column[0] for name, column in columns.items()}}
-    for name, values in sizes.items():
-        if values is not None and values.size != unit.size:
+    given = {"r_orig": r_orig, "r_rw": r_rw, "r_rw2": r_rw2}
+    columns = {name: number_column(name, x) for name, x in given.items() if name != "r_orig" or x is not None}
+    coded = {"w": np.where(unlabelled, -1, label.astype(np.int64))}
+    clusters: list[int | str] = []
+    if cluster is not None:
+        clusters, coded["cluster"] = codes("cluster", cluster)
+    for name, values in {**coded, **{name: column for name, (column, _) in columns.items()}}.items():
+        if values.size != unit.size:
             raise DataError(f"{name} has {values.size} values, but ids has {unit.size}; expected one a draw in each.")
+    shared = {name: _shared(name, names, unit, values) for name, values in coded.items()}
     means = {name: _mean(unit, column, len(names)) for name, (column, _) in columns.items()}
-    group_of = None if group is None or clusters is None else _shared("cluster", names, unit, group)
     return UnitRewards(
         ids=names,
-        w=[None if one < 0 else int(one) for one in _shared("w", names, unit, labels)],
+        w=[None if one < 0 else one for one in shared["w"]],
         r_orig=means.get("r_orig"),
         r_rw=means["r_rw"],
         r_rw2=means["r_rw2"],
-        cluster=None if group_of is None or clusters is None else [clusters[number] for number in group_of],
+        cluster=[clusters[number] for number in shared["cluster"]] if clusters else None,
         incomplete=_incomplete(unit, columns, len(names)),
         draws=np.bincount(unit, minlength=len(names)),
     )

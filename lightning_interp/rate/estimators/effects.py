@@ -32,7 +32,7 @@ MIN_BOOT = 1000
 
 @dataclass(frozen=True)
 class Settings:
-    """How errors and intervals are made; see :func:`rate_effects`."""
+    """How errors and intervals are made: the options of :func:`rate_effects`, which says what they are."""
 
     se: str = "paired"
     ci: str = "auto"
@@ -67,19 +67,10 @@ def rate_effects(
     *,
     ids: Any = None,
     cluster: Any = None,
-    se: str = "paired",
-    ci: str = "auto",
-    alpha: float = 0.05,
-    standardize: bool = True,
-    n_boot: int = 2000,
-    seed: int = 0,
-    missing: str = "raise",
-    identical: str = "keep",
-    boot: str = "percentile",
-    standardize_inside: bool = False,
     texts: Sequence[Sequence[str | None]] | None = None,
     labels: Sequence[Any] | None = None,
     incomplete: Sequence[str | None] | None = None,
+    **options: Any,
 ) -> RateResult:
     """Effects of a binary attribute on a reward, from three rewards a unit.
 
@@ -96,27 +87,25 @@ def rate_effects(
         r_rw2: Rewards of the rewrites of the rewrites, ``[n]``.
         ids: Integers or strings, one a unit; row numbers if None.
         cluster: Integers or strings, one a unit, such as the prompt, for ``se="cluster"``.
-        se: ``"paired"`` for independent units; ``"stratified"`` where the arms' sizes were fixed by design;
-            ``"cluster"`` for independent clusters; ``"unpaired"`` for the errors of the paper's tables, which ignore
-            that the two rewards of a unit go together and are too wide. Single-rewrite errors are paired there too.
-        ci: ``"auto"`` is the normal interval, or Student's t below 100 units; ``"normal"`` and ``"t"`` are always
-            those; ``"bootstrap"`` draws units, whole clusters with ``se="cluster"``, units within arms with
-            ``se="stratified"``.
-        alpha: One minus the confidence level.
-        standardize: Also divide by the pooled standard deviation of the original rewards within the arms.
-        n_boot: Resamples, at least 1000.
-        seed: Of the resampling.
-        missing: ``"raise"``, or ``"drop"`` to leave incomplete units out of every estimator.
-        identical: ``"keep"``, ``"drop"`` or ``"raise"`` for rewrites that are the text they were made from; the last
-            two need ``texts``. Dropping them selects on the outcome of the rewriter.
-        boot: ``"percentile"`` or ``"basic"``.
-        standardize_inside: Let the bootstrap of standardised effects work the standard deviation out anew in each
-            resample, instead of holding it fixed.
         texts: The originals, rewrites and rewrites of the rewrites, ``3 x [n]``: an empty one makes its unit
             incomplete, and identical ones are counted.
         labels: Measured attribute of the rewrites and of the rewrites of the rewrites, ``2 x [n]``, to count those that
             do not carry their target value; nothing is corrected.
         incomplete: Why a unit cannot be used, such as ``"refused"``, or None, ``[n]``.
+        **options: How errors and intervals are made:
+            ``se``: ``"paired"`` (default) for independent units; ``"stratified"`` where the arms' sizes were fixed by
+            design; ``"cluster"`` for independent clusters; ``"unpaired"`` for the errors of the paper's tables, which
+            ignore that the two rewards of a unit go together and are too wide (single-rewrite ones are paired there).
+            ``ci``: ``"auto"`` (default), the normal interval, or Student's t below 100 units; ``"normal"``; ``"t"``;
+            ``"bootstrap"``, which draws units, whole clusters with ``se="cluster"``, units within arms if stratified.
+            ``alpha`` (0.05): one minus the confidence level.
+            ``n_boot`` (2000): resamples, at least 1000, and ``seed`` (0) of the resampling.
+            ``boot``: ``"percentile"`` (default) or ``"basic"``.
+            ``standardize`` (True): also divide by the pooled standard deviation of the originals' rewards within arms.
+            ``standardize_inside`` (False): work it out anew in each resample, instead of holding it fixed.
+            ``missing``: ``"raise"`` (default), or ``"drop"`` to leave incomplete units out of every estimator.
+            ``identical``: ``"keep"`` (default), ``"drop"`` or ``"raise"`` for rewrites that are the text they were made
+            from; the last two need ``texts``. Dropping them selects on the outcome of the rewriter.
 
     Returns:
         Effects, counts and units. Where an arm is empty, its effect and the ATE are NaN; where it has one unit, its
@@ -138,9 +127,10 @@ def rate_effects(
         >>> round(result.single.ate.value, 4), result.naive.value
         (1.4286, 2.0)
     """
-    settings = Settings(se, ci, alpha, n_boot, seed, boot, standardize_inside, standardize, missing, identical)
+    settings = Settings(**options)
     beside = {"ids": ids, "cluster": cluster, "texts": texts, "labels": labels, "incomplete": incomplete}
-    table = UnitTable.read(w, r_orig, r_rw, r_rw2, **beside).usable(missing=missing, identical=identical)
+    table = UnitTable.read(w, r_orig, r_rw, r_rw2, **beside)
+    table = table.usable(missing=settings.missing, identical=settings.identical)
     result = effects_of_units(table.units(), table.counts(), settings, table.notes())
     for note in result.warnings:
         warnings.warn(note, stacklevel=2)
@@ -148,24 +138,14 @@ def rate_effects(
 
 
 def effects_of_units(units: Units, counts: Counts, settings: Settings, notes: Sequence[str] = ()) -> RateResult:
-    """All effects of clean units.
-
-    Args:
-        units: Units that can all be used.
-        counts: What became of those that were given.
-        settings: How errors and intervals are made.
-        notes: What to warn of besides.
-
-    Returns:
-        The result; its warnings are collected, not issued.
-
-    Raises:
-        RecipeError: If ``se="cluster"`` and there are no clusters.
-    """
+    """All effects of clean units."""
     if settings.se == "cluster" and units.cluster is None:
         raise RecipeError("se='cluster' needs the cluster of every unit, but cluster is None. Pass cluster=prompt_ids.")
     points = _points(units, settings.se)
-    replicates = _replicates(units, settings)
+    replicates = None
+    if settings.ci == "bootstrap":
+        whole = {"clusters": settings.se == "cluster", "within_arms": settings.se == "stratified"}
+        replicates = bootstrap_effects(units, n_boot=settings.n_boot, seed=settings.seed, **whole)
     effects = {name: _effect(name, point, settings, replicates) for name, point in points.items()}
     sd = None if units.r_orig is None else pooled_sd(units.r_orig, units.w)
     asked = sd if settings.standardize else None
@@ -203,18 +183,6 @@ def _points(units: Units, se: str) -> dict[str, Point]:
     return found
 
 
-def _replicates(units: Units, settings: Settings) -> Replicates | None:
-    if settings.ci != "bootstrap":
-        return None
-    return bootstrap_effects(
-        units,
-        n_boot=settings.n_boot,
-        seed=settings.seed,
-        clusters=settings.se == "cluster",
-        within_arms=settings.se == "stratified",
-    )
-
-
 def _effect(name: str, point: Point, settings: Settings, replicates: Replicates | None) -> Effect:
     if replicates is None:
         low, high, how = point_interval(point, ci=settings.ci, alpha=settings.alpha)
@@ -234,11 +202,8 @@ def _standardized(
     scaled = {name: effect.scaled(sd) for name, effect in effects.items()}
     if replicates is None or replicates.reward_std is None or not settings.standardize_inside or not sd > 0:
         return scaled
-    inside = {}
     with np.errstate(divide="ignore", invalid="ignore"):
-        for name, values in replicates.values.items():
-            inside[name] = values / replicates.reward_std
-    again = Replicates(inside, None)
+        again = Replicates({name: values / replicates.reward_std for name, values in replicates.values.items()}, None)
     return {
         name: _effect(name, points[name]._replace(value=effect.value, se=effect.se), settings, again)
         for name, effect in scaled.items()
@@ -259,26 +224,20 @@ def _notes(units: Units, settings: Settings, sd: float | None) -> list[str]:
     for arm, value, name in ((units.w, 1, "ATT"), (~units.w, 0, "ATU")):
         count = int(arm.sum())
         if count == 0:
-            notes.append(
-                f"No unit has w={value}, so {name}, ATE, the naive difference and the standard deviation are NaN."
-            )
+            gone = f"{name}, ATE, the naive difference and the standard deviation are NaN"
+            notes.append(f"No unit has w={value}, so {gone}.")
         elif count == 1:
             notes.append(f"One unit has w={value}, so {name} has neither an error nor an interval.")
     if sd is not None and not 0 < sd < math.inf and not notes:
         notes.append(
             f"The original rewards' standard deviation within arms is {sd:g}, so standardised effects are NaN."
         )
-    if units.cluster is not None:
-        notes += _cluster_notes(units, settings, np.unique(units.cluster).size)
-    return notes
-
-
-def _cluster_notes(units: Units, settings: Settings, clusters: int) -> list[str]:
-    if settings.se != "cluster" and clusters < units.w.size:
-        return [
+    clusters = 0 if units.cluster is None else np.unique(units.cluster).size
+    if settings.se != "cluster" and 0 < clusters < units.w.size:
+        notes.append(
             f"{units.w.size} units come from {clusters} clusters, but se={settings.se!r} takes them as independent; "
             "se='cluster' does not."
-        ]
+        )
     if settings.se == "cluster" and clusters < 2:
-        return ["All units come from one cluster, so no effect has an error or an interval."]
-    return []
+        notes.append("All units come from one cluster, so no effect has an error or an interval.")
+    return notes

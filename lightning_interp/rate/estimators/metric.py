@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -26,21 +27,7 @@ _HALF = 2**32
 
 
 def unit_key(unit: int | str) -> int:
-    """The integer by which a unit is known in every process.
-
-    Args:
-        unit: An id: integers stand for themselves, strings are hashed (SHA-256, 63 bits).
-
-    Returns:
-        An integer of 64 bits.
-
-    Raises:
-        DataError: If it is no integer or string, or the integer has more than 64 bits.
-
-    Example:
-        >>> unit_key(7), unit_key("review-7") == unit_key("review-7")
-        (7, True)
-    """
+    """The integer by which a unit is known in every process."""
     if isinstance(unit, str):
         return hashed_number(unit)
     if isinstance(unit, bool) or not isinstance(unit, int) or not -(2**63) <= unit < 2**63:
@@ -146,23 +133,9 @@ class RewriteTreatmentEffect(Metric):
             raise DataError("RewriteTreatmentEffect has no rewards, so there is no effect. Call update() first.")
         ids, w, rewards = _unit_table(rows.cpu().reshape(-1, _WIDTH).numpy(), self.tolerance)
         original = None if all(reward is None for reward in rewards[0]) else rewards[0]
-        settings = self.settings
-        self.result = rate_effects(
-            w,
-            original,
-            *rewards[1:],
-            ids=ids,
-            se=settings.se,
-            ci=settings.ci,
-            alpha=settings.alpha,
-            n_boot=settings.n_boot,
-            seed=settings.seed,
-            missing=settings.missing,
-        )
-        return {
-            name: torch.tensor(value, dtype=torch.float64, device=self.device)
-            for name, value in _numbers(self.result).items()
-        }
+        self.result = rate_effects(w, original, *rewards[1:], ids=ids, **asdict(self.settings))
+        numbers = self.result.numbers().items()
+        return {name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in numbers}
 
     def reset(self) -> None:
         """Forget all rewards and the last result."""
@@ -229,13 +202,3 @@ def _refuse(ids: NDArray[np.int64], what: str) -> None:
             f"{ids.size} unit ids came with {what}: {shown(ids.tolist())} (strings as unit_key() hashes them). Give "
             "every unit an id of its own, and score its texts in evaluation mode."
         )
-
-
-def _numbers(result: RateResult) -> dict[str, float]:
-    rate = result.rate
-    numbers = {"ate": rate.ate.value, "att": rate.att.value, "atu": rate.atu.value, "n": float(result.counts.n)}
-    numbers |= {"ate_se": rate.ate.se, "att_se": rate.att.se, "atu_se": rate.atu.se}
-    if result.naive is not None and result.single is not None and result.reward_std is not None:
-        numbers |= {"naive": result.naive.value, "naive_se": result.naive.se, "reward_std": result.reward_std}
-        numbers |= {"single": result.single.ate.value, "single_se": result.single.ate.se}
-    return numbers

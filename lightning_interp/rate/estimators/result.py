@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lightning_interp.core.measure.clustered import Mask, Vector
+from lightning_interp.core.measure.clustered import Codes, Mask, Vector, mean_point, point_interval
 from lightning_interp.core.measure.statistics import Estimate
 from lightning_interp.errors import RecipeError
 
-__all__ = ["Counts", "Effect", "EffectTable", "Effects", "RateResult", "Units"]
+__all__ = ["Counts", "Effect", "EffectTable", "Effects", "Finding", "RateResult", "Units", "mean_effect", "plain"]
+
+
+def plain(value: Any) -> Any:
+    """Numbers, estimates and mappings of them as plain data; NaN and infinity become None."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Finding:
+    """What a dataclass of estimates inherits, to be written down."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; NaN becomes None."""
+        return {name: plain(getattr(self, name)) for name in self.__dataclass_fields__}  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -34,8 +51,8 @@ class Effect(Estimate):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: estimate, se, ci_low, ci_high, n, method; NaN becomes None."""
-        names = {"estimate": self.value, "se": self.se, "ci_low": self.low, "ci_high": self.high}
-        return {**{key: _finite(value) for key, value in names.items()}, "n": self.n, "method": self.method}
+        found = {"estimate": self.value, "se": self.se, "ci_low": self.low, "ci_high": self.high}
+        return {**plain(found), "n": self.n, "method": self.method}
 
     def scaled(self, unit: float) -> Effect:
         """The same effect in another unit of measure: everything divided by ``unit``, NaN where that is no unit."""
@@ -43,14 +60,17 @@ class Effect(Estimate):
         return Effect(self.value / by, self.low / by, self.high / by, self.n, self.level, self.method, se=self.se / by)
 
 
-class Effects(NamedTuple):
-    """One estimator's effect over all units, over those with the attribute, and over those without.
+def mean_effect(
+    values: Vector, how: str, *, cluster: Codes | None = None, ci: str = "auto", alpha: float = 0.05
+) -> Effect:
+    """Mean of one value a unit, as an effect with its interval."""
+    point = mean_point(values, cluster)
+    low, high, kind = point_interval(point, ci=ci, alpha=alpha)
+    return Effect(point.value, low, high, point.n, 1 - alpha, f"{how}, {kind}", se=point.se)
 
-    Args:
-        ate: Average over all units.
-        att: Average over the units whose original has the attribute (w = 1).
-        atu: Average over the units whose original does not (w = 0).
-    """
+
+class Effects(NamedTuple):
+    """One estimator's effect over all units, over those with the attribute (w = 1), and over those without."""
 
     ate: Effect
     att: Effect
@@ -59,13 +79,7 @@ class Effects(NamedTuple):
 
 @dataclass(frozen=True)
 class EffectTable:
-    """All estimators on one scale.
-
-    Args:
-        rate: Rewrite against rewrite of the rewrite.
-        single: Original against rewrite; None without original rewards.
-        naive: Originals of one arm against those of the other; None without original rewards.
-    """
+    """All estimators on one scale; without original rewards there is the double rewrite alone."""
 
     rate: Effects
     single: Effects | None = None
@@ -81,34 +95,19 @@ class EffectTable:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: ``naive``, ``single`` and ``rate``, the last two with ``ate``, ``att`` and ``atu``."""
-        plain: dict[str, Any] = {"naive": None, "single": None}
-        for name, estimand, effect in self.items():
-            if name == "naive":
-                plain[name] = effect.to_dict()
-            else:
-                plain[name] = {**(plain.get(name) or {}), estimand: effect.to_dict()}
-        return plain
+        return {name: plain(getattr(self, name)) for name in ("naive", "single", "rate")}
 
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """The units that the effects rest on, sorted by id (without ids by their values).
-
-    Args:
-        ids: One a unit; row numbers where none were given.
-        w: Whether the original has the attribute, ``[n]``.
-        r_orig: Rewards of the originals, ``[n]``, or None.
-        r_rw: Rewards of the rewrites, ``[n]``.
-        r_rw2: Rewards of the rewrites of the rewrites, ``[n]``.
-        cluster: Number of each unit's cluster, ``[n]``, or None.
-    """
+    """The units that the effects rest on, ``[n]`` each, sorted by id (without ids by their values)."""
 
     ids: tuple[int | str, ...]
     w: Mask
     r_orig: Vector | None
     r_rw: Vector
     r_rw2: Vector
-    cluster: NDArray[np.int64] | None = None
+    cluster: Codes | None = None
 
     @property
     def delta(self) -> Vector:
@@ -124,21 +123,12 @@ class Units:
 
 
 @dataclass(frozen=True)
-class Counts:
-    """How many units there were, and what became of them.
+class Counts(Finding):
+    """How many units there were: ``given``, and ``n`` used, of which ``n1`` have the attribute and ``n0`` have not.
 
-    Args:
-        given: Units handed in.
-        n: Units used.
-        n1: Of these, with the attribute.
-        n0: Of these, without.
-        clusters: Clusters among the used units, or None where none were given.
-        dropped: Units left out, by reason.
-        dropped_by_arm: The same for labelled units, as ``{"w1": {...}, "w0": {...}}``.
-        identical: Used units whose rewrite is the text it was made from, ``{"rewrite": {"w1", "w0"}, "rewrite2":
-            {...}}``; None where no texts were given.
-        non_compliant: Used units whose rewrite does not carry its target value, in the same form; None where no
-            labels were given.
+    ``dropped`` says why units were left out, ``dropped_by_arm`` the same for labelled ones, as ``{"w1": {...}, "w0":
+    {...}}``. ``identical`` counts used units with a rewrite that is the text it was made from, ``non_compliant`` those
+    with one that lacks its target value, as ``{"rewrite": {"w1", "w0"}, "rewrite2": {...}}``; None where unknown.
     """
 
     given: int
@@ -150,10 +140,6 @@ class Counts:
     dropped_by_arm: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     identical: Mapping[str, Mapping[str, int]] | None = None
     non_compliant: Mapping[str, Mapping[str, int]] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return {name: _plain(getattr(self, name)) for name in self.__dataclass_fields__}
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,12 +216,11 @@ class RateResult:
             RecipeError: If pandas is not installed.
         """
         try:
-            pandas: Any = importlib.import_module("pandas")
+            import pandas as pd
         except ImportError as error:
-            raise RecipeError(
-                "RateResult.to_frame() needs pandas, which is missing. Install it or use rows()."
-            ) from error
-        return pandas.DataFrame(self.rows())
+            message = "RateResult.to_frame() needs pandas, which is missing. Install it or use rows()."
+            raise RecipeError(message) from error
+        return pd.DataFrame(self.rows())
 
     def to_dict(self, *, units: bool = True) -> dict[str, Any]:
         """Everything as plain data that JSON can hold; NaN becomes None.
@@ -243,66 +228,51 @@ class RateResult:
         Args:
             units: With the contrast of every unit and its id.
         """
-        plain: dict[str, Any] = {
-            "raw": self.raw.to_dict(),
-            "standardized": None if self.standardized is None else self.standardized.to_dict(),
-            "reward_std": _finite(self.reward_std),
-            "rewrite_effect_w1": None if self.rewrite_effect_w1 is None else self.rewrite_effect_w1.to_dict(),
-            "rewrite_effect_w0": None if self.rewrite_effect_w0 is None else self.rewrite_effect_w0.to_dict(),
-            "counts": self.counts.to_dict(),
-            "settings": dict(self.settings),
-            "warnings": list(self.warnings),
-        }
+        names = ("raw", "standardized", "reward_std", "rewrite_effect_w1", "rewrite_effect_w0", "counts", "settings")
+        found = {name: plain(getattr(self, name)) for name in names} | {"warnings": list(self.warnings)}
         if units:
-            plain["units"] = {
-                "ids": list(self.ids),
-                "w": self.units.w.astype(int).tolist(),
-                "delta": self.delta.tolist(),
-            }
-        return plain
+            arms = self.units.w.astype(int).tolist()
+            found["units"] = {"ids": list(self.ids), "w": arms, "delta": self.delta.tolist()}
+        return found
+
+    def numbers(self) -> dict[str, float]:
+        """Raw ``ate``, ``att``, ``atu``, ``naive`` and ``single`` (an ATE), their ``_se``, and ``n``, to be logged.
+
+        Without original rewards there is no ``naive``, no ``single`` and no ``reward_std``.
+        """
+        effects = self.rate._asdict()
+        if self.naive is not None and self.single is not None:
+            effects |= {"naive": self.naive, "single": self.single.ate}
+        found = {name: effect.value for name, effect in effects.items()}
+        found |= {f"{name}_se": effect.se for name, effect in effects.items()}
+        spread = {} if self.reward_std is None else {"reward_std": self.reward_std}
+        return {**found, **spread, "n": float(self.counts.n)}
+
+    def lines(self) -> Iterator[tuple[str, str, Effect, Effect | None]]:
+        """Every effect and round trip: estimator, estimand or arm, raw, and in standard deviations if standardised."""
+        scaled = {} if self.standardized is None else {(a, b): e for a, b, e in self.standardized.items()}
+        for estimator, estimand, effect in self.raw.items():
+            yield estimator, estimand.upper(), effect, scaled.get((estimator, estimand))
+        for arm, trip in (("w=1", self.rewrite_effect_w1), ("w=0", self.rewrite_effect_w0)):
+            if trip is not None:
+                yield "round trip", arm, trip, trip.scaled(self.reward_std or math.nan) if scaled else None
 
     def summary(self) -> str:
         """A table of every effect for the terminal, with the counts above and the warnings below."""
         counts = self.counts
-        level = 100 * (1 - self.settings["alpha"])
         head = f"Rewrite-based effects: {counts.n} units, {counts.n1} with w=1 and {counts.n0} with w=0"
         left = ", ".join(f"{count} {reason}" for reason, count in counts.dropped.items())
-        lines = [
-            head + (f" ({left} left out)" if left else ""),
-            _line("", "", "estimate", "se", f"{level:g} % interval", "in sd"),
-        ]
-        standard = {} if self.standardized is None else {(a, b): e for a, b, e in self.standardized.items()}
-        for estimator, estimand, effect in self.raw.items():
-            in_sd = standard.get((estimator, estimand))
-            lines.append(_effect_line(estimator, "" if estimator == "naive" else estimand.upper(), effect, in_sd))
-        trips = (("w=1", self.rewrite_effect_w1), ("w=0", self.rewrite_effect_w0))
-        lines += [_effect_line("round trip", label, trip, None) for label, trip in trips if trip is not None]
-        return "\n".join([*lines, *(f"! {warning}" for warning in self.warnings)])
-
-
-def _effect_line(estimator: str, estimand: str, effect: Effect, in_sd: Effect | None) -> str:
-    interval = "-" if math.isnan(effect.low) else f"[{_short(effect.low)}, {_short(effect.high)}]"
-    return _line(
-        estimator,
-        estimand,
-        _short(effect.value),
-        _short(effect.se),
-        interval,
-        "" if in_sd is None else _short(in_sd.value),
-    )
-
-
-def _line(estimator: str, estimand: str, value: str, se: str, interval: str, in_sd: str) -> str:
-    return f"{estimator:<11}{estimand:<5}{value:>11}{se:>11}  {interval:<24}{in_sd:>9}".rstrip()
+        rows = [("", "", "estimate", "se", f"{100 * (1 - self.settings['alpha']):g} % interval", "in sd")]
+        for estimator, estimand, effect, scaled in self.lines():
+            ends = "-" if math.isnan(effect.low) else f"[{_short(effect.low)}, {_short(effect.high)}]"
+            in_sd = "" if scaled is None or estimator == "round trip" else _short(scaled.value)
+            name = "" if estimator == "naive" else estimand
+            rows.append((estimator, name, _short(effect.value), _short(effect.se), ends, in_sd))
+        table = (
+            f"{a:<11}{b:<5}{value:>11}{se:>11}  {ends:<24}{in_sd:>9}".rstrip() for a, b, value, se, ends, in_sd in rows
+        )
+        return "\n".join([head + (f" ({left} left out)" if left else ""), *table, *(f"! {w}" for w in self.warnings)])
 
 
 def _short(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.4g}"
-
-
-def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(value)
-
-
-def _plain(value: Any) -> Any:
-    return {key: _plain(part) for key, part in value.items()} if isinstance(value, Mapping) else value

@@ -44,8 +44,8 @@ class RewriteTriples:
         DataError: If a column is shorter or longer than ``ids``, or holds something else; names column and row.
 
     Example:
-        >>> triples = RewriteTriples(attr="long", ids=["a"], w=[1], prompts=[""], original=["oh!"], rewrite=["oh"],
-        ...     rewrite2=["oh!"], draw=[0])
+        >>> row = {"id": "a", "w": 1, "original": "oh!", "rewrite": "oh", "rewrite2": "oh!"}
+        >>> triples = RewriteTriples.from_rows([row])
         >>> len(triples), triples.texts("rewrite2")
         (1, ['oh!'])
     """
@@ -74,13 +74,13 @@ class RewriteTriples:
                     "row in each."
                 )
         for name in ("w", *self.stages):
-            fits, what = (_is_label, "0 or 1") if name == "w" else (_is_text, "a text")
-            wrong = next((row for row, value in enumerate(columns[name]) if not fits(value)), None)
-            if wrong is not None:
-                raise DataError(
-                    f"{name!r} of unit {self.ids[wrong]!r} of {self.attr!r} is {columns[name][wrong]!r:.80}; expected "
-                    f"{what}. Leave the unit out."
-                )
+            for unit, value in zip(self.ids, columns[name], strict=True):
+                fits = value is not None and value in (0, 1) if name == "w" else isinstance(value, str)
+                if not fits:
+                    raise DataError(
+                        f"{name!r} of unit {unit!r} of {self.attr!r} is {value!r:.80}; expected "
+                        f"{'0 or 1' if name == 'w' else 'a text'}. Leave the unit out."
+                    )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -117,10 +117,9 @@ class RewriteTriples:
             The same attribute, and what was dropped, with these rows alone.
 
         Example:
-            >>> triples = RewriteTriples(attr="long", ids=["a", "b"], w=[1, 0], prompts=["", ""],
-            ...     original=["oh!", "ah"], rewrite=["oh", "ah!"], rewrite2=["oh!", "ah"], draw=[0, 0])
-            >>> triples.select([1]).rows()[0]["rewrite"]
-            'ah!'
+            >>> row = {"w": 1, "original": "oh!", "rewrite": "oh", "rewrite2": "oh!"}
+            >>> RewriteTriples.from_rows([row | {"id": "a"}, row | {"id": "b"}]).select([1]).ids
+            ['b']
         """
         chosen = list(rows)
         columns = {name: getattr(self, name) for name in _COLUMNS}
@@ -153,9 +152,8 @@ class RewriteTriples:
         Raises:
             DataError: If a stage is unknown, or there are not as many rewards as rows.
         """
-        unknown = [stage for stage in reward if stage not in self.stages]
-        if unknown:
-            self.texts(unknown[0])
+        for stage in reward:
+            self.texts(stage)  # refuses an unknown one
         return replace(self, reward={stage: [float(value) for value in values] for stage, values in reward.items()})
 
     def rows(self) -> list[dict[str, Any]]:
@@ -224,8 +222,7 @@ class RewriteTriples:
         Returns:
             One value a row.
         """
-        flipped = STAGES.index(stage) % 2
-        return [w ^ flipped for w in self.w]
+        return [w ^ STAGES.index(stage) % 2 for w in self.w]
 
     def identical(self) -> dict[str, dict[str, int]]:
         """Count rewrites that say the same as what they were made from.
@@ -234,22 +231,15 @@ class RewriteTriples:
             For each stage after the original, counts by arm: ``{"rewrite": {"w1": ..., "w0": ...}, ...}``. In arm
             ``w1`` the first rewrite goes from 1 to 0 and the second from 0 to 1.
         """
-        counts = {}
+        counts = {stage: {"w1": 0, "w0": 0} for stage in self.stages[1:]}
         for before, stage in pairwise(self.stages):
-            count = {"w1": 0, "w0": 0}
             for w, source, text in zip(self.w, self.texts(before), self.texts(stage), strict=True):
-                count[f"w{w}"] += same_text(source, text)
-            counts[stage] = count
+                counts[stage][f"w{w}"] += same_text(source, text)
         return counts
 
 
 def same_text(a: str, b: str) -> bool:
-    r"""Whether two texts are equal but for white space and the composition of Unicode characters.
-
-    Example:
-        >>> same_text("na\u00efve  idea", "nai\u0308ve idea\n")
-        True
-    """
+    """Whether two texts are equal but for white space and the composition of Unicode characters."""
     return a == b or _plain(a) == _plain(b)
 
 
@@ -257,19 +247,6 @@ def _plain(text: str) -> str:
     return re.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).strip()
 
 
-def _is_label(value: Any) -> bool:
-    return value is not None and value in (0, 1)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
 def as_reward(value: Any) -> float:
-    """A reward from a file: a number, NaN where there is none.
-
-    Example:
-        >>> as_reward("0.5"), as_reward(None)
-        (0.5, nan)
-    """
+    """A reward from a file: a number, NaN where there is none."""
     return float("nan") if value is None or value == "" else float(value)

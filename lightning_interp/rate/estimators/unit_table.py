@@ -26,37 +26,17 @@ _REWARDS = ("r_orig", "r_rw", "r_rw2")
 
 
 def check_choice(name: str, value: object, known: Sequence[str]) -> None:
-    """Refuse a value that is none of the known ones.
-
-    Raises:
-        RecipeError: If it is not.
-    """
+    """Refuse a value that is none of the known ones."""
     if value not in known:
         raise RecipeError(f"{name}={value!r} is unknown; expected one of {', '.join(map(repr, known))}.")
 
 
 @dataclass(eq=False)
 class UnitTable:
-    """All units, and for each why it cannot be used (None where it can).
+    """All units, ``[n]`` each, and for each why it cannot be used (None where it can); see :meth:`mark`.
 
-    Args:
-        w: Whether the original has the attribute, ``[n]``.
-        unlabelled: Whether that is unknown, ``[n]``.
-        ids: One a unit.
-        by_id: Whether the ids were given, so that units are sorted by them.
-        r_orig: Rewards of the originals, ``[n]``, or None.
-        r_rw: Rewards of the rewrites, ``[n]``.
-        r_rw2: Rewards of the rewrites of the rewrites, ``[n]``.
-        cluster: Number of each unit's cluster, ``[n]``, or None.
-        reasons: Why a unit cannot be used, of objects, ``[n]``; see :meth:`mark`.
-        keep: Units without a reason, ``[n]``.
-        identical: For both rewrites, where it is the text it was made from; None if texts are unknown.
-        non_compliant: For both rewrites, where it does not carry its target value; None if that is unknown.
-
-    Example:
-        >>> table = UnitTable.read([1, None, 0], None, [0.0, 1.0, 2.0], [1.0, 1.0, 1.0], ids=["c", "b", "a"])
-        >>> table.usable().units().ids, table.counts().dropped
-        (('a', 'c'), {'unlabelled': 1})
+    ``by_id`` says whether ids were given, so that units are sorted by them. ``identical`` and ``non_compliant`` say for
+    both rewrites where it is the text it was made from and where it lacks its target value; None if that is unknown.
     """
 
     w: Mask
@@ -68,7 +48,6 @@ class UnitTable:
     r_rw2: Vector
     cluster: NDArray[np.int64] | None
     reasons: NDArray[np.object_]
-    keep: Mask
     identical: list[Mask] | None = None
     non_compliant: list[Mask] | None = None
 
@@ -86,11 +65,7 @@ class UnitTable:
         labels: Sequence[Any] | None = None,
         incomplete: Sequence[str | None] | None = None,
     ) -> UnitTable:
-        """Check the arguments of ``rate_effects`` that hold one value a unit, which say what each of them is.
-
-        Raises:
-            DataError: If they do not fit together or a value cannot be used.
-        """
+        """Check the arguments of ``rate_effects`` that hold one value a unit, which say what each of them is."""
         label, unlabelled = label_column("w", w)
         if not (n := label.size):
             raise DataError("w is empty; expected one label a unit, with its three rewards.")
@@ -106,7 +81,6 @@ class UnitTable:
             by_id=ids is not None,
             cluster=None if cluster is None else codes("cluster", cluster)[1],
             reasons=np.full(n, None, dtype=object),
-            keep=np.ones(n, dtype=np.bool_),
             identical=None if texts is None else [_same(texts[0], texts[1]), _same(texts[1], texts[2])],
             non_compliant=None if labels is None else _non_compliant(labels, label),
             **{"r_orig": None, **{name: column for name, (column, _) in columns.items()}},  # type: ignore[arg-type]
@@ -114,10 +88,14 @@ class UnitTable:
         table._mark_incomplete(columns, texts or (), incomplete or ())
         return table
 
+    @property
+    def keep(self) -> Mask:
+        """Units without a reason."""
+        return np.asarray(self.reasons == np.array(None), dtype=np.bool_)
+
     def mark(self, reason: str, where: Mask) -> None:
         """Give a reason to the units that have none yet."""
         self.reasons[where & self.keep] = reason
-        self.keep &= ~where
 
     def _mark_incomplete(
         self,
@@ -143,19 +121,7 @@ class UnitTable:
         return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
 
     def usable(self, *, missing: str = "raise", identical: str = "keep") -> UnitTable:
-        """Judge by the policies what cannot be used.
-
-        Args:
-            missing: ``"raise"`` or ``"drop"`` for units without all their rewards.
-            identical: ``"keep"``, ``"drop"`` or ``"raise"`` for units with a rewrite that is the text it was made from.
-
-        Returns:
-            This table.
-
-        Raises:
-            DataError: If a unit is refused, or none is left; lists up to ten ids.
-            RecipeError: If a policy needs texts and there are none.
-        """
+        """This table with the policies of ``rate_effects`` applied to what cannot be used."""
         if identical != "keep" and self.identical is None:
             raise RecipeError(
                 f"identical={identical!r} compares the texts of a unit, but none were given. "
@@ -206,12 +172,9 @@ class UnitTable:
         keep, arms = self.keep, self._arms()
 
         def per_pass(masks: list[Mask] | None) -> dict[str, dict[str, int]] | None:
-            if masks is None:
-                return None
-            return {
-                stage: {arm: int((mask & keep & side).sum()) for arm, side in arms.items()}
-                for stage, mask in zip(STAGES[1:], masks, strict=True)
-            }
+            found = zip(STAGES[1:], masks or [], strict=masks is not None)
+            tally = {name: {arm: int((m & keep & side).sum()) for arm, side in arms.items()} for name, m in found}
+            return None if masks is None else tally
 
         return Counts(
             given=keep.size,

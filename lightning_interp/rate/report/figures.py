@@ -12,7 +12,7 @@ from lightning_interp.core.measure.clustered import Vector
 from lightning_interp.errors import RecipeError
 from lightning_interp.figures import BLUE, GREY, INK, ORANGE, band, bars, in_house_style, label, legend_below, panels
 from lightning_interp.rate.checks.diagnostics import SensitivityLine
-from lightning_interp.rate.estimators.result import Effect, EffectTable, RateResult
+from lightning_interp.rate.estimators.result import Effect, RateResult
 
 __all__ = ["effects_figure", "overlay_figure", "sensitivity_figure", "trend_figure"]
 
@@ -40,16 +40,10 @@ def effects_figure(
         RecipeError: If there is no result, the estimand is unknown, or a result holds no standardised effects.
     """
     named = {"": results} if isinstance(results, RateResult) else dict(results)
-    if not named or estimand not in ("ate", "att", "atu"):
-        raise RecipeError(
-            f"effects_figure() got {len(named)} results and estimand={estimand!r}; expected at least one result, and "
-            "'ate', 'att' or 'atu'."
-        )
-    effects = [_three(_scale(name, result, standardized), estimand) for name, result in named.items()]
+    effects, heading = _effects("effects_figure", named, estimand, standardized)
     sizes = sorted({result.counts.n for result in named.values()})
     count = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
-    level = 100 * next(iter(effects[0].values())).level
-    title = f"{title}\n{estimand.upper()}, {count} units; lines: {level:g} % intervals"
+    title = f"{title}\n{estimand.upper()}, {count} units; lines: {heading}"
     figure, (axis,) = panels(1, size=(max(4.2, 1.6 + 1.5 * len(named)), 4.2), title=title)
     for place, estimator in enumerate(COLOURS):
         at = [g + 0.27 * (place - 1) for g, one in enumerate(effects) if estimator in one]
@@ -63,19 +57,25 @@ def effects_figure(
     return figure
 
 
-def _scale(name: str, result: RateResult, standardized: bool) -> EffectTable:
-    if not standardized:
-        return result.raw
-    if result.standardized is None:
+def _effects(
+    caller: str, named: Mapping[Any, RateResult], estimand: str, standardized: bool
+) -> tuple[list[dict[str, Effect]], str]:
+    """For each result its effects by estimator; and what their intervals are."""
+    if not named or estimand not in ("ate", "att", "atu"):
         raise RecipeError(
-            f"Result {name!r} holds no standardised effects. Make it with standardize=True and original rewards, or "
-            "draw it with standardized=False."
+            f"{caller}() got {len(named)} results and estimand={estimand!r}; expected at least one result, and 'ate', "
+            "'att' or 'atu'."
         )
-    return result.standardized
-
-
-def _three(table: EffectTable, estimand: str) -> dict[str, Effect]:
-    return {name: effect for name, which, effect in table.items() if which in (estimand, "naive")}
+    found = []
+    for name, result in named.items():
+        table = result.standardized if standardized else result.raw
+        if table is None:
+            raise RecipeError(
+                f"Result {name!r} holds no standardised effects. Make it with standardize=True and original rewards, "
+                "or draw it with standardized=False."
+            )
+        found.append({estimator: effect for estimator, which, effect in table.items() if which in (estimand, "naive")})
+    return found, f"{100 * found[0]['rate'].level:g} % intervals"
 
 
 @in_house_style
@@ -105,7 +105,10 @@ def overlay_figure(result: RateResult, *, bins: int = 40, title: str = "") -> An
     for axis, (arm, value, shift) in zip(axes, arms, strict=True):
         _histogram(axis, units.r_orig[arm], edges, "original", BLUE)
         _histogram(axis, units.r_rw2[arm], edges, "rewritten twice", ORANGE)
-        moved = "" if shift is None or math.isnan(shift.value) else f"; mean shift {_with_interval(shift)}"
+        moved = ""
+        if shift is not None and not math.isnan(shift.value):
+            ends = "" if math.isnan(shift.low) else f" [{shift.low:.2g}, {shift.high:.2g}]"
+            moved = f"; mean shift {shift.value:.2g}{ends}"
         label(axis, "reward", title=f"w = {value}, {int(arm.sum()):,} units{moved}")
     axes[0].set_ylabel("density")
     legend_below(figure, 2)
@@ -119,11 +122,6 @@ def _histogram(axis: Any, rewards: Vector, edges: Vector, name: str, colour: str
     axis.hist(rewards, bins=edges, density=True, histtype="stepfilled", alpha=0.25, color=colour)
     axis.hist(rewards, bins=edges, density=True, histtype="step", color=colour, label=name)
     axis.axvline(float(rewards.mean()), color=colour, linestyle="--", linewidth=1)
-
-
-def _with_interval(effect: Effect) -> str:
-    ends = "" if math.isnan(effect.low) else f" [{effect.low:.2g}, {effect.high:.2g}]"
-    return f"{effect.value:.2g}{ends}"
 
 
 @in_house_style
@@ -142,8 +140,7 @@ def sensitivity_figure(line: SensitivityLine, *, title: str = "") -> Any:
     band(axis, line.asymmetry, line.effect, COLOURS["rate"], marker="")
     across = f"asymmetry D of an off-target feature worth {line.beta:.3g}"
     label(axis, across, "ATE - beta D", title="\n".join(part for part in (title, beyond) if part), zero=True)
-    inside = min(line.asymmetry, default=0) <= line.zero <= max(line.asymmetry, default=0)
-    if inside:
+    if min(line.asymmetry, default=0) <= line.zero <= max(line.asymmetry, default=0):
         axis.plot([line.zero], [0], "o", color=COLOURS["single"], label=f"zero at D = {line.zero:.2g}")
         axis.legend()
     return figure
@@ -176,15 +173,11 @@ def trend_figure(
     Raises:
         RecipeError: If there is no result, the estimand is unknown, or a result holds no standardised effects.
     """
-    if not results or estimand not in ("ate", "att", "atu"):
-        raise RecipeError(
-            f"trend_figure() got {len(results)} results and estimand={estimand!r}; expected at least one result, and "
-            "'ate', 'att' or 'atu'."
-        )
     places = sorted(results)
-    tables = [_three(_scale(f"{place:g}", results[place], standardized), estimand) for place in places]
-    level = 100 * next(iter(tables[0].values())).level
-    figure, (axis,) = panels(1, size=(6.4, 4.4), title=f"{title}\n{estimand.upper()}; bands: {level:g} % intervals")
+    tables, heading = _effects(
+        "trend_figure", {f"{place:g}": results[place] for place in places}, estimand, standardized
+    )
+    figure, (axis,) = panels(1, size=(6.4, 4.4), title=f"{title}\n{estimand.upper()}; bands: {heading}")
     for estimator, colour in COLOURS.items():
         line = [(place, table[estimator]) for place, table in zip(places, tables, strict=True) if estimator in table]
         if line:

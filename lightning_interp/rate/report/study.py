@@ -22,7 +22,7 @@ from lightning_interp.rate.checks.diagnostics import (
 from lightning_interp.rate.checks.off_target import MEASURES, TextChange, text_changes
 from lightning_interp.rate.checks.placebo import DummyOutcome, PermutationCheck, dummy_outcome_check, permutation_check
 from lightning_interp.rate.estimators.draws import combine_draws
-from lightning_interp.rate.estimators.result import RateResult
+from lightning_interp.rate.estimators.result import RateResult, plain
 from lightning_interp.rate.estimators.triples import RewriteTriples
 from lightning_interp.rate.report import study_tables
 from lightning_interp.rate.report.figures import effects_figure, overlay_figure, sensitivity_figure
@@ -65,7 +65,6 @@ class EffectStudy:
 
     def metrics(self) -> dict[str, Any]:
         """Everything as plain values, without the single units."""
-        checks = {"third_rewrite": self.third, "permutation": self.permutation, "dummy_outcome": self.dummy}
         return {
             "attribute": self.triples.attr,
             "scorer": self.scores.scorer,
@@ -74,10 +73,12 @@ class EffectStudy:
             "identical": self.triples.identical(),
             "truncated": self.scores.truncation(),
             "compliance": [row.to_dict() for row in self.compliance],
-            "attenuation": None if self.attenuation is None else self.attenuation.to_dict(),
+            "attenuation": plain(self.attenuation),
             "text_changes": [row.to_dict() for row in self.changes],
-            **{name: None if check is None else check.to_dict() for name, check in checks.items()},
-            "sensitivity": None if self.line is None else self.line.to_dict(),
+            "third_rewrite": plain(self.third),
+            "permutation": plain(self.permutation),
+            "dummy_outcome": plain(self.dummy),
+            "sensitivity": plain(self.line),
         }
 
     def tables(self, prefix: str = "") -> dict[str, list[dict[str, Any]]]:
@@ -90,6 +91,7 @@ class EffectStudy:
             ``effects`` (short, to be printed), ``estimates`` (every number), ``units_used``, ``text_changes``,
             ``rewrites_with_flags``, ``checks``, ``examples``, and with a labeller ``compliance``.
         """
+        checks = (self.permutation, self.third, self.dummy, self.attenuation, self.line)
         found = {
             "effects": study_tables.effects_rows(self.result),
             "estimates": self.result.rows(),
@@ -97,9 +99,7 @@ class EffectStudy:
             "text_changes": [row.to_dict() for row in self.changes],
             "rewrites_with_flags": study_tables.flag_rows(self.triples, changes_length=self.changes_length),
             "compliance": [row.to_dict() for row in self.compliance],
-            "checks": study_tables.check_rows(
-                self.scores, self.permutation, self.third, self.dummy, self.attenuation, self.line
-            ),
+            "checks": study_tables.check_rows(self.scores, *checks),
             "examples": study_tables.example_rows(self.triples, self.scores),
         }
         return {f"{prefix}{name}": rows for name, rows in found.items() if rows}
@@ -122,10 +122,6 @@ class EffectStudy:
             found["sensitivity"] = sensitivity_figure(self.line, title=title)
         return {f"{prefix}{name}": figure for name, figure in found.items()}
 
-    def _hint(self) -> str:
-        factor = float("nan") if self.attenuation is None else self.attenuation.factor["ate"]
-        return f"{factor:.2f}"
-
     def caveats(self) -> list[str]:
         """What the numbers may not be used for, and what was seen that speaks against them."""
         counts = self.result.counts
@@ -138,9 +134,10 @@ class EffectStudy:
         low = [row for row in self.compliance if row.share.value < _LOW_COMPLIANCE]
         if low:
             shares = ", ".join(f"{row.share} to {row.target} in {row.stage}" for row in low)
+            hint = float("nan") if self.attenuation is None else self.attenuation.factor["ate"]
             notes.append(
                 f"Rewrites that have the value asked for: {shares}. Failed ones pull the effect towards zero; if they "
-                f"changed nothing and all else were perfect, the ATE would be {self._hint()} times as large."
+                f"changed nothing and all else were perfect, the ATE would be {hint:.2f} times as large."
             )
         gap = None if self.third is None else self.third.difference
         if gap is not None and (gap.low > 0 or gap.high < 0):
@@ -184,9 +181,9 @@ def study_effects(
 
     Example:
         >>> from lightning_interp.rate import score_triples
-        >>> texts = [["oh!", "ah", "oh! oh!", "ah ah"], ["oh", "ah!", "oh oh", "ah ah!"]]
-        >>> triples = RewriteTriples(attr="loud", ids=list("abcd"), w=[1, 0, 1, 0], prompts=[""] * 4,
-        ...     original=texts[0], rewrite=texts[1], rewrite2=texts[0], draw=[0] * 4)
+        >>> texts = {"a": ("oh!", "oh"), "b": ("ah", "ah!"), "c": ("oh! oh!", "oh oh"), "d": ("ah ah", "ah ah!")}
+        >>> triples = RewriteTriples.from_rows({"id": name, "w": name in "ac", "original": text, "rewrite": other,
+        ...     "rewrite2": text} for name, (text, other) in texts.items())
         >>> marks = score_triples(lambda prompts, texts: [text.count("!") for text in texts], triples)
         >>> study = study_effects(triples, marks)
         >>> study.result.rate.ate.value, sorted(study.tables("loud_"))[:2]
@@ -199,17 +196,15 @@ def study_effects(
         )
     options.setdefault("seed", seed)
     result = scores.effects(triples, drop_truncated=drop_truncated, **options)
-    found: list[list[int | None]] = []
-    if labeller is not None:
-        found = [labels(labeller, triples.texts(stage), triples.prompts) for stage in triples.stages[1:3]]
-    texts = [triples.texts(stage) for stage in triples.stages[:3]]
+    stages = triples.stages[:3]
+    found = [] if labeller is None else [labels(labeller, triples.texts(s), triples.prompts) for s in stages[1:]]
     return EffectStudy(
         triples=triples,
         scores=scores,
         result=result,
         compliance=[] if labeller is None else compliance_rates(triples, labeller),
         attenuation=attenuation_hint(triples.w, *found) if found else None,
-        changes=text_changes(triples.w, *texts, measures=measures),
+        changes=text_changes(triples.w, *map(triples.texts, stages), measures=measures),
         third=_third(triples, scores, result),
         permutation=permutation_check(result, seed=seed),
         dummy=_dummy(result, seed),
@@ -221,33 +216,24 @@ def study_effects(
 def _third(triples: RewriteTriples, scores: TripleScores, result: RateResult) -> ThirdRewrite | None:
     if triples.rewrite3 is None:
         return None
-    used = set(result.ids)
+    used, settings = set(result.ids), result.settings
     keep = [row for row, name in enumerate(triples.ids) if name in used]
     few, rewards = triples.select(keep), scores.select(keep).reward
     later = [rewards[stage].double().numpy() for stage in triples.stages[1:]]
     units = combine_draws(few.ids, few.w, *later, cluster=few.cluster)
-    return third_rewrite_check(
-        units.w,
-        units.r_orig,  # the first of the three rewards handed in: those of the first rewrites
-        units.r_rw,
-        units.r_rw2,
-        ids=units.ids,
-        cluster=units.cluster if result.settings["se"] == "cluster" else None,
-        alpha=result.settings["alpha"],
-        missing=result.settings["missing"],
-    )
+    given = {"alpha": settings["alpha"], "missing": settings["missing"], "ids": units.ids}
+    cluster = units.cluster if settings["se"] == "cluster" else None
+    # r_orig are the first of the three rewards handed in: those of the first rewrites.
+    return third_rewrite_check(units.w, units.r_orig, units.r_rw, units.r_rw2, cluster=cluster, **given)
 
 
 def _dummy(result: RateResult, seed: int) -> DummyOutcome | None:
     units = result.units
     rewards = np.concatenate([units.r_rw, units.r_rw2, units.r_rw if units.r_orig is None else units.r_orig])
-    if min(result.counts.n1, result.counts.n0) < 2 or np.ptp(rewards) == 0:
-        return None
-    return dummy_outcome_check(result, seed=seed)
+    enough = min(result.counts.n1, result.counts.n0) > 1 and np.ptp(rewards) > 0
+    return dummy_outcome_check(result, seed=seed) if enough else None
 
 
 def _line(result: RateResult, beta: float) -> SensitivityLine | None:
-    scaled = result.standardized
-    if scaled is None or not np.isfinite(scaled.rate.ate.value):
-        return None
-    return asymmetry_line(result, beta, standardized=True)
+    known = result.standardized is not None and np.isfinite(result.standardized.rate.ate.value)
+    return asymmetry_line(result, beta, standardized=True) if known else None

@@ -35,10 +35,9 @@ def write_effects(folder: str | os.PathLike[str], study: EffectStudy, *, name: s
     """
     versions = {package: _version(package) for package in ("lightning-interp", "torch", "numpy", "scipy")}
     versions["python"] = platform.python_version()
-    units = {"units": study.result.to_dict()["units"]}
     content = {
         **study.metrics(),
-        **units,
+        "units": study.result.to_dict()["units"],
         "left_out_ids": study.triples.dropped_ids,
         "seed": seed,
         "versions": versions,
@@ -93,8 +92,8 @@ def read_triples(path: str | os.PathLike[str]) -> RewriteTriples:
 
     Example:
         >>> import tempfile
-        >>> triples = RewriteTriples(attr="long", ids=["a"], w=[1], prompts=[""], original=["oh!"], rewrite=["oh"],
-        ...     rewrite2=["oh!"], draw=[0])
+        >>> row = {"id": "a", "w": 1, "original": "oh!", "rewrite": "oh", "rewrite2": "oh!"}
+        >>> triples = RewriteTriples.from_rows([row])
         >>> folder = tempfile.mkdtemp()
         >>> [read_triples(write_triples(folder, triples, name=f"a{kind}")) == triples
         ...     for kind in ("", ".jsonl", ".csv", ".parquet")]

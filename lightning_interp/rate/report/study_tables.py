@@ -42,19 +42,12 @@ def effects_rows(results: RateResult | Mapping[str, RateResult], *, key: str = "
         (['naive', 'single rewrite'], 'one')
     """
     named: Mapping[str, RateResult] = {"": results} if isinstance(results, RateResult) else results
-    rows = []
-    for name, result in named.items():
-        head = {key: name} if not isinstance(results, RateResult) else {}
-        scaled = {} if result.standardized is None else {(a, b): e for a, b, e in result.standardized.items()}
-        rows += [
-            head | _effect_row(_LABELS[a], "ATE" if b == "naive" else b.upper(), effect, scaled.get((a, b)))
-            for a, b, effect in result.raw.items()
-        ]
-        trips = (("w=1", result.rewrite_effect_w1), ("w=0", result.rewrite_effect_w0))
-        unit = result.reward_std if result.reward_std is not None else math.nan
-        shown = unit if result.standardized is not None else math.nan
-        rows += [head | _effect_row("round trip", arm, trip, trip.scaled(shown)) for arm, trip in trips if trip]
-    return rows
+    return [
+        ({} if isinstance(results, RateResult) else {key: name})
+        | _effect_row(_LABELS.get(estimator, estimator), "ATE" if estimand == "NAIVE" else estimand, raw, scaled)
+        for name, result in named.items()
+        for estimator, estimand, raw, scaled in result.lines()
+    ]
 
 
 def _effect_row(estimator: str, estimand: str, raw: Effect, scaled: Effect | None) -> Row:
@@ -74,38 +67,17 @@ def _shown(effect: Estimate) -> str:
 
 
 def used_rows(triples: RewriteTriples, result: RateResult) -> list[Row]:
-    """How many units were used, and how many were left out and why, by arm.
-
-    Args:
-        triples: The texts.
-        result: The effects.
-
-    Returns:
-        Rows with ``units`` (``used`` or a reason), ``w=1``, ``w=0`` and ``no label``.
-    """
+    """How many units were used, and how many were left out and why, by arm."""
     counts = result.counts
-    rows = [{"units": "used", "w=1": counts.n1, "w=0": counts.n0, "no label": 0}]
-    for reason, arms in triples.dropped.items():
-        shares = {"w=1": arms.get("w1", 0), "w=0": arms.get("w0", 0), "no label": arms.get("none", 0)}
-        rows.append({"units": f"left out: {reason}", **shares})
-    by_arm = counts.dropped_by_arm
-    for reason in counts.dropped:
-        arms = {name: by_arm.get(name, {}).get(reason, 0) for name in ("w1", "w0")}
-        rows.append({"units": f"left out: {reason}", "w=1": arms["w1"], "w=0": arms["w0"], "no label": 0})
-    return rows
+    left = list(triples.dropped.items())
+    left += [(why, {arm: tally.get(why, 0) for arm, tally in counts.dropped_by_arm.items()}) for why in counts.dropped]
+    rows: list[tuple[object, ...]] = [("used", counts.n1, counts.n0, 0)]
+    rows += [(f"left out: {why}", *(arms.get(arm, 0) for arm in ("w1", "w0", "none"))) for why, arms in left]
+    return [dict(zip(("units", "w=1", "w=0", "no label"), row, strict=True)) for row in rows]
 
 
 def flag_rows(triples: RewriteTriples, *, changes_length: bool = False) -> list[Row]:
-    """How many rewrites of each pass and direction look wrong, by what looks wrong.
-
-    Args:
-        triples: The texts.
-        changes_length: The attribute is the length, so its change is no flaw.
-
-    Returns:
-        Rows with ``stage``, ``direction``, ``rewrites``, and the number of each of
-        :data:`~lightning_interp.rate.rewriting.flags.FLAGS`.
-    """
+    """How many rewrites of each pass and direction look wrong, by what looks wrong."""
     rows = []
     for stage, target, pairs in _passes(triples):
         flags = Counter(flag for pair in pairs for flag in rewrite_flags(*pair, changes_length=changes_length))
@@ -132,19 +104,7 @@ def check_rows(
     attenuation: Attenuation | None = None,
     line: SensitivityLine | None = None,
 ) -> list[Row]:
-    """The checks of a study, one number a row.
-
-    Args:
-        scores: Rewards, for what the scorer cut.
-        permutation: How often effects as large come up by chance.
-        third: The effect once more from third rewrites.
-        dummy: What the estimators make of rewards without meaning.
-        attenuation: What failed rewrites would do to the effects.
-        line: What an asymmetry of the rewriter would do.
-
-    Returns:
-        Rows with ``check``, ``of``, ``value``, ``low``, ``high``, ``n`` and ``method``.
-    """
+    """The checks of a study, one number a row."""
     exchanged = f"{permutation.resamples} exchanges of {permutation.exchanged}"
     rows = [
         _row("p-value of exchanged rewrites", name.upper(), getattr(permutation, name), method=exchanged)
@@ -177,17 +137,7 @@ def _row(check: str, of: str, value: float, **more: Any) -> Row:
 
 
 def example_rows(triples: RewriteTriples, scores: TripleScores, *, each: int = 10, seed: int = 0) -> list[Row]:
-    """Units to be read: some at random, and those whose contrast is farthest from the mean.
-
-    Args:
-        triples: The texts.
-        scores: Their rewards.
-        each: How many of either kind.
-        seed: Of the choice.
-
-    Returns:
-        Rows with ``chosen``, ``id``, ``w``, and for each stage its text and reward.
-    """
+    """Units to be read: some at random, and those whose contrast is farthest from the mean."""
     draws = random.Random(derived_seed(seed, "examples of rewrites", 0))  # noqa: S311 - examples, no secrets
     drawn = sorted(draws.sample(range(len(triples)), min(each, len(triples))))
     first, second = (scores.reward[stage].tolist() for stage in ("rewrite", "rewrite2"))

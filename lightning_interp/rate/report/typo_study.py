@@ -8,6 +8,7 @@ difference and the single rewrite then blame the vowel for the typos; the double
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lightning_interp.errors import DataError
 from lightning_interp.generation.labellers import StartsWithVowel
@@ -20,15 +21,7 @@ __all__ = ["made_up_reviews", "misspelt_units"]
 
 
 def made_up_reviews() -> list[Review]:
-    """Sentences put together from a few words, for runs that are to show nothing but that they work.
-
-    Returns:
-        96 sentences of eight made-up films; a third of them begin with a vowel.
-
-    Example:
-        >>> made_up_reviews()[0].text
-        'A patient comedy about seven strangers who never quite meet.'
-    """
+    """Sentences put together from a few words, for runs that are to show nothing but that they work."""
     openings = (
         *("A patient", "One more", "Every loud", "The gentle", "This curious", "Here another"),
         *("Some other", "My favourite", "Quite the", "That clever", "Utterly", "Yet another"),
@@ -52,43 +45,17 @@ def misspelt_units(
 
     Only reviews that start with a vowel are misspelt. Their first word is left alone, so that no label changes. The
     same words are misspelt, and more, at a higher rate.
-
-    Args:
-        reviews: Those that begin with a letter are used.
-        percent: Share of the words that are misspelt.
-        seed: Of the typos.
-        count: Use the first so many; all if None.
-        clusters: Units of one film share a cluster.
-
-    Returns:
-        One unit a review, the same reviews at every rate.
-
-    Raises:
-        DataError: If there are no reviews that begin with a vowel, or none that begin with another letter.
-
-    Example:
-        >>> unit, = misspelt_units(made_up_reviews(), 50, seed=0)[:1]
-        >>> unit.w, unit.text.split()[0], unit.text == made_up_reviews()[0].text
-        (1, 'A', False)
     """
     chosen = [review for review in reviews if review.text[:1].isalpha()][:count]
-    units = label_units(
-        [review.text for review in chosen],
-        StartsWithVowel(),
-        clusters=[review.movie for review in chosen] if clusters else None,
-    )
+    films = [review.movie for review in chosen] if clusters else None
+    units = label_units([review.text for review in chosen], StartsWithVowel(), clusters=films)
     arms = [sum(unit.w == value for unit in units) for value in (0, 1)]
     if min(arms) < 2:
         raise DataError(
             f"Of {len(reviews)} reviews {arms[1]} begin with a vowel and {arms[0]} with another letter; expected at "
             "least two of each. Give more reviews."
         )
-    return [
-        Unit(id=unit.id, text=_misspelt(unit.text, percent, seed, unit.id), w=1, cluster=unit.cluster)
-        if unit.w
-        else unit
-        for unit in units
-    ]
+    return [replace(unit, text=_misspelt(unit.text, percent, seed, unit.id)) if unit.w else unit for unit in units]
 
 
 def _misspelt(text: str, percent: float, seed: int, key: str) -> str:

@@ -25,11 +25,7 @@ Step = Sequence[Sequence[ScoreRow]]
 
 
 class Steps:
-    """The steps of one process. No list, which Lightning takes for a list of loaders, nor a loader to be shared out.
-
-    Args:
-        steps: The texts of each step, and of each text its rows.
-    """
+    """The steps of one process. No list, which Lightning takes for a list of loaders, nor a loader to be shared out."""
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self._steps = steps

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +20,12 @@ from lightning_interp.rate.scoring.scores import TripleScores
 __all__ = ["MissingRewardError", "RewardTable", "ScoreRow", "read_rewards", "reward_record", "rows_of", "scorer_sha"]
 
 _DIGITS = 15  # of the digest: a key of 60 bits
+_FIELDS: Mapping[str, Any] = {
+    **dict.fromkeys(("id", "scorer", "scorer_sha"), str),
+    "index": int,
+    "reward": float | int | None,
+    "truncated": bool,
+}
 
 
 class MissingRewardError(DataError, KeyError):
@@ -31,16 +36,7 @@ class MissingRewardError(DataError, KeyError):
 
 
 class ScoreRow(NamedTuple):
-    """One text that is to be scored.
-
-    Attributes:
-        id: Its unit.
-        attr: The attribute.
-        stage: ``"original"``, ``"rewrite"``, ``"rewrite2"`` or ``"rewrite3"``.
-        draw: Number of the draw.
-        prompt: What it answers.
-        text: The text.
-    """
+    """One text that is to be scored."""
 
     id: str
     attr: str
@@ -50,33 +46,13 @@ class ScoreRow(NamedTuple):
     text: str
 
     def key(self, scorer_sha: str) -> int:
-        """The number by which its reward is known: a digest of everything that decides it, and of its unit.
-
-        Args:
-            scorer_sha: Digest of the scorer's identity.
-        """
+        """The number by which its reward is known: a digest of everything that decides it, and of its unit."""
         parts = (scorer_sha, self.attr, self.stage, self.draw, self.id, text_sha(self.prompt), text_sha(self.text))
         return int(digest(parts)[:_DIGITS], 16)
 
 
 def rows_of(triples: RewriteTriples) -> list[ScoreRow]:
-    """All texts of complete units, one row each.
-
-    Args:
-        triples: The units.
-
-    Returns:
-        The rows: all originals, then all rewrites, and so on.
-
-    Raises:
-        DataError: If a unit and draw occur twice.
-
-    Example:
-        >>> triples = RewriteTriples(attr="loud", ids=["a"], w=[1], prompts=["say"], original=["oh!"], rewrite=["oh"],
-        ...     rewrite2=["oh!"], draw=[0])
-        >>> [row.text for row in rows_of(triples)]
-        ['oh!', 'oh', 'oh!']
-    """
+    """All texts of complete units, one row each."""
     keys = list(zip(triples.ids, triples.draw, strict=True))
     if len(set(keys)) < len(keys):
         twice = [key[0] for key in dict.fromkeys(keys) if keys.count(key) > 1]
@@ -84,18 +60,12 @@ def rows_of(triples: RewriteTriples) -> list[ScoreRow]:
     return [
         ScoreRow(name, triples.attr, stage, draw, prompt, text)
         for stage in triples.stages
-        for name, draw, prompt, text in zip(
-            triples.ids, triples.draw, triples.prompts, triples.texts(stage), strict=True
-        )
+        for (name, draw), prompt, text in zip(keys, triples.prompts, triples.texts(stage), strict=True)
     ]
 
 
 def scorer_sha(scorer: Scorer) -> str:
-    """Digest of what makes a scorer the one that it is.
-
-    Args:
-        scorer: The scorer.
-    """
+    """Digest of what makes a scorer the one that it is."""
     return digest(scorer.identity())
 
 
@@ -103,16 +73,6 @@ def reward_record(row: ScoreRow, reward: float, truncated: bool, *, scorer: str,
     """One line of a file of rewards.
 
     NaN and infinity are never written: the reward is null then, and ``status`` is ``"nonfinite"``.
-
-    Args:
-        row: The text.
-        reward: Its reward.
-        truncated: Whether it was cut.
-        scorer: Name of the scorer.
-        sha: Digest of its identity.
-
-    Returns:
-        Plain data with the integer ``index`` of :meth:`ScoreRow.key`.
     """
     finite = math.isfinite(reward)
     return {
@@ -174,11 +134,8 @@ class RewardTable:
             )
         records = [record for record in found if record is not None]
         values = [math.nan if record["reward"] is None else float(record["reward"]) for record in records]
-        reward = torch.tensor(values, dtype=torch.float64).chunk(len(triples.stages))
-        cut = torch.tensor([bool(record["truncated"]) for record in records]).chunk(len(triples.stages))
-        return TripleScores(
-            name, dict(zip(triples.stages, reward, strict=True)), dict(zip(triples.stages, cut, strict=True))
-        )
+        cut = torch.tensor([bool(record["truncated"]) for record in records])
+        return TripleScores.stacked(name, triples.stages, torch.tensor(values, dtype=torch.float64), cut)
 
     def _sha(self, name: str) -> str:
         known = [sha for sha, other in self.scorers.items() if other == name]
@@ -202,23 +159,10 @@ def read_rewards(path: str | os.PathLike[str]) -> RewardTable:
     Raises:
         DataError: If the file cannot be read, with file and line of the first line that is no reward.
     """
-    file = Path(path)
-    return RewardTable({record["index"]: record for record in _lines(file)}, str(file))
-
-
-_FIELDS: Sequence[tuple[str, Any]] = (
-    ("index", int),
-    ("id", str),
-    ("scorer", str),
-    ("scorer_sha", str),
-    ("reward", float | int | None),
-    ("truncated", bool),
-)
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    for where, record in json_lines(file, expected="the file that RewardScorer wrote", own=True):
-        for name, kind in _FIELDS:
+    records = {}
+    for where, record in json_lines(path, expected="the file that RewardScorer wrote", own=True):
+        for name, kind in _FIELDS.items():
             if name not in record or not isinstance(record[name], kind):
                 raise DataError(f"{where}: {name!r} is {record.get(name)!r:.80}. Delete the line and score it again.")
-        yield record
+        records[record["index"]] = record
+    return RewardTable(records, os.fspath(path))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,19 +57,14 @@ class CallableScorer(Scorer):
             Float64 rewards and flags, each of shape ``[n]``.
 
         Raises:
-            DataError: If there are not as many prompts as texts, or the function gives something else than one
-                number a text.
+            DataError: If numbers of prompts, texts and rewards differ, or a reward is no number.
         """
         if len(prompts) != len(texts):
             raise DataError(f"There are {len(prompts)} prompts for {len(texts)} texts; expected one prompt a text.")
         place: dict[tuple[str, str], int] = {}
-        where, first = [], []
-        for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-            key = (repr(prompt), text)
-            if key not in place:
-                place[key] = len(place)
-                first.append(index)
-            where.append(place[key])
+        pairs = zip(prompts, texts, strict=True)
+        where = [place.setdefault((repr(prompt), text), len(place)) for prompt, text in pairs]
+        first = np.unique(where, return_index=True)[1].tolist()
         asked = [prompts[index] for index in first], [texts[index] for index in first]
         with undisturbed():
             found = [self.function(text) for text in asked[1]] if self.each else self.function(*asked)
@@ -123,23 +119,10 @@ def as_scorer(scorer: Any, *, name: str | None = None) -> Scorer:
 
 
 def checked_rewards(found: Any, count: int, who: str) -> Tensor:
-    """Make one reward a text of what a scorer gave.
+    """One reward a text, ``[n]`` on the CPU, of what a scorer gave: a tensor, array or list of ``[n]`` or ``[n, 1]``.
 
-    Args:
-        found: A tensor, array or list of numbers of shape ``[n]`` or ``[n, 1]``. NaN and infinity are let through: the
-            estimator says what becomes of them.
-        count: How many texts there were.
-        who: The scorer, for the message.
-
-    Returns:
-        Float tensor of shape ``[n]`` on the CPU: float32 if a float32 (or shorter) tensor was given, else float64.
-
-    Raises:
-        DataError: If it is something else.
-
-    Example:
-        >>> checked_rewards([1, 2.5], 2, "mine")
-        tensor([1.0000, 2.5000], dtype=torch.float64)
+    Float32 if a float32 (or shorter) tensor was given, else float64. NaN and infinity are let through: the estimator
+    says what becomes of them.
     """
     try:
         tensor = found.detach() if isinstance(found, Tensor) else torch.as_tensor(found, dtype=torch.float64)
@@ -168,6 +151,12 @@ class TripleScores:
     truncated: Mapping[str, Tensor]
 
     @classmethod
+    def stacked(cls, scorer: str, stages: Sequence[str], reward: Tensor, truncated: Tensor) -> TripleScores:
+        """The rewards of all stages one after the other, ``[stages * n]``, divided up."""
+        parts = [zip(stages, values.chunk(len(stages)), strict=True) for values in (reward, truncated)]
+        return cls(scorer, dict(parts[0]), dict(parts[1]))
+
+    @classmethod
     def of(cls, triples: RewriteTriples, scorer: str = "columns") -> TripleScores:
         """The rewards that a table carries; no text was cut.
 
@@ -192,11 +181,8 @@ class TripleScores:
             rows: Their numbers.
         """
         chosen = list(rows)
-        return replace(
-            self,
-            reward={stage: values[chosen] for stage, values in self.reward.items()},
-            truncated={stage: flags[chosen] for stage, flags in self.truncated.items()},
-        )
+        few = ({stage: values[chosen] for stage, values in part.items()} for part in (self.reward, self.truncated))
+        return TripleScores(self.scorer, *few)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, which :meth:`from_dict` reads: ``scorer``, and ``reward`` and ``truncated`` by stage."""
@@ -251,33 +237,28 @@ class TripleScores:
         Raises:
             DataError: If the rewards cannot be used, or are those of other units.
         """
-        wrong = next((stage for stage, reward in self.reward.items() if len(reward) != len(triples)), None)
-        if wrong is not None:
-            raise DataError(
-                f"Scorer {self.scorer!r} has {len(self.reward[wrong])} rewards of stage {wrong!r}, but there are "
-                f"{len(triples)} rows of {triples.attr!r}. Score these triples."
-            )
-        columns = [self.reward[stage].double().numpy() for stage in triples.stages[:3]]
-        units = combine_draws(triples.ids, triples.w, *columns, cluster=triples.cluster)
-        given = units.arguments()
+        for stage, reward in self.reward.items():
+            if len(reward) != len(triples):
+                raise DataError(
+                    f"Scorer {self.scorer!r} has {len(reward)} rewards of stage {stage!r}, but there are "
+                    f"{len(triples)} rows of {triples.attr!r}. Score these triples."
+                )
+        stages = triples.stages[:3]
+        columns = [self.reward[stage].double().numpy() for stage in stages]
+        given = combine_draws(triples.ids, triples.w, *columns, cluster=triples.cluster).arguments()
         if len(given["ids"]) == len(triples):
             order = {name: row for row, name in enumerate(triples.ids)}
             rows = [order[name] for name in given["ids"]]
-            given["texts"] = [[triples.texts(stage)[row] for row in rows] for stage in triples.stages[:3]]
+            given["texts"] = [[triples.texts(stage)[row] for row in rows] for stage in stages]
         if drop_truncated:
-            options = self._without_cut(triples, given, options)
+            if options.get("missing", "raise") == "raise":
+                UnitTable.read(**given).usable()  # nothing else may be missing
+            cut = torch.stack([self.truncated[stage] for stage in stages]).any(0).tolist()
+            gone = {name for name, flag in zip(triples.ids, cut, strict=True) if flag}
+            whys = zip(given["ids"], given["incomplete"], strict=True)
+            given["incomplete"] = [why or ("truncated" if name in gone else None) for name, why in whys]
+            options["missing"] = "drop"
         return rate_effects(**given, **options)
-
-    def _without_cut(self, triples: RewriteTriples, given: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-        if options.get("missing", "raise") == "raise":
-            UnitTable.read(**given).usable()  # nothing else may be missing
-        cut = torch.stack([self.truncated[stage] for stage in triples.stages[:3]]).any(0).tolist()
-        gone = {name for name, flag in zip(triples.ids, cut, strict=True) if flag}
-        given["incomplete"] = [
-            reason or ("truncated" if name in gone else None)
-            for name, reason in zip(given["ids"], given["incomplete"], strict=True)
-        ]
-        return {**options, "missing": "drop"}
 
 
 def score_triples(scorer: Any, triples: RewriteTriples) -> TripleScores:
@@ -291,17 +272,14 @@ def score_triples(scorer: Any, triples: RewriteTriples) -> TripleScores:
         Rewards by stage.
 
     Example:
-        >>> triples = RewriteTriples(attr="loud", ids=["a", "b"], w=[1, 0], prompts=["", ""], original=["oh!", "ah"],
-        ...     rewrite=["oh", "ah!"], rewrite2=["oh!", "ah"], draw=[0, 0])
+        >>> rows = [{"id": "a", "w": 1, "original": "oh!", "rewrite": "oh", "rewrite2": "oh!"},
+        ...     {"id": "b", "w": 0, "original": "ah", "rewrite": "ah!", "rewrite2": "ah"}]
+        >>> triples = RewriteTriples.from_rows(rows)
         >>> scores = score_triples(lambda prompts, texts: [text.count("!") for text in texts], triples)
         >>> scores.effects(triples).rate.ate.value
         1.0
     """
     known = as_scorer(scorer)
     texts = [text for stage in triples.stages for text in triples.texts(stage)]
-    reward, truncated = known.scores(list(triples.prompts) * len(triples.stages), texts)
-    return TripleScores(
-        known.name,
-        dict(zip(triples.stages, reward.chunk(len(triples.stages)), strict=True)),
-        dict(zip(triples.stages, truncated.chunk(len(triples.stages)), strict=True)),
-    )
+    found = known.scores(list(triples.prompts) * len(triples.stages), texts)
+    return TripleScores.stacked(known.name, triples.stages, *found)

@@ -41,14 +41,7 @@ _EFFECTS = ("naive_effect", *(f"{a}_{b}" for b in ("single_rewrite", "rewritten_
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignRewrites:
-    """Units with their rewrites, and rewards if the file had some.
-
-    Args:
-        units: The originals.
-        texts: Rewrites and rewrites of the rewrites by id; None where one is missing.
-        rewards: For each reward model, rewards by id and stage; empty if the file had none.
-        source: The file.
-    """
+    """Units with their rewrites, and rewards if the file had some."""
 
     units: list[Unit]
     texts: dict[str, tuple[str | None, str | None]]
@@ -113,22 +106,7 @@ class ForeignRewrites:
         params: Mapping[str, Any] | None = None,
         instruction: str = "",
     ) -> RewriteStore:
-        """Write the units and rewrites to a store; doing it again adds nothing.
-
-        Args:
-            folder: Folder of the store.
-            attr: What to call the attribute.
-            rewriter: Who wrote, such as ``"gpt-4o-2024-08-06"``.
-            params: Settings of the rewriter.
-            instruction: How it was asked.
-
-        Returns:
-            The store.
-
-        Raises:
-            DataError: If the store has other units under the same ids, or other rewrites of these texts.
-            ManifestError: If the folder cannot be written.
-        """
+        """Write the units and rewrites to a store; doing it again adds nothing."""
         store = RewriteStore.create(folder, self.units, attr=attr)
         by = RewriterId(rewriter, digest(params or {}), digest(instruction))
         found: dict[str, RewriteRecord] = {}
