@@ -12,7 +12,7 @@ from lightning_interp.models.sources.gguf_files import convert_gguf as convert_g
 from lightning_interp.models.sources.loading import LoadedModel as LoadedModel
 from lightning_interp.models.sources.loading import load_causal_lm as load_causal_lm
 from lightning_interp.models.sources.tokenizers import check_same_tokenizer as check_same_tokenizer
-from lightning_interp.models.sources.words import word_tokenizer as word_tokenizer
+from lightning_interp.models.sources.tokenizers import word_tokenizer as word_tokenizer
 from lightning_interp.models.training.causal_lm import CausalLM as CausalLM
 from lightning_interp.models.training.lora import LoraSettings as LoraSettings
 from lightning_interp.models.training.optimisation import Optimisation as Optimisation

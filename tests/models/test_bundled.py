@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def packaged(quantised_gguf, tmp_path, monkeypatch):
         terms="Apache-2.0",
         sha256=sha256_file(file),
         bits="4-bit",
-        locate=bundled._in_package("tiny_package", "tiny.gguf"),
+        locate=partial(bundled._in_package, "tiny_package", "tiny.gguf"),
     )
     monkeypatch.setitem(ALIASES, "tiny-q4", model)
     monkeypatch.setenv("LIGHTNING_INTERP_CACHE", str(tmp_path / "cache"))
@@ -172,7 +173,7 @@ def test_a_model_in_parts_is_assembled_outside_the_package(packaged, tmp_path, m
     )
     (package / "one").write_bytes(data[:1000])
     (package / "two").write_bytes(data[1000:])
-    parts = replace(model, package="parts_package", locate=bundled._assembled_by("parts_package"))
+    parts = replace(model, package="parts_package", locate=partial(bundled._assembled_by, "parts_package"))
     monkeypatch.setitem(ALIASES, "tiny-q4", parts)
     loaded = load_causal_lm("tiny-q4")
     assert torch.equal(logits(loaded.model), logits(load_causal_lm(file).model))
@@ -217,12 +218,13 @@ def test_when_locks_do_not_work_the_first_folder_wins(packaged, tmp_path, monkey
 CONVERT = """
 import glob, os, sys, time
 from dataclasses import replace
+from functools import partial
 from lightning_interp.models.sources import bundled
 from lightning_interp.models import load_causal_lm
 package, sha256, gate = sys.argv[1:]
 smol = bundled.ALIASES["smollm2-135m-instruct"]
 bundled.ALIASES["tiny-q4"] = replace(
-    smol, alias="tiny-q4", package=package, sha256=sha256, locate=bundled._in_package(package, "tiny.gguf"))
+    smol, alias="tiny-q4", package=package, sha256=sha256, locate=partial(bundled._in_package, package, "tiny.gguf"))
 real = bundled.write_converted
 def counted(*arguments):
     print("converting", flush=True)

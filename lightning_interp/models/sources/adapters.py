@@ -15,7 +15,7 @@ from lightning_interp.core.measure.seeding import seeded_rng
 from lightning_interp.core.storage.tensor_files import save_tensors
 from lightning_interp.core.weights.tensors import TensorFolder
 from lightning_interp.errors import DataError, IncompatibleModelError
-from lightning_interp.models.sources.folders import atomic_folder
+from lightning_interp.models.sources.folders import atomic_folder, short
 
 __all__ = ["ADAPTER", "adapter_base", "attach_adapter_folder", "has_adapter", "is_adapter_folder", "save_adapter"]
 
@@ -25,6 +25,7 @@ ADAPTER = "default"
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_REMEDY = "Load it with the base model that it was trained on."
 
 
 def is_adapter_folder(folder: Path) -> bool:
@@ -38,14 +39,7 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def adapter_base(folder: Path) -> tuple[str, str | None]:
-    """The source of the base model that an adapter folder names.
-
-    Returns:
-        A hub id, an alias or a path (one relative to the adapter folder is made absolute), and the hub revision.
-
-    Raises:
-        DataError: If the configuration is damaged or names no base.
-    """
+    """The base model that an adapter folder names (a hub id, an alias or an absolute path), and its hub revision."""
     path = folder / _CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -53,21 +47,14 @@ def adapter_base(folder: Path) -> tuple[str, str | None]:
     except (ValueError, AttributeError) as error:
         raise DataError(f"{path} is no adapter configuration ({error}). Copy or export it again.") from error
     if not base or not isinstance(base, str):
-        raise DataError(
-            f"{path} names no base model (base_model_name_or_path is {base!r}). "
-            "Write the base's hub id or folder there."
-        )
+        why = f"{path} names no base model (base_model_name_or_path is {base!r})."
+        raise DataError(f"{why} Write the base's hub id or folder there.")
     nearby = folder / base
     return str(nearby.resolve()) if base.startswith(".") and nearby.exists() else base, revision
 
 
 def attach_adapter_folder(model: nn.Module, folder: Path, *, name: str = ADAPTER) -> None:
-    """Inject the adapter of a PEFT folder into its base model, in place; its parameters are frozen.
-
-    Raises:
-        DataError: If the folder is damaged.
-        IncompatibleModelError: If the adapter does not fit the base.
-    """
+    """Inject the adapter of a PEFT folder into its base model, in place; its parameters are frozen."""
     from peft import PeftConfig
     from peft.functional import inject_adapter_in_model, set_peft_model_state_dict
 
@@ -81,16 +68,14 @@ def attach_adapter_folder(model: nn.Module, folder: Path, *, name: str = ADAPTER
         result = set_peft_model_state_dict(model, weights, adapter_name=name)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise IncompatibleModelError(
-            f"The adapter in {folder} does not fit {type(model).__name__}: {' '.join(str(error).split())[:400]} "
-            "Load it with the base model that it was trained on."
+            f"The adapter in {folder} does not fit {type(model).__name__}: {short(error)} {_REMEDY}"
         ) from error
     missing = [key for key in result.missing_keys if f".{name}" in key]
     if missing or result.unexpected_keys:
         key, what = (missing[0], "lacks") if missing else (result.unexpected_keys[0], "holds the unknown")
         raise IncompatibleModelError(
             f"The adapter in {folder} {what} tensor {key!r} for {type(model).__name__} "
-            f"({len(missing)} missing, {len(result.unexpected_keys)} unknown). "
-            "Load it with the base model that it was trained on."
+            f"({len(missing)} missing, {len(result.unexpected_keys)} unknown). {_REMEDY}"
         )
 
 
@@ -102,11 +87,7 @@ def save_adapter(
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write the injected adapter as a folder that ``PeftModel.from_pretrained`` reads.
-
-    Raises:
-        ManifestError: If the folder holds files and ``overwrite`` is False, or cannot be written.
-    """
+    """Write the injected adapter as a folder that ``PeftModel.from_pretrained`` reads."""
     from peft.functional import get_peft_model_state_dict
 
     adapter: Any = model

