@@ -10,7 +10,7 @@ import torch
 from lightning_interp import All
 from lightning_interp.errors import RecipeError
 from lightning_interp.steering import AddDirection, DualSteering, DualSteeringCallback
-from lightning_interp.steering.softmax.dual_meter import DUAL_MEASURES, DualMeter
+from lightning_interp.steering.softmax.dual_intervention import DUAL_MEASURES, DualMeter
 from lightning_interp.testing import CallbackContract, tiny_model
 
 

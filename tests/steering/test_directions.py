@@ -305,12 +305,12 @@ def test_files_that_are_no_vectors(tmp_path):
         made(resid_post_at_1=[1.0]).save("vector.bin")
     foreign = tmp_path / "foreign.safetensors"
     save_file({"w": torch.ones(2)}, foreign)
-    with pytest.raises(DataError, match=r"foreign.safetensors' is no steering vector: its format is None"):
+    with pytest.raises(DataError, match=r"foreign.safetensors holds no steering vector \(its format is None"):
         SteeringVector.load(foreign)
     form = {"format": "lightning_interp.steering_vector/1"}
     for name, metadata, message in (
         ("resid_post.1", {**form}, "'about'"),
-        ("resid_post.1", {**form, "about": "{"}, "is damaged"),
+        ("resid_post.1", {**form, "about": "{"}, r"holds no steering vector \(Expecting .*save"),
         ("resid_post.1", {**form, "about": '{"colour": "red"}'}, "colour"),
         ("somewhere.1", {**form, "about": "{}"}, "'somewhere'"),
     ):
@@ -318,7 +318,7 @@ def test_files_that_are_no_vectors(tmp_path):
         with pytest.raises(DataError, match=message):
             SteeringVector.load(foreign)
     foreign.write_bytes(foreign.read_bytes()[:-3])
-    with pytest.raises(DataError, match=r"Cannot read the tensors of .*foreign"):
+    with pytest.raises(DataError, match=r"holds no steering vector \(Cannot read the tensors of .*foreign"):
         SteeringVector.load(foreign)
 
 

@@ -154,7 +154,7 @@ def test_beams_and_padding():
     assert torch.equal(beams[:, -5:], torch.stack(alone))
     with (
         dual_steering(model, direction(), kl_budget=torch.ones(3), alpha=0.5),
-        pytest.raises(RecipeError, match="3 strengths, one a row, but the pass has 2 rows"),
+        pytest.raises(RecipeError, match="kl_budget has 3 values, but there are 2 rows"),
     ):
         generate(model, batch)
 

@@ -204,7 +204,7 @@ class TestUse:
         probe.check(model)
         with pytest.raises(IncompatibleModelError, match=r"This given probe was made for a model with fingerprint"):
             probe.check(tiny_model("llama", seed=1))
-        with pytest.raises(IncompatibleModelError, match=r"probe has width 16, but LlamaForCausalLM has .* width 32"):
+        with pytest.raises(IncompatibleModelError, match=r"probe has width 16, but unembed_in of Llama.* has width 32"):
             ConceptProbe(torch.ones(16)).check(model)
 
     def test_a_probe_inside_a_block_has_the_width_of_its_site(self):

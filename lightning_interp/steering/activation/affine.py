@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 import torch
+from torch import Tensor
 
 from lightning_interp.core.model.sites import Site
-from lightning_interp.core.tokens.positions import Positions
 from lightning_interp.errors import RecipeError
-from lightning_interp.steering.activation.intervention import Steering
+from lightning_interp.steering.activation.intervention import Dose, Steering
 from lightning_interp.steering.activation.placement import Sites, as_sites, place
-from lightning_interp.steering.activation.strength_schedule import AnySchedule
 from lightning_interp.steering.vectors.reading import as_direction, check_finite, frozen, numbers_of
 
 __all__ = ["AffineMap"]
@@ -26,9 +25,8 @@ class AffineMap(Steering):
             leaves ``x`` and adds the bias. A mapping from sites gives each its own.
         bias: ``b`` ``[d]``; None for 0. A mapping from sites gives each its own.
         site: One site or several. Left out, the keys of the mapping.
-        strength: Share of the way from ``x`` to its image.
-        positions: Which tokens.
-        schedule: See :class:`~lightning_interp.steering.activation.intervention.Steering`.
+        **dose: Of :class:`~lightning_interp.steering.activation.intervention.Steering`; ``strength`` is the share of
+            the way from ``x`` to its image.
 
     Raises:
         RecipeError: If shapes do not fit, a number is not finite, or the map changes nothing.
@@ -42,21 +40,13 @@ class AffineMap(Steering):
     """
 
     def __init__(
-        self,
-        matrix: Any = None,
-        bias: Any = None,
-        *,
-        site: Sites | None = None,
-        strength: float | Sequence[float] | torch.Tensor = 1.0,
-        positions: Positions | None = None,
-        schedule: AnySchedule = None,
+        self, matrix: Any = None, bias: Any = None, *, site: Sites | None = None, **dose: Unpack[Dose]
     ) -> None:
         name = type(self).__name__
         maps, biases = _by_site(matrix, bias, site, name)
-        tensors = {s: _parts(maps[s], biases[s], f"{name} at {s}") for s in maps}
-        super().__init__(tensors, strength=strength, positions=positions, schedule=schedule)
+        super().__init__({s: _parts(maps[s], biases[s], f"{name} at {s}") for s in maps}, **dose)
 
-    def change(self, site: Site, x: torch.Tensor) -> torch.Tensor:
+    def change(self, site: Site, x: Tensor) -> Tensor:
         """See :meth:`Steering.change`."""
         bias, *factors = self.at(site, x)
         if not factors:
@@ -92,7 +82,7 @@ def _by_site(matrix: Any, bias: Any, site: Sites | None, what: str) -> tuple[dic
     return spread(matrix), spread(bias)
 
 
-def _parts(matrix: Any, bias: Any, what: str) -> tuple[torch.Tensor, ...]:
+def _parts(matrix: Any, bias: Any, what: str) -> tuple[Tensor, ...]:
     """``(b,)``, ``(b, A)`` or, for low rank, ``(b, V, U)``."""
     if matrix is None:
         return (as_direction(bias, what=f"The bias of {what}"),)
@@ -113,8 +103,8 @@ def _parts(matrix: Any, bias: Any, what: str) -> tuple[torch.Tensor, ...]:
     return (b, *factors)
 
 
-def _numbers(value: Any, what: str, dims: int) -> torch.Tensor:
-    tensor = value if isinstance(value, torch.Tensor) else numbers_of(value, what)
+def _numbers(value: Any, what: str, dims: int) -> Tensor:
+    tensor = value if isinstance(value, Tensor) else numbers_of(value, what)
     if tensor.dim() != dims or tensor.numel() == 0 or tensor.is_complex():
         raise RecipeError(f"{what} has the shape {list(tensor.shape)} ({tensor.dtype}); expected {dims} dimensions.")
     check_finite(tensor, what)

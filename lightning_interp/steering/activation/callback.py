@@ -28,7 +28,7 @@ class SteeringCallback(MeteredCallback):
         steering: One intervention of the steering family, or several, which act in this order.
         when: Any of ``train``, ``validate``, ``test``, ``predict``.
         log: Any of ``share`` (real tokens whose activation changed) and ``shift`` (how far these moved, relative to
-            their length); logged as ``<name>/<stage>/<measure>`` at the end of each epoch. In ``predict``, where
+            their length), logged as ``<name>/<stage>/<measure>`` at the end of each epoch. In ``predict``, where
             Lightning logs nothing, they are in :attr:`measured` alone.
         target: Dotted path of the Hugging Face model below the LightningModule, where there are several.
         tokenizer: For selectors that read text; default is the module's or data module's ``tokenizer``.

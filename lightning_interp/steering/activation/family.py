@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
+from torch import Tensor
 
 from lightning_interp.core.model.sites import Site
-from lightning_interp.core.tokens.positions import Positions
 from lightning_interp.errors import RecipeError
-from lightning_interp.steering.activation.intervention import Steering
+from lightning_interp.steering.activation.intervention import Dose, Steering
 from lightning_interp.steering.activation.placement import Sites, place
-from lightning_interp.steering.activation.strength_schedule import AnySchedule
-from lightning_interp.steering.vectors.compatibility import CheckModel
 from lightning_interp.steering.vectors.reading import as_direction, frozen
 
 __all__ = ["ClampDirection", "ProjectOut", "orthonormal"]
@@ -25,16 +23,12 @@ _DEPENDENT = 1e-5  # of the longest direction: what is left of one shorter than 
 class ProjectOut(Steering):
     """Remove the part of the activation that lies in the span of one or several directions.
 
-    At strength 1 nothing of it is left (directional ablation), at 2 it is mirrored.
-
     Args:
         directions: ``[d]``, ``[k, d]`` or a list of ``[d]`` for every site of ``site``; a mapping from sites to these;
             a ``SteeringVector``; or a file of one. They are orthonormalised.
         site: One site or several. Left out, a vector's own sites.
-        strength: Share that is removed; see :class:`~lightning_interp.steering.activation.intervention.Steering`.
-        positions: Which tokens.
-        schedule: See :class:`~lightning_interp.steering.activation.intervention.Steering`.
-        check_model: See :class:`~lightning_interp.steering.activation.intervention.Steering`.
+        **dose: Of :class:`~lightning_interp.steering.activation.intervention.Steering`; at ``strength`` 1 nothing of
+            the part is left (directional ablation), at 2 it is mirrored.
 
     Raises:
         RecipeError: If a direction is zero, not finite, or in the span of the others.
@@ -46,30 +40,18 @@ class ProjectOut(Steering):
         [[[0.0, 0.0, 5.0]]]
     """
 
-    def __init__(
-        self,
-        directions: Any,
-        *,
-        site: Sites | None = None,
-        strength: float | Sequence[float] | torch.Tensor = 1.0,
-        positions: Positions | None = None,
-        schedule: AnySchedule = None,
-        check_model: CheckModel = "error",
-    ) -> None:
+    def __init__(self, directions: Any, *, site: Sites | None = None, **dose: Unpack[Dose]) -> None:
         found, vector = place(directions, site, _span, what=type(self).__name__)
-        tensors = {s: (v,) for s, v in found.items()}
-        super().__init__(
-            tensors, strength=strength, positions=positions, schedule=schedule, vector=vector, check_model=check_model
-        )
+        super().__init__({s: (v,) for s, v in found.items()}, vector=vector, **dose)
         for s, tensor in found.items():
             orthonormal(tensor.detach(), what=f"ProjectOut at {s}")
 
-    def change(self, site: Site, x: torch.Tensor) -> torch.Tensor:
+    def change(self, site: Site, x: Tensor) -> Tensor:
         """See :meth:`Steering.change`."""
         basis = self._basis(site, x)
         return -((x @ basis.T) @ basis)
 
-    def _basis(self, site: Site, x: torch.Tensor) -> torch.Tensor:
+    def _basis(self, site: Site, x: Tensor) -> Tensor:
         given = self.tensors[site][0]
         if given.requires_grad:
             return orthonormal(given, what="ProjectOut").to(x.device, x.dtype)
@@ -95,10 +77,8 @@ class ClampDirection(Steering):
         low: Its lower bound (instead of ``to``).
         high: Its upper bound (instead of ``to``).
         site: One site or several. Left out, a vector's own sites.
-        strength: Share of the way to the new value.
-        positions: Which tokens.
-        schedule: See :class:`~lightning_interp.steering.activation.intervention.Steering`.
-        check_model: See :class:`~lightning_interp.steering.activation.intervention.Steering`.
+        **dose: Of :class:`~lightning_interp.steering.activation.intervention.Steering`; ``strength`` is the share of
+            the way to the new value.
 
     Raises:
         RecipeError: If there is no value and no bound, both, or the bounds are the wrong way round.
@@ -119,26 +99,20 @@ class ClampDirection(Steering):
         low: float | None = None,
         high: float | None = None,
         site: Sites | None = None,
-        strength: float | Sequence[float] | torch.Tensor = 1.0,
-        positions: Positions | None = None,
-        schedule: AnySchedule = None,
-        check_model: CheckModel = "error",
+        **dose: Unpack[Dose],
     ) -> None:
         _check_bounds(to, low, high)
         found, vector = place(direction, site, as_direction, what=type(self).__name__)
-        tensors = {s: (v,) for s, v in found.items()}
-        super().__init__(
-            tensors, strength=strength, positions=positions, schedule=schedule, vector=vector, check_model=check_model
-        )
+        super().__init__({s: (v,) for s, v in found.items()}, vector=vector, **dose)
         self.to, self.low, self.high = to, low, high
 
-    def change(self, site: Site, x: torch.Tensor) -> torch.Tensor:
+    def change(self, site: Site, x: Tensor) -> Tensor:
         """See :meth:`Steering.change`."""
         (direction,) = self.at(site, x)
         unit = direction / direction.norm()
         now = (x @ unit)[..., None]
         wanted = torch.full_like(now, self.to) if self.to is not None else now.clamp(self.low, self.high)
-        moved: torch.Tensor = (wanted - now) * unit
+        moved: Tensor = (wanted - now) * unit
         return moved
 
     def settings(self) -> dict[str, Any]:
@@ -146,25 +120,21 @@ class ClampDirection(Steering):
         return {"to": self.to, "low": self.low, "high": self.high}
 
 
-def _span(value: Any, what: str) -> torch.Tensor:
+def _span(value: Any, what: str) -> Tensor:
     """Directions ``[k, d]``, checked one by one."""
-    if isinstance(value, torch.Tensor) and value.dim() == 2:
+    if isinstance(value, Tensor) and value.dim() == 2:
         for k, row in enumerate(value):
             as_direction(row.detach(), what=f"{what}, direction {k},")
         return frozen(value)
-    nested = isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Sequence | torch.Tensor)
+    nested = isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Sequence | Tensor)
     rows = [as_direction(v, what=f"{what}, direction {k},") for k, v in enumerate(value)] if nested else []
     if len({len(row) for row in rows}) > 1:
         raise RecipeError(f"{what} got directions of the widths {', '.join(str(len(r)) for r in rows)}; expected one.")
     return torch.stack(rows) if nested else as_direction(value, what=what)[None]
 
 
-def orthonormal(directions: torch.Tensor, *, what: str) -> torch.Tensor:
-    """Orthonormal rows ``[k, d]`` that span the same as ``directions``, float64 and differentiable.
-
-    Raises:
-        RecipeError: If a direction lies in the span of those before it.
-    """
+def orthonormal(directions: Tensor, *, what: str) -> Tensor:
+    """Orthonormal rows ``[k, d]`` that span the same as ``directions``, float64 and differentiable."""
     wide = directions.double()
     unit = wide / wide.norm(dim=1, keepdim=True)
     q, r = torch.linalg.qr(unit.T)
@@ -175,7 +145,7 @@ def orthonormal(directions: torch.Tensor, *, what: str) -> torch.Tensor:
             f"{what}: direction {k} of {len(directions)} lies in the span of the others. Leave it out; it removes "
             "nothing more."
         )
-    rows: torch.Tensor = q.T
+    rows: Tensor = q.T
     return rows
 
 

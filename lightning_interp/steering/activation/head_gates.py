@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_interp.core.hooks.intervention import Attachment
 from lightning_interp.core.model.sites import Site
@@ -36,7 +37,7 @@ class _HeadGate(Gate):
 
         return replace(self, geometry=SoftmaxGeometry.from_model(attachment.model_map, on_softcap="ignore"))
 
-    def values(self, x: torch.Tensor) -> torch.Tensor:
+    def values(self, x: Tensor) -> Tensor:
         """See :meth:`Gate.values`."""
         if self.geometry is None:
             raise PositionError(
@@ -46,7 +47,7 @@ class _HeadGate(Gate):
         rows = torch.split(x.reshape(-1, x.shape[-1]), self.geometry.max_rows)
         return torch.cat([self._of(part) for part in rows]).reshape(x.shape[:-1])
 
-    def _of(self, lam: torch.Tensor) -> torch.Tensor:
+    def _of(self, lam: Tensor) -> Tensor:
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,8 +64,8 @@ class EntropyGate(_HeadGate):
         {'kind': 'EntropyGate', 'above': 0.5, 'below': None}
     """
 
-    def _of(self, lam: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.geometry.entropy(lam)
+    def _of(self, lam: Tensor) -> Tensor:
+        found: Tensor = self.geometry.entropy(lam)
         return found
 
     def __repr__(self) -> str:
@@ -75,8 +76,8 @@ class EntropyGate(_HeadGate):
 class PairMassGate(_HeadGate):
     """Tokens at which the pairs' words, base and target together, have a probability above or below a threshold.
 
-    Steering a state at which the concept is irrelevant only changes what it should not; the paper steers contexts
-    whose likely tokens are the concept's (Park et al., arXiv 2602.15293, appendix B.1).
+    Steering a state at which the concept is irrelevant only changes what it should not; the paper steers contexts whose
+    likely tokens are the concept's (Park et al., arXiv 2602.15293, appendix B.1).
 
     Args:
         pairs: Token ids ``(base, target)``, or counterfactual pairs.
@@ -129,8 +130,8 @@ class PairMassGate(_HeadGate):
             )
         return made  # type: ignore[no-any-return]
 
-    def _of(self, lam: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.geometry.model_log_probs(lam)
+    def _of(self, lam: Tensor) -> Tensor:
+        found: Tensor = self.geometry.model_log_probs(lam)
         return found[..., list(self.ids)].exp().sum(-1)
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,9 +10,10 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack, get_args
 
 import torch
+from torch import Tensor
 
 from lightning_interp.core.hooks.intervention import Attachment, Intervention, hook_site
 from lightning_interp.core.model.fingerprint import tensor_hash
@@ -22,7 +23,7 @@ from lightning_interp.core.model.widths import check_width
 from lightning_interp.core.storage.files import jsonable
 from lightning_interp.core.tokens.positions import All, Positions
 from lightning_interp.core.tokens.step import StepContext
-from lightning_interp.errors import IncompatibleModelError, SiteError
+from lightning_interp.errors import IncompatibleModelError, RecipeError, SiteError
 from lightning_interp.steering.activation.placement import Sites, place
 from lightning_interp.steering.activation.selectors import (
     bind_positions,
@@ -32,14 +33,24 @@ from lightning_interp.steering.activation.selectors import (
 )
 from lightning_interp.steering.activation.strength import check_strength, per_row
 from lightning_interp.steering.activation.strength_schedule import AnySchedule, factors, make_schedule, schedule_to_dict
-from lightning_interp.steering.vectors.compatibility import CheckModel, check_model_choice, check_vector_model
+from lightning_interp.steering.vectors.compatibility import CheckModel, check_vector_model
 from lightning_interp.steering.vectors.reading import as_direction
 from lightning_interp.steering.vectors.steering_vectors import SteeringVector
 
-__all__ = ["AddDirection", "Steering"]
+__all__ = ["AddDirection", "Dose", "Steering"]
 
-Amount = float | torch.Tensor
-Observer = Callable[[Site, torch.Tensor, torch.Tensor, StepContext], None]
+
+class Dose(TypedDict, total=False):
+    """Keyword arguments that every member takes, see :class:`Steering`."""
+
+    strength: float | Sequence[float] | Tensor
+    positions: Positions | None
+    schedule: AnySchedule
+    check_model: CheckModel
+
+
+Amount = float | Tensor
+Observer = Callable[[Site, Tensor, Tensor, StepContext], None]
 
 
 class Steering(Intervention):
@@ -66,9 +77,9 @@ class Steering(Intervention):
 
     def __init__(
         self,
-        tensors: Mapping[Site, tuple[torch.Tensor, ...]],
+        tensors: Mapping[Site, tuple[Tensor, ...]],
         *,
-        strength: float | Sequence[float] | torch.Tensor = 1.0,
+        strength: float | Sequence[float] | Tensor = 1.0,
         positions: Positions | None = None,
         schedule: AnySchedule = None,
         vector: SteeringVector | None = None,
@@ -80,12 +91,14 @@ class Steering(Intervention):
         self.positions = check_positions(All() if positions is None else positions, what=name)
         self.schedule = make_schedule(schedule)
         self.vector = vector
-        self.check_model: CheckModel = check_model_choice(check_model, what=name)
+        if check_model not in get_args(CheckModel):
+            raise RecipeError(f"{name}(check_model={check_model!r}) is unknown; expected 'error', 'warn' or 'off'.")
+        self.check_model: CheckModel = check_model
         self.observe: Observer | None = None
         self._same_everywhere = same_at_every_site(self.positions)
-        self._moved: dict[tuple[Site, torch.device, torch.dtype], tuple[torch.Tensor, ...]] = {}
+        self._moved: dict[tuple[Site, torch.device, torch.dtype], tuple[Tensor, ...]] = {}
 
-    def steer(self, site: Site, x: torch.Tensor, amount: Amount) -> torch.Tensor:
+    def steer(self, site: Site, x: Tensor, amount: Amount) -> Tensor:
         """The activation at a dose. The default moves it that far towards (or beyond) :meth:`change`.
 
         Args:
@@ -102,7 +115,7 @@ class Steering(Intervention):
         return _kept_at_zero(x, new, amount)
 
     @abstractmethod
-    def change(self, site: Site, x: torch.Tensor) -> torch.Tensor:
+    def change(self, site: Site, x: Tensor) -> Tensor:
         """What is added at dose 1.
 
         Args:
@@ -121,7 +134,7 @@ class Steering(Intervention):
         """The sites that have tensors."""
         return tuple(self.tensors)
 
-    def transform(self, site: Site, x: torch.Tensor, step: StepContext) -> torch.Tensor:
+    def transform(self, site: Site, x: Tensor, step: StepContext) -> Tensor:
         """See :meth:`Intervention.transform`."""
         return self._act(self.positions, site, x, step)
 
@@ -172,7 +185,7 @@ class Steering(Intervention):
         )
         return plain
 
-    def _act(self, positions: Positions, site: Site, x: torch.Tensor, step: StepContext) -> torch.Tensor:
+    def _act(self, positions: Positions, site: Site, x: Tensor, step: StepContext) -> Tensor:
         tensors = self.tensors[site]
         if x.dim() != 3 or x.shape[-1] != tensors[0].shape[-1]:
             raise IncompatibleModelError(
@@ -185,24 +198,24 @@ class Steering(Intervention):
             self.observe(site, x, new, step)
         return new
 
-    def _amount(self, positions: Positions, x: torch.Tensor, step: StepContext) -> Amount:
+    def _amount(self, positions: Positions, x: Tensor, step: StepContext) -> Amount:
         """The dose of each token: a number where it is the same for all, else ``[B or 1, n or 1, 1]``."""
         key = (self, x.shape[1])
         if (known := step.cache.get(key)) is not None:
             return known if isinstance(known, float) else known.to(x.device)
         amount: Amount = self.strength
-        if isinstance(amount, torch.Tensor):
+        if isinstance(amount, Tensor):
             amount = per_row(amount.to(x.device), x.shape[0], what=type(self).__name__)
         if self.schedule is not None:
             factor = step.fit(factors(self.schedule, step.generation_steps), x.shape[1])
             amount = amount * factor[..., None].to(x.device)
         if not (type(positions) is All and step.attention_mask is None):
             amount = amount * step.choose(positions, x)[..., None].to(x.device, torch.float32)
-        if self._same_everywhere and not (isinstance(amount, torch.Tensor) and amount.requires_grad):
+        if self._same_everywhere and not (isinstance(amount, Tensor) and amount.requires_grad):
             step.cache[key] = amount
         return amount
 
-    def at(self, site: Site, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def at(self, site: Site, x: Tensor) -> tuple[Tensor, ...]:
         """The member's tensors of a site, where ``x`` is and in the dtype that it is worked on in."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         if any(t.requires_grad for t in self.tensors[site]):
@@ -224,11 +237,9 @@ class AddDirection(Steering):
         direction: A tensor ``[d]`` for every site named by ``site``; a mapping from sites to tensors; a
             ``SteeringVector``; or a file of one. A tensor that requires grad stays the same object and is trained.
         site: One site or several, as objects or as text (``"resid_post.12"``). Left out, a vector's own sites.
-        strength: See :class:`Steering`; times the direction's own length.
-        positions: Which tokens.
         keep_norm: Scale the sum back to the length that ``x`` had, so that only its direction changes.
-        schedule: See :class:`Steering`.
-        check_model: See :class:`Steering`.
+        **dose: ``strength`` (times the direction's own length), ``positions``, ``schedule``, ``check_model``; see
+            :class:`Steering`.
 
     Raises:
         RecipeError: If the direction is zero or not finite, or another value cannot be used.
@@ -246,21 +257,10 @@ class AddDirection(Steering):
     """
 
     def __init__(
-        self,
-        direction: Any,
-        *,
-        site: Sites | None = None,
-        strength: float | Sequence[float] | torch.Tensor = 1.0,
-        positions: Positions | None = None,
-        keep_norm: bool = False,
-        schedule: AnySchedule = None,
-        check_model: CheckModel = "error",
+        self, direction: Any, *, site: Sites | None = None, keep_norm: bool = False, **dose: Unpack[Dose]
     ) -> None:
         found, vector = place(direction, site, as_direction, what=type(self).__name__)
-        tensors = {s: (v,) for s, v in found.items()}
-        super().__init__(
-            tensors, strength=strength, positions=positions, schedule=schedule, vector=vector, check_model=check_model
-        )
+        super().__init__({s: (v,) for s, v in found.items()}, vector=vector, **dose)
         self.keep_norm = keep_norm
 
     @classmethod
@@ -279,11 +279,11 @@ class AddDirection(Steering):
         """
         return cls(SteeringVector.load(path), **settings)
 
-    def change(self, site: Site, x: torch.Tensor) -> torch.Tensor:
+    def change(self, site: Site, x: Tensor) -> Tensor:
         """See :meth:`Steering.change`."""
         return self.at(site, x)[0]
 
-    def steer(self, site: Site, x: torch.Tensor, amount: Amount) -> torch.Tensor:
+    def steer(self, site: Site, x: Tensor, amount: Amount) -> Tensor:
         """See :meth:`Steering.steer`."""
         (direction,) = self.at(site, x)
         if self.keep_norm:
@@ -293,7 +293,7 @@ class AddDirection(Steering):
             return torch.add(x, direction, alpha=amount).to(x.dtype)
         return torch.addcmul(x, amount.to(direction.dtype), direction).to(x.dtype)
 
-    def _turned(self, x: torch.Tensor, direction: torch.Tensor, amount: Amount) -> torch.Tensor:
+    def _turned(self, x: Tensor, direction: Tensor, amount: Amount) -> Tensor:
         wide = x.to(direction.dtype)
         moved = wide + amount * direction
         size = moved.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(moved.dtype).tiny)
@@ -305,6 +305,6 @@ class AddDirection(Steering):
         return {"keep_norm": self.keep_norm, "norms": norms}
 
 
-def _kept_at_zero(x: torch.Tensor, new: torch.Tensor, amount: Amount) -> torch.Tensor:
+def _kept_at_zero(x: Tensor, new: Tensor, amount: Amount) -> Tensor:
     """``new`` where there is a dose, the very bits of ``x`` elsewhere."""
     return new if isinstance(amount, float) else torch.where(amount != 0, new, x)

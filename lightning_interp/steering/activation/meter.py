@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from lightning_interp.core.measure.reduced import Sums
 from lightning_interp.core.model.sites import Site
@@ -16,8 +17,8 @@ MEASURES = ("share", "shift")
 class SteeringMeter(Sums):
     """Share of real tokens whose activation changed, and how far the changed ones moved relative to their length.
 
-    Put ``update`` into ``steering.observe``. Each site counts by itself, so with several sites the share is the
-    mean over them.
+    Put ``update`` into ``steering.observe``. Each site counts by itself, so with several sites the share is the mean
+    over them.
 
     Example:
         >>> meter, x = SteeringMeter(), torch.ones(1, 2, 4)
@@ -29,7 +30,7 @@ class SteeringMeter(Sums):
     def __init__(self) -> None:
         super().__init__("tokens", "changed", "moved")
 
-    def update(self, site: Site, x: torch.Tensor, new: torch.Tensor, step: StepContext) -> None:
+    def update(self, site: Site, x: Tensor, new: Tensor, step: StepContext) -> None:
         """Count the tokens of one site in one pass; a replay by gradient checkpointing does not count again."""
         if (id(self), site) in step.cache:
             return

@@ -17,11 +17,7 @@ T = TypeVar("T")
 
 
 def as_sites(given: Sites, *, what: str) -> tuple[Site, ...]:
-    """At least one site, each once, from one or several, as objects or as text; ``what`` names the intervention.
-
-    Raises:
-        SiteError: If there is none, one twice, or one is misspelt.
-    """
+    """At least one site, each once, from one or several, as objects or as text; ``what`` names the intervention."""
     listed = [given] if isinstance(given, Site | str) else list(given)
     sites = tuple(site if isinstance(site, Site) else Site.parse(str(site)) for site in listed)
     if not sites:
@@ -35,17 +31,9 @@ def as_sites(given: Sites, *, what: str) -> tuple[Site, ...]:
 def place(
     given: Any, site: Sites | None, read: Callable[[Any, str], T], *, what: str
 ) -> tuple[dict[Site, T], SteeringVector | None]:
-    """Give each site its own value, and the vector that the values came from, if any.
+    """Give each site its own value, as ``read`` checks it, and the vector that the values came from, if any.
 
-    Args:
-        given: A value for every site named by ``site``; a mapping from sites to values; a vector, or a file of one.
-        site: Where; may be left out where ``given`` says so.
-        read: Checks one value; gets it and a name for messages.
-        what: The intervention's name, for messages.
-
-    Raises:
-        SiteError: If no site is named, or one is named that the vector lacks.
-        RecipeError: If sites are named twice over.
+    ``given`` is a value for every site of ``site``, a mapping from sites to values, a vector, or a file of one.
     """
     if isinstance(given, str | os.PathLike):
         given = SteeringVector.load(given)

@@ -55,11 +55,7 @@ def bind_positions(positions: Positions, attachment: Attachment, sites: Sequence
 
 
 def check_positions(positions: Any, *, what: str) -> Positions:
-    """Refuse what is no selector, or one that can choose no token whatever comes; ``what`` names the intervention.
-
-    Raises:
-        PositionError: With the selector.
-    """
+    """Refuse what is no selector, or one that can choose no token whatever comes; ``what`` names the intervention."""
     if not isinstance(positions, Positions):
         raise PositionError(
             f"{what}(positions={positions!r}) is no selector. Expected one such as All(), Last(), Generated() or "
@@ -117,26 +113,28 @@ def _parts(positions: Positions) -> Iterator[tuple[str, Positions]]:
 
 def _never(positions: Positions) -> bool:
     """Whether no token can be chosen, as far as the selector alone tells."""
-    if isinstance(positions, Tokens):
-        return not positions.ids
-    if isinstance(positions, Span):
-        return _empty_span(positions)
-    if isinstance(positions, Not):
-        return _always(positions.inner)
-    if isinstance(positions, Or):
-        return _never(positions.left) and _never(positions.right)
-    if isinstance(positions, And):
-        return _never(positions.left) or _never(positions.right) or _disjoint(positions.left, positions.right)
+    match positions:
+        case Tokens():
+            return not positions.ids
+        case Span():
+            return _empty_span(positions)
+        case Not(inner):
+            return _always(inner)
+        case Or(left, right):
+            return _never(left) and _never(right)
+        case And(left, right):
+            return _never(left) or _never(right) or _disjoint(left, right)
     return False
 
 
 def _always(positions: Positions) -> bool:
-    if isinstance(positions, Not):
-        return _never(positions.inner)
-    if isinstance(positions, Or):
-        return _always(positions.left) or _always(positions.right)
-    if isinstance(positions, And):
-        return _always(positions.left) and _always(positions.right)
+    match positions:
+        case Not(inner):
+            return _never(inner)
+        case Or(left, right):
+            return _always(left) or _always(right)
+        case And(left, right):
+            return _always(left) and _always(right)
     return isinstance(positions, All)
 
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_interp.errors import RecipeError
 
 __all__ = ["check_strength", "per_row"]
 
 
-def check_strength(strength: Any, *, what: str) -> float | torch.Tensor:
-    """A float, or a float tensor ``[rows]`` (itself if it requires grad), from a number, a tensor or a list of numbers.
-
-    Raises:
-        RecipeError: If it is neither, or not finite.
-    """
+def check_strength(strength: Any, *, what: str) -> float | Tensor:
+    """A float, or a float tensor ``[rows]`` (itself if it requires grad), from a number, a tensor or a list."""
     try:
         tensor = torch.as_tensor(strength)
         tensor = tensor if tensor.is_floating_point() else tensor.to(torch.float32)
@@ -37,15 +34,8 @@ def check_strength(strength: Any, *, what: str) -> float | torch.Tensor:
         return tensor.detach().to(torch.float32, copy=True)
 
 
-def per_row(strength: torch.Tensor, rows: int, *, what: str) -> torch.Tensor:
-    """One strength ``[B, 1, 1]`` for each of a pass's ``rows``, from ``[S]`` or a scalar tensor.
-
-    Where a prompt has several rows (the beams of a beam search, several samples) they lie next to each other, as
-    ``generate`` puts them, and share its strength.
-
-    Raises:
-        RecipeError: If ``B`` is no multiple of ``S``.
-    """
+def per_row(strength: Tensor, rows: int, *, what: str) -> Tensor:
+    """One strength ``[B, 1, 1]`` for each of a pass's ``rows``, from ``[S]`` or a scalar tensor."""
     if strength.dim() == 0:
         return strength.reshape(1, 1, 1)
     count = len(strength)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_interp.errors import RecipeError
 
@@ -29,7 +30,7 @@ class StrengthSchedule(ABC):
     """
 
     @abstractmethod
-    def factor(self, steps: torch.Tensor) -> torch.Tensor:
+    def factor(self, steps: Tensor) -> Tensor:
         """Factors float32 ``[B, T]`` at generation steps ``[B, T]``, which are 0 or less in the prompt."""
 
 
@@ -51,7 +52,7 @@ class LinearDecay(StrengthSchedule):
     def __post_init__(self) -> None:
         _check(self, self.steps, self.end)
 
-    def factor(self, steps: torch.Tensor) -> torch.Tensor:
+    def factor(self, steps: Tensor) -> Tensor:
         """See :meth:`StrengthSchedule.factor`."""
         return 1 + (self.end - 1) * _progress(steps, self.steps)
 
@@ -78,7 +79,7 @@ class WarmUp(StrengthSchedule):
     def __post_init__(self) -> None:
         _check(self, self.steps, self.start)
 
-    def factor(self, steps: torch.Tensor) -> torch.Tensor:
+    def factor(self, steps: Tensor) -> Tensor:
         """See :meth:`StrengthSchedule.factor`."""
         return self.start + (1 - self.start) * _progress(steps, self.steps)
 
@@ -106,22 +107,18 @@ class StepFactors(StrengthSchedule):
         if not usable or not any(self.values):
             raise RecipeError(f"{self} never steers; expected finite factors, one a step, not all of them zero.")
 
-    def factor(self, steps: torch.Tensor) -> torch.Tensor:
+    def factor(self, steps: Tensor) -> Tensor:
         """See :meth:`StrengthSchedule.factor`."""
         table = torch.tensor(self.values, dtype=torch.float32, device=steps.device)
         return table[steps.clamp(0, len(table) - 1)]
 
 
 Schedule = StrengthSchedule  # the name before other things had schedules too
-AnySchedule = StrengthSchedule | Sequence[float] | Callable[[torch.Tensor], torch.Tensor] | None
+AnySchedule = StrengthSchedule | Sequence[float] | Callable[[Tensor], Tensor] | None
 
 
-def make_schedule(given: AnySchedule) -> StrengthSchedule | Callable[[torch.Tensor], torch.Tensor] | None:
-    """What a user may pass, checked: None, a schedule, a list of factors, or a function of steps ``[B, T]``.
-
-    Raises:
-        RecipeError: If it is none of these.
-    """
+def make_schedule(given: AnySchedule) -> StrengthSchedule | Callable[[Tensor], Tensor] | None:
+    """What a user may pass, checked: None, a schedule, a list of factors, or a function of steps ``[B, T]``."""
     if given is None or isinstance(given, StrengthSchedule):
         return given
     if isinstance(given, list | tuple):
@@ -134,17 +131,13 @@ def make_schedule(given: AnySchedule) -> StrengthSchedule | Callable[[torch.Tens
     )
 
 
-def factors(schedule: StrengthSchedule | Callable[[torch.Tensor], torch.Tensor], steps: torch.Tensor) -> torch.Tensor:
-    """Factors float32 ``[B, T]`` of a schedule or a user's function at generation steps ``[B, T]``.
-
-    Raises:
-        RecipeError: If a user's function gives something of another shape.
-    """
+def factors(schedule: StrengthSchedule | Callable[[Tensor], Tensor], steps: Tensor) -> Tensor:
+    """Factors float32 ``[B, T]`` of a schedule or a user's function at generation steps ``[B, T]``."""
     if isinstance(schedule, StrengthSchedule):
         return schedule.factor(steps)
     found = schedule(steps)
-    if not isinstance(found, torch.Tensor) or found.shape != steps.shape:
-        got = list(found.shape) if isinstance(found, torch.Tensor) else repr(found)
+    if not isinstance(found, Tensor) or found.shape != steps.shape:
+        got = list(found.shape) if isinstance(found, Tensor) else repr(found)
         raise RecipeError(
             f"The schedule {_name(schedule)} gave {got} for steps {list(steps.shape)}. Return one factor for each "
             "step, as a tensor of that shape."
@@ -167,7 +160,7 @@ def _name(function: Callable[..., Any]) -> str:
     return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"
 
 
-def _progress(steps: torch.Tensor, whole: int) -> torch.Tensor:
+def _progress(steps: Tensor, whole: int) -> Tensor:
     return steps.clamp(0, whole).to(torch.float32) / whole
 
 

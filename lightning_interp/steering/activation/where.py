@@ -1,8 +1,8 @@
 """Gates: selectors that look at what the model holds before they choose a token.
 
-They are ``Positions`` like any other, so ``Generated() & ProbeGate(...)`` is one
-*where*. A gate is asked at a site, reads that site's activation (or, with ``site=``, that of an earlier one), and
-chooses the tokens whose value lies above or below a threshold.
+They are ``Positions`` like any other, so ``Generated() & ProbeGate(...)`` is one *where*. A gate is asked at a site,
+reads that site's activation (or, with ``site=``, that of an earlier one), and chooses the tokens whose value lies above
+or below a threshold.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_interp.core.hooks.intervention import Attachment, hook_site
-from lightning_interp.core.model.fingerprint import check_fingerprint, model_fingerprint
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.model.widths import site_width
 from lightning_interp.core.tokens.positions import Positions
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import IncompatibleModelError, PositionError
-from lightning_interp.steering.vectors.reading import ReadDirection, read_direction
+from lightning_interp.steering.vectors.reading import ReadDirection, check_made_for, read_direction
 
 __all__ = ["Gate", "ProbeGate", "spread_columns"]
 
 
-def spread_columns(step: StepContext, mask: torch.Tensor) -> torch.Tensor:
+def spread_columns(step: StepContext, mask: Tensor) -> Tensor:
     """Undo ``step.fit``: ``[B, n]`` of the columns that a site sees as ``[B, T]``, False elsewhere and on padding."""
     columns = mask.shape[1]
-    if columns == step.length and not isinstance(step.kept, torch.Tensor):
+    if columns == step.length and not isinstance(step.kept, Tensor):
         return mask & step.valid
     whole = torch.zeros_like(step.valid)
-    if isinstance(step.kept, torch.Tensor) and len(step.kept) == columns:
+    if isinstance(step.kept, Tensor) and len(step.kept) == columns:
         whole[:, step.kept] = mask
     else:
         whole[:, -columns:] = mask
@@ -64,7 +64,7 @@ class Gate(Positions):
             raise PositionError(f"{self} chooses nothing: no value is above {bounds[0]} and below {bounds[1]}.")
 
     @abstractmethod
-    def values(self, x: torch.Tensor) -> torch.Tensor:
+    def values(self, x: Tensor) -> Tensor:
         """What is compared with the thresholds.
 
         Args:
@@ -89,7 +89,7 @@ class Gate(Positions):
         """The gate with what it needs from the model. The default needs nothing."""
         return self
 
-    def mask(self, step: StepContext) -> torch.Tensor:
+    def mask(self, step: StepContext) -> Tensor:
         """See :meth:`Positions.mask`; asked through ``step.choose``."""
         if step.activation is None:
             raise PositionError(
@@ -97,7 +97,7 @@ class Gate(Positions):
             )
         return spread_columns(step, self._within(step.activation))
 
-    def _within(self, x: torch.Tensor) -> torch.Tensor:
+    def _within(self, x: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             values = self.values(x.detach())
         chosen = torch.ones_like(values, dtype=torch.bool)
@@ -122,12 +122,12 @@ class ProbeGate(Gate):
     """Tokens whose probe value ``direction . x + offset`` lies above or below a threshold.
 
     With ``site`` the value is read at an earlier place in the network than the one that is steered, and with ``hold``
-    it is decided at the prompt's last token for the whole row, as in conditional activation steering (Lee et al.,
-    arXiv 2409.05907).
+    it is decided at the prompt's last token for the whole row, as in conditional activation steering (Lee et al., arXiv
+    2409.05907).
 
     Args:
-        probe: A direction ``[d]``; a ``ConceptProbe`` (its bias plays no part,
-            as in ``ConceptProbe.value``); a vector of one site (or of several, with ``site``); or a file of one.
+        probe: A direction ``[d]``; a ``ConceptProbe`` (its bias plays no part, as in ``ConceptProbe.value``); a vector
+            of one site (or of several, with ``site``); or a file of one.
         offset: Added to the value.
         site: Where to read; by default the site that is steered.
         hold: Decide once a row, at the prompt's last token; needs ``site``.
@@ -178,7 +178,7 @@ class ProbeGate(Gate):
         found: ReadDirection = self.__dict__["_found"]
         return found
 
-    def values(self, x: torch.Tensor) -> torch.Tensor:
+    def values(self, x: Tensor) -> Tensor:
         """See :meth:`Gate.values`."""
         wide, direction = x.to(torch.promote_types(x.dtype, torch.float32)), self.found.direction
         if wide.shape[-1] != len(direction):
@@ -202,11 +202,7 @@ class ProbeGate(Gate):
                 f"ProbeGate's direction has width {len(found.direction)}, but {where} of "
                 f"{type(attachment.model_map.model).__name__} has {width}. Use a probe of this model and site."
             )
-        if found.fingerprint is not None:
-            name = type(attachment.model_map.model).__name__
-            check_fingerprint(
-                model_fingerprint(attachment.model_map), found.fingerprint, what="ProbeGate's direction", model=name
-            )
+        check_made_for(attachment.model_map, found.fingerprint, what="ProbeGate's direction")
 
     def bound(self, attachment: Attachment) -> Positions:
         """Read the gate's own site in every pass, where it has one."""
@@ -214,11 +210,11 @@ class ProbeGate(Gate):
             hook_site(attachment, Site.parse(self.site), self._read)
         return self
 
-    def _read(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
+    def _read(self, x: Tensor, step: StepContext) -> Tensor:
         step.cache[self] = spread_columns(step, self._within(x))
         return x
 
-    def mask(self, step: StepContext) -> torch.Tensor:
+    def mask(self, step: StepContext) -> Tensor:
         """See :meth:`Gate.mask`."""
         if self.hold and not step.is_prefill:
             return self._held(step)
@@ -227,23 +223,23 @@ class ProbeGate(Gate):
                 f"ProbeGate(site={self.site!r}) was asked before that site ran in this pass. Read a site that lies "
                 "before the steered one, and attach what uses the gate."
             )
-        now: torch.Tensor = step.cache[self] if self.site is not None else super().mask(step)
+        now: Tensor = step.cache[self] if self.site is not None else super().mask(step)
         if not self.hold:
             return now
         last = step.valid & (step.positions == step.prompt_lengths[:, None] - 1)
         row = (now & last).any(dim=1, keepdim=True)
         step.cache[self, "held"] = row
-        chosen: torch.Tensor = row & step.valid
+        chosen: Tensor = row & step.valid
         return chosen
 
-    def _held(self, step: StepContext) -> torch.Tensor:
+    def _held(self, step: StepContext) -> Tensor:
         row = None if step.prompt is None else step.prompt.cache.get((self, "held"))
         if row is None or step.batch_size % len(row):
             raise PositionError(
                 f"ProbeGate(hold=True) decides at the prompt, but the prompt of this decoding step ({step.batch_size} "
                 "rows) was not seen. Attach before generating."
             )
-        rows: torch.Tensor = row.repeat_interleave(step.batch_size // len(row), dim=0) & step.valid
+        rows: Tensor = row.repeat_interleave(step.batch_size // len(row), dim=0) & step.valid
         return rows
 
     def to_dict(self) -> dict[str, Any]:

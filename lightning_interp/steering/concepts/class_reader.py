@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -21,10 +21,21 @@ from lightning_interp.steering.concepts.moments import ClassMoments
 from lightning_interp.steering.concepts.pairs import CounterfactualPairs
 from lightning_interp.steering.softmax.geometry import Softcap, SoftmaxGeometry
 
-__all__ = ["ClassReader", "PredictedSide"]
+__all__ = ["ClassReader", "PredictedSide", "Reading"]
 
 _HEAD = Site("unembed_in")
 _SPREAD = 2**32  # ids of rows are this far apart, so that every token of a row has a number of its own
+
+
+class Reading(TypedDict, total=False):
+    """Keyword arguments of :class:`ClassReader`, for what hands them on."""
+
+    site: Site
+    positions: Positions | None
+    ids: str | None
+    dual: bool | None
+    scatter: bool
+    on_softcap: Softcap
 
 
 @dataclass(frozen=True)
@@ -57,12 +68,8 @@ class PredictedSide:
 
     def labels(self, geometry: SoftmaxGeometry, lam: Tensor) -> Tensor:
         """0 for base, 1 for target, -1 for neither, of states at the head's input ``[n, d] -> [n]``."""
-        parts = torch.split(lam, geometry.max_rows)
-        found = [
-            self.pairs.classify(geometry.model_log_probs(part), top_k=self.top_k, min_mass=self.min_mass)
-            for part in parts
-        ]
-        return torch.cat(found)
+        told = (geometry.model_log_probs(part) for part in torch.split(lam, geometry.max_rows))
+        return torch.cat([self.pairs.classify(log_p, top_k=self.top_k, min_mass=self.min_mass) for log_p in told])
 
 
 class ClassReader(Intervention):
@@ -73,12 +80,12 @@ class ClassReader(Intervention):
     Args:
         classes: Key of a batch entry that holds the class of each row ``[B]`` or token ``[B, T]`` (0 base, 1 target, -1
             neither); or the pairs of a concept (or a :class:`PredictedSide`), whereby the model's own prediction tells
-            the class.
+            it.
         site: Where states are read.
         positions: Which tokens; every real one by default.
         ids: Key of a batch entry that names each row by an integer ``[B]``: a token that comes again counts once.
         dual: Also sum dual coordinates; by default wherever the site is the head's input.
-        scatter: Also sum outer products, for an LDA probe.
+        scatter: Also sum outer products (``d^2`` numbers a class), for an LDA probe.
         on_softcap: What to do with a head that caps its logits, see
             :class:`~lightning_interp.steering.softmax.geometry.SoftmaxGeometry`.
 

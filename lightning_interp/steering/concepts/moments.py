@@ -15,9 +15,10 @@ from torch import Tensor
 
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.storage.files import canonical_json
-from lightning_interp.core.storage.tensor_files import read_tensors, save_tensors
-from lightning_interp.errors import DataError, IncompatibleModelError, InterpError, RecipeError
+from lightning_interp.core.storage.tensor_files import save_tensors
+from lightning_interp.errors import DataError, IncompatibleModelError, RecipeError
 from lightning_interp.steering.concepts.streamed_sums import StreamedSums
+from lightning_interp.steering.vectors.reading import read_made
 
 __all__ = ["CLASSES", "ClassMoments", "reduce_moments"]
 
@@ -25,6 +26,7 @@ CLASSES = ("base", "target")
 """The two values of a concept, in the order of the labels 0 and 1."""
 
 _FORMAT = "lightning_interp.class_moments/1"
+_REMEDY = "Expected a file that ClassMoments.save wrote."
 
 
 class ClassMoments:
@@ -144,12 +146,7 @@ class ClassMoments:
         return (base.scatter + target.scatter) / (base.count + target.count - 2)
 
     def __add__(self, other: ClassMoments) -> ClassMoments:
-        """Moments of both; states with the same id count once.
-
-        Raises:
-            IncompatibleModelError: If they are of different models, sites or widths.
-            DataError: If both counted a state that neither can take back any more.
-        """
+        """Moments of both; states with the same id count once."""
         self._check_same(other)
         shared = sorted(self._seen.keys() & other._seen.keys())
         for name in shared:
@@ -220,28 +217,21 @@ class ClassMoments:
         Raises:
             DataError: If the file is missing, damaged, or holds something else.
         """
-        try:
-            tensors, metadata = read_tensors(path)
-            return cls._read(metadata, tensors)
-        except (KeyError, ValueError, InterpError) as error:
-            raise DataError(
-                f"{path} holds no class moments ({error}). Expected a file that ClassMoments.save wrote."
-            ) from error
 
-    @classmethod
-    def _read(cls, metadata: dict[str, str], tensors: dict[str, Tensor]) -> ClassMoments:
-        if metadata.get("format") != _FORMAT:
-            raise DataError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
-        facts = json.loads(metadata["facts"])
-        width = int(facts["width"])
-        site = None if facts["site"] is None else Site.parse(facts["site"])
-        dual, scatter = len(tensors["base.total"]) > width, "base.scatter" in tensors
-        made = cls(width, dual=dual, scatter=scatter, fingerprint=facts["fingerprint"], site=site)
-        made._sums = [
-            StreamedSums(count, tensors[f"{name}.total"], tensors.get(f"{name}.scatter"))
-            for name, count in zip(CLASSES, tensors["counts"].tolist(), strict=True)
-        ]
-        return made
+        def made(tensors: dict[str, Tensor], metadata: dict[str, str]) -> ClassMoments:
+            facts = json.loads(metadata["facts"])
+            width, site = int(facts["width"]), None if facts["site"] is None else Site.parse(facts["site"])
+            dual, scatter = len(tensors["base.total"]) > width, "base.scatter" in tensors
+            moments = cls(width, dual=dual, scatter=scatter, fingerprint=facts["fingerprint"], site=site)
+            moments._sums = [
+                StreamedSums(count, tensors[f"{name}.total"], tensors.get(f"{name}.scatter"))
+                for name, count in zip(CLASSES, tensors["counts"].tolist(), strict=True)
+            ]
+            return moments
+
+        return read_made(
+            path, _FORMAT, made, what="class moments", remedy="Expected a file that ClassMoments.save wrote."
+        )
 
     def _count_named(self, rows: Tensor, labels: list[int], names: list[int]) -> None:
         known = dict(self._seen)

@@ -13,25 +13,15 @@ __all__ = ["PairIndex"]
 
 @dataclass(frozen=True, eq=False)
 class PairIndex:
-    """Pairs of one vocabulary of ``V`` tokens, of which ``n0`` are base and ``n1`` target tokens.
+    """Pairs of one vocabulary of ``V`` tokens, of which ``n0`` are base and ``n1`` target tokens."""
 
-    Args:
-        base: Base tokens in order ``[n0]``.
-        target: Target tokens in order ``[n1]``.
-        partner: Place of each base token's partner among ``target``, ``[n0]``.
-        tokens: Token that each entry of ``P^Z`` stands for ``[Z]``: all but the base tokens.
-        slots: Place of each target token among ``tokens``, ``[n1]``.
-        group: Place among ``tokens`` that each token's mass goes to ``[V]``.
-        side: 0 for base, 1 for target, -1 for neutral tokens, ``[V]``.
-    """
-
-    base: Tensor
-    target: Tensor
-    partner: Tensor
-    tokens: Tensor
-    slots: Tensor
-    group: Tensor
-    side: Tensor
+    base: Tensor  # in order [n0]
+    target: Tensor  # in order [n1]
+    partner: Tensor  # place of each base token's partner among the targets [n0]
+    tokens: Tensor  # that each entry of P^Z stands for, all but the base tokens [Z]
+    slots: Tensor  # place of each target among `tokens` [n1]
+    group: Tensor  # place among `tokens` that each token's mass goes to [V]
+    side: Tensor  # 0 for base, 1 for target, -1 for neutral tokens [V]
 
     @classmethod
     def build(cls, pairs: Sequence[tuple[int, int]], size: int, device: torch.device) -> PairIndex:
@@ -58,10 +48,7 @@ class PairIndex:
         return top + (own - top).exp().scatter_add(-1, partner, rest).log()
 
     def log_shares(self, log_p: Tensor) -> Tensor:
-        """Log share of each base token in the mass of those with the same target, ``[..., V] -> [..., n0]``.
-
-        Base tokens that have no mass at all share evenly.
-        """
+        """Log share of each base token in the mass of those with its target (even if 0), ``[..., V] -> [..., n0]``."""
         base = log_p[..., self.base]
         partner = self.partner.expand(base.shape)
         lowest = torch.full_like(log_p[..., self.target], -torch.inf)

@@ -31,9 +31,9 @@ _SHOWN = 5
 class CounterfactualPairs:
     """Pairs of token ids, base first; several base tokens may share a target.
 
-    Pairs of a token with itself are dropped and counted, and repeated pairs are kept once. All methods on
-    distributions take any number of leading dimensions and fit any vocabulary that holds the tokens (heads are often
-    padded); they compute in float32, or float64 if that is given.
+    Pairs of a token with itself are dropped and counted, and repeated pairs are kept once. All methods on distributions
+    take any number of leading dimensions and fit any vocabulary that holds the tokens (heads are often padded); they
+    compute in float32, or float64 if that is given.
 
     Args:
         pairs: ``(base, target)`` token ids.
@@ -46,11 +46,8 @@ class CounterfactualPairs:
 
     Example:
         >>> pairs = CounterfactualPairs([(0, 2), (1, 2), (3, 3)])
-        >>> len(pairs), pairs.dropped
-        (2, {'identity': 1})
-        >>> p = torch.tensor([0.1, 0.2, 0.3, 0.4])
-        >>> pairs.regroup(p).tolist(), round(pairs.target_prob(p).item(), 4)
-        ([0.6000000238418579, 0.4000000059604645], 0.5)
+        >>> len(pairs), pairs.dropped, round(pairs.target_prob(torch.tensor([0.1, 0.2, 0.3, 0.4])).item(), 4)
+        (2, {'identity': 1}, 0.5)
     """
 
     pairs: Sequence[tuple[int, int]]
@@ -86,11 +83,10 @@ class CounterfactualPairs:
         """Pairs of strings that are one token each.
 
         Args:
-            pairs: Base to target, as text with its leading space (``" run"``) or as the vocabulary writes it
-                (``"Ġrun"``, ``"▁run"``).
+            pairs: Base to target, as text with its leading space (``" run"``) or as the vocabulary has it (``"Ġrun"``).
             tokenizer: Of the model.
             name: What the concept is called.
-            missing: What to do about a string that is not one token: ``raise``, or ``drop`` its pair and count it under
+            missing: About a string that is not one token: ``raise``, or ``drop`` its pair and count it under
                 ``missing``.
 
         Returns:
@@ -239,9 +235,8 @@ class CounterfactualPairs:
             RecipeError: If ``top_k`` or ``min_mass`` makes no sense.
 
         Example:
-            >>> pairs = CounterfactualPairs([(0, 2), (1, 3)])
             >>> p = torch.tensor([[0.5, 0.4, 0.1, 0.0], [0.0, 0.1, 0.5, 0.4], [0.5, 0.1, 0.4, 0.0]])
-            >>> pairs.classify(p.log(), top_k=2).tolist()
+            >>> CounterfactualPairs([(0, 2), (1, 3)]).classify(p.log(), top_k=2).tolist()
             [0, 1, -1]
         """
         if not 1 <= top_k <= log_p.shape[-1] or not 0 <= min_mass < 1:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from lightning_interp.core.callbacks.intervention_callback import InterventionCallback, Stage
-from lightning_interp.core.model.sites import Site
 from lightning_interp.core.storage.distributed import is_rank_zero
-from lightning_interp.core.tokens.positions import Positions
 from lightning_interp.errors import InterpError, RecipeError
-from lightning_interp.steering.concepts.class_reader import ClassReader, PredictedSide
+from lightning_interp.steering.concepts.class_reader import ClassReader, PredictedSide, Reading
 from lightning_interp.steering.concepts.moments import ClassMoments, reduce_moments
 from lightning_interp.steering.concepts.pairs import CounterfactualPairs
 from lightning_interp.steering.concepts.probes import ConceptProbe, ProbeKind
-from lightning_interp.steering.softmax.geometry import Softcap
 
 __all__ = ["ProbeCallback"]
 
@@ -30,20 +27,15 @@ class ProbeCallback(InterventionCallback):
     again (the next epoch's validation) starts anew and replaces its result. Training is not read: its weights move.
 
     Args:
-        classes: Which contexts belong to which class: a batch key, or the pairs of a concept; see
-            :class:`~lightning_interp.steering.concepts.class_reader.ClassReader`.
+        classes: Which contexts belong to which class: a batch key, or the pairs of a concept; see ``ClassReader``.
         folder: Where files go: ``<folder>/<stage>/moments.safetensors`` and one ``<kind>.safetensors`` for every kind
             of probe that the moments allow. None writes none (and a run in forked processes then leaves nothing).
         when: Any of ``validate``, ``test``, ``predict``.
-        site: Where states are read.
-        positions: Which tokens; every real one by default.
-        ids: Key of a batch entry that names each row by an integer: what a distributed sampler repeats counts once.
-        dual: Also sum dual coordinates; by default wherever the site is the head's input.
-        scatter: Also sum outer products (``d^2`` numbers a class), for an LDA probe.
-        on_softcap: What to do with a head that caps its logits.
         target: See :class:`~lightning_interp.core.callbacks.intervention_callback.InterventionCallback`.
         tokenizer: See there.
         name: See there.
+        **reading: ``site``, ``positions``, ``ids``, ``dual``, ``scatter``, ``on_softcap``; see
+            :class:`~lightning_interp.steering.concepts.class_reader.ClassReader`.
 
     Attributes:
         moments: By stage, what its last run counted, over all processes.
@@ -63,19 +55,12 @@ class ProbeCallback(InterventionCallback):
         folder: str | Path | None = None,
         *,
         when: Sequence[Stage] = ("validate", "test", "predict"),
-        site: Site = Site("unembed_in"),  # noqa: B008 - frozen
-        positions: Positions | None = None,
-        ids: str | None = None,
-        dual: bool | None = None,
-        scatter: bool = False,
-        on_softcap: Softcap = "error",
         target: str | None = None,
         tokenizer: Any = None,
         name: str | None = None,
+        **reading: Unpack[Reading],
     ) -> None:
-        self.reader = ClassReader(
-            classes, site=site, positions=positions, ids=ids, dual=dual, scatter=scatter, on_softcap=on_softcap
-        )
+        self.reader = ClassReader(classes, **reading)
         super().__init__(self.reader, when=when, target=target, tokenizer=tokenizer, name=name)
         if "train" in self.when:
             raise RecipeError(
@@ -127,23 +112,21 @@ class ProbeCallback(InterventionCallback):
         trainer.strategy.barrier()
 
     def _write(self, stage: str, total: ClassMoments) -> None:
-        kinds: list[ProbeKind] = ["primal_md"]
-        kinds += ["dual_md"] if total.dual else []
-        kinds += ["lda"] if total.scatter else []
+        asked: dict[ProbeKind, bool] = {"primal_md": True, "dual_md": total.dual, "lda": total.scatter}
         folder = None if self.folder is None else Path(self.folder) / stage
         if folder is not None:
             total.save(folder / _MOMENTS)
         failed: dict[str, InterpError] = {}
-        for kind in kinds:
+        for kind in (kind for kind, wanted in asked.items() if wanted):
             try:
                 probe = ConceptProbe.from_moments(total, kind)
             except InterpError as error:
                 failed[kind] = error
                 if folder is not None:  # what an earlier run left there would pass for this one's
                     (folder / f"{kind}.safetensors").unlink(missing_ok=True)
-                continue
-            if folder is not None:
-                probe.save(folder / f"{kind}.safetensors")
+            else:
+                if folder is not None:
+                    probe.save(folder / f"{kind}.safetensors")
         if failed:  # no reason to end somebody's run
             made_none, reason = " or ".join(failed), next(iter(failed.values()))
             warnings.warn(f"ProbeCallback made no {made_none} probe of {stage}: {reason}", stacklevel=2)

@@ -17,20 +17,11 @@ _SMALLEST_STEP = 1e-10
 def fit_logistic(
     x: Tensor, y: Tensor, *, l2: float = 1.0, tolerance: float = 1e-10, max_iter: int = 200
 ) -> tuple[Tensor, float]:
-    """``(w, b)`` that minimise ``sum log(1 + exp(-(+-)(x w + b))) + l2/2 |w|^2``, float64; the offset is not penalised.
+    """``(w, b)`` that minimise ``sum log(1 + exp(-(+-)(x w + b))) + l2/2 |w|^2``, float64, for ``x`` ``[n, d]``.
 
-    With more columns than rows the problem is solved in the span of the rows, where the solution lies.
-
-    Args:
-        x: Features ``[n, d]``.
-        y: Class 0 or 1, or a probability of class 1, ``[n]``.
-        l2: Strength of the penalty, > 0 (or 0 with probabilities strictly between 0 and 1).
-        tolerance: How much the loss may still fall before the last step, as Newton's method predicts it.
-        max_iter: Newton iterations at most.
-
-    Raises:
-        RecipeError: If the penalty is no penalty.
-        DataError: If there is only one class, or the gradient where the solve ends does not vanish.
+    ``y`` ``[n]`` are classes 0 and 1, or probabilities of class 1 (for which ``l2`` may be 0). The solve ends when
+    Newton's method predicts that the loss falls by less than ``tolerance``. With more columns than rows it is done in
+    the span of the rows, where the solution lies.
     """
     x, y = x.detach().double(), y.detach().double().to(x.device)
     if l2 < 0 or (l2 == 0 and bool(((y == 0) | (y == 1)).any())):
@@ -49,11 +40,8 @@ def fit_logistic(
 def calibrate(values: Tensor, y: Tensor) -> tuple[float, float]:
     """Scale and offset under which ``sigmoid(scale * (value + offset))`` is the probability of class ``y = 1``.
 
-    One-dimensional logistic regression on Platt's smoothed labels (1999), which stays finite where the classes are
-    separated: the scale then says how far the sample supports certainty.
-
-    Raises:
-        DataError: If there is only one class, or the values tell nothing about it.
+    Logistic regression on Platt's smoothed labels (1999), which stays finite where the classes are separated: the scale
+    then says how far the sample supports certainty.
     """
     values, y = values.detach().double(), y.detach().double().to(values.device)
     middle, spread = values.mean(), values.std(correction=0)

@@ -15,15 +15,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_interp.core.model.fingerprint import check_fingerprint, model_fingerprint
+from lightning_interp.core.model.fingerprint import model_fingerprint
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
+from lightning_interp.core.model.widths import check_width
 from lightning_interp.core.storage.files import canonical_json, jsonable
-from lightning_interp.core.storage.tensor_files import read_tensors, save_tensors
-from lightning_interp.errors import DataError, IncompatibleModelError, InterpError, RecipeError
+from lightning_interp.core.storage.tensor_files import save_tensors
+from lightning_interp.errors import IncompatibleModelError, RecipeError
 from lightning_interp.steering.concepts.moments import ClassMoments
 from lightning_interp.steering.concepts.probe_regression import calibrate, fit_logistic
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
+from lightning_interp.steering.vectors.reading import check_made_for, read_made
 
 __all__ = ["ConceptProbe", "ProbeKind"]
 
@@ -31,6 +33,7 @@ ProbeKind = Literal["dual_md", "primal_md", "logistic", "lda", "given"]
 Offset = Literal["calibrated", "midpoint"]
 
 _FORMAT = "lightning_interp.concept_probe/1"
+_REMEDY = "Expected a file that ConceptProbe.save wrote."
 _HEAD = Site("unembed_in")
 
 
@@ -145,28 +148,18 @@ class ConceptProbe:
         return float(torch.cosine_similarity(self.direction.double().cpu(), vector.detach().double().cpu(), dim=0))
 
     def check(self, model: nn.Module | ModelMap) -> None:
-        """Refuse a model that this probe was not made for.
+        """Refuse a model (plain, PEFT, Lightning, or a map of one) that this probe was not made for.
 
         Args:
-            model: A plain model, a PEFT wrapper, a LightningModule, or a map of one.
+            model: The model.
 
         Raises:
             IncompatibleModelError: If the width or the fingerprint differs.
             SiteError: If the model lacks the probe's site.
         """
         model_map = model if isinstance(model, ModelMap) else ModelMap.build(model)
-        model_map.module(self.site)
-        name = type(model_map.model).__name__
-        width = model_map.config_value("hidden_size")
-        if self.site.component is None and width is not None and int(width) != self.width:
-            raise IncompatibleModelError(
-                f"This {self.kind} probe has width {self.width}, but {name} has states of width {width}. Use it on the "
-                "model that it was made for."
-            )
-        if self.fingerprint is not None:
-            check_fingerprint(
-                model_fingerprint(model_map), self.fingerprint, what=f"This {self.kind} probe", model=name
-            )
+        check_width(model_map, self.site, self.width, what=f"This {self.kind} probe")
+        check_made_for(model_map, self.fingerprint, what=f"This {self.kind} probe")
 
     # Making one
 
@@ -195,10 +188,9 @@ class ConceptProbe:
                 mean states), ``logistic`` (L2) or ``lda``.
             geometry: Gives dual coordinates; by default that of ``model``.
             model: Whose states these are: its fingerprint goes into the probe.
-            offset: Of mean differences: ``calibrated`` fits scale and bias to the training values (see
-                ``calibrate``), ``midpoint`` puts the bias half-way
-                between the class means and leaves the scale at 1.
-            l2: Penalty of ``logistic``, see :func:`~lightning_interp.steering.concepts.probe_regression.fit_logistic`.
+            offset: Of mean differences: ``calibrated`` fits scale and bias to the training values, ``midpoint`` puts
+                the bias half-way between the class means and leaves the scale at 1.
+            l2: Penalty of ``logistic``.
             ridge: Added to the covariance's diagonal by ``lda``.
             alpha: Kept in the probe.
             site: Where the states were read.
@@ -307,16 +299,12 @@ class ConceptProbe:
             DataError: If the file is missing, damaged, or holds something else.
             IncompatibleModelError: If ``model`` is another model.
         """
-        try:
-            tensors, metadata = read_tensors(path)
-            if metadata.get("format") != _FORMAT:
-                raise DataError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
+
+        def made(tensors: dict[str, Tensor], metadata: dict[str, str]) -> ConceptProbe:
             facts = json.loads(metadata["probe"])
-            probe = cls(tensors["direction"], **{**facts, "site": Site.parse(facts["site"])})
-        except (KeyError, TypeError, ValueError, InterpError) as error:
-            raise DataError(
-                f"{path} holds no concept probe ({error}). Expected a file that ConceptProbe.save wrote."
-            ) from error
+            return cls(tensors["direction"], **{**facts, "site": Site.parse(facts["site"])})
+
+        probe = read_made(path, _FORMAT, made, what="concept probe", remedy=_REMEDY)
         if model is not None:
             probe.check(model)
         return probe

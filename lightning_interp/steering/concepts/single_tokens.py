@@ -11,11 +11,7 @@ _MARKS = ("Ġ", "▁")
 
 
 def single_token(tokenizer: Any, text: str) -> int | None:
-    """The token that a string is, or None.
-
-    It is one if encoding it (with its leading space, ``" run"``) gives one token that reads the same, or the vocabulary
-    has it as an entry (``"▁run"``).
-    """
+    """The token that a string is, or None."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) == 1 and _says(tokenizer, ids[0], text):
         return int(ids[0])
@@ -26,10 +22,7 @@ def single_token(tokenizer: Any, text: str) -> int | None:
 
 
 def word_tokens(tokenizer: Any) -> Iterator[tuple[int, str, bool]]:
-    """Id, text and leading space of the tokens that are ASCII letters or digits, in the order of ids.
-
-    The vocabulary must write a leading space as ``Ġ`` or ``▁``; the text is without it.
-    """
+    """Id, text and leading space of the tokens that are ASCII letters or digits, in the order of ids."""
     special = set(tokenizer.all_special_ids)
     for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         spaced = token.startswith(_MARKS)

@@ -5,36 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 __all__ = ["StreamedSums"]
 
 
 @dataclass(frozen=True, eq=False)
 class StreamedSums:
-    """Count and sums of vectors; adding two gives those of both.
+    """Count and sum ``[w]`` of vectors, and the scatter of the first ``d`` columns or None; adding gives those of both.
 
     The scatter (sum of outer products) is taken about the vectors' own mean and merged as Chan, Golub and LeVeque
     (1979) do, so that it loses no digits where the mean is large.
-
-    Args:
-        count: Vectors.
-        total: Their sum ``[w]``.
-        scatter: Scatter of the first ``d`` columns ``[d, d]``, or None.
     """
 
     count: int
-    total: torch.Tensor
-    scatter: torch.Tensor | None = None
+    total: Tensor
+    scatter: Tensor | None = None
 
     @classmethod
-    def of(cls, rows: torch.Tensor, *, square: int = 0) -> StreamedSums:
+    def of(cls, rows: Tensor, *, square: int = 0) -> StreamedSums:
         """Sums of ``[n, w]``; the scatter covers the first ``square`` columns, 0 for none."""
         inside = rows[:, :square]
         centred = inside - inside.mean(0) if len(rows) else inside
         return cls(len(rows), rows.sum(0), centred.T @ centred if square else None)
 
     @property
-    def mean(self) -> torch.Tensor:
+    def mean(self) -> Tensor:
         """Mean vector ``[w]``; NaN without vectors."""
         return self.total / self.count if self.count else torch.full_like(self.total, torch.nan)
 

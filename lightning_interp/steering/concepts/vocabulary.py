@@ -45,19 +45,15 @@ _DOUBLING = re.compile(r"[aeiou][bdgklmnprtvz]$")  # and the letter before is no
 def pairs_from_vocabulary(tokenizer: Any, kind: PairKind) -> CounterfactualPairs:
     """All pairs of one kind whose two sides are single tokens.
 
-    ``capitalised``
-        `` word`` and `` Word``: at least two ASCII letters after a leading space. Pieces of words (`` lig``) are in it,
-        and words that a capital changes (`` may``).
-    ``number_digit``
-        A number word (zero to twenty, and the tens to ninety; lower or upper first letter) and its digits, both with a
-        leading space or both without. Many tokenizers write digits one by one and never with a space, which leaves few.
-    ``verb_ing``, ``verb_past``, ``verb_third``
-        A verb and its -ing, -ed or -s form, all after a leading space and in lower case. A base has at least three
-        letters and a vowel, drops a silent e, doubles its last consonant where one vowel precedes it, and turns ie or y
-        as English does. To be taken for a verb it needs all three forms in the vocabulary, or to stand in a short list
-        of irregular verbs and have the -ing and -s forms. Two bases that would share a form
-        (`` aid`` and `` aide``) are both dropped and counted under ``ambiguous``. Nouns that happen to have verb forms
-        stay in.
+    - ``capitalised``: `` word`` and `` Word``, at least two ASCII letters after a leading space. Pieces of words
+      (`` lig``) are in it, and words that a capital changes (`` may``).
+    - ``number_digit``: a number word (zero to twenty, and the tens to ninety; lower or upper first letter) and its
+      digits, both with a leading space or both without. Many tokenizers write digits one by one and never with a space.
+    - ``verb_ing``, ``verb_past``, ``verb_third``: a verb and its -ing, -ed or -s form, after a leading space and in
+      lower case, by the rules of English spelling. To be taken for a verb a base needs all three forms in the
+      vocabulary, or to stand in a short list of irregular verbs and have the -ing and -s forms. Two bases that would
+      share a form (``aid`` and ``aide``) are both dropped and counted under ``ambiguous``. Nouns that happen to have
+      verb forms stay in.
 
     Args:
         tokenizer: Of the model; its vocabulary must write a leading space as ``Ġ`` or ``▁``.
@@ -73,10 +69,9 @@ def pairs_from_vocabulary(tokenizer: Any, kind: PairKind) -> CounterfactualPairs
     Example:
         >>> from tokenizers import Tokenizer, models
         >>> from transformers import PreTrainedTokenizerFast
-        >>> words = ["run", "runs", "running", "king", "hope", "hop", "hopes", "hoped", "hoping"]
-        >>> model = models.WordLevel({f"Ġ{word}": i for i, word in enumerate(words)}, unk_token="Ġking")
-        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
-        >>> pairs_from_vocabulary(tokenizer, "verb_ing").texts
+        >>> words = "run runs running hope hopes hoped hoping".split()
+        >>> model = models.WordLevel({f"Ġ{word}": i for i, word in enumerate(words)}, unk_token="Ġrun")
+        >>> pairs_from_vocabulary(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model)), "verb_ing").texts
         ((' run', ' running'), (' hope', ' hoping'))
     """
     if kind not in get_args(PairKind):

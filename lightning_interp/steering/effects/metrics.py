@@ -1,8 +1,8 @@
 """What steering does to a next-token distribution: how far the concept moves, and what else moves with it.
 
 Definitions of arXiv 2602.15293, section 5 and appendix B. ``P0`` is the distribution before steering, ``P`` after;
-``P^Z`` is what is left of a distribution when the concept is forgotten
-(``CounterfactualPairs.regroup``). All divergences and entropies are in nats.
+``P^Z`` is what is left of a distribution when the concept is forgotten (``CounterfactualPairs.regroup``). All
+divergences and entropies are in nats.
 """
 
 from __future__ import annotations
@@ -48,11 +48,8 @@ SCORES = (
 def kl_divergence(log_p: Tensor, log_q: Tensor, *, offset: float = 0.0) -> Tensor:
     """``KL(P || Q)`` in nats from log-probabilities, ``[..., V] -> [...]``.
 
-    ``offset`` is added to both probabilities inside the logarithms, as the authors' code does with 1e-6; 0 is exact, in
-    log space, and infinite where ``Q`` excludes what ``P`` allows.
-
-    Raises:
-        RecipeError: If the offset is negative.
+    ``offset`` is added to both probabilities inside the logarithms, as the authors' code does with 1e-6; 0 is exact,
+    and infinite where ``Q`` excludes what ``P`` allows.
     """
     if offset < 0:
         raise RecipeError(f"kl_divergence(offset={offset}): expected an offset >= 0.")
@@ -75,13 +72,9 @@ def ranks(log_p: Tensor) -> Tensor:
 
 
 def rank_difference(log_z0: Tensor, log_z: Tensor, *, keep: Tensor | None = None) -> Tensor:
-    """``sum_z P^Z_0(z) |1/rank(z) - 1/rank_0(z)|`` of ``log P^Z``: whether other tokens come up, ``[..., Z] -> [...]``.
+    """Whether other tokens come up: ``sum_z P^Z_0(z) |1/rank(z) - 1/rank_0(z)|`` of ``log P^Z``, ``[..., Z] -> [...]``.
 
-    ``keep``, bool ``[Z]`` (see :func:`covering_tokens`), says which tokens count; ranks are then among these, and
-    ``P^Z_0`` is renormalised on them.
-
-    Raises:
-        IncompatibleModelError: If ``keep`` is of another vocabulary.
+    ``keep``, bool ``[Z]``, says which tokens count: ranks are then among these, and ``P^Z_0`` is renormalised on them.
     """
     if keep is not None:
         if keep.shape != log_z.shape[-1:]:
@@ -95,12 +88,9 @@ def rank_difference(log_z0: Tensor, log_z: Tensor, *, keep: Tensor | None = None
 
 
 def covering_tokens(log_z: Tensor, *, mass: float = 0.99) -> Tensor:
-    """Tokens that some point of a path needs to cover ``mass``: the reduced vocabulary of the paper, bool ``[Z]``.
+    """The paper's reduced vocabulary, bool ``[Z]``: what any point of ``[points, Z]`` needs to cover a mass.
 
-    For each point of ``log P^Z`` ``[points, Z]`` its most probable tokens are taken until their sum reaches ``mass``.
-
-    Raises:
-        RecipeError: If ``mass`` is not between 0 and 1.
+    Each point's most probable tokens are taken until their sum reaches ``mass``.
     """
     if not 0 < mass <= 1:
         raise RecipeError(f"covering_tokens(mass={mass}): expected a probability above 0 and up to 1.")
@@ -112,10 +102,7 @@ def covering_tokens(log_z: Tensor, *, mass: float = 0.99) -> Tensor:
 
 
 def dual_alignment(phi: Tensor, beta: Tensor) -> Tensor:
-    """Cosine between each step of a path of dual coordinates ``[n, d]`` and a direction (paper, figure 5), ``[n - 1]``.
-
-    NaN where a step moves nothing.
-    """
+    """Cosine of each step of a path of dual coordinates ``[n, d]`` and a direction, ``[n - 1]`` (figure 5)."""
     step = phi.diff(dim=0)
     cosine: Tensor = (step @ beta.to(step)) / (step.norm(dim=-1) * beta.to(step).norm())
     return cosine
@@ -168,10 +155,10 @@ def score_path(
     mass: float = 0.99,
     points: int = 20,
 ) -> dict[str, Tensor]:
-    """Score every point of a path of states against its first point.
+    """Score every point of a path of states against its first point, by the model's own distributions.
 
     Args:
-        geometry: Of the model; distributions are the model's own, capped where it caps.
+        geometry: Of the model.
         path: States ``[n, d]``, the unsteered one first.
         pairs: Of the concept.
         probe: A direction ``[d]`` or a probe, for ``probe_value`` and ``alignment``; NaN without one.
@@ -187,12 +174,11 @@ def score_path(
         IncompatibleModelError: If the path is no ``[n, d]`` of this model.
 
     Example:
-        >>> geometry = SoftmaxGeometry(torch.tensor([[1.0, 0.5], [-1.0, 0.5], [0.5, -1.0]]))
-        >>> beta = torch.tensor([-1.0, 0.0])
-        >>> path = torch.tensor([0.3, -0.2]) + torch.linspace(0, 4, 5)[:, None] * beta
+        >>> geometry, beta = SoftmaxGeometry(torch.eye(3)), torch.tensor([-1.0, 1.0, 0.0])
+        >>> path = torch.linspace(0, 4, 3)[:, None] * beta
         >>> scores = score_path(geometry, path, CounterfactualPairs([(0, 1)]), probe=beta)
         >>> [round(v, 2) for v in scores["target_prob"].tolist()], scores["off_target_kl"][0].item()
-        ([0.35, 0.8, 0.97, 1.0, 1.0], 0.0)
+        ([0.5, 0.98, 1.0], 0.0)
     """
     if path.dim() != 2 or not len(path):
         raise IncompatibleModelError(f"score_path() got a path of shape {list(path.shape)}; expected [n, d], n >= 1.")

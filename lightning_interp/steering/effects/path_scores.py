@@ -27,10 +27,7 @@ SATURATED = 0.9999
 
 @dataclass(frozen=True)
 class Curve:
-    """One score of one method against ``P(W=1)``: of the unsteered states, then in each bin over the contexts there.
-
-    ``start`` and ``first`` are the unsteered states' mean ``P(W=1)`` and score; an empty bin has NaN with ``n=0``.
-    """
+    """One score of one method against ``P(W=1)``: of the unsteered states, then in each bin over the contexts there."""
 
     method: str
     score: str
@@ -47,10 +44,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two methods at the same ``P(W=1)`` over the contexts where both reach it: means, paired difference and ratio.
-
-    ``difference`` is first minus second; ``left_out`` counts contexts where one never reaches ``at``, or starts beyond.
-    """
+    """Two methods at the same ``P(W=1)`` over the contexts where both reach it: means, paired difference and ratio."""
 
     score: str
     at: float
@@ -68,14 +62,7 @@ class Comparison:
 
 
 def bin_path(x: Tensor, y: Tensor, *, bins: int = 10, saturated: float = SATURATED) -> Tensor:
-    """Average scores ``y`` of a path in equal bins of its ``P(W=1)``, ``x``, but for NaN and ``x >= saturated``.
-
-    Returns:
-        ``[1 + bins]``: the first point, then the mean of the others in each bin; NaN where there is none.
-
-    Raises:
-        RecipeError: If there is no bin.
-    """
+    """Average scores ``y`` of a path in equal bins of its ``P(W=1)``, ``x``, but for NaN and ``x >= saturated``."""
     if bins < 1:
         raise RecipeError(f"bin_path(bins={bins}): expected at least one bin.")
     x, y = x.double(), y.double()
@@ -90,11 +77,7 @@ def bin_path(x: Tensor, y: Tensor, *, bins: int = 10, saturated: float = SATURAT
 
 
 def value_at_effect(x: Tensor, y: Tensor, at: float) -> float:
-    """A score ``y`` at the first place of a path where ``P(W=1)``, ``x``, rises to ``at``, by linear interpolation.
-
-    ``P(W=1)`` need not rise all along a path, so the first crossing from below counts; NaN if the path starts above
-    ``at`` or never reaches it.
-    """
+    """A score ``y`` at the first place of a path where ``P(W=1)``, ``x``, rises to ``at``, by linear interpolation."""
     x, y = x.double(), y.double()
     if len(x) == 0 or float(x[0]) >= at:
         return float(y[0]) if len(x) and float(x[0]) == at else math.nan

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+from torch import Tensor
 
 __all__ = ["ROUNDED", "centred", "divergence", "entropy", "exact_arithmetic", "rounding", "working_dtype"]
 
@@ -13,7 +14,7 @@ _EXACT = ("none", "ieee")
 _TERMS = range(15, 2, -1)  # of the exponential series below 0.5, to the last digit of float64
 
 
-def working_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+def working_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Return float64 if any of the tensors is, else float32; None is passed over."""
     wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if wide else torch.float32
@@ -23,7 +24,7 @@ def working_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """Turn autocast, TF32 and bfloat16 products off inside the block, and back to what they were after it.
 
-    A direction ``(H + alpha I)^-1 beta`` that is worked out in bfloat16 throughout is wrong by most of its length.
+    ``(H + alpha I)^-1 beta`` that is worked out in bfloat16 throughout is wrong by most of its length.
     """
     cast = torch.is_autocast_enabled(device.type)
     # Read and set by backend: the global setting cannot be asked where somebody has set one backend's own.
@@ -42,15 +43,11 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
                 products.fp32_precision = before
 
 
-def divergence(first: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """``KL(P || Q)`` in nats ``[...]`` from how far the logits move from P to Q, exact also where they hardly move.
+def divergence(first: Tensor, change: Tensor) -> Tensor:
+    """``KL(P || Q)`` in nats ``[...]`` from P's log-probabilities and the logits' change to Q's, both ``[..., V]``.
 
-    ``log E_P[exp(c)]`` with ``c`` the change less its mean under P. Subtracting log-probabilities would leave nothing
-    of a KL below their rounding, 1e-8 in float32.
-
-    Args:
-        first: Log-probabilities of P ``[..., V]``; -inf for what never comes.
-        change: Logits of Q less those of P ``[..., V]``, finite.
+    It is ``log E_P[exp(c)]`` with ``c`` the change less its mean under P, exact also where little moves: a difference
+    of log-probabilities leaves nothing of a KL below their rounding, 1e-8 in float32.
     """
     p = first.exp()
     c = change - (p * change).sum(-1, keepdim=True)
@@ -59,16 +56,16 @@ def divergence(first: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
         series = 1 + c / k * series
     far = (first + c).exp() - p * (1 + c)
     excess = torch.where(c.abs() < 0.5, p * (0.5 * c.square() * series), far).sum(-1)
-    kl: torch.Tensor = torch.where(excess < 1, excess.log1p(), (first + c).logsumexp(-1)).clamp_min(0)
+    kl: Tensor = torch.where(excess < 1, excess.log1p(), (first + c).logsumexp(-1)).clamp_min(0)
     return kl
 
 
-def centred(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+def centred(p: Tensor, u: Tensor) -> Tensor:
     """``p (u - sum(p u))``: the covariance's action in the space of logits; centring first loses fewer digits."""
     return p * (u - (p * u).sum(-1, keepdim=True))
 
 
-def entropy(log_probs: torch.Tensor) -> torch.Tensor:
+def entropy(log_probs: Tensor) -> Tensor:
     """Entropy in nats of log-probabilities ``[..., V]``, ``[...]``."""
     p = log_probs.exp()
     return -torch.where(p == 0, 0.0, p * log_probs).sum(-1)  # NaN stays NaN
@@ -78,7 +75,7 @@ ROUNDED = 0.1
 """Share of a target that the rounding of the state may excuse at most."""
 
 
-def rounding(lam: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+def rounding(lam: Tensor, slope: Tensor) -> Tensor:
     """How far a number with the gradient ``slope`` at ``lam`` may be off because the state is rounded, ``[...]``."""
-    size: torch.Tensor = 2 * torch.finfo(lam.dtype).eps * lam.norm(dim=-1) * slope.norm(dim=-1)
+    size: Tensor = 2 * torch.finfo(lam.dtype).eps * lam.norm(dim=-1) * slope.norm(dim=-1)
     return size

@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from lightning_interp.steering.softmax.newton import Family, NewtonResult, Potential, Tolerance, minimise
+from lightning_interp.steering.softmax.newton import Family, NewtonResult, Potential, Tolerance, minimise, rows_of
 
 __all__ = ["DualCurve", "SolverOptions"]
 
@@ -22,8 +23,7 @@ class SolverOptions:
     """How exact a solve is.
 
     Args:
-        rtol: Accepted error of the dual coordinate, relative to the step ``|t| |beta|``; None for 1e-3 in float32 and
-            1e-10 in float64.
+        rtol: Accepted error of the dual coordinate as a share of ``|t| |beta|``; by default 1e-3, in float64 1e-10.
         target_rtol: Accepted relative error of a target that is searched for (KL, odds of the concept).
         max_newton: Newton iterations at most.
         cg_max: Hessian-vector products of one iteration at most.
@@ -58,63 +58,50 @@ class DualCurve:
     """
 
     family: Family
-    lam0: torch.Tensor
-    beta: torch.Tensor
-    z0: torch.Tensor
-    phi0: torch.Tensor
+    lam0: Tensor
+    beta: Tensor
+    z0: Tensor
+    phi0: Tensor
     alpha: float
     options: SolverOptions
 
     @classmethod
     def of(
-        cls,
-        family: Family,
-        lam0: torch.Tensor,
-        beta: torch.Tensor,
-        alpha: float,
-        options: SolverOptions,
-        z0: torch.Tensor | None = None,
+        cls, family: Family, lam0: Tensor, beta: Tensor, alpha: float, options: SolverOptions, z0: Tensor | None = None
     ) -> DualCurve:
         """The curves of a family; ``z0`` are its logits at the starts, where they are known."""
         z0 = family.logits(lam0) if z0 is None else z0
         return cls(family, lam0, beta, z0, family.mean(z0.softmax(-1)), alpha, options)
 
-    def rows(self, index: torch.Tensor) -> DualCurve:
+    def rows(self, index: Tensor) -> DualCurve:
         """The same for some of the rows."""
-        take = getattr(self.family, "rows", None)
-        family = self.family if take is None else take(index)
-        names = ("lam0", "beta", "z0", "phi0")
-        return replace(self, family=family, **{name: getattr(self, name)[index] for name in names})
+        taken = {name: getattr(self, name)[index] for name in ("lam0", "beta", "z0", "phi0")}
+        return replace(self, family=rows_of(self.family, index), **taken)
 
-    def point(self, t: torch.Tensor, start: torch.Tensor | None = None) -> NewtonResult:
+    def point(self, t: Tensor, start: Tensor | None = None) -> NewtonResult:
         """The points at dual steps ``t`` ``[B]``: minima of ``A + alpha/2 |lam - lam0|^2 - (phi0 + t beta) . lam``."""
         potential = Potential(self.family, self.phi0 + t[:, None] * self.beta, self.lam0, self.alpha)
         accepted = self.options.accepted(self.lam0.dtype) * t.abs() * self.beta.norm(dim=-1)
         return self._minimise(potential, self.lam0 if start is None else start, accepted)
 
-    def at_probe(self, c: torch.Tensor, start: torch.Tensor | None = None) -> tuple[NewtonResult, torch.Tensor]:
+    def at_probe(self, c: Tensor, start: Tensor | None = None) -> tuple[NewtonResult, Tensor]:
         """The points at probe values ``beta . lam = c`` ``[B]``, and their dual steps: minima on a hyperplane."""
         length = self.beta.norm(dim=-1, keepdim=True)
         normal = self.beta / length
         base = self.lam0 if start is None else start
         onto = base + normal * ((c - (self.beta * base).sum(-1)) / length[:, 0])[:, None]
         potential = Potential(self.family, self.phi0, self.lam0, self.alpha, normal)
-        accepted = self.options.accepted(base.dtype)
-
-        def tolerance(gradient: torch.Tensor) -> torch.Tensor:
-            size: torch.Tensor = accepted * gradient.norm(dim=-1)  # at the minimum the gradient is t beta
-            return size
-
-        found = self._minimise(potential, onto, tolerance)
+        accepted = self.options.accepted(base.dtype)  # at the minimum the gradient is t beta
+        found = self._minimise(potential, onto, lambda gradient: accepted * gradient.norm(dim=-1))
         return found, (found.gradient * self.beta).sum(-1) / length[:, 0].square()
 
-    def tangent(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def tangent(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """``d lam / d t = (H + alpha I)^-1 beta`` at points of the curves by their logits, and the products it took."""
         p = z.softmax(-1)
         potential = Potential(self.family, self.phi0, self.lam0, self.alpha)
         accepted = 0.05 * self.beta.norm(dim=-1)
         return potential.solve(p, self.beta, tolerance=accepted, max_iterations=self.options.cg_max)
 
-    def _minimise(self, potential: Potential, start: torch.Tensor, tolerance: Tolerance) -> NewtonResult:
+    def _minimise(self, potential: Potential, start: Tensor, tolerance: Tolerance) -> NewtonResult:
         options = self.options
         return minimise(potential, start, tolerance, options.max_newton, options.cg_max, options.hvp_budget)

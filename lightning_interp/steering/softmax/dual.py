@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from lightning_interp.steering.softmax.arithmetic import exact_arithmetic
 from lightning_interp.steering.softmax.curve import DualCurve, SolverOptions
@@ -29,7 +30,7 @@ _COARSE = 2e-2  # of the first pass, on the support alone
 _SUPPORT_BYTES = 2**28
 
 
-def combine(directions: Sequence[torch.Tensor], steps: Sequence[float]) -> torch.Tensor:
+def combine(directions: Sequence[Tensor], steps: Sequence[float]) -> Tensor:
     """One direction for several concepts: dual steps add up, in any order, and are undone by their negatives.
 
     Args:
@@ -44,7 +45,7 @@ def combine(directions: Sequence[torch.Tensor], steps: Sequence[float]) -> torch
 
 def dual_steer(
     geometry: SoftmaxGeometry,
-    lam: torch.Tensor,
+    lam: Tensor,
     direction: Any,
     *,
     pairs: TokenPairs | None = None,
@@ -52,7 +53,7 @@ def dual_steer(
     alpha: float | Literal["auto"] = "auto",
     support: int | None = None,
     options: SolverOptions | None = None,
-    **target: float | torch.Tensor | None,
+    **target: float | Tensor | None,
 ) -> SteerResult:
     """Steer states in the dual coordinate, directly to a target.
 
@@ -62,11 +63,9 @@ def dual_steer(
         direction: ``beta`` ``[d]`` or ``[B, d]``, or a probe (``direction`` and ``bias`` attributes).
         pairs: Tokens of the concept, for ``target_prob``; they are always part of a restricted support.
         bias: Offset ``b`` of the probe, for ``probe_prob``; that of the probe by default.
-        alpha: Regularisation, > 0 (or 0 with a probe target). It decides the direction where the distribution is
-            peaked, and is not scale free; ``auto`` takes the probe's, or else one from the unembedding's spread. The
-            result says which it was.
-        support: Work on so many tokens, certify on all of them, and take four times as many where that fails. None
-            works on the whole vocabulary.
+        alpha: Regularisation, > 0 (or 0 with a probe target); it decides the direction where the distribution is
+            peaked, and is not scale free. ``auto`` takes the probe's, or else one from the unembedding's spread.
+        support: Work on so many tokens, certify on all, and take four times as many where that fails. None: on all.
         options: How exact.
         **target: Exactly one of ``t``, ``probe_value``, ``probe_delta``, ``probe_prob``, ``target_prob``,
             ``kl_budget``; see :class:`Target`.
@@ -115,7 +114,7 @@ def _solve(request: SteerRequest) -> SteerResult:
     return _patched(result, better, again)
 
 
-def _restricted(request: SteerRequest, size: int) -> tuple[RestrictedFamily, torch.Tensor]:
+def _restricted(request: SteerRequest, size: int) -> tuple[RestrictedFamily, Tensor]:
     push, end = request.geometry.logits_change(request.beta), None
     if request.kind == "probe_value":
         step = (request.goal - (request.beta * request.lam).sum(-1)) / request.beta.square().sum(-1)
@@ -128,7 +127,7 @@ def _restricted(request: SteerRequest, size: int) -> tuple[RestrictedFamily, tor
     return restrict(request.geometry, index, request.lam.dtype), index
 
 
-def _reach(request: SteerRequest, family: Family, index: torch.Tensor | None) -> tuple[NewtonResult, torch.Tensor]:
+def _reach(request: SteerRequest, family: Family, index: Tensor | None) -> tuple[NewtonResult, Tensor]:
     z0 = request.z if index is None else request.z.gather(-1, index)
     curve = DualCurve.of(family, request.lam, request.beta, request.alpha, request.options, z0)
     start = None if request.warm is None else request.warm[0]
@@ -147,7 +146,7 @@ def _reach(request: SteerRequest, family: Family, index: torch.Tensor | None) ->
     return found.point, found.t
 
 
-def _odds(request: SteerRequest, index: torch.Tensor | None) -> OddsMeasure:
+def _odds(request: SteerRequest, index: Tensor | None) -> OddsMeasure:
     masks = []
     for ids in request.concept():
         mask = torch.zeros(request.geometry.vocabulary, dtype=torch.bool, device=request.lam.device)
@@ -156,7 +155,7 @@ def _odds(request: SteerRequest, index: torch.Tensor | None) -> OddsMeasure:
     return OddsMeasure(*masks)
 
 
-def _examined(request: SteerRequest, point: NewtonResult, t: torch.Tensor, index: torch.Tensor | None) -> SteerResult:
+def _examined(request: SteerRequest, point: NewtonResult, t: Tensor, index: Tensor | None) -> SteerResult:
     """Diagnostics over the whole vocabulary: three products with the unembedding."""
     geometry, lam = request.geometry, point.lam
     still = t == 0  # nothing moves: the very same values
@@ -171,10 +170,10 @@ def _examined(request: SteerRequest, point: NewtonResult, t: torch.Tensor, index
     return described(request, point, z, t, resid, covered)
 
 
-def _patched(result: SteerResult, better: SteerResult, rows: torch.Tensor) -> SteerResult:
+def _patched(result: SteerResult, better: SteerResult, rows: Tensor) -> SteerResult:
     for name, value in vars(better).items():
         old = getattr(result, name)
-        if isinstance(old, torch.Tensor):
+        if isinstance(old, Tensor):
             old[rows] = value
         elif isinstance(old, list):
             for row, item in zip(rows.tolist(), value, strict=True):

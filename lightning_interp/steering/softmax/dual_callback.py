@@ -8,8 +8,7 @@ from typing import Any
 from lightning_interp.core.callbacks.intervention_callback import Stage
 from lightning_interp.core.callbacks.metered_callback import MeteredCallback
 from lightning_interp.errors import RecipeError
-from lightning_interp.steering.softmax.dual_intervention import DualSteering
-from lightning_interp.steering.softmax.dual_meter import DUAL_MEASURES, DualMeter
+from lightning_interp.steering.softmax.dual_intervention import DUAL_MEASURES, DualMeter, DualSteering
 
 __all__ = ["DualSteeringCallback"]
 

@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_interp.core.hooks.intervention import Attachment, Intervention, hook_site
-from lightning_interp.core.model.fingerprint import check_fingerprint, model_fingerprint, tensor_hash
+from lightning_interp.core.measure.reduced import Sums
+from lightning_interp.core.model.fingerprint import tensor_hash
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.model.widths import check_width
@@ -20,20 +21,46 @@ from lightning_interp.core.tokens.positions import Last, Positions
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import RecipeError
 from lightning_interp.steering.activation.selectors import bind_positions, check_positions, describe_positions
-from lightning_interp.steering.activation.strength import per_row
 from lightning_interp.steering.softmax.curve import SolverOptions
 from lightning_interp.steering.softmax.dual import dual_steer
-from lightning_interp.steering.softmax.dual_meter import DualMeter
 from lightning_interp.steering.softmax.euclidean import euclidean_steer
 from lightning_interp.steering.softmax.geometry import Softcap, SoftmaxGeometry
 from lightning_interp.steering.softmax.implicit import dual_step
-from lightning_interp.steering.softmax.request import Target, TokenPairs, as_numbers
+from lightning_interp.steering.softmax.request import Target, TokenPairs
 from lightning_interp.steering.softmax.result import SteerResult
-from lightning_interp.steering.vectors.reading import as_direction
+from lightning_interp.steering.vectors.reading import as_direction, check_made_for
 
-__all__ = ["DualSteering", "dual_steering"]
+__all__ = ["DUAL_MEASURES", "DualMeter", "DualSteering", "dual_steering"]
 
+DUAL_MEASURES = ("kl", "probe_change", "hvps_per_token", "reached", "certified")
+"""Means over steered tokens: nats, units of the probe, products, shares."""
 _HEAD = Site("unembed_in")
+
+
+class DualMeter(Sums):
+    """Means over the states that were steered; ``last`` is the latest solve."""
+
+    def __init__(self) -> None:
+        super().__init__("tokens", *DUAL_MEASURES)
+        self.last: SteerResult | None = None
+
+    def update(self, found: SteerResult) -> None:
+        """Count one solve."""
+        self.last = found
+        columns = (found.kl, found.probe_after - found.probe_before, found.hvps, found.reached, found.certified)
+        sums = [column.double().sum() for column in columns]
+        self.add(torch.stack([sums[0].new_tensor(float(len(found.lam))), *sums]))
+
+    def compute(self) -> dict[str, float]:
+        """The means so far, and how many ``tokens`` they are over, of all processes, which must all call it."""
+        tokens, *rest = self.totals()
+        means = [value / tokens if tokens else 0.0 for value in rest]
+        return {"tokens": int(tokens), **dict(zip(DUAL_MEASURES, means, strict=True))}
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        super().reset()
+        self.last = None
 
 
 class DualSteering(Intervention):
@@ -51,9 +78,8 @@ class DualSteering(Intervention):
         options: How exact.
         on_softcap: What to do with capped logits: ``error``, or ``ignore`` to steer in the uncapped family.
         check_model: Refuse a probe of another model.
-        **target: Exactly one of ``t``, ``probe_value``, ``probe_delta``, ``probe_prob``, ``target_prob``,
-            ``kl_budget``: a number, or one a row ``[B]``. For free generation use ``kl_budget``: a fixed ``t`` moves a
-            state at which the concept is irrelevant as far as one at which it matters.
+        **target: One of those of ``dual_steer``: a number, or one a row ``[B]``. For free generation use ``kl_budget``:
+            a fixed ``t`` moves a state at which the concept is irrelevant as far as one at which it matters.
 
     Attributes:
         meter: What the steered tokens cost and how far they moved.
@@ -64,10 +90,9 @@ class DualSteering(Intervention):
 
     Example:
         >>> from lightning_interp.testing import tiny_model
-        >>> model, ids = tiny_model("llama"), torch.arange(6)[None]
         >>> steer = DualSteering(torch.ones(32), kl_budget=0.1)
-        >>> with steer.attach(model):
-        ...     steered = model(ids).logits
+        >>> with steer.attach(model := tiny_model("llama")):
+        ...     steered = model(torch.arange(6)[None]).logits
         >>> round(steer.meter.compute()["kl"], 3)
         0.1
     """
@@ -86,7 +111,7 @@ class DualSteering(Intervention):
         options: SolverOptions | None = None,
         on_softcap: Softcap = "error",
         check_model: bool = True,
-        **target: float | torch.Tensor | None,
+        **target: float | Tensor | None,
     ) -> None:
         if method not in ("dual", "euclidean"):
             raise RecipeError(f"DualSteering(method={method!r}) is unknown; expected 'dual' or 'euclidean'.")
@@ -95,7 +120,7 @@ class DualSteering(Intervention):
                 "DualSteering(on_softcap='pullback'): a softcapped head has no dual coordinate to steer to. Use "
                 "'ignore', or algorithm1() on states of your own."
             )
-        self.direction = as_direction(direction if isinstance(direction, torch.Tensor) else direction.direction)
+        self.direction = as_direction(direction if isinstance(direction, Tensor) else direction.direction)
         self.probe = direction
         self.pairs, self.method, self.alpha, self.support = pairs, method, alpha, support
         self.target = Target(**target)
@@ -117,10 +142,8 @@ class DualSteering(Intervention):
         """
         super().check(model_map)
         check_width(model_map, _HEAD, len(self.direction), what="DualSteering's direction")
-        expected = getattr(self.probe, "fingerprint", None)
-        if self.check_model and expected is not None:
-            name = type(model_map.model).__name__
-            check_fingerprint(model_fingerprint(model_map), expected, what="DualSteering's probe", model=name)
+        if self.check_model:
+            check_made_for(model_map, getattr(self.probe, "fingerprint", None), what="DualSteering's probe")
 
     def install(self, attachment: Attachment) -> None:
         """Read the head, and hook its input."""
@@ -128,7 +151,7 @@ class DualSteering(Intervention):
         positions = bind_positions(self.positions, attachment, (_HEAD,))
         hook_site(attachment, _HEAD, partial(self._act, geometry, positions))
 
-    def transform(self, site: Site, x: torch.Tensor, step: StepContext) -> torch.Tensor:
+    def transform(self, site: Site, x: Tensor, step: StepContext) -> Tensor:
         """Not used alone: steering needs the head that :meth:`install` reads.
 
         Raises:
@@ -146,13 +169,12 @@ class DualSteering(Intervention):
             >>> DualSteering(torch.ones(4), kl_budget=0.5).describe()["target"]
             {'kl_budget': 0.5}
         """
-        value = as_numbers(getattr(self.target, self.target.kind))
         plain: dict[str, Any] = jsonable(
             {
                 "kind": type(self).__name__,
                 "method": self.method,
                 "sites": [str(_HEAD)],
-                "target": {self.target.kind: value.tolist()},
+                "target": {self.target.kind: self.target.numbers.tolist()},
                 "positions": describe_positions(self.positions),
                 "alpha": self.alpha,
                 "support": self.support,
@@ -162,7 +184,7 @@ class DualSteering(Intervention):
         )
         return plain
 
-    def solve(self, geometry: SoftmaxGeometry, lam: torch.Tensor, goal: torch.Tensor) -> SteerResult:
+    def solve(self, geometry: SoftmaxGeometry, lam: Tensor, goal: Tensor) -> SteerResult:
         """Steer states ``[N, d]`` to goals ``[N]``."""
         target: dict[str, Any] = {self.target.kind: goal}
         if self.method == "euclidean":
@@ -173,9 +195,8 @@ class DualSteering(Intervention):
         )  # fmt: skip
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _act(self, geometry: SoftmaxGeometry, positions: Positions, x: torch.Tensor, step: StepContext) -> torch.Tensor:
-        goals = as_numbers(getattr(self.target, self.target.kind)).to(x.device)
-        goal = per_row(goals, x.shape[0], what="DualSteering's target")[:, 0].expand(x.shape[0], x.shape[1])
+    def _act(self, geometry: SoftmaxGeometry, positions: Positions, x: Tensor, step: StepContext) -> Tensor:
+        goal = self.target.values(len(x), self.target.numbers.dtype, x.device)[:, None].expand(x.shape[:2])
         mask = step.choose(positions, x).to(x.device)
         if self.target.kind in ("t", "probe_delta", "kl_budget"):
             mask = mask & (goal != 0)
@@ -189,7 +210,7 @@ class DualSteering(Intervention):
         new[mask] = steered.to(x.dtype)
         return new
 
-    def _differentiable(self, geometry: SoftmaxGeometry, lam: torch.Tensor, found: SteerResult) -> torch.Tensor:
+    def _differentiable(self, geometry: SoftmaxGeometry, lam: Tensor, found: SteerResult) -> Tensor:
         """The same point with gradients, at the step that was found."""
         shift = found.t[:, None] * self.direction.to(found.lam)
         if self.method == "euclidean":

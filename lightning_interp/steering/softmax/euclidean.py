@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_interp.steering.softmax.arithmetic import divergence, exact_arithmetic
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
@@ -20,12 +21,12 @@ _DOUBLINGS, _HALVINGS = 60, 60
 
 def euclidean_steer(
     geometry: SoftmaxGeometry,
-    lam: torch.Tensor,
+    lam: Tensor,
     direction: Any,
     *,
     pairs: TokenPairs | None = None,
     bias: float | None = None,
-    **target: float | torch.Tensor | None,
+    **target: float | Tensor | None,
 ) -> SteerResult:
     """Ordinary steering ``lam + t beta`` at the same targets as :func:`dual_steer`, for comparison.
 
@@ -55,16 +56,11 @@ def euclidean_steer(
         return SteerResult.joined([_walk_straight(request.rows(index)) for index in chunks])
 
 
-def line_step(
-    measure: Callable[[torch.Tensor], torch.Tensor], goal: torch.Tensor, *, first: float = 1.0
-) -> torch.Tensor:
-    """The steps ``[B]`` along a line at which a growing measure has the wanted values, by doubling and halving.
-
-    The first step has the length ``first``; a goal out of reach gives the step of the nearest value that was seen.
-    """
+def line_step(measure: Callable[[Tensor], Tensor], goal: Tensor) -> Tensor:
+    """The steps ``[B]`` at which a growing measure has its goal, or comes nearest to it, by doubling and halving."""
     start = measure(torch.zeros_like(goal))
     sign = torch.where(start < goal, 1.0, -1.0).to(goal)
-    near, far = torch.zeros_like(goal), sign * first
+    near, far = torch.zeros_like(goal), sign
     best, best_error = near.clone(), (start - goal).abs()
     for _ in range(_DOUBLINGS):
         value = measure(far)
@@ -106,7 +102,7 @@ def _walk_straight(request: SteerRequest) -> SteerResult:
     return result
 
 
-def _step_on_line(request: SteerRequest, push: torch.Tensor) -> torch.Tensor:
+def _step_on_line(request: SteerRequest, push: Tensor) -> Tensor:
     measure, sign = _measure_on_line(request, push)
     goal = request.goal
     t = sign * line_step(lambda step: measure(sign * step), goal)
@@ -117,14 +113,14 @@ def _step_on_line(request: SteerRequest, push: torch.Tensor) -> torch.Tensor:
     return torch.where((error > 1e-3 * goal * (1 - goal)) & (error_back < error), back, t)
 
 
-def _measure_on_line(request: SteerRequest, push: torch.Tensor) -> tuple[Any, torch.Tensor]:
+def _measure_on_line(request: SteerRequest, push: Tensor) -> tuple[Any, Tensor]:
     """What is to be reached as a function of the step, and the sign of the step with which it grows, a row."""
     if request.kind == "kl_budget":
         first = request.z.log_softmax(-1)
         return lambda t: torch.sign(t) * divergence(first, t[:, None] * push), torch.ones_like(request.goal)
     base, target = request.concept()
 
-    def probability(t: torch.Tensor) -> torch.Tensor:
+    def probability(t: Tensor) -> Tensor:
         z = request.z + t[:, None] * push
         return (z[:, target].logsumexp(-1) - z[:, base].logsumexp(-1)).sigmoid()
 

@@ -1,8 +1,8 @@
 """The information geometry of the softmax: dual coordinates, Hessian-vector products, divergences, geodesics.
 
-At the last hidden state ``lam`` a language model's next-token distribution is an exponential family,
-``p(y) = exp(lam . g_y - A(lam))``. Everything here follows from its log-normaliser ``A`` (Park, Nief, Choe, Veitch,
-*The Information Geometry of Softmax*, arXiv 2602.15293, sections 1 and 2).
+At the last hidden state ``lam`` a language model's next-token distribution is an exponential family, ``p(y) = exp(lam .
+g_y - A(lam))``. Everything here follows from its log-normaliser ``A`` (Park, Nief, Choe, Veitch, *The Information
+Geometry of Softmax*, arXiv 2602.15293, sections 1 and 2).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_interp.core.model.head import SoftmaxHead, read_head
 from lightning_interp.core.model.model_map import ModelMap
@@ -37,8 +37,8 @@ class SoftmaxGeometry:
         bias: ``[V]`` or None; a base measure, which changes nothing of the theory.
         scale: Factor of all logits.
         softcap: ``s`` of ``s tanh(z / s)``, or None. A softcapped head is no exponential family.
-        on_softcap: ``error`` refuses one, ``ignore`` works in the uncapped family, ``pullback`` gives only
-            :meth:`hvp` (the Fisher matrix of the capped distribution), for the stepwise path.
+        on_softcap: ``error`` refuses one, ``ignore`` works in the uncapped family, ``pullback`` gives only :meth:`hvp`
+            (the Fisher matrix of the capped distribution), for the stepwise path.
         name: For messages.
 
     Raises:
@@ -48,8 +48,6 @@ class SoftmaxGeometry:
     Example:
         >>> geometry = SoftmaxGeometry(torch.tensor([[1.0, 0.5], [-1.0, 0.5], [0.5, -1.0]]))
         >>> lam = torch.tensor([0.3, -0.2])
-        >>> torch.allclose(geometry.dual(lam), geometry.probs(lam) @ geometry.weight)
-        True
         >>> moved = geometry.inverse_dual(geometry.dual(lam), alpha=0.0)
         >>> torch.allclose(moved, lam, atol=1e-4)
         True
@@ -57,8 +55,8 @@ class SoftmaxGeometry:
 
     def __init__(
         self,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None = None,
+        weight: Tensor,
+        bias: Tensor | None = None,
         *,
         scale: float = 1.0,
         softcap: float | None = None,
@@ -90,7 +88,7 @@ class SoftmaxGeometry:
             )
         self.weight, self.bias, self.scale = weight.detach(), None if bias is None else bias.detach(), float(scale)
         self.softcap, self.on_softcap, self.name = softcap, on_softcap, name
-        self._copies: dict[tuple[torch.dtype, torch.device], tuple[int, torch.Tensor]] = {}
+        self._copies: dict[tuple[torch.dtype, torch.device], tuple[int, Tensor]] = {}
 
     @classmethod
     def from_model(
@@ -110,8 +108,7 @@ class SoftmaxGeometry:
             IncompatibleModelError: If the logits are no function of the head's input that this geometry knows.
             SiteError: If the model has no head.
         """
-        head = read_head(model)
-        return cls.from_head(head, on_softcap=on_softcap, vocab_size=vocab_size)
+        return cls.from_head(read_head(model), on_softcap=on_softcap, vocab_size=vocab_size)
 
     @classmethod
     def from_head(
@@ -145,9 +142,9 @@ class SoftmaxGeometry:
     def resolve_alpha(self, alpha: float | Literal["auto"], *, kappa: float = 5.0) -> float:
         """A number for ``alpha="auto"``: ``kappa`` times :attr:`spread`.
 
-        ``alpha`` is not scale free: multiplying the unembedding by ``s`` asks for ``s^2 alpha``. The default
-        ``kappa`` is this package's choice, not the paper's: with a tenth of it, SmolLM2-135M meets a probe value
-        along directions that no likely token feels.
+        ``alpha`` is not scale free: multiplying the unembedding by ``s`` asks for ``s^2 alpha``. The default ``kappa``
+        is this package's choice, not the paper's: with a tenth of it, SmolLM2-135M meets a probe value along directions
+        that no likely token feels.
 
         Raises:
             IncompatibleModelError: If all rows of the unembedding are equal.
@@ -161,7 +158,7 @@ class SoftmaxGeometry:
             )
         return kappa * self.spread
 
-    def check_state(self, *tensors: torch.Tensor) -> None:
+    def check_state(self, *tensors: Tensor) -> None:
         """Refuse states or directions of another width.
 
         Raises:
@@ -176,54 +173,54 @@ class SoftmaxGeometry:
 
     # Coordinates
 
-    def logits(self, lam: torch.Tensor) -> torch.Tensor:
+    def logits(self, lam: Tensor) -> Tensor:
         """Logits of the family ``[..., V]`` (uncapped, if capping is ignored)."""
         z = self.logits_change(lam)
         return z if self.bias is None else z + self.scale * self.bias.to(z)
 
-    def logits_change(self, v: torch.Tensor) -> torch.Tensor:
+    def logits_change(self, v: Tensor) -> Tensor:
         """How far the logits move when the state moves by ``v``, ``[..., V]``."""
         self.check_state(v)
         with exact_arithmetic(v.device):
             return self.scale * (v.to(self._dtype(v)) @ self._rows(v).T)
 
-    def mean(self, weights: torch.Tensor) -> torch.Tensor:
+    def mean(self, weights: Tensor) -> Tensor:
         """Weighted sum of the logits' gradients, ``[..., V] -> [..., d]``."""
         with exact_arithmetic(weights.device):
             return self.scale * (weights @ self._rows(weights))
 
-    def gradients(self, index: torch.Tensor) -> torch.Tensor:
+    def gradients(self, index: Tensor) -> Tensor:
         """Gradients of the logits of some tokens, ``[...] -> [..., d]``."""
         return self.scale * self.weight[index].to(self._dtype())
 
-    def log_probs(self, lam: torch.Tensor) -> torch.Tensor:
+    def log_probs(self, lam: Tensor) -> Tensor:
         """Log-probabilities of the family, ``[..., V]``."""
         return self.logits(lam).log_softmax(-1)
 
-    def probs(self, lam: torch.Tensor) -> torch.Tensor:
+    def probs(self, lam: Tensor) -> Tensor:
         """Probabilities of the family, ``[..., V]``."""
         return self.logits(lam).softmax(-1)
 
-    def model_log_probs(self, lam: torch.Tensor) -> torch.Tensor:
+    def model_log_probs(self, lam: Tensor) -> Tensor:
         """Log-probabilities that the model itself gives, capped where it caps, ``[..., V]``."""
         return self.capped(self.logits(lam)).log_softmax(-1)
 
-    def capped(self, z: torch.Tensor) -> torch.Tensor:
+    def capped(self, z: Tensor) -> Tensor:
         """The model's logits from the family's, which are the same unless it caps them, ``[..., V]``."""
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
-    def log_norm(self, lam: torch.Tensor) -> torch.Tensor:
+    def log_norm(self, lam: Tensor) -> Tensor:
         """Log-normaliser ``A(lam)``, ``[...]``."""
         return self.logits(lam).logsumexp(-1)
 
-    def dual(self, lam: torch.Tensor, *, alpha: float = 0.0) -> torch.Tensor:
+    def dual(self, lam: Tensor, *, alpha: float = 0.0) -> Tensor:
         """Dual coordinate ``grad A = E[g]`` ``[..., d]`` (section 2 of the paper), plus ``alpha lam``."""
         self._need_family("dual()")
         flat = lam.reshape(-1, lam.shape[-1])
         found = torch.cat([self.mean(self.probs(part)) for part in torch.split(flat, self.max_rows)])
         return found.reshape(lam.shape) + alpha * lam.to(found)
 
-    def hvp(self, lam: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def hvp(self, lam: Tensor, v: Tensor) -> Tensor:
         """Fisher information at a state times a vector, ``Cov[g] v`` ``[..., d]``; of a capped head pulled back."""
         self.check_state(lam, v)
         p, v = self._fisher_weights(lam), v.to(self._dtype(lam, v))
@@ -232,38 +229,38 @@ class SoftmaxGeometry:
             return self.mean(slope * centred(p, slope * self.logits_change(v)))
         return self.mean(centred(p, self.logits_change(v)))
 
-    def fisher_norm(self, lam: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def fisher_norm(self, lam: Tensor, v: Tensor) -> Tensor:
         """Length of ``v`` in the Fisher metric at ``lam``, ``[...]``."""
         p, u = self._fisher_weights(lam), self.logits_change(v.to(self._dtype(lam, v)))
         if self.on_softcap == "pullback" and self.softcap is not None:
             u = u * (1 - torch.tanh(self.logits(lam) / self.softcap).square())
         return (centred(p, u) * u).sum(-1).clamp_min(0).sqrt()
 
-    def kl(self, lam0: torch.Tensor, lam1: torch.Tensor) -> torch.Tensor:
+    def kl(self, lam0: Tensor, lam1: Tensor) -> Tensor:
         """``KL(P_lam0 || P_lam1)`` in nats of the model's own (capped) distributions, ``[...]``."""
         first, second = (lam.to(self._dtype(lam0, lam1)) for lam in (lam0, lam1))
         return self.kl_of_move(self.logits(first), self.logits(second), self.logits_change(second - first))
 
-    def kl_of_move(self, z0: torch.Tensor, z1: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    def kl_of_move(self, z0: Tensor, z1: Tensor, change: Tensor) -> Tensor:
         """:meth:`kl` from the family's logits at both ends and their difference, which is exact as an argument."""
         if self.softcap is not None:  # tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b)
             share = 1 - torch.tanh(z0 / self.softcap) * torch.tanh(z1 / self.softcap)
             change = self.softcap * torch.tanh(change / self.softcap) * share
         return divergence(self.capped(z0).log_softmax(-1), change)
 
-    def entropy(self, lam: torch.Tensor) -> torch.Tensor:
+    def entropy(self, lam: Tensor) -> Tensor:
         """Entropy of the model's own distribution in nats, ``[...]``."""
         return entropy(self.model_log_probs(lam))
 
     # Back from dual coordinates
 
     def inverse_dual(
-        self, y: torch.Tensor, *, alpha: float = 0.0, start: torch.Tensor | None = None, rtol: float | None = None
-    ) -> torch.Tensor:
+        self, y: Tensor, *, alpha: float = 0.0, start: Tensor | None = None, rtol: float | None = None
+    ) -> Tensor:
         """The state whose dual coordinate ``dual(lam, alpha=alpha)`` is ``y``, ``[..., d]``.
 
-        With ``alpha > 0`` there is exactly one for every ``y``. With ``alpha = 0`` only points inside the convex hull
-        of the unembedding's rows have one.
+        With ``alpha > 0`` there is exactly one for every ``y``, with 0 only inside the convex hull of the unembedding's
+        rows.
 
         Args:
             y: Regularised dual coordinates ``[..., d]``.
@@ -288,7 +285,7 @@ class SoftmaxGeometry:
         return found.lam.reshape(y.shape)
 
     def solve_dual(
-        self, y: torch.Tensor, *, alpha: float = 0.0, start: torch.Tensor | None = None, rtol: float | None = None
+        self, y: Tensor, *, alpha: float = 0.0, start: Tensor | None = None, rtol: float | None = None
     ) -> NewtonResult:
         """:meth:`inverse_dual` with its diagnostics, and without the error; rows are flattened to ``[N, d]``."""
         self._need_family("inverse_dual()")
@@ -309,7 +306,7 @@ class SoftmaxGeometry:
             found.put(rows, again, torch.arange(len(rows), device=rows.device))
         return self._judged(found, flat, alpha, accepted * size)
 
-    def _judged(self, found: NewtonResult, y: torch.Tensor, alpha: float, accepted: torch.Tensor) -> NewtonResult:
+    def _judged(self, found: NewtonResult, y: Tensor, alpha: float, accepted: Tensor) -> NewtonResult:
         """Residuals of the states that are returned, and no convergence where they are too large."""
         found.residual = (self.dual(found.lam, alpha=alpha) - y).norm(dim=-1)
         rounded = 64 * torch.finfo(y.dtype).eps * (y.norm(dim=-1) + alpha * found.lam.norm(dim=-1))
@@ -317,17 +314,17 @@ class SoftmaxGeometry:
         found.reason = torch.where(wrong, REASONS.index("stalled"), found.reason)
         return found
 
-    def _solve(self, y: torch.Tensor, start: torch.Tensor, alpha: float, accepted: torch.Tensor) -> NewtonResult:
+    def _solve(self, y: Tensor, start: Tensor, alpha: float, accepted: Tensor) -> NewtonResult:
         potential = Potential(self, linear=y, centre=torch.zeros_like(y), alpha=alpha)
         return minimise(potential, start, tolerance=accepted, max_newton=100, cg_max=4 * self.width + 20)
 
     # Two kinds of straight line
 
-    def e_geodesic(self, lam0: torch.Tensor, lam1: torch.Tensor, t: float) -> torch.Tensor:
+    def e_geodesic(self, lam0: Tensor, lam1: Tensor, t: float) -> Tensor:
         """Straight line in the state: keeps what both ends share (paper 2.2)."""
         return (1 - t) * lam0 + t * lam1
 
-    def m_geodesic(self, lam0: torch.Tensor, lam1: torch.Tensor, t: float, *, alpha: float = 0.0) -> torch.Tensor:
+    def m_geodesic(self, lam0: Tensor, lam1: Tensor, t: float, *, alpha: float = 0.0) -> Tensor:
         """Straight line in the dual coordinate: matches the moments of the two ends' mixture (paper 2.2)."""
         y = (1 - t) * self.dual(lam0, alpha=alpha) + t * self.dual(lam1, alpha=alpha)
         return self.inverse_dual(y, alpha=alpha, start=self.e_geodesic(lam0, lam1, t))
@@ -339,10 +336,10 @@ class SoftmaxGeometry:
         """States that are worked on at a time, so that ``[rows, V]`` buffers stay small."""
         return max(1, _CHUNK_BYTES // (8 * self.vocabulary))
 
-    def _dtype(self, *tensors: torch.Tensor) -> torch.dtype:
+    def _dtype(self, *tensors: Tensor) -> torch.dtype:
         return working_dtype(self.weight, *tensors)
 
-    def _rows(self, like: torch.Tensor) -> torch.Tensor:
+    def _rows(self, like: Tensor) -> Tensor:
         """The weight in the working dtype; a converted copy is kept until the weight changes."""
         key = (self._dtype(like), like.device)
         if key == (self.weight.dtype, self.weight.device):
@@ -353,7 +350,7 @@ class SoftmaxGeometry:
             self._copies[key] = (self.weight._version, copy)
         return copy
 
-    def _fisher_weights(self, lam: torch.Tensor) -> torch.Tensor:
+    def _fisher_weights(self, lam: Tensor) -> Tensor:
         return self.model_log_probs(lam).exp() if self.on_softcap == "pullback" else self.probs(lam)
 
     def _need_family(self, what: str) -> None:

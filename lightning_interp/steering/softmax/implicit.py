@@ -1,7 +1,7 @@
 """Gradients through a dual step: one linear solve, whatever the forward solve took.
 
-A point of the curve is defined by ``phi_a(lam) = phi_a(lam0) + shift``, so by the implicit function theorem
-``d lam / d shift = (H + alpha I)^-1`` and ``d lam / d lam0 = (H + alpha I)^-1 (H0 + alpha I)``.
+A point of the curve is defined by ``phi_a(lam) = phi_a(lam0) + shift``, so by the implicit function theorem ``d lam / d
+shift = (H + alpha I)^-1`` and ``d lam / d lam0 = (H + alpha I)^-1 (H0 + alpha I)``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_interp.errors import IncompatibleModelError
 from lightning_interp.steering.softmax.arithmetic import exact_arithmetic
@@ -22,17 +23,15 @@ __all__ = ["dual_step"]
 
 def dual_step(
     geometry: SoftmaxGeometry,
-    lam: torch.Tensor,
-    shift: torch.Tensor,
+    lam: Tensor,
+    shift: Tensor,
     *,
     alpha: float,
     rtol: float | None = None,
     cg_max: int = 200,
-    solved: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Move the dual coordinate by ``shift``, with gradients to the state and to the shift.
-
-    The head's weight is a constant: nothing flows back into it.
+    solved: Tensor | None = None,
+) -> Tensor:
+    """Move the dual coordinate by ``shift``, with gradients to the state and to the shift, none to the head's weight.
 
     Args:
         geometry: Of the head.
@@ -58,7 +57,7 @@ def dual_step(
     """
     moved = shift.expand_as(lam) if shift.dim() < lam.dim() else shift
     step: Any = _DualStep.apply  # typed in some versions of torch only
-    found: torch.Tensor = step(lam, moved, geometry, float(alpha), rtol, cg_max, solved)
+    found: Tensor = step(lam, moved, geometry, float(alpha), rtol, cg_max, solved)
     return found
 
 
@@ -66,14 +65,14 @@ class _DualStep(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        lam: torch.Tensor,
-        shift: torch.Tensor,
+        lam: Tensor,
+        shift: Tensor,
         geometry: SoftmaxGeometry,
         alpha: float,
         rtol: float | None,
         cg_max: int,
-        solved: torch.Tensor | None,
-    ) -> torch.Tensor:
+        solved: Tensor | None,
+    ) -> Tensor:
         still = (shift == 0).all(-1)
         end = _solved(geometry, lam, shift, still, alpha, rtol) if solved is None else solved
         ctx.save_for_backward(lam, end)
@@ -81,7 +80,7 @@ class _DualStep(torch.autograd.Function):
         return torch.where(still[:, None], lam, end.to(lam.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         lam0, lam = ctx.saved_tensors
         geometry, alpha = ctx.geometry, ctx.alpha
         incoming = grad.to(lam.dtype)
@@ -103,13 +102,8 @@ class _DualStep(torch.autograd.Function):
 
 
 def _solved(
-    geometry: SoftmaxGeometry,
-    lam: torch.Tensor,
-    shift: torch.Tensor,
-    still: torch.Tensor,
-    alpha: float,
-    rtol: float | None,
-) -> torch.Tensor:
+    geometry: SoftmaxGeometry, lam: Tensor, shift: Tensor, still: Tensor, alpha: float, rtol: float | None
+) -> Tensor:
     direction = torch.where(still[:, None], torch.ones_like(shift), shift)
     found = dual_steer(geometry, lam, direction, t=(~still).to(lam), alpha=alpha, options=SolverOptions(rtol=rtol))
     if not bool(found.reached.all()):

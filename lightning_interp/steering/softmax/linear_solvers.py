@@ -10,30 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 __all__ = ["conjugate_gradient", "likely_inverse", "solve_dense"]
 
-Map = Callable[[torch.Tensor], torch.Tensor]
+Map = Callable[[Tensor], Tensor]
 
 
 def conjugate_gradient(
-    product: Map,
-    b: torch.Tensor,
-    *,
-    tolerance: torch.Tensor,
-    max_iterations: int,
-    inverse: Map | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    product: Map, b: Tensor, *, tolerance: Tensor, max_iterations: int, inverse: Map | None = None, least: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Solve ``M x = b`` for each row, ``M`` symmetric and positive: ``x`` ``[B, d]``, and each row's products ``[B]``.
 
-    Rows that are done are frozen while the others go on, so one product serves all.
-
-    Args:
-        product: ``M v`` for ``[B, d]``.
-        b: Right-hand sides ``[B, d]``.
-        tolerance: Residual norm at which a row is done, ``[B]``.
-        max_iterations: Products at most.
-        inverse: An approximate inverse of ``M``, symmetric and positive, to precondition with.
+    Rows that are done, by their residual's norm or a curvature not above ``least``, are frozen while the others go on,
+    so one product ``M v`` serves all. ``inverse`` preconditions: nearly that of ``M``, symmetric and positive.
     """
     x, residual = torch.zeros_like(b), b.clone()
     direction, square = _preconditioned(inverse, residual)
@@ -45,7 +35,7 @@ def conjugate_gradient(
         image = product(direction)
         curvature = (direction * image).sum(-1)
         used += live
-        live = live & (curvature > 0)
+        live = live & (curvature > least)
         length = torch.where(live, square / curvature, torch.zeros_like(square))[:, None]
         x += length * direction
         residual -= length * image
@@ -57,7 +47,7 @@ def conjugate_gradient(
     return x, used
 
 
-def _preconditioned(inverse: Map | None, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _preconditioned(inverse: Map | None, residual: Tensor) -> tuple[Tensor, Tensor]:
     """``P r`` and ``r . P r``, with ``P = I`` for rows where rounding made it no positive map."""
     plain = residual.square().sum(-1)
     if inverse is None:
@@ -68,16 +58,11 @@ def _preconditioned(inverse: Map | None, residual: torch.Tensor) -> tuple[torch.
     return torch.where(usable[:, None], ahead, residual), torch.where(usable, square, plain)
 
 
-def likely_inverse(rows: torch.Tensor, p: torch.Tensor, alpha: float, normal: torch.Tensor | None = None) -> Map | None:
-    """The inverse of ``H + alpha I`` as if only some tokens were there, for preconditioning: a map of ``[B, d]``.
+def likely_inverse(rows: Tensor, p: Tensor, alpha: float, normal: Tensor | None = None) -> Map | None:
+    """The inverse of ``H + alpha I`` as if only some tokens were there, a map of ``[B, d]``, for preconditioning.
 
-    None where there is none to be had: without regularisation, or beyond rounding.
-
-    Args:
-        rows: Gradients of the logits of each row's likeliest tokens ``[B, K, d]``.
-        p: Their probabilities ``[B, K]``, of all tokens' sum.
-        alpha: Regularisation.
-        normal: Unit vectors ``[B, d]`` at right angles to which the system lives; None for all of space.
+    They are each row's likeliest, by the gradients of their logits ``[B, K, d]`` and their probabilities ``[B, K]``;
+    with ``normal`` ``[B, d]`` the system lives at right angles to it. None without regularisation, or beyond rounding.
     """
     if alpha <= 0:
         return None
@@ -91,7 +76,7 @@ def likely_inverse(rows: torch.Tensor, p: torch.Tensor, alpha: float, normal: to
     if bool(failed.any()):
         return None
 
-    def inverse(v: torch.Tensor) -> torch.Tensor:
+    def inverse(v: Tensor) -> Tensor:
         inside = torch.cholesky_solve(scaled @ v.to(wide)[..., None], factor)
         return ((v - (scaled.mT @ inside)[..., 0]) / alpha).to(v.dtype)
 
@@ -100,7 +85,7 @@ def likely_inverse(rows: torch.Tensor, p: torch.Tensor, alpha: float, normal: to
     raised = inverse(normal)
     height = (normal * raised).sum(-1, keepdim=True)
 
-    def constrained(v: torch.Tensor) -> torch.Tensor:
+    def constrained(v: Tensor) -> Tensor:
         x = inverse(v)
         x = x - raised * ((normal * x).sum(-1, keepdim=True) / height)
         return x - normal * (normal * x).sum(-1, keepdim=True)  # rounding of the large x above
@@ -108,7 +93,7 @@ def likely_inverse(rows: torch.Tensor, p: torch.Tensor, alpha: float, normal: to
     return constrained
 
 
-def solve_dense(weight: torch.Tensor, p: torch.Tensor, v: torch.Tensor, alpha: float) -> torch.Tensor:
+def solve_dense(weight: Tensor, p: Tensor, v: Tensor, alpha: float) -> Tensor:
     """Form the covariance of rows ``[V, d]`` under ``p``, factor it (Cholesky) and solve for ``v`` ``[d]``."""
     rows = weight - p @ weight
     covariance = (rows * p[:, None]).T @ rows

@@ -10,73 +10,74 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 import torch
+from torch import Tensor
 
 from lightning_interp.steering.softmax.arithmetic import centred, exact_arithmetic
 from lightning_interp.steering.softmax.linear_solvers import Map, conjugate_gradient, likely_inverse
 
-__all__ = ["REASONS", "Family", "NewtonResult", "Potential", "Tolerance", "minimise"]
+__all__ = ["REASONS", "Family", "NewtonResult", "Potential", "Tolerance", "minimise", "rows_of"]
 
 REASONS = ("converged", "stalled", "max_iter", "budget", "unreachable", "rounding", "max_search")
 """Why a row stopped, by code; the last three are of a search for a step whose points all converged."""
 _CONVERGED, _STALLED, _MAX_ITER, _BUDGET = range(4)
+_COLUMNS = ("lam", "gradient", "residual", "reason", "newton", "hvps")
 _ARMIJO, _FLAT, _SEARCHES = 1e-4, 0.1, 30
 _LIKELY = 64  # tokens of which the curvature is inverted exactly, to precondition; that costs about one product
-Tolerance = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
+Tolerance = Tensor | Callable[[Tensor], Tensor]
+
+
+T = TypeVar("T")
+
+
+def rows_of(part: T, index: Tensor) -> T:
+    """A part of a batch's problem for some of its rows; what has no rows of its own serves them all."""
+    take: Callable[[Tensor], T] | None = getattr(part, "rows", None)
+    return part if take is None else take(index)
 
 
 class Family(Protocol):
     """An exponential family over some tokens, for ``B`` states at once."""
 
-    def logits(self, lam: torch.Tensor) -> torch.Tensor:
+    def logits(self, lam: Tensor) -> Tensor:
         """``[B, d] -> [B, K]``."""
 
-    def logits_change(self, v: torch.Tensor) -> torch.Tensor:
+    def logits_change(self, v: Tensor) -> Tensor:
         """Linear part of :meth:`logits`, ``[B, d] -> [B, K]``."""
 
-    def mean(self, weights: torch.Tensor) -> torch.Tensor:
+    def mean(self, weights: Tensor) -> Tensor:
         """Its transpose, ``[B, K] -> [B, d]``."""
 
-    def gradients(self, index: torch.Tensor) -> torch.Tensor:
+    def gradients(self, index: Tensor) -> Tensor:
         """Gradients of the logits in columns ``index`` ``[B, k]``: ``[B, k, d]``."""
 
 
 @dataclass
 class Potential:
-    """``A(lam) - linear . lam + alpha/2 |lam - centre|^2``, rows at once.
-
-    Args:
-        family: Gives ``A``.
-        linear: ``q`` ``[B, d]``.
-        centre: ``m`` ``[B, d]``.
-        alpha: Regularisation, >= 0.
-        normal: Unit vectors ``[B, d]``: only moves at right angles to them are allowed. None for all moves.
-    """
+    """``A(lam) - linear . lam + alpha/2 |lam - centre|^2`` for rows ``[B, d]``, moved at right angles to ``normal``."""
 
     family: Family
-    linear: torch.Tensor
-    centre: torch.Tensor
+    linear: Tensor
+    centre: Tensor
     alpha: float
-    normal: torch.Tensor | None = None
+    normal: Tensor | None = None
 
-    def rows(self, index: torch.Tensor) -> Potential:
+    def rows(self, index: Tensor) -> Potential:
         """The same for some of the rows."""
-        take = getattr(self.family, "rows", None)
-        family = self.family if take is None else take(index)
         normal = None if self.normal is None else self.normal[index]
-        return Potential(family, self.linear[index], self.centre[index], self.alpha, normal)
+        return Potential(rows_of(self.family, index), self.linear[index], self.centre[index], self.alpha, normal)
 
-    def gradient(self, p: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
+    def gradient(self, p: Tensor, lam: Tensor) -> Tensor:
         """Of the potential in all of space, ``[B, d]``."""
         return self.family.mean(p) - self.linear + self.alpha * (lam - self.centre)
 
-    def allowed(self, v: torch.Tensor) -> torch.Tensor:
+    def allowed(self, v: Tensor) -> Tensor:
         """The part of ``v`` that is an allowed move."""
         return v if self.normal is None else v - self.normal * (v * self.normal).sum(-1, keepdim=True)
 
-    def curvature(self, p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def curvature(self, p: Tensor, v: Tensor) -> Tensor:
         """Hessian times an allowed move, ``[B, d]``."""
         own = getattr(self.family, "curvature", None)
         if own is not None:
@@ -84,9 +85,7 @@ class Potential:
         u = self.family.logits_change(v)
         return self.allowed(self.family.mean(centred(p, u))) + self.alpha * v
 
-    def solve(
-        self, p: torch.Tensor, b: torch.Tensor, *, tolerance: torch.Tensor, max_iterations: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def solve(self, p: Tensor, b: Tensor, *, tolerance: Tensor, max_iterations: int) -> tuple[Tensor, Tensor]:
         """The allowed move whose product with the Hessian is ``b`` ``[B, d]``, and the products it took."""
         return conjugate_gradient(
             lambda v: self.curvature(p, v),
@@ -96,35 +95,25 @@ class Potential:
             inverse=self._nearly_inverse(p),
         )
 
-    def _nearly_inverse(self, p: torch.Tensor) -> Map | None:
+    def _nearly_inverse(self, p: Tensor) -> Map | None:
         likely = p.topk(min(_LIKELY, p.shape[-1]), dim=-1)
         return likely_inverse(self.family.gradients(likely.indices), likely.values, self.alpha, self.normal)
 
 
 @dataclass
 class NewtonResult:
-    """Minimisers and how they were reached, one row each.
+    """Minimisers and how they were reached, one row each."""
 
-    Args:
-        lam: ``[B, d]``.
-        gradient: Gradient of the potential in all of space, ``[B, d]``; on a hyperplane it is along the normal.
-        residual: Norm of the gradient's allowed part ``[B]``.
-        reason: Index into ``REASONS`` ``[B]``.
-        newton: Iterations ``[B]``.
-        hvps: Hessian-vector products ``[B]``.
-        z: The family's logits at the minimisers ``[B, K]``, as the descent kept them; not copied by :meth:`put`.
-    """
-
-    lam: torch.Tensor
-    gradient: torch.Tensor
-    residual: torch.Tensor
-    reason: torch.Tensor
-    newton: torch.Tensor
-    hvps: torch.Tensor
-    z: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    lam: Tensor
+    gradient: Tensor  # of the potential in all of space; on a hyperplane it is along the normal
+    residual: Tensor  # norm of its allowed part
+    reason: Tensor  # index into REASONS
+    newton: Tensor
+    hvps: Tensor
+    z: Tensor = field(default_factory=lambda: torch.empty(0))  # the family's logits, as the descent kept them
 
     @property
-    def converged(self) -> torch.Tensor:
+    def converged(self) -> Tensor:
         """Rows that reached their minimum, bool ``[B]``."""
         return self.reason == _CONVERGED
 
@@ -133,20 +122,20 @@ class NewtonResult:
         return [REASONS[code] for code in self.reason.tolist()]
 
     @classmethod
-    def empty(cls, lam: torch.Tensor) -> Self:
+    def empty(cls, lam: Tensor) -> Self:
         """Room for the rows of ``lam``."""
         size, counts = lam.new_zeros(len(lam)), torch.zeros(len(lam), dtype=torch.long, device=lam.device)
         return cls(lam.clone(), torch.zeros_like(lam), size, counts + _MAX_ITER, counts.clone(), counts.clone())
 
-    def put(self, rows: torch.Tensor, other: NewtonResult, index: torch.Tensor) -> None:
-        """Copy rows ``index`` of another result into ``rows`` of this one."""
-        for name in ("lam", "gradient", "residual", "reason", "newton", "hvps"):
+    def put(self, rows: Tensor, other: NewtonResult, index: Tensor) -> None:
+        """Copy rows ``index`` of another result into ``rows`` of this one, but for the logits."""
+        for name in _COLUMNS:
             getattr(self, name)[rows] = getattr(other, name)[index]
 
 
 def minimise(
     potential: Potential,
-    start: torch.Tensor,
+    start: Tensor,
     tolerance: Tolerance,
     max_newton: int = 30,
     cg_max: int = 50,
@@ -154,13 +143,8 @@ def minimise(
 ) -> NewtonResult:
     """Minimise a potential from ``start`` ``[B, d]``; a row that does not converge has its best point and the reason.
 
-    Args:
-        potential: What to minimise.
-        start: First guess, on the hyperplane if there is one.
-        tolerance: Norm of the allowed gradient at which a row is done ``[B]``, or a function of the whole gradient.
-        max_newton: Iterations at most.
-        cg_max: Hessian-vector products of one iteration at most.
-        hvp_budget: Products of one row in all; None for no limit.
+    ``tolerance`` is the norm of the allowed gradient ``[B]`` at which a row is done, or a function of the whole
+    gradient.
     """
     with exact_arithmetic(start.device):
         return _Descent(potential, start, tolerance, (max_newton, cg_max, hvp_budget)).run()
@@ -170,7 +154,7 @@ class _Descent:
     """The rows that are still on their way."""
 
     def __init__(
-        self, potential: Potential, start: torch.Tensor, tolerance: Tolerance, limits: tuple[int, int, int | None]
+        self, potential: Potential, start: Tensor, tolerance: Tolerance, limits: tuple[int, int, int | None]
     ) -> None:
         self.potential, self.tolerance = potential, tolerance
         self.max_newton, self.cg_max, self.hvp_budget = limits
@@ -182,7 +166,7 @@ class _Descent:
         self.first = start.new_zeros(len(start))
         self.unsure = torch.zeros(len(start), dtype=torch.bool, device=start.device)
         self.before = start.new_full((len(start),), float("inf"))
-        self.kept: dict[str, torch.Tensor] = {}
+        self.kept: dict[str, Tensor] = {}
         self.kept_z = self.z
 
     def run(self) -> NewtonResult:
@@ -196,7 +180,7 @@ class _Descent:
             self._step(self.z.softmax(-1) if len(p) != len(self.rows) else p)
         return self.found
 
-    def _look(self, p: torch.Tensor, iteration: int, *, last: bool) -> None:
+    def _look(self, p: Tensor, iteration: int, *, last: bool) -> None:
         """Find the gradient, and let the rows go that are done."""
         here, potential = self.here, self.potential
         here.gradient = potential.gradient(p, here.lam)
@@ -218,7 +202,7 @@ class _Descent:
         done = converged | stalled | spent
         self._release(torch.ones_like(done) if last else done)
 
-    def _undo(self, worse: torch.Tensor) -> None:
+    def _undo(self, worse: Tensor) -> None:
         """Take back the last step of rows that it left worse off; they stop here."""
         for name, old in self.kept.items():
             now = getattr(self.here, name)
@@ -226,7 +210,7 @@ class _Descent:
         if self.kept:
             self.z = torch.where(worse[:, None], self.kept_z, self.z)
 
-    def _release(self, done: torch.Tensor) -> None:
+    def _release(self, done: Tensor) -> None:
         if not bool(done.any()):
             return
         index = done.nonzero().flatten()
@@ -237,10 +221,9 @@ class _Descent:
         self.unsure, self.before, self.kept = self.unsure[keep], self.before[keep], {}
         if len(keep):
             self.potential = self.potential.rows(keep)
-        names = ("lam", "gradient", "residual", "reason", "newton", "hvps")
-        self.here = NewtonResult(*(getattr(self.here, name)[keep] for name in names))
+        self.here = NewtonResult(*(getattr(self.here, name)[keep] for name in _COLUMNS))
 
-    def _step(self, p: torch.Tensor) -> None:
+    def _step(self, p: Tensor) -> None:
         here, potential = self.here, self.potential
         self.kept, self.kept_z = {name: getattr(here, name) for name in ("lam", "gradient", "residual")}, self.z
         # Twice: near the minimum the gradient is nearly all normal, and what rounding leaves of that once is as large
@@ -260,17 +243,11 @@ class _Descent:
 
 
 def _line_search(
-    potential: Potential,
-    lam: torch.Tensor,
-    z: torch.Tensor,
-    step: torch.Tensor,
-    image: torch.Tensor,
-    decrease: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    potential: Potential, lam: Tensor, z: Tensor, step: Tensor, image: Tensor, decrease: Tensor
+) -> tuple[Tensor, Tensor]:
     """How far to go along ``-step`` ``[B]``: all of it, or else near the minimum of the convex function along it.
 
-    Also says where the predicted decrease is below the rounding of the potential ``[B]``, so that the whole step was
-    taken on trust.
+    Also where the predicted decrease is below the potential's rounding ``[B]``, so that the step was taken on trust.
     """
     away = lam - potential.centre
     slope0 = (potential.linear * step).sum(-1) - potential.alpha * (away * step).sum(-1)
@@ -278,7 +255,7 @@ def _line_search(
     base = z.logsumexp(-1)
     ones = torch.ones_like(base)
 
-    def value(k: torch.Tensor) -> torch.Tensor:
+    def value(k: Tensor) -> Tensor:
         return (z - k[:, None] * image).logsumexp(-1) - base + k * slope0 + 0.5 * k * k * bend
 
     rounding = 8 * torch.finfo(z.dtype).eps * (1 + base.abs())

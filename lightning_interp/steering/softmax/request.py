@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from lightning_interp.errors import IncompatibleModelError, RecipeError
 from lightning_interp.steering.softmax.arithmetic import working_dtype
 from lightning_interp.steering.softmax.curve import SolverOptions
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
 
-__all__ = ["SteerRequest", "Target", "TokenPairs", "as_numbers", "check_alpha"]
+__all__ = ["SteerRequest", "Target", "TokenPairs", "check_alpha"]
 
 TARGETS = ("t", "probe_value", "probe_delta", "probe_prob", "target_prob", "kl_budget")
 
@@ -22,11 +23,11 @@ class TokenPairs(Protocol):
     """Counterfactual tokens of a concept; see ``CounterfactualPairs``."""
 
     @property
-    def base_ids(self) -> torch.Tensor:
+    def base_ids(self) -> Tensor:
         """Token ids of the base side."""
 
     @property
-    def target_ids(self) -> torch.Tensor:
+    def target_ids(self) -> Tensor:
         """Token ids of the target side."""
 
 
@@ -50,18 +51,18 @@ class Target:
         ('kl_budget', [0.0, 1.0])
     """
 
-    t: float | torch.Tensor | None = None
-    probe_value: float | torch.Tensor | None = None
-    probe_delta: float | torch.Tensor | None = None
-    probe_prob: float | torch.Tensor | None = None
-    target_prob: float | torch.Tensor | None = None
-    kl_budget: float | torch.Tensor | None = None
+    t: float | Tensor | None = None
+    probe_value: float | Tensor | None = None
+    probe_delta: float | Tensor | None = None
+    probe_prob: float | Tensor | None = None
+    target_prob: float | Tensor | None = None
+    kl_budget: float | Tensor | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in TARGETS if getattr(self, name) is not None]
         if len(given) != 1:
             raise RecipeError(f"A steering target needs exactly one of {', '.join(TARGETS)}; got {given or 'none'}.")
-        values = as_numbers(getattr(self, given[0])).double().flatten()
+        values = self.numbers.double().flatten()
         bad = ~values.isfinite()
         expected = "finite numbers"
         if given[0] in ("probe_prob", "target_prob"):
@@ -77,46 +78,48 @@ class Target:
         """Which one is given."""
         return next(name for name in TARGETS if getattr(self, name) is not None)
 
-    def values(self, rows: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    @property
+    def numbers(self) -> Tensor:
+        """What is given, as a tensor that keeps all digits of a Python number."""
+        given = getattr(self, self.kind)
+        return given.detach() if isinstance(given, Tensor) else torch.as_tensor(given, dtype=torch.float64)
+
+    def values(self, rows: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """One value a row ``[B]``; with fewer (one a prompt, for beams) each is repeated.
 
         Raises:
             RecipeError: If the number of values does not divide that of the rows.
         """
-        values = as_numbers(getattr(self, self.kind)).to(device=device, dtype=dtype).flatten()
+        values = self.numbers.to(device=device, dtype=dtype).flatten()
         if rows % len(values):
-            raise RecipeError(f"Steering target {self.kind} has {len(values)} values, but there are {rows} rows.")
+            raise RecipeError(
+                f"Steering target {self.kind} has {len(values)} values, but there are {rows} rows. Pass one number, or "
+                "one for each row (or for each prompt, with several beams or samples a prompt)."
+            )
         return values.repeat_interleave(rows // len(values))
 
 
 @dataclass
 class SteerRequest:
-    """Steering of some states ``lam`` ``[B, d]`` along ``beta`` ``[B, d]``, in the working dtype.
-
-    Args:
-        kind: ``t``, ``probe_value``, ``target_prob`` or ``kl_budget``, to which the other targets come down.
-        goal: One value a row ``[B]``.
-        support: Tokens to work on, or None.
-        warm: A point ``[B, d]`` and its step ``[B]`` from a coarser solve.
-    """
+    """Steering of some states ``[B, d]`` along ``beta`` ``[B, d]``, in the working dtype."""
 
     geometry: SoftmaxGeometry
-    lam: torch.Tensor
-    beta: torch.Tensor
-    kind: str
-    goal: torch.Tensor
+    lam: Tensor
+    beta: Tensor
+    kind: str  # t, probe_value, target_prob or kl_budget, to which the other targets come down
+    goal: Tensor  # [B]
     pairs: TokenPairs | None
     alpha: float
     support: int | None
     options: SolverOptions
-    warm: tuple[torch.Tensor, torch.Tensor] | None = None
-    _z: torch.Tensor | None = field(default=None, repr=False)
+    warm: tuple[Tensor, Tensor] | None = None  # a point [B, d] and its step [B] from a coarser solve
+    _z: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def made(
         cls,
         geometry: SoftmaxGeometry,
-        lam: torch.Tensor,
+        lam: Tensor,
         direction: Any,
         target: Target,
         pairs: TokenPairs | None,
@@ -126,7 +129,7 @@ class SteerRequest:
         options: SolverOptions | None,
     ) -> SteerRequest:
         """Check what a user asks for."""
-        beta = direction if isinstance(direction, torch.Tensor) else direction.direction
+        beta = direction if isinstance(direction, Tensor) else direction.direction
         dtype = working_dtype(geometry.weight, lam)
         states = lam.detach().reshape(-1, lam.shape[-1]).to(dtype)
         beta = beta.detach().to(states).expand(len(states), -1) if beta.dim() == 1 else beta.detach().to(states)
@@ -146,28 +149,26 @@ class SteerRequest:
             request.concept()
         return request
 
-    def rows(self, index: torch.Tensor) -> SteerRequest:
+    def rows(self, index: Tensor) -> SteerRequest:
         """The same for some of the rows."""
-        return SteerRequest(
-            self.geometry, self.lam[index], self.beta[index], self.kind, self.goal[index], self.pairs, self.alpha,
-            self.support, self.options,
-        )  # fmt: skip
+        taken: dict[str, Any] = {name: getattr(self, name)[index] for name in ("lam", "beta", "goal")}
+        return replace(self, **taken, warm=None, _z=None)
 
     @property
-    def z(self) -> torch.Tensor:
+    def z(self) -> Tensor:
         """Logits of the starts over the whole vocabulary."""
         if self._z is None:
             self._z = self.geometry.logits(self.lam)
         return self._z
 
-    def concept(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def concept(self) -> tuple[Tensor, Tensor]:
         """Token ids of the base and the target side; refused without pairs."""
         if self.pairs is None:
             raise RecipeError("The target target_prob needs pairs=, the tokens of the concept's two sides.")
         return self.pairs.base_ids.to(self.lam.device), self.pairs.target_ids.to(self.lam.device)
 
 
-def _check_vectors(geometry: SoftmaxGeometry, states: torch.Tensor, beta: torch.Tensor) -> None:
+def _check_vectors(geometry: SoftmaxGeometry, states: Tensor, beta: Tensor) -> None:
     geometry.check_state(states, beta)
     if beta.shape != states.shape:
         raise IncompatibleModelError(f"{len(beta)} directions for {len(states)} states; expected one, or one a state.")
@@ -176,11 +177,6 @@ def _check_vectors(geometry: SoftmaxGeometry, states: torch.Tensor, beta: torch.
     if not bool(beta.isfinite().all()) or bool((beta.norm(dim=-1) == 0).any()):
         what = "zero" if bool(beta.isfinite().all()) else _odd(beta)
         raise IncompatibleModelError(f"A steering direction is {what}; expected finite values that are not all zero.")
-
-
-def as_numbers(value: float | torch.Tensor) -> torch.Tensor:
-    """A tensor that keeps all digits of a Python number."""
-    return value.detach() if isinstance(value, torch.Tensor) else torch.as_tensor(value, dtype=torch.float64)
 
 
 def check_alpha(kind: str, alpha: float) -> None:
@@ -192,5 +188,5 @@ def check_alpha(kind: str, alpha: float) -> None:
         )
 
 
-def _odd(values: torch.Tensor) -> str:
+def _odd(values: Tensor) -> str:
     return "NaN" if bool(values.isnan().any()) else "an infinite value"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from lightning_interp.steering.softmax.arithmetic import ROUNDED, divergence, entropy, rounding
 from lightning_interp.steering.softmax.newton import NewtonResult
@@ -24,8 +25,8 @@ class SteerResult:
 
     Args:
         lam: Steered states ``[B, d]``, in the working dtype.
-        t: Step along the direction as it was given, ``[B]``: of the dual coordinate for dual steering, of the state for
-            Euclidean steering.
+        t: Step along the direction as it was given ``[B]``: of the dual coordinate, or of the state in Euclidean
+            steering.
         reached: Whether the solve converged and these states meet the target (:func:`ends_there`), bool ``[B]``.
         reason: Why each row stopped, ``converged`` exactly where it reached the target. A solve of a point: ``stalled``
             (rounding), ``max_iter``, ``budget`` (of products). A search for a step: ``unreachable`` (no step brings the
@@ -44,28 +45,27 @@ class SteerResult:
         alpha: Regularisation that was used.
     """
 
-    lam: torch.Tensor
-    t: torch.Tensor
-    reached: torch.Tensor
+    lam: Tensor
+    t: Tensor
+    reached: Tensor
     reason: list[str]
-    newton: torch.Tensor
-    hvps: torch.Tensor
-    probe_before: torch.Tensor
-    probe_after: torch.Tensor
-    kl: torch.Tensor
-    entropy_before: torch.Tensor
-    entropy_after: torch.Tensor
-    rel_resid: torch.Tensor
-    covered: torch.Tensor
-    certified: torch.Tensor
+    newton: Tensor
+    hvps: Tensor
+    probe_before: Tensor
+    probe_after: Tensor
+    kl: Tensor
+    entropy_before: Tensor
+    entropy_after: Tensor
+    rel_resid: Tensor
+    covered: Tensor
+    certified: Tensor
     alpha: float
 
     def table(self) -> list[dict[str, Any]]:
         """One plain row a state, without the state itself."""
-        names = [field.name for field in fields(self) if field.name not in ("lam", "alpha")]
-        columns = {name: getattr(self, name) for name in names}
+        columns = {name: value for name, value in vars(self).items() if name not in ("lam", "alpha")}
         plain = {k: v if isinstance(v, list) else v.tolist() for k, v in columns.items()}
-        return [{name: plain[name][row] for name in names} | {"alpha": self.alpha} for row in range(len(self.lam))]
+        return [{name: plain[name][row] for name in plain} | {"alpha": self.alpha} for row in range(len(self.lam))]
 
     @classmethod
     def joined(cls, parts: Sequence[SteerResult]) -> Self:
@@ -83,12 +83,7 @@ class SteerResult:
 
 
 def described(
-    request: SteerRequest,
-    point: NewtonResult,
-    z: torch.Tensor,
-    t: torch.Tensor,
-    resid: torch.Tensor,
-    covered: torch.Tensor,
+    request: SteerRequest, point: NewtonResult, z: Tensor, t: Tensor, resid: Tensor, covered: Tensor
 ) -> SteerResult:
     """Diagnostics of steered states with the logits ``z`` ``[B, V]``; see :class:`SteerResult`."""
     beta, lam, geometry = request.beta, point.lam, request.geometry
@@ -116,31 +111,16 @@ def described(
     )
 
 
-def ends_there(
-    request: SteerRequest,
-    lam: torch.Tensor,
-    t: torch.Tensor,
-    z: torch.Tensor,
-    change: torch.Tensor,
-    resid: torch.Tensor,
-) -> torch.Tensor:
+def ends_there(request: SteerRequest, lam: Tensor, t: Tensor, z: Tensor, change: Tensor, resid: Tensor) -> Tensor:
     """Whether states meet what was asked for ``[B]``, from the states alone and nothing that a solver says.
 
-    A dual step may be off by ten times the accepted share, a probe value by that share of the move, a KL or odds
-    by twice ``target_rtol`` (ten times for a walk in the state, as its line search does), and all by what the
-    rounding of the states makes of it. NaN is False.
-
-    Args:
-        request: What was asked for.
-        lam: Where the states are ``[B, d]``.
-        t: Steps along the direction ``[B]``.
-        z: The family's logits at the states ``[B, V]``: where a model caps them, the target is one without the cap.
-        change: How far they have moved ``[B, V]``.
-        resid: Relative error of the dual coordinate ``[B]``; NaN for a walk in the state itself.
+    A dual step may be off by ten times the accepted share, a probe value by that share of the move, a KL or odds by
+    twice ``target_rtol`` (ten times for a walk in the state, as its line search does), and all by what the rounding of
+    the states makes of it. NaN is False. ``z`` are the family's logits ``[B, V]``: a target is one without the cap.
     """
     options, goal = request.options, request.goal
     eps, beta = 64 * torch.finfo(lam.dtype).eps, request.beta
-    ok: torch.Tensor = lam.isfinite().all(-1) & t.isfinite()
+    ok: Tensor = lam.isfinite().all(-1) & t.isfinite()
     if request.kind == "t":
         walked = (lam - request.lam - t[:, None] * beta).norm(dim=-1)
         straight = walked <= eps * (lam.norm(dim=-1) + t.abs() * beta.norm(dim=-1))

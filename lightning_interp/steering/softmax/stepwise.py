@@ -1,8 +1,8 @@
 """The stepwise path of arXiv 2602.15293, Algorithm 1, as its authors run it: for parity and for figures of whole paths.
 
 Each step solves ``(Cov[g] + alpha I) v = beta / |beta|`` at the current state and moves by ``eta v / |v|``. It is an
-explicit Euler walk along the curve that ``dual_steer`` reaches directly, and the
-only mode that works with a softcapped head (with the Fisher matrix pulled back to the state).
+explicit Euler walk along the curve that ``dual_steer`` reaches directly, and the only mode that works with a softcapped
+head (with the Fisher matrix pulled back to the state).
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from lightning_interp.errors import RecipeError
 from lightning_interp.steering.softmax.arithmetic import centred, exact_arithmetic, working_dtype
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
-from lightning_interp.steering.softmax.linear_solvers import solve_dense
+from lightning_interp.steering.softmax.linear_solvers import conjugate_gradient, solve_dense
 from lightning_interp.steering.softmax.request import TokenPairs
 from lightning_interp.steering.softmax.support import RestrictedFamily, restrict
 
@@ -32,14 +33,14 @@ class StepwisePath:
         hvps: Hessian-vector products of each row ``[B]``; 0 with the dense solve.
     """
 
-    points: torch.Tensor
-    steps: torch.Tensor
-    hvps: torch.Tensor
+    points: Tensor
+    steps: Tensor
+    hvps: Tensor
 
 
 def algorithm1(
     geometry: SoftmaxGeometry,
-    lam: torch.Tensor,
+    lam: Tensor,
     direction: Any,
     *,
     alpha: float = 5e-3,
@@ -82,7 +83,7 @@ def algorithm1(
         (torch.Size([5, 1, 3]), [4])
     """
     _check_walk(alpha, eta, steps, top_k)
-    beta = direction if isinstance(direction, torch.Tensor) else direction.direction
+    beta = direction if isinstance(direction, Tensor) else direction.direction
     state = lam.detach().reshape(-1, lam.shape[-1]).to(working_dtype(geometry.weight, lam))
     geometry.check_state(state, beta)
     unit = (beta / beta.norm()).to(state).expand(len(state), -1)
@@ -108,7 +109,7 @@ def _check_walk(alpha: float, eta: float, steps: int, top_k: int | None) -> None
             raise RecipeError(f"algorithm1({name}={value!r}): expected a number > 0.")
 
 
-def _concept(geometry: SoftmaxGeometry, state: torch.Tensor, pairs: TokenPairs) -> torch.Tensor:
+def _concept(geometry: SoftmaxGeometry, state: Tensor, pairs: TokenPairs) -> Tensor:
     logp = geometry.model_log_probs(state)
     base, target = (logp[:, ids.to(logp.device)].logsumexp(-1) for ids in (pairs.base_ids, pairs.target_ids))
     return (target - base).sigmoid()
@@ -116,14 +117,14 @@ def _concept(geometry: SoftmaxGeometry, state: torch.Tensor, pairs: TokenPairs) 
 
 def _direction(
     geometry: SoftmaxGeometry,
-    state: torch.Tensor,
-    unit: torch.Tensor,
+    state: Tensor,
+    unit: Tensor,
     alpha: float,
     top_k: int | None,
     cg_max: int,
     cg_atol: float,
     solve: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """``(Cov + alpha I)^-1 unit`` on the likeliest tokens, and the products it took."""
     family, p, slope = _local_family(geometry, state, top_k)
     if solve == "dense":
@@ -131,15 +132,17 @@ def _direction(
         found = [solve_dense(r, q, v, alpha) for r, q, v in zip(rows, p, unit, strict=True)]
         return torch.stack(found), torch.zeros(len(state), dtype=torch.long, device=state.device)
 
-    def product(v: torch.Tensor) -> torch.Tensor:
+    def product(v: Tensor) -> Tensor:
         return family.mean(slope * centred(p, slope * family.logits_change(v))) + alpha * v
 
-    return _fixed_cg(product, unit, cg_max, cg_atol)
+    # As the authors' loop does: it takes a first step whatever the residual, and stops where the curvature vanishes.
+    tolerance = unit.new_full((len(unit),), min(cg_atol, 0.99))
+    return conjugate_gradient(product, unit, tolerance=tolerance, max_iterations=cg_max, least=1e-10)
 
 
 def _local_family(
-    geometry: SoftmaxGeometry, state: torch.Tensor, top_k: int | None
-) -> tuple[RestrictedFamily, torch.Tensor, torch.Tensor]:
+    geometry: SoftmaxGeometry, state: Tensor, top_k: int | None
+) -> tuple[RestrictedFamily, Tensor, Tensor]:
     """The likeliest tokens, their probabilities, and the slope of the cap at their logits."""
     z = geometry.logits(state)
     index = z.topk(min(top_k or z.shape[-1], z.shape[-1]), dim=-1).indices
@@ -148,25 +151,3 @@ def _local_family(
     if geometry.softcap is None or geometry.on_softcap != "pullback":
         return family, kept.softmax(-1), torch.ones_like(kept)
     return family, geometry.capped(kept).softmax(-1), 1 - torch.tanh(kept / geometry.softcap).square()
-
-
-def _fixed_cg(product: Any, b: torch.Tensor, cg_max: int, atol: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The authors' loop: absolute residual, and a stop where the curvature vanishes."""
-    x, residual = torch.zeros_like(b), b.clone()
-    direction, square = residual.clone(), residual.square().sum(-1)
-    live = torch.ones(len(b), dtype=torch.bool, device=b.device)
-    used = torch.zeros(len(b), dtype=torch.long, device=b.device)
-    for _ in range(cg_max):
-        if not bool(live.any()):
-            break
-        image = product(direction)
-        curvature = (direction * image).sum(-1)
-        used += live
-        live = live & (curvature.abs() >= 1e-10)
-        length = torch.where(live, square / curvature, torch.zeros_like(square))[:, None]
-        x, residual = x + length * direction, residual - length * image
-        after = residual.square().sum(-1)
-        live = live & (after.sqrt() >= atol)
-        direction = torch.where(live[:, None], residual + (after / square)[:, None] * direction, direction)
-        square = torch.where(live, after, square)
-    return x, used

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Self
 
 import torch
+from torch import Tensor
 
 from lightning_interp.steering.softmax.arithmetic import centred, exact_arithmetic
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
@@ -18,31 +19,29 @@ _REACH = 10.0
 class RestrictedFamily:
     """The softmax over tokens ``index`` ``[B, K]`` with rows ``weight`` ``[B, K, d]`` and ``bias`` ``[B, K]``."""
 
-    def __init__(
-        self, index: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: float = 1.0
-    ) -> None:
+    def __init__(self, index: Tensor, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> None:
         self.index, self.weight, self.bias, self.scale = index, weight, bias, scale
 
-    def logits(self, lam: torch.Tensor) -> torch.Tensor:
+    def logits(self, lam: Tensor) -> Tensor:
         """``[B, d] -> [B, K]``."""
         z = self.logits_change(lam)
         return z if self.bias is None else z + self.scale * self.bias
 
-    def logits_change(self, v: torch.Tensor) -> torch.Tensor:
+    def logits_change(self, v: Tensor) -> Tensor:
         """Linear part of :meth:`logits`."""
         with exact_arithmetic(v.device):
             return self.scale * torch.bmm(self.weight, v[:, :, None])[:, :, 0]
 
-    def mean(self, weights: torch.Tensor) -> torch.Tensor:
+    def mean(self, weights: Tensor) -> Tensor:
         """Its transpose, ``[B, K] -> [B, d]``."""
         with exact_arithmetic(weights.device):
             return self.scale * torch.bmm(weights[:, None, :], self.weight)[:, 0]
 
-    def gradients(self, index: torch.Tensor) -> torch.Tensor:
+    def gradients(self, index: Tensor) -> Tensor:
         """Gradients of the logits in columns ``index`` ``[B, k]``: ``[B, k, d]``."""
         return self.scale * self.weight.take_along_dim(index[..., None], dim=1)
 
-    def rows(self, index: torch.Tensor) -> Self:
+    def rows(self, index: Tensor) -> Self:
         """The same for some of the rows."""
         bias = None if self.bias is None else self.bias[index]
         return type(self)(self.index[index], self.weight[index], bias, self.scale)
@@ -51,8 +50,7 @@ class RestrictedFamily:
 class PolishedFamily:
     """The ``whole`` vocabulary with the curvature of a ``part``: exact gradients, cheap Hessian-vector products.
 
-    Newton's method on it ends where the whole family's gradient vanishes, so what it gives needs no other
-    certificate. A step is nearly Newton's own while the support holds nearly all probability.
+    Newton's method on it ends where the whole family's gradient vanishes, so its result needs no other certificate.
     """
 
     def __init__(self, whole: SoftmaxGeometry, part: RestrictedFamily) -> None:
@@ -60,17 +58,17 @@ class PolishedFamily:
         self.logits, self.logits_change = whole.logits, whole.logits_change
         self.mean, self.gradients = whole.mean, whole.gradients
 
-    def curvature(self, p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def curvature(self, p: Tensor, v: Tensor) -> Tensor:
         """Hessian-vector product with the support's share of the probabilities ``p`` ``[B, V]``; ``[B, d]``."""
         inside, u = p.gather(-1, self.part.index), self.part.logits_change(v)
         return self.part.mean(centred(inside, u))
 
-    def rows(self, index: torch.Tensor) -> PolishedFamily:
+    def rows(self, index: Tensor) -> PolishedFamily:
         """The same for some of the rows."""
         return PolishedFamily(self.whole, self.part.rows(index))
 
 
-def restrict(geometry: SoftmaxGeometry, index: torch.Tensor, dtype: torch.dtype) -> RestrictedFamily:
+def restrict(geometry: SoftmaxGeometry, index: Tensor, dtype: torch.dtype) -> RestrictedFamily:
     """Gather the rows of a support ``[B, K]``, once a solve: gathering costs as much as several products with them."""
     index = index.to(geometry.weight.device)
     bias = None if geometry.bias is None else geometry.bias[index].to(dtype)
@@ -78,24 +76,12 @@ def restrict(geometry: SoftmaxGeometry, index: torch.Tensor, dtype: torch.dtype)
 
 
 def choose_support(
-    z: torch.Tensor,
-    push: torch.Tensor,
-    size: int,
-    *,
-    end: torch.Tensor | None = None,
-    always: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Tokens ``[B, K]`` that a path from one state along one direction can make likely, without repetition.
+    z: Tensor, push: Tensor, size: int, *, end: Tensor | None = None, always: Tensor | None = None
+) -> Tensor:
+    """At least ``size`` tokens ``[B, K]``, all different, that a path from logits ``z`` along ``push`` can make likely.
 
-    Half of them are the likeliest at the start, a quarter the likeliest at the straight path's end, and a quarter those
-    that the direction favours most; the likeliest at the start alone would hide the growth of promoted tokens.
-
-    Args:
-        z: Logits at the start ``[B, V]``.
-        push: Logits of the direction, ``[B, V]`` or ``[1, V]``.
-        size: Tokens wanted, ``always`` not counted; ``K`` is at least this (at most ``V``).
-        end: Logits at the straight path's end ``[B, V]``; a guess along ``push`` if None.
-        always: Token ids that must be in.
+    Half are the likeliest at the start, a quarter the likeliest at the straight path's ``end`` (a guess if None), and a
+    quarter those that the direction favours most, as promoted tokens may be rare at the start; ``always`` are in.
     """
     rows, vocabulary = z.shape
     size = min(size, vocabulary)

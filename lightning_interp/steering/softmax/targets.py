@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
+from torch import Tensor
 
 from lightning_interp.steering.softmax.arithmetic import ROUNDED, divergence, rounding
 from lightning_interp.steering.softmax.curve import DualCurve
-from lightning_interp.steering.softmax.newton import REASONS, NewtonResult
+from lightning_interp.steering.softmax.newton import REASONS, NewtonResult, rows_of
 
 _GROWTH, _EXPANSIONS = 8.0, 10
 _UNREACHABLE, _ROUNDING, _MAX_SEARCH = (REASONS.index(name) for name in ("unreachable", "rounding", "max_search"))
@@ -26,7 +27,7 @@ class Measure(Protocol):
 
     turns: ClassVar[bool]
 
-    def at(self, curve: DualCurve, z: torch.Tensor, lam: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def at(self, curve: DualCurve, z: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
         """Value ``[B]`` and gradient ``[B, d]`` at states ``[B, d]`` with the family's logits ``z`` ``[B, K]``."""
 
 
@@ -35,7 +36,7 @@ class KlMeasure:
 
     turns: ClassVar[bool] = False
 
-    def at(self, curve: DualCurve, z: torch.Tensor, lam: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def at(self, curve: DualCurve, z: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`Measure`; at the start the gradient is left at zero."""
         root = divergence(curve.z0.log_softmax(-1), curve.family.logits_change(lam - curve.lam0)).sqrt()
         tiny = torch.finfo(root.dtype).tiny
@@ -47,15 +48,15 @@ class KlMeasure:
 class OddsMeasure:
     """Log odds ``log p(target) - log p(base)`` of two sets of the family's columns, bool ``[K]`` or ``[B, K]``."""
 
-    base: torch.Tensor
-    target: torch.Tensor
+    base: Tensor
+    target: Tensor
     turns: ClassVar[bool] = True
 
-    def rows(self, index: torch.Tensor) -> OddsMeasure:
+    def rows(self, index: Tensor) -> OddsMeasure:
         """The same for some of the rows."""
         return self if self.base.dim() == 1 else OddsMeasure(self.base[index], self.target[index])
 
-    def at(self, curve: DualCurve, z: torch.Tensor, lam: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def at(self, curve: DualCurve, z: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`Measure`."""
         base, target = z.masked_fill(~self.base, -torch.inf), z.masked_fill(~self.target, -torch.inf)
         slope = curve.family.mean(target.softmax(-1) - base.softmax(-1))
@@ -67,25 +68,15 @@ class SearchResult:
     """Points at which a measure meets its goal (or why not), one row each, and their dual steps ``[B]``."""
 
     point: NewtonResult
-    t: torch.Tensor
+    t: Tensor
 
 
 def search_step(
-    curve: DualCurve,
-    measure: Measure,
-    goal: torch.Tensor,
-    *,
-    accepted: torch.Tensor,
-    warm: tuple[torch.Tensor, torch.Tensor] | None = None,
+    curve: DualCurve, measure: Measure, goal: Tensor, *, accepted: Tensor, warm: tuple[Tensor, Tensor] | None = None
 ) -> SearchResult:
-    """Find the points of curves where a measure has a value; a row out of reach has the nearest point, and says why.
+    """Find the points of curves where a measure has its goal ``[B]``; a row out of reach has the nearest, and says why.
 
-    Args:
-        curve: One curve a row.
-        measure: What is to be reached.
-        goal: Values ``[B]``.
-        accepted: Accepted absolute errors ``[B]``.
-        warm: A point ``[B, d]`` near the curve and its step ``[B]``, where a coarser search ended.
+    ``accepted`` are absolute errors ``[B]``, ``warm`` a point ``[B, d]`` and its step where a coarser search ended.
     """
     search = _Search(curve, measure, goal, accepted)
     if warm is not None and len(search.rows):
@@ -100,15 +91,15 @@ def search_step(
 class _Search:
     """Rows that look for their step; a row that has found it leaves."""
 
-    def __init__(self, curve: DualCurve, measure: Measure, goal: torch.Tensor, accepted: torch.Tensor) -> None:
+    def __init__(self, curve: DualCurve, measure: Measure, goal: Tensor, accepted: Tensor) -> None:
         self.curve, self.measure, self.goal, self.accepted = curve, measure, goal, accepted
         lam0 = curve.lam0
         self.rows = torch.arange(len(lam0), device=lam0.device)
         self.best = NewtonResult.empty(lam0)
         self.best.reason[:] = 0
         self.t, self.lam, self.z = torch.zeros_like(goal), lam0.clone(), curve.z0
-        self.value: torch.Tensor
-        self.slope: torch.Tensor
+        self.value: Tensor
+        self.slope: Tensor
         self.sign, self.back = torch.ones_like(goal), torch.zeros_like(goal, dtype=torch.bool)
         self._look()
         self.low, self.high = torch.full_like(goal, -torch.inf), torch.full_like(goal, torch.inf)
@@ -128,13 +119,13 @@ class _Search:
         step = self._proposed(ahead)
         self.move(step, self.lam + (step - self.t)[:, None] * ahead)
 
-    def resume(self, step: torch.Tensor, guess: torch.Tensor) -> None:
+    def resume(self, step: Tensor, guess: Tensor) -> None:
         """Go on from where a coarser search ended."""
         if self.measure.turns:
             self._turn((self.goal - self.value) * step < 0)
         self.move(step, guess)
 
-    def _turn(self, falling: torch.Tensor) -> None:
+    def _turn(self, falling: Tensor) -> None:
         """Where the measure falls along the curve, look for its negative, which grows."""
         flip = torch.where(falling, -1.0, 1.0).to(self.goal)
         self.sign, self.goal, self.value = self.sign * flip, self.goal * flip, self.value * flip
@@ -143,7 +134,7 @@ class _Search:
         self.high = torch.where(falling, torch.inf, self.high)
         self._bracket()
 
-    def _turn_back(self, rows: torch.Tensor) -> None:
+    def _turn_back(self, rows: Tensor) -> None:
         """Begin again on the other side: at the start a measure may go another way than farther out."""
         self.back, self.moves[self.rows[rows]] = self.back | rows, 0
         self.t = torch.where(rows, 0, self.t)
@@ -152,7 +143,7 @@ class _Search:
         self._look()
         self._turn(rows)
 
-    def move(self, step: torch.Tensor, guess: torch.Tensor) -> None:
+    def move(self, step: Tensor, guess: Tensor) -> None:
         """Solve at a step, look, and let rows go that are there or cannot get there."""
         found = self.curve.point(step, guess)
         self.t, self.lam, self.z = step, found.lam, found.z
@@ -175,7 +166,7 @@ class _Search:
         self.ended[self.rows[tight]], self.ended[self.rows[lost]] = _ROUNDING, _UNREACHABLE
         self._leave((near & found.converged) | tight | lost)
 
-    def _proposed(self, ahead: torch.Tensor) -> torch.Tensor:
+    def _proposed(self, ahead: Tensor) -> Tensor:
         rise = (self.slope * ahead).sum(-1)
         rise = torch.where(self.t == 0, self._first_rise(ahead, rise), rise)
         newton = self.t + (self.goal - self.value) / rise
@@ -188,12 +179,12 @@ class _Search:
         usable = newton.isfinite() & (rise > self._noise(ahead)) & (newton > self.low) & (newton < self.high)
         return torch.where(usable, newton, elsewhere)
 
-    def _noise(self, ahead: torch.Tensor) -> torch.Tensor:
+    def _noise(self, ahead: Tensor) -> Tensor:
         """Rounding of the slope along the curve."""
-        size: torch.Tensor = 8 * torch.finfo(ahead.dtype).eps * self.slope.norm(dim=-1) * ahead.norm(dim=-1)
+        size: Tensor = 8 * torch.finfo(ahead.dtype).eps * self.slope.norm(dim=-1) * ahead.norm(dim=-1)
         return size
 
-    def _first_rise(self, ahead: torch.Tensor, rise: torch.Tensor) -> torch.Tensor:
+    def _first_rise(self, ahead: Tensor, rise: Tensor) -> Tensor:
         """At the start the root of the KL grows by half the tangent's Fisher length squared, under the root."""
         if not isinstance(self.measure, KlMeasure):
             return rise
@@ -211,31 +202,27 @@ class _Search:
         self.low = torch.where(below, torch.maximum(self.low, self.t), self.low)
         self.high = torch.where(below, self.high, torch.minimum(self.high, self.t))
 
-    def _near(self) -> torch.Tensor:
+    def _near(self) -> Tensor:
         """Whether rows are at their goal, as closely as a state of this dtype can be."""
         most = ROUNDED / self.curve.options.target_rtol * self.accepted
-        near: torch.Tensor = (self.value - self.goal).abs() <= self.accepted + rounding(self.lam, self.slope).minimum(
-            most
-        )
+        near: Tensor = (self.value - self.goal).abs() <= self.accepted + rounding(self.lam, self.slope).minimum(most)
         return near
 
-    def _remember(self, found: NewtonResult, near: torch.Tensor) -> None:
+    def _remember(self, found: NewtonResult, near: Tensor) -> None:
         error = (self.value - self.goal).abs()
         closer = ((error < self.best_error[self.rows]) & found.lam.isfinite().all(-1)).nonzero().flatten()
         rows = self.rows[closer]
         self.best.put(rows, found, closer)
         self.best_t[rows], self.best_error[rows], self.met[rows] = self.t[closer], error[closer], near[closer]
 
-    def _leave(self, done: torch.Tensor) -> None:
+    def _leave(self, done: Tensor) -> None:
         if not bool(done.any()):
             return
         keep = (~done).nonzero().flatten()
         for name in ("rows", "t", "lam", "z", "value", "slope", "low", "high", "goal", "accepted", "sign", "back"):
             setattr(self, name, getattr(self, name)[keep])
         if len(keep):
-            self.curve = self.curve.rows(keep)
-            take = getattr(self.measure, "rows", None)
-            self.measure = self.measure if take is None else take(keep)
+            self.curve, self.measure = self.curve.rows(keep), rows_of(self.measure, keep)
 
     def finish(self) -> SearchResult:
         missed = self.best.converged & ~self.met
@@ -244,7 +231,7 @@ class _Search:
         return SearchResult(self.best, self.best_t)
 
 
-def _between(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+def _between(low: Tensor, high: Tensor) -> Tensor:
     """Halve a bracket: by ratio where its ends are far apart, so that steps of any size are found soon."""
     small, large = torch.minimum(low.abs(), high.abs()), torch.maximum(low.abs(), high.abs())
     ratio = torch.where(high <= 0, -1.0, 1.0).to(low) * (small.clamp_min(large / _GROWTH**2) * large).sqrt()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_interp.core.model.fingerprint import model_fingerprint
 from lightning_interp.core.model.model_map import ModelMap
@@ -56,12 +56,12 @@ def extract_vector(
         positive: Texts that show the concept.
         negative: Texts that do not; for the ``pca`` methods ``negative[i]`` belongs to ``positive[i]``.
         method: ``mean_difference``; ``pca``, the first principal component of the paired differences about 0;
-            ``pca_centred``, about their mean, as repeng makes it; or ``logistic``, the weights of a logistic regression
-            with an L2 penalty.
+            ``pca_centred``, about their mean, as repeng makes it; or ``logistic``, an L2-penalised regression's
+            weights.
         site: Where; by default the output of every block.
         positions: Which tokens of a text are read (their mean); by default the last one.
         concept: What the direction stands for, for the record.
-        l2: Penalty of ``logistic``, see :func:`~lightning_interp.steering.concepts.probe_regression.fit_logistic`.
+        l2: Penalty of ``logistic``.
         token_budget: Most tokens of a forward pass.
         advance: Called with the number of texts that were just read.
 
@@ -76,16 +76,14 @@ def extract_vector(
 
     Example:
         >>> from lightning_interp.testing import byte_tokenizer, tiny_model
-        >>> texts = ["so good", "very nice"], ["so bad", "very poor"]
-        >>> vector = extract_vector(tiny_model("llama"), byte_tokenizer(), *texts, concept="mood")
-        >>> vector, vector.n
-        (SteeringVector('mood', resid_post 0, 1, 2, 3), 4)
+        >>> extract_vector(tiny_model("llama"), byte_tokenizer(), ["so good"], ["so bad"], concept="mood")
+        SteeringVector('mood', resid_post 0, 1, 2, 3)
     """
     model_map = model if isinstance(model, ModelMap) else ModelMap.build(model)
     _check(method, positive, negative)
     where = check_positions(Last() if positions is None else positions, what="extract_vector")
     every = [Site("resid_post", layer) for layer in range(len(model_map))]
-    sites = every if site is None else list(as_sites(site, what="extract_vector"))
+    sites = as_sites(every if site is None else site, what="extract_vector")
     found = {s: _Side(keep=method != "mean_difference") for s in sites}
     texts = [*positive, *negative]
     for numbers, rows in text_features(model_map, tokenizer, texts, sites, positions=where, token_budget=token_budget):
@@ -106,9 +104,7 @@ def extract_vector(
     )
 
 
-def direction_between(
-    positive: torch.Tensor, negative: torch.Tensor, method: Method, *, l2: float = 1.0
-) -> torch.Tensor:
+def direction_between(positive: Tensor, negative: Tensor, method: Method, *, l2: float = 1.0) -> Tensor:
     """A direction from rows of both classes.
 
     Args:
@@ -148,7 +144,7 @@ def direction_between(
     else:
         raise RecipeError(f"There is no method {method!r}; expected one of {', '.join(METHODS)}.")
     unit = axis / axis.norm()
-    found: torch.Tensor = unit * (unit @ gap)
+    found: Tensor = unit * (unit @ gap)
     return found
 
 
@@ -159,10 +155,10 @@ class _Side:
     keep: bool
     sums: list[StreamedSums] = field(default_factory=lambda: [StreamedSums(0, torch.zeros(0))] * 2)
     norms: float = 0.0
-    rows: dict[int, torch.Tensor] = field(default_factory=dict)
+    rows: dict[int, Tensor] = field(default_factory=dict)
     positive: int = 0
 
-    def update(self, numbers: Sequence[int], values: torch.Tensor, positive: int) -> None:
+    def update(self, numbers: Sequence[int], values: Tensor, positive: int) -> None:
         """Count rows; those with a number below ``positive`` show the concept."""
         if not bool(torch.isfinite(values).all()):
             number = numbers[int((~torch.isfinite(values)).any(1).nonzero()[0])]
@@ -180,7 +176,7 @@ class _Side:
         """Mean norm of the rows."""
         return self.norms / (self.sums[0].count + self.sums[1].count)
 
-    def direction(self, method: Method, l2: float, what: str) -> torch.Tensor:
+    def direction(self, method: Method, l2: float, what: str) -> Tensor:
         """The direction, in float32."""
         if self.keep:
             rows = torch.stack([self.rows[number] for number in sorted(self.rows)])

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_interp.core.hooks.intervention import Intervention
 from lightning_interp.core.measure.undisturbed import undisturbed
@@ -20,7 +20,7 @@ from lightning_interp.errors import DataError, PositionError
 
 __all__ = ["TextFeatures", "encode_texts", "text_features"]
 
-TextFeatures = tuple[list[int], dict[Site, torch.Tensor]]
+TextFeatures = tuple[list[int], dict[Site, Tensor]]
 
 
 def text_features(
@@ -34,8 +34,8 @@ def text_features(
 ) -> Iterator[TextFeatures]:
     """Read texts and give, for each batch, the mean activation over the chosen tokens of each text.
 
-    The model is used as it is (with whatever is attached to it), in evaluation mode and without gradients; modes are
-    put back. Texts of like length share a batch.
+    The model is used as it is (with whatever is attached to it), in evaluation mode, which is put back, and without
+    gradients. Texts of like length share a batch.
 
     Args:
         model: The model.
@@ -72,11 +72,7 @@ def text_features(
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, as the tokenizer gives them by itself.
-
-    Raises:
-        DataError: If a text has no tokens, with its number.
-    """
+    """Token ids of each text, as the tokenizer gives them by itself."""
     rows: list[list[int]] = tokenizer(list(texts))["input_ids"] if texts else []
     for number, row in enumerate(rows):
         if not row:
@@ -89,19 +85,19 @@ class _Reader(Intervention):
 
     def __init__(self, sites: Sequence[Site], positions: Positions) -> None:
         self._sites, self.positions = tuple(sites), positions
-        self._found: dict[Site, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._found: dict[Site, tuple[Tensor, Tensor]] = {}
 
     def sites(self, model_map: ModelMap) -> Sequence[Site]:
         return self._sites
 
-    def transform(self, site: Site, x: torch.Tensor, step: StepContext) -> torch.Tensor:
+    def transform(self, site: Site, x: Tensor, step: StepContext) -> Tensor:
         mask = step.choose(self.positions, x)
         count = mask.sum(dim=1)
         wide = x.to(torch.promote_types(x.dtype, torch.float32)).masked_fill(~mask[..., None], 0.0)
         self._found[site] = (wide.sum(dim=1) / count.clamp_min(1)[:, None]).float().cpu(), count.cpu()
         return x
 
-    def take(self, numbers: Sequence[int], texts: Sequence[str]) -> dict[Site, torch.Tensor]:
+    def take(self, numbers: Sequence[int], texts: Sequence[str]) -> dict[Site, Tensor]:
         for _, count in self._found.values():
             if not bool(count.all()):
                 number = numbers[int((count == 0).nonzero()[0])]

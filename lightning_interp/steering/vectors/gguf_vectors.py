@@ -1,9 +1,8 @@
 """Control vectors in GGUF files, in the layout that llama.cpp and repeng read and write.
 
 ``general.architecture`` is ``controlvector``; the tensor ``direction.N``, float32 and one-dimensional, is added to the
-output of block ``N``, counted from 0. llama.cpp starts at ``N = 1``: the output of the first block has no place in
-such a file. ``controlvector.model_hint`` names the model's family, ``controlvector.layer_count`` the number of
-directions.
+output of block ``N``, counted from 0. llama.cpp starts at ``N = 1``: the output of the first block has no place in such
+a file. ``controlvector.model_hint`` names the model's family, ``controlvector.layer_count`` the number of directions.
 """
 
 from __future__ import annotations

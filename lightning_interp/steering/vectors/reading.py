@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from lightning_interp.core.model.fingerprint import tensor_hash
+from lightning_interp.core.model.fingerprint import check_fingerprint, model_fingerprint, tensor_hash
+from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.storage.tensor_files import read_tensors
-from lightning_interp.errors import RecipeError
+from lightning_interp.errors import DataError, InterpError, RecipeError
 
-__all__ = ["ReadDirection", "as_direction", "read_direction"]
+__all__ = ["ReadDirection", "as_direction", "check_made_for", "read_direction", "read_made"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
 class ReadDirection:
     """One direction, float32 or float64 ``[d]``, and the fingerprint of its model if that is known."""
 
-    direction: torch.Tensor
+    direction: Tensor
     fingerprint: str | None = None
 
     @property
@@ -31,16 +35,9 @@ class ReadDirection:
         return tensor_hash(self.direction)
 
 
-def as_direction(value: Any, what: str = "The direction") -> torch.Tensor:
-    """Check a direction ``[d]``; ``what`` is its name, for messages.
-
-    Returns:
-        ``value`` itself if it requires grad, so that it can be trained; otherwise a copy in float32 (float64 stays).
-
-    Raises:
-        RecipeError: If it is no vector, holds NaN or infinities, or is zero.
-    """
-    tensor = value if isinstance(value, torch.Tensor) else numbers_of(value, what)
+def as_direction(value: Any, what: str = "The direction") -> Tensor:
+    """Check a direction ``[d]``: itself if it requires grad, so that it can be trained, else a float32 or 64 copy."""
+    tensor = value if isinstance(value, Tensor) else numbers_of(value, what)
     if tensor.dim() != 1 or tensor.numel() == 0 or tensor.is_complex():
         raise RecipeError(f"{what} has the shape {list(tensor.shape)} ({tensor.dtype}); expected real numbers [d].")
     check_finite(tensor, what)
@@ -49,7 +46,7 @@ def as_direction(value: Any, what: str = "The direction") -> torch.Tensor:
     return frozen(tensor)
 
 
-def frozen(tensor: torch.Tensor) -> torch.Tensor:
+def frozen(tensor: Tensor) -> Tensor:
     """A copy that later changes of the original do not reach; the tensor itself if it is being trained."""
     if tensor.requires_grad:
         return tensor
@@ -58,7 +55,7 @@ def frozen(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to(dtype, copy=True)
 
 
-def check_finite(tensor: torch.Tensor, what: str) -> None:
+def check_finite(tensor: Tensor, what: str) -> None:
     """Refuse NaN and infinities, with the place of the first."""
     wrong = (~torch.isfinite(tensor.detach())).nonzero()
     if len(wrong):
@@ -69,13 +66,33 @@ def check_finite(tensor: torch.Tensor, what: str) -> None:
         )
 
 
-def read_direction(probe: Any, site: Site | str | None = None) -> ReadDirection:
-    """One direction from a tensor, a list, a probe, a vector, or a file; ``site`` chooses from a vector with several.
+def check_made_for(model_map: ModelMap, fingerprint: str | None, *, what: str) -> None:
+    """Refuse a model that ``what`` was not made for; one whose fingerprint is not known passes."""
+    if fingerprint is not None:
+        name = type(model_map.model).__name__
+        check_fingerprint(model_fingerprint(model_map), fingerprint, what=what, model=name)
 
-    Raises:
-        RecipeError: If it is no direction, or one of several has to be chosen.
-        DataError: If the file holds no direction.
-    """
+
+def read_made(
+    path: str | os.PathLike[str],
+    form: str,
+    make: Callable[[dict[str, Tensor], dict[str, str]], T],
+    *,
+    what: str,
+    remedy: str,
+) -> T:
+    """What ``make`` reads out of the tensors and metadata of a safetensors file of this package, of one format."""
+    try:
+        tensors, metadata = read_tensors(path)
+        if metadata.get("format") != form:
+            raise DataError(f"its format is {metadata.get('format')!r}, expected {form!r}")
+        return make(tensors, metadata)
+    except (KeyError, TypeError, ValueError, InterpError) as error:
+        raise DataError(f"{path} holds no {what} ({error}). {remedy}") from error
+
+
+def read_direction(probe: Any, site: Site | str | None = None) -> ReadDirection:
+    """One direction from a tensor, a list, a probe, a vector, or a file; ``site`` chooses from a vector of several."""
     from lightning_interp.steering.concepts.probes import ConceptProbe
     from lightning_interp.steering.vectors.steering_vectors import SteeringVector
 
@@ -84,7 +101,7 @@ def read_direction(probe: Any, site: Site | str | None = None) -> ReadDirection:
         probe = ConceptProbe.load(Path(probe)) if named and "concept_probe" in named else SteeringVector.load(probe)
     if isinstance(probe, SteeringVector):
         return ReadDirection(as_direction(probe.only(site)).detach(), probe.fingerprint)
-    if isinstance(probe, torch.Tensor | Sequence):
+    if isinstance(probe, Tensor | Sequence):
         return ReadDirection(as_direction(probe).detach())
     if not isinstance(probe, ConceptProbe):
         raise RecipeError(
@@ -93,7 +110,7 @@ def read_direction(probe: Any, site: Site | str | None = None) -> ReadDirection:
     return ReadDirection(as_direction(probe.direction), probe.fingerprint)
 
 
-def numbers_of(value: Any, what: str) -> torch.Tensor:
+def numbers_of(value: Any, what: str) -> Tensor:
     """Float32 numbers of nested lists."""
     try:
         return torch.as_tensor(value, dtype=torch.float32)

@@ -10,17 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_interp.core.model.fingerprint import check_fingerprint, tensor_hash
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.storage.files import jsonable
-from lightning_interp.core.storage.tensor_files import read_tensors, save_tensors
-from lightning_interp.errors import DataError, IncompatibleModelError, InterpError, RecipeError, SiteError
-from lightning_interp.steering.vectors.reading import as_direction
+from lightning_interp.core.storage.tensor_files import save_tensors
+from lightning_interp.errors import IncompatibleModelError, RecipeError, SiteError
+from lightning_interp.steering.vectors.reading import as_direction, read_made
 
 __all__ = ["SteeringVector"]
 
 FORMAT = "lightning_interp.steering_vector/1"
+_REMEDY = (
+    "Write it again with SteeringVector.save; for tensors of another program, pass SteeringVector({'resid_post.12': "
+    "tensor}) yourself."
+)
 _ABOUT = ("concept", "method", "model", "model_type", "fingerprint", "n", "positions")
 
 
@@ -51,7 +56,7 @@ class SteeringVector:
         ({Site(kind='resid_post', layer=2): 2.5}, {Site(kind='resid_post', layer=2): -1.0})
     """
 
-    directions: Mapping[Site, torch.Tensor]
+    directions: Mapping[Site, Tensor]
     concept: str = ""
     method: str = ""
     model: str = ""
@@ -83,7 +88,7 @@ class SteeringVector:
         """Hash of the sites and numbers."""
         return tensor_hash(*(self.directions[site] for site in sorted(self.sites, key=str)))
 
-    def only(self, site: Site | str | None = None) -> torch.Tensor:
+    def only(self, site: Site | str | None = None) -> Tensor:
         """The direction at a site.
 
         Args:
@@ -136,7 +141,7 @@ class SteeringVector:
         """
         shared = self._shared(other)
 
-        def rest(site: Site, v: torch.Tensor) -> torch.Tensor:
+        def rest(site: Site, v: Tensor) -> Tensor:
             u = other.directions[site].double()
             left = v.double() - (v.double() @ u) / (u @ u) * u
             if float(left.norm()) <= 1e-6 * float(v.double().norm()):
@@ -151,11 +156,10 @@ class SteeringVector:
         Raises:
             IncompatibleModelError: If the vectors belong to different models, or share no site.
         """
-        pairs = {site: (self.directions[site], other.directions[site]) for site in self._shared(other)}
-        return {
-            site: float(torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0))
-            for site, (a, b) in pairs.items()
+        pairs = {
+            site: (self.directions[site].double(), other.directions[site].double()) for site in self._shared(other)
         }
+        return {site: float(torch.cosine_similarity(a, b, dim=0)) for site, (a, b) in pairs.items()}
 
     def __add__(self, other: SteeringVector) -> SteeringVector:
         if not isinstance(other, SteeringVector):
@@ -232,23 +236,17 @@ class SteeringVector:
             from lightning_interp.steering.vectors.gguf_vectors import load_control_vector
 
             return load_control_vector(path)
-        tensors, metadata = read_tensors(path)
-        if metadata.get("format") != FORMAT:
-            raise DataError(
-                f"{str(path)!r} is no steering vector: its format is {metadata.get('format')!r}, expected {FORMAT!r}. "
-                "For tensors of another program, pass SteeringVector({'resid_post.12': tensor}) yourself."
-            )
-        try:
-            about = json.loads(metadata["about"])
-            return cls({Site.parse(name): v for name, v in tensors.items()}, **about)
-        except (KeyError, ValueError, TypeError, InterpError) as error:
-            raise DataError(f"{str(path)!r} is damaged: {error} Write it again with SteeringVector.save.") from error
+
+        def made(tensors: dict[str, Tensor], metadata: dict[str, str]) -> SteeringVector:
+            return cls({Site.parse(name): v for name, v in tensors.items()}, **json.loads(metadata["about"]))
+
+        return read_made(path, FORMAT, made, what="steering vector", remedy=_REMEDY)
 
     @property
     def _of(self) -> str:
         return f" of {self.concept!r}" if self.concept else ""
 
-    def _mapped(self, change: Callable[[Site, torch.Tensor], torch.Tensor]) -> SteeringVector:
+    def _mapped(self, change: Callable[[Site, Tensor], Tensor]) -> SteeringVector:
         return replace(self, directions={site: change(site, v) for site, v in self.directions.items()})
 
     def _shared(self, other: SteeringVector) -> list[Site]:
