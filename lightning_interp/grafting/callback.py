@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_interp.core.callbacks.monitor import Monitor
 from lightning_interp.core.model.model_map import ModelMap
-from lightning_interp.core.weights.adapted_layers import adapted_layers
+from lightning_interp.core.weights.fitting import adapted_layers
 from lightning_interp.errors import IncompatibleModelError, RecipeError
 from lightning_interp.grafting.evaluate import GraftEvaluator, GraftPrompt
 from lightning_interp.grafting.metrics import METRICS, GraftScores

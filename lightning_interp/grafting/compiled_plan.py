@@ -7,7 +7,7 @@ forward pass works out one code a token, and every module looks its own mask up 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -18,13 +18,14 @@ import torch
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.tokens.positions import Positions
 from lightning_interp.core.tokens.step import StepContext
+from lightning_interp.core.weights.holders import Dose
 from lightning_interp.errors import RecipeError
 from lightning_interp.grafting.dropout import DRAWS, Cell
 from lightning_interp.grafting.plan import GraftPlan, GraftRule
 
-__all__ = ["EVERYWHERE", "NOWHERE", "CompiledPlans", "Signature", "Source"]
+__all__ = ["EVERYWHERE", "NOWHERE", "CompiledPlans", "Doses", "check_doses", "dose_of", "without_padding"]
 
-Signature = tuple[int, ...]
+Doses = Mapping[str, torch.Tensor]
 
 NOWHERE, EVERYWHERE = 0, 1
 """Local codes, at the start of each plan's block, of tokens that no rule owns and of those that are all donor's."""
@@ -42,17 +43,9 @@ class Source:
 
 
 class CompiledPlans:
-    """Plans worked out for one model.
+    """Plans worked out for one model: ``sources`` by their index from 1, and ``offsets``, the first code of each plan.
 
-    Args:
-        plans: Different plans.
-        donors: Names of the donors.
-        model_map: The recipient.
-        everywhere: Whether the code ``EVERYWHERE`` is ever used; else it is a second ``NOWHERE``.
-
-    Attributes:
-        sources: What the source indices 1, 2, ... mean.
-        offsets: First code of each plan.
+    Without ``everywhere`` the code ``EVERYWHERE`` is a second ``NOWHERE``.
     """
 
     def __init__(
@@ -103,7 +96,7 @@ class CompiledPlans:
             self._index[source] = len(self.sources)
         return self._index[source]
 
-    def signature(self, component: str, layer: int | None) -> Signature:
+    def signature(self, component: str, layer: int | None) -> tuple[int, ...]:
         """Source of one cell for every code."""
         return tuple(self._tables[component, layer])
 
@@ -118,15 +111,7 @@ class CompiledPlans:
         return torch.tensor([self.offsets[p] for p in rows], device=device)[:, None]
 
     def codes(self, step: StepContext, rows: Sequence[int]) -> torch.Tensor:
-        """Which rules own each token.
-
-        Args:
-            step: The tokens ``[B, T]``.
-            rows: The plan of each row.
-
-        Returns:
-            Codes ``[B, T]``; padding has the code of its row's first real token.
-        """
+        """Codes ``[B, T]`` of rows whose plans are ``rows``; padding has the code of its row's first real token."""
         of_plan: dict[int, list[int]] = {}
         for row, p in enumerate(rows):
             of_plan.setdefault(p, []).append(row)
@@ -224,3 +209,37 @@ def _mask_of(positions: Positions, step: StepContext, rows: list[int]) -> torch.
     mask = torch.zeros(step.batch_size, step.length, dtype=torch.bool, device=step.device)
     mask[rows] = positions.mask(step.rows(rows))
     return mask
+
+
+def dose_of(dose: float | str, doses: Doses) -> Dose:
+    """The dose of a rule for each layer: a number, or ``doses[dose]`` (scalar or ``[L]``) read anew at every call."""
+    if not isinstance(dose, str):
+        return dose
+    return lambda layer: doses[dose] if layer is None or doses[dose].dim() == 0 else doses[dose][layer]
+
+
+def check_doses(rule: GraftRule, cells: set[Cell], doses: Doses, n_layers: int) -> None:
+    """Refuse a named dose that is missing or has a wrong shape, and doses of cells not linear in their parameters."""
+    if rule.dose in (0, 1):
+        return
+    if any(name == "moe" for name, _ in cells):
+        raise RecipeError(
+            f"dose={rule.dose!r} on 'moe' is no mixture of weights: a router is not linear in its parameters. Use 0 or "
+            "1 there, or name other components."
+        )
+    if not isinstance(rule.dose, str):
+        return
+    if rule.dose not in doses:
+        raise RecipeError(
+            f"A rule has dose={rule.dose!r}, but the doses are {', '.join(doses) or 'none'}. Pass "
+            f"Graft(..., doses={{{rule.dose!r}: tensor}})."
+        )
+    shape = tuple(doses[rule.dose].shape)
+    if shape not in ((), (n_layers,)):
+        raise RecipeError(f"The dose {rule.dose!r} has shape {shape}; expected a scalar or [{n_layers}] (one a layer).")
+    outside = sorted(name for name, layer in cells if layer is None)
+    if shape and outside:
+        raise RecipeError(
+            f"The dose {rule.dose!r} has one value a layer, but the rule grafts {', '.join(outside)} too, which is in "
+            "no layer. Name components inside of blocks ('BLOCK'), or pass a scalar."
+        )

@@ -25,8 +25,15 @@ from lightning_interp.core.weights.masked_linear import Execution
 from lightning_interp.core.weights.row_weights import RowWeights, check_sources
 from lightning_interp.core.weights.sources import AdapterSource, AnySource, CheckpointSource, ModelSource, make_sources
 from lightning_interp.errors import PositionError, RecipeError, SiteError
-from lightning_interp.grafting.compiled_plan import EVERYWHERE, NOWHERE, CompiledPlans, without_padding
-from lightning_interp.grafting.dose import Doses, check_doses, dose_of
+from lightning_interp.grafting.compiled_plan import (
+    EVERYWHERE,
+    NOWHERE,
+    CompiledPlans,
+    Doses,
+    check_doses,
+    dose_of,
+    without_padding,
+)
 from lightning_interp.grafting.plan import GraftPlan
 
 __all__ = [

@@ -6,9 +6,9 @@ import inspect
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,7 +43,7 @@ class Hook:
         return Hook, ()
 
 
-class Attachment:
+class Attachment(AbstractContextManager["Attachment"]):
     """Everything one intervention put on a model. Leaving the ``with`` block, or :meth:`remove`, takes it all off.
 
     Args:
@@ -152,9 +152,6 @@ class Attachment:
                 self._kept = argument("logits_to_keep", args, kwargs)
 
             self.add(self.model_map.model.register_forward_pre_hook(Hook(note), with_kwargs=True))
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.remove()

@@ -72,10 +72,7 @@ def sha_of(stamp: str | Mapping[str, Any]) -> str:
 
 
 def hash_folder(folder: Path, of: Callable[[Path], Any] = sha256_file) -> dict[str, Any]:
-    """Return the SHA-256 (or the stamp, or whatever ``of`` gives) of each file below ``folder``.
-
-    Checkpoints, event files, temporary files and the stored results of phases are left out.
-    """
+    """Return the SHA-256 (or what ``of`` gives) of each file below a folder but phases' results and ``NOT_HASHED``."""
     files = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file() and not _is_result(path))
     return {
         name.as_posix(): of(folder / name)
@@ -85,15 +82,7 @@ def hash_folder(folder: Path, of: Callable[[Path], Any] = sha256_file) -> dict[s
 
 
 def fingerprint(inputs: Any, sha256: Callable[[Path], str] = sha256_file) -> Any:
-    """Replace each path in ``inputs`` by the hash of its file or the hashes of its folder.
-
-    Args:
-        inputs: Dicts and lists of anything, with :class:`~pathlib.Path` in them.
-        sha256: Hashes a file.
-
-    Returns:
-        The same shape; a path to nothing becomes a string.
-    """
+    """Replace paths in dicts and lists by the hash of their file or the hashes of their folder; one to nothing is text."""
     if isinstance(inputs, Path):
         if inputs.is_dir():
             return hash_folder(inputs, sha256)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from lightning_interp.core.storage.files import atomic_writer, jsonable
 from lightning_interp.core.storage.json_reading import parse_json
@@ -28,9 +28,8 @@ def rank_and_world_size() -> tuple[int, int]:
     several nodes are distinct but may have gaps until the process group is up). Without any of them, this is the only
     process.
     """
-    torch = sys.modules.get("torch")  # without torch there is no process group, and this stays a light import
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if (group := _process_group()) is not None:
+        return group.get_rank(), group.get_world_size()
     env = os.environ
     if "RANK" in env:
         return int(env["RANK"]), int(env.get("WORLD_SIZE", "1"))
@@ -41,12 +40,18 @@ def rank_and_world_size() -> tuple[int, int]:
     return node * world + local, world
 
 
+def _process_group() -> Any:
+    torch = sys.modules.get("torch")  # without torch there is no process group, and this stays a light import
+    up = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed if torch is not None and up else None
+
+
 def is_rank_zero() -> bool:
     """Return whether this process is the one that writes files and prints."""
     return rank_and_world_size()[0] == 0
 
 
-class JsonlWriter:
+class JsonlWriter(AbstractContextManager["JsonlWriter"]):
     """Writes rows of JSON from many ranks, survives a kill at any byte, and ends as one ordered file.
 
     Each rank appends to a part file of its own beside ``path``. Every row carries an integer ``index`` which says where
@@ -60,9 +65,6 @@ class JsonlWriter:
         self.world_size = found_world if world_size is None else world_size
         self.part = self.path.with_name(f"{self.path.name}.rank{self.rank:05d}.part")
         self._appender = JsonlAppender(self.part)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
@@ -109,9 +111,8 @@ class JsonlWriter:
         return [*([self.path] if self.path.exists() else []), *parts]
 
     def _group_barrier(self) -> Callable[[], object]:
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-            barrier: Callable[[], object] = torch.distributed.barrier
+        if (group := _process_group()) is not None:
+            barrier: Callable[[], object] = group.barrier
             return barrier
         if self.world_size > 1:
             raise ManifestError(

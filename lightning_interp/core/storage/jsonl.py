@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from lightning_interp.core.storage.files import atomic_writer, json_bytes, write_error
 from lightning_interp.core.storage.json_reading import BOM, parse_json
@@ -75,7 +75,7 @@ def write_json_lines(path: str | os.PathLike[str], rows: Iterable[Mapping[str, A
     return Path(path)
 
 
-class JsonlAppender:
+class JsonlAppender(AbstractContextManager["JsonlAppender"]):
     r"""Appends rows to a JSONL file; each call returns when its rows are on disk, or leaves the file as it was.
 
     What a kill left behind the last line end is cut off first. One process at a time may append to a file: lock its
@@ -94,9 +94,6 @@ class JsonlAppender:
                 os.truncate(self.path, self.path.stat().st_size - len(tail))
         except OSError as error:
             raise write_error(self.path, error) from error
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()

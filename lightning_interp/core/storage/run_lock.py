@@ -6,8 +6,9 @@ import fcntl
 import os
 import socket
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Self
+from typing import IO
 
 from lightning_interp.core.storage.files import write_error
 from lightning_interp.errors import ManifestError
@@ -18,7 +19,7 @@ __all__ = ["RunLock", "is_in_use"]
 _HELD: dict[Path, int] = {}
 
 
-class RunLock:
+class RunLock(AbstractContextManager["RunLock"]):
     """A lock on an existing run folder that the operating system releases when its process ends, however it ends.
 
     POSIX record locks, because forked children (data loader workers, forked ranks) do not inherit them: a worker that
@@ -47,9 +48,6 @@ class RunLock:
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._file.flush()
         _HELD[self._path] = os.getpid()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.release()

@@ -103,15 +103,21 @@ class Positions(ABC):
             raise PositionError(f"Cannot read positions {kind!r} from {dict(data)}: {error}.") from error
 
 
+class _Combined:
+    """What is made of other positions."""
+
+    def __post_init__(self) -> None:
+        for part in vars(self).values():
+            if not isinstance(part, Positions):
+                raise PositionError(f"{type(self).__name__} combines positions, but got {part!r}.")
+
+
 @dataclass(frozen=True)
-class And(Positions):
+class And(_Combined, Positions):
     """Tokens that both selectors choose."""
 
     left: Positions
     right: Positions
-
-    def __post_init__(self) -> None:
-        _check_parts(self, self.left, self.right)
 
     def mask(self, step: StepContext) -> torch.Tensor:
         """See :meth:`Positions.mask`."""
@@ -119,14 +125,11 @@ class And(Positions):
 
 
 @dataclass(frozen=True)
-class Or(Positions):
+class Or(_Combined, Positions):
     """Tokens that either selector chooses."""
 
     left: Positions
     right: Positions
-
-    def __post_init__(self) -> None:
-        _check_parts(self, self.left, self.right)
 
     def mask(self, step: StepContext) -> torch.Tensor:
         """See :meth:`Positions.mask`."""
@@ -134,13 +137,10 @@ class Or(Positions):
 
 
 @dataclass(frozen=True)
-class Not(Positions):
+class Not(_Combined, Positions):
     """Real tokens that a selector leaves out."""
 
     inner: Positions
-
-    def __post_init__(self) -> None:
-        _check_parts(self, self.inner)
 
     def mask(self, step: StepContext) -> torch.Tensor:
         """See :meth:`Positions.mask`."""
@@ -373,12 +373,6 @@ def _check_window(selector: Positions, start: int, stop: int | None) -> None:
 def _window(step: StepContext, index: torch.Tensor, start: int, stop: int | None) -> torch.Tensor:
     inside = step.valid & (index >= start)
     return inside if stop is None else inside & (index < stop)
-
-
-def _check_parts(selector: Positions, *parts: Any) -> None:
-    for part in parts:
-        if not isinstance(part, Positions):
-            raise PositionError(f"{type(selector).__name__} combines positions, but got {part!r}.")
 
 
 def _subclasses(cls: Any) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Whether two models are finetunings of one architecture, so that modules of one can stand in for the other's."""
+"""Layers that carry adapters, and whether the weights of two models fit each other."""
 
 from __future__ import annotations
 
@@ -10,13 +10,22 @@ from lightning_interp.core.hooks.checks import quantized_modules
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.errors import IncompatibleModelError
 
-__all__ = ["check_same_shapes", "check_settings", "quantized_kinds"]
+__all__ = [
+    "adapted_layers",
+    "adapters_of",
+    "check_same_shapes",
+    "check_settings",
+    "own_map",
+    "quantized_kinds",
+    "takes_empty",
+]
 
 _WEIGHTLESS = (
     "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "activation_function", "rope_parameters",
     "sliding_window", "layer_types", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar",
 )  # fmt: skip
 """Settings of what has no weights and so always runs as the recipient's: attention, rotary tables, activations."""
+_TAKES_EMPTY = ("Linear", "Conv1D", "Embedding", "LayerNorm", "RMSNorm")
 
 
 def check_same_shapes(recipient: ModelMap, donor: ModelMap) -> None:
@@ -70,3 +79,36 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def quantized_kinds(model: nn.Module) -> list[str]:
     """Class names of the quantised modules of a model."""
     return sorted({type(model.get_submodule(name)).__name__ for name in quantized_modules(model)})
+
+
+def own_map(module: nn.Module) -> nn.Module | None:
+    """What an adapted layer does without its adapter; None for a plain module."""
+    children = module._modules
+    return children.get("base_layer") or children.get("original_module")
+
+
+def adapted_layers(model_map: ModelMap) -> list[tuple[str, Any, list[str]]]:
+    """Every layer of the model that carries adapters: its path, the layer, the names of its adapters."""
+    if "adapted" not in model_map.memo:
+        model_map.memo["adapted"] = [
+            (path, module, adapters_of(module))
+            for path, module in model_map.model.named_modules()
+            if own_map(module) is not None and hasattr(module, "active_adapters")
+        ]
+    found: list[tuple[str, Any, list[str]]] = model_map.memo["adapted"]
+    return found
+
+
+def takes_empty(module: nn.Module) -> bool:
+    """Whether a module is known to run on no rows at all."""
+    plain = own_map(module) or module
+    return type(plain).__name__.endswith(_TAKES_EMPTY)
+
+
+def adapters_of(layer: Any) -> list[str]:
+    """Names of the adapters that one layer carries."""
+    names: list[str] = []
+    for table in getattr(layer, "adapter_layer_names", ()):
+        tensors = getattr(layer, table, None)
+        names += list(tensors.keys()) if tensors is not None and hasattr(tensors, "keys") else []
+    return list(dict.fromkeys(names))

@@ -13,8 +13,8 @@ from torch import nn
 from lightning_interp.core.hooks.intervention import Attachment, split_output
 from lightning_interp.core.model.components import Part
 from lightning_interp.core.tokens.step import StepContext
-from lightning_interp.core.weights.adapted_layers import own_map, takes_empty
 from lightning_interp.core.weights.counted_dropout import CountedDropout, dropouts_in
+from lightning_interp.core.weights.fitting import own_map, takes_empty
 from lightning_interp.core.weights.masked_linear import Execution, MaskedHooks, MaskedMap, RowMap, TokenMap
 from lightning_interp.core.weights.row_masks import RowMask
 from lightning_interp.core.weights.sources import AdapterSource, WeightSource

@@ -19,8 +19,8 @@ from lightning_interp.core.model.components import Part, mixing_modules
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.tokens.step import StepContext
-from lightning_interp.core.weights.adapted_layers import adapted_layers, own_map
 from lightning_interp.core.weights.counted_dropout import CountedDropout
+from lightning_interp.core.weights.fitting import adapted_layers, own_map
 from lightning_interp.core.weights.holders import Claim, Masks, RowSource, held_adapters, hold
 from lightning_interp.core.weights.masked_linear import Execution, RowMap
 from lightning_interp.core.weights.row_masks import RowMask

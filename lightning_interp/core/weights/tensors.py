@@ -92,14 +92,15 @@ class TensorFolder:
         if stored not in self.files:
             raise DataError(f"{self.folder} has no tensor {name!r} among its {len(self.files)}.")
         with _opened(self.files[stored], device) as file:
-            return _read(file, stored, self.files[stored])
+            found: torch.Tensor = file.get_tensor(stored)
+            return found
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every stored tensor with its name, shard by shard as they lie in the files."""
         for shard in self.shards:
             with _opened(shard) as file:
                 for name in self._inside(shard, file):
-                    yield name, _read(file, name, shard)
+                    yield name, file.get_tensor(name)
 
     def _inside(self, shard: Path, file: Any) -> list[str]:
         names = [name for name in file.offset_keys() if self.files.get(name) == shard]
@@ -114,26 +115,13 @@ def _opened(path: Path, device: str | torch.device = "cpu") -> Iterator[Any]:
     if not path.exists():
         raise DataError(f"{path.parent} lacks the shard {path.name!r}, which its index names. Copy the folder again.")
     try:
-        file = safe_open(path, framework="pt", device=str(device))
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
     except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
-    with file:
-        yield file
-
-
-def _read(file: Any, name: str, path: Path) -> torch.Tensor:
-    try:
-        found: torch.Tensor = file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
-    return found
-
-
-def _damaged(path: Path, error: Exception) -> DataError:
-    return DataError(
-        f"{path} is damaged or cut short ({_first_line(error)}; {path.stat().st_size} bytes on disk). "
-        "Copy or download it again."
-    )
+        raise DataError(
+            f"{path} is damaged or cut short ({_first_line(error)}; {path.stat().st_size} bytes on disk). "
+            "Copy or download it again."
+        ) from error
 
 
 def _weight_map(index: Path) -> dict[str, Path]:
