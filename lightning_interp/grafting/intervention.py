@@ -68,9 +68,8 @@ class Graft(Intervention):
         execution: How mixed masks are computed (see :func:`~lightning_interp.core.weights.masked_linear.masked_rows`).
         decode: Weights of generated tokens: the ``recipient``'s; the ``donor``'s; ``like_last`` treats each like the
             last prompt token; ``outside`` like prompt positions that no located selector names; or a function of the
-            ``StepContext`` that returns one of these names, or a mask ``[B, T]`` of
-            the tokens that are the donor's. Cached keys and values stay. The beams of a beam search have their
-            prompt's plan, so reordering them changes nothing.
+            ``StepContext`` that returns one of these names, or a mask ``[B, T]`` of the donor's tokens. Cached keys and
+            values stay. The beams of a beam search have their prompt's plan.
         doses: Tensors that rules name with ``dose="name"``: a scalar, or one value a layer ``[L]``. Gradients reach
             them.
 
@@ -78,7 +77,6 @@ class Graft(Intervention):
         RecipeError: If a rule names an unknown source or dose, or ``decode`` is unknown.
 
     Example:
-        >>> from lightning_interp import GraftPlan, Span
         >>> from lightning_interp.testing import tiny_pair
         >>> recipient, donor = tiny_pair("llama")
         >>> ids = torch.arange(6)[None]

@@ -82,7 +82,7 @@ def hash_folder(folder: Path, of: Callable[[Path], Any] = sha256_file) -> dict[s
 
 
 def fingerprint(inputs: Any, sha256: Callable[[Path], str] = sha256_file) -> Any:
-    """Replace paths in dicts and lists by the hash of their file or the hashes of their folder; one to nothing is text."""
+    """Replace each path in dicts and lists by the hash of its file or the hashes of its folder, or by text."""
     if isinstance(inputs, Path):
         if inputs.is_dir():
             return hash_folder(inputs, sha256)

@@ -64,15 +64,11 @@ class RunManifest:
     Example:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp()) / "run"
-        >>> def count(folder: Path) -> int:
-        ...     print("counting")
-        ...     return 3
-        >>> with RunManifest.open(folder, config={"seed": 0}, name="demo") as run:
-        ...     run.phase("count", count)
+        >>> for _ in range(2):
+        ...     with RunManifest.open(folder, config={"seed": 0}, name="demo") as run:
+        ...         run.phase("count", lambda folder: print("counting") or 3)
         counting
         3
-        >>> with RunManifest.open(folder, config={"seed": 0}, name="demo") as run:
-        ...     run.phase("count", count)
         3
         >>> RunManifest.open(folder, config={"seed": 1}, name="demo")
         Traceback (most recent call last):
@@ -128,9 +124,8 @@ class RunManifest:
             The open manifest.
 
         Raises:
-            ManifestError: If the folder cannot be written, belongs to another run or configuration, holds files of
-                somebody else, is in use, or its manifest is damaged; if it is a child run and its parent is open.
-                Nothing has been changed then.
+            ManifestError: If the folder cannot be written, belongs to another run or configuration, holds foreign
+                files, is in use or damaged, or is a child run whose parent is open. Nothing has been changed then.
             DataError: If the configuration holds a value without a JSON form.
         """
         path, plain = Path(run_dir), jsonable(config, where="config")
@@ -180,10 +175,7 @@ class RunManifest:
 
     @property
     def phases(self) -> dict[str, dict[str, Any]]:
-        """What is known of each phase, by name: ``status``, ``seconds``, ``files``, ``message``, ...
-
-        Results are in files of their own; :func:`~lightning_interp.core.storage.phase_results.phase_result` reads one.
-        """
+        """What is known of each phase, by name: ``status``, ``seconds``, ``files``, ``message``, ... but no results."""
         phases: dict[str, dict[str, Any]] = self._state["phases"]
         return phases
 
@@ -208,9 +200,8 @@ class RunManifest:
         Args:
             name: The phase's name, unique in the run.
             fn: Gets the phase's folder, writes its files there, and returns a result of plain values.
-            inputs: What the result depends on besides the run's configuration, usually results of earlier phases.
-                Paths stand for the content of their file or folder. None means all phases called before this one;
-                ``{}`` means nothing.
+            inputs: What the result depends on besides the configuration; paths stand for the content of their file or
+                folder. None means all phases called before this one; ``{}`` means nothing.
             every_rank: Call ``fn`` on every rank (a Trainer is inside); else the others wait for rank zero.
 
         Returns:
@@ -251,11 +242,8 @@ class RunManifest:
         Example:
             >>> import tempfile
             >>> folder = Path(tempfile.mkdtemp()) / "run"
-            >>> with RunManifest.open(folder, config={"cycles": 2}, name="demo") as run:
-            ...     for number in range(2):
-            ...         with run.child(f"cycle-{number}", config={"number": number}) as cycle:
-            ...             cycle.phase("fit", lambda folder: number * 10)
-            0
+            >>> with RunManifest.open(folder, config={}, name="demo") as run, run.child("cycle-0", config={}) as cycle:
+            ...     cycle.phase("fit", lambda folder: 10)
             10
         """
         path = self.path / CHILDREN / check_part(key, "child run", child_names(self.path))

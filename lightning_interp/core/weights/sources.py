@@ -259,14 +259,10 @@ class CheckpointSource(ModelSource):
 
     Example:
         >>> import tempfile
-        >>> from lightning_interp import Graft, GraftPlan
         >>> from lightning_interp.testing import tiny_pair
         >>> recipient, donor = tiny_pair("llama")
-        >>> folder = tempfile.mkdtemp()
-        >>> donor.save_pretrained(folder)
-        >>> with Graft(CheckpointSource(folder), GraftPlan.whole()).attach(recipient), torch.no_grad():
-        ...     torch.equal(recipient(torch.arange(5)[None]).logits, donor(torch.arange(5)[None]).logits)
-        True
+        >>> donor.save_pretrained(folder := tempfile.mkdtemp())
+        >>> CheckpointSource(folder).check(ModelMap.build(recipient))
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> None:
