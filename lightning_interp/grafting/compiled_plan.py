@@ -43,10 +43,7 @@ class Source:
 
 
 class CompiledPlans:
-    """Plans worked out for one model: ``sources`` by their index from 1, and ``offsets``, the first code of each plan.
-
-    Without ``everywhere`` the code ``EVERYWHERE`` is a second ``NOWHERE``.
-    """
+    """Plans worked out for one model; ``EVERYWHERE`` is a second ``NOWHERE`` unless ``everywhere``."""
 
     def __init__(
         self, plans: Sequence[GraftPlan], donors: Sequence[str], model_map: ModelMap, *, everywhere: bool = False

@@ -17,7 +17,7 @@ from lightning_interp.generation.requests import TextRequest
 from lightning_interp.generation.sampler import LocalSampler
 from lightning_interp.grafting.intervention import Decode, Graft, decode_name
 from lightning_interp.grafting.plan import GraftPlan
-from lightning_interp.grafting.prompts import EncodedPrompt, PromptBatch
+from lightning_interp.grafting.prompts import PromptBatch
 
 if TYPE_CHECKING:
     from lightning_interp.grafting.evaluate import GraftEvaluator
@@ -36,10 +36,7 @@ def complete(
     num_beams: int = 1,
     advance: Callable[[int], object] | None = None,
 ) -> list[dict[str, Any]]:
-    """Continue every prompt under every graft plan, without sampling, with a KV cache; one row a prompt and plan.
-
-    ``exact`` is 1 when the continuation begins with the whole target; ``advance`` is told how many prompts are done.
-    """
+    """Continue every prompt under every plan, greedily or by beams; ``exact`` where the whole target comes first."""
     if max_new_tokens < 1 or num_beams < 1:
         raise RecipeError(f"complete(max_new_tokens={max_new_tokens}, num_beams={num_beams}): both must be at least 1.")
     model_map = model if isinstance(model, ModelMap) else ModelMap.build(model)
@@ -47,12 +44,20 @@ def complete(
     plans = {name: plan for name, plan in evaluator.plans.items() if isinstance(plan, GraftPlan)}
     models = [each.map.model for each in donors.values() if isinstance(each, ModelSource)]
     rows: list[dict[str, Any]] = []
+    device = next(model_map.model.parameters()).device
     with evaluating(model_map.model, *models):
         for prompt in evaluator.encoded:
-            texts = _written(evaluator, model_map, Graft(donors, list(plans.values()), decode=decode), prompt,
-                             max_new_tokens=max_new_tokens, num_beams=num_beams)  # fmt: skip
+            request = TextRequest(prompt=prompt.ids, max_new_tokens=max_new_tokens, temperature=0.0)
+            graft = Graft(donors, list(plans.values()), decode=decode)
+            with graft.attach(model_map, tokenizer=evaluator.tokenizer) as attachment:  # all plans in one batch
+                masks = PromptBatch.of([prompt]).masks
+                attachment.batch = {n: m.repeat(len(plans) * num_beams, 1).to(device) for n, m in masks.items()}
+                written = LocalSampler(model_map.model, evaluator.tokenizer, beams=num_beams).write(
+                    [request] * len(plans)
+                )
             asked = evaluator.prompts[prompt.index]
-            for name, text in zip(plans, texts, strict=True):
+            for name, one in zip(plans, written, strict=True):
+                text = one.text or ""
                 rows.append(
                     {
                         "prompt": prompt.index,
@@ -69,26 +74,6 @@ def complete(
             if advance is not None:
                 advance(1)
     return rows
-
-
-def _written(
-    evaluator: GraftEvaluator,
-    model_map: ModelMap,
-    graft: Graft,
-    prompt: EncodedPrompt,
-    *,
-    max_new_tokens: int,
-    num_beams: int,
-) -> list[str]:
-    """The continuation of one prompt by every plan, all in one batch."""
-    masks, count = PromptBatch.of([prompt]).masks, len(graft.plans)
-    model = model_map.model
-    request = TextRequest(prompt=prompt.ids, max_new_tokens=max_new_tokens, temperature=0.0)
-    with graft.attach(model_map, tokenizer=evaluator.tokenizer) as attachment:
-        device = next(model.parameters()).device
-        attachment.batch = {n: m.repeat(count * num_beams, 1).to(device) for n, m in masks.items()}
-        written = LocalSampler(model, evaluator.tokenizer, beams=num_beams).write([request] * count)
-    return [one.text or "" for one in written]
 
 
 def exact_match(rows: Sequence[Mapping[str, Any]], *, level: float = 0.95) -> dict[str, Estimate]:

@@ -192,10 +192,8 @@ class _Codes:
         self.row_plan = [place[plan] for plan in graft.plans]
 
     def __call__(self, step: StepContext) -> torch.Tensor:
-        given = self.graft.given
-        return self._make_codes(step) if given is None else given.to(step.device)
-
-    def _make_codes(self, step: StepContext) -> torch.Tensor:
+        if self.graft.given is not None:
+            return self.graft.given.to(step.device)
         rows = self._rows(step)
         if not step.is_prefill:
             return without_padding(self._decoding(step, rows), step.valid)

@@ -112,10 +112,7 @@ def patched_logits(
     ids: torch.Tensor,
     step: StepContext,
 ) -> dict[str, torch.Tensor]:
-    """Logits ``[n, V]`` at the last column of the recipient under each plan, for left-padded prompts ``[n, T]``.
-
-    Activations come from donor ``source``; the recipient of an adapter is the model with it off.
-    """
+    """Last logits ``[n, V]`` of the recipient under each plan; that of an adapter is the model with it off."""
     if source not in donors:
         raise RecipeError(f"A patch takes activations from {source!r}, but the donors are {', '.join(donors)}.")
     inputs = model_inputs(model_map.model, ids, step.valid) | {"use_cache": False}

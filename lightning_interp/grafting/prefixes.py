@@ -13,6 +13,8 @@ from itertools import pairwise
 
 import torch
 
+from lightning_interp.core.measure.reduced import first_of_each
+
 __all__ = ["PASS_COST", "PrefixTree"]
 
 PASS_COST = 30
@@ -47,7 +49,7 @@ class PrefixTree:
         cuts = _cheapest_cuts(counts) if share else [0, width]
         self.intervals: list[_Interval] = []
         for start, stop in pairwise(cuts):
-            rows = _first_of_each(self.prefix[stop - 1], counts[stop - 1])
+            rows = first_of_each(self.prefix[stop - 1], counts[stop - 1])
             parents = self.prefix[start - 1][rows] if start else torch.full_like(rows, _NO_PARENT)
             self.intervals.append(_Interval(start, stop, rows, parents))
         self.row_of = self.prefix[-1]
@@ -84,9 +86,3 @@ def _cheapest_cuts(counts: list[int]) -> list[int]:
             if start < stop
         )
     return best[width][1]
-
-
-def _first_of_each(prefix: torch.Tensor, count: int) -> torch.Tensor:
-    """The first row of each prefix number, ``[count]``."""
-    first = torch.full((count,), len(prefix), dtype=torch.long, device=prefix.device)
-    return first.scatter_reduce_(0, prefix, torch.arange(len(prefix), device=prefix.device), reduce="amin")

@@ -32,22 +32,26 @@ class Rows:
 
 @torch.no_grad()
 def last_logits(model_map: ModelMap, graft: Graft, rows: Rows, tree: PrefixTree, *, token_budget: int) -> torch.Tensor:
-    """Logits at the last column of every different row.
-
-    The graft must be attached. Passes go depth first, so that only one path of caches is alive.
-    """
+    """Last logits of every different row, depth first, so that only one path of caches lives; the graft is attached."""
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    model = model_map.model
 
     def descend(level: int, chosen: torch.Tensor, cache: Any, place: dict[int, int]) -> None:
         interval, last = tree.intervals[level], level + 1 == len(tree.intervals)
         for part in torch.split(chosen, max(1, token_budget // interval.stop)):
-            past = _picked(cache, [place[parent] for parent in interval.parents[part].tolist()]) if level else None
-            output = _pass(model_map, graft, rows, interval.rows[part], (interval.start, interval.stop), past, last)
+            mine, start, stop = interval.rows[part], interval.start, interval.stop
+            inputs = model_inputs(model, rows.ids[mine, :stop], rows.valid[mine, :stop], start=start)
+            inputs["use_cache"] = not last or level > 0
+            if level:
+                past = _picked(cache, [place[parent] for parent in interval.parents[part].tolist()])
+                inputs |= cache_argument(model, past)
+            graft.given = rows.codes[mine, start:stop]
+            output = model(**inputs)
             if last:
                 found.append((part, output.logits[:, -1].float()))
                 continue
             children = torch.isin(tree.intervals[level + 1].parents, part).nonzero()[:, 0]
-            _check_cache(model_map.model, output)
+            _check_cache(model, output)
             descend(level + 1, children, cache_of(output), {row: i for i, row in enumerate(part.tolist())})
 
     try:
@@ -65,24 +69,6 @@ def _in_order(found: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     for rows, logits in found:
         together[rows.to(together.device)] = logits
     return together
-
-
-def _pass(
-    model_map: ModelMap,
-    graft: Graft,
-    rows: Rows,
-    chosen: torch.Tensor,
-    columns: tuple[int, int],
-    past: Any,
-    last: bool,
-) -> Any:
-    start, stop = columns
-    inputs = model_inputs(model_map.model, rows.ids[chosen, :stop], rows.valid[chosen, :stop], start=start)
-    inputs["use_cache"] = not last or past is not None
-    if past is not None:
-        inputs |= cache_argument(model_map.model, past)
-    graft.given = rows.codes[chosen, start:stop]
-    return model_map.model(**inputs)
 
 
 def model_inputs(model: nn.Module, ids: torch.Tensor, valid: torch.Tensor, *, start: int = 0) -> dict[str, Any]:

@@ -17,10 +17,8 @@ __all__ = ["MeteredCallback"]
 class MeteredCallback(InterventionCallback, ABC):
     """Carry an intervention through a run, and log what its meter counted as ``<name>/<stage>/<measure>``.
 
-    A subclass makes the meter of a stage in :meth:`make_meter`, feeds it in :meth:`meter_on`, and picks in
-    :meth:`kept` what is kept. In ``predict``, where Lightning logs nothing, it is in :attr:`measured` alone. Validation
-    inside of ``fit`` does not interrupt the count of training; sanity checks count nothing. For the arguments see
-    :class:`~lightning_interp.core.callbacks.intervention_callback.InterventionCallback`.
+    In ``predict``, where Lightning logs nothing, it is in :attr:`measured` alone. Validation inside of ``fit`` does not
+    interrupt the count of training; sanity checks count nothing.
     """
 
     def __init__(self, *args: Any, **settings: Any) -> None:

@@ -65,10 +65,7 @@ def check_dense(module: nn.Module, *, purpose: str, remedy: str) -> None:
 
 
 def check_strategy(strategy: Any, *, reads_weights: bool, purpose: str) -> None:
-    """Refuse Lightning strategies that cannot do what an intervention needs.
-
-    Strategies are told apart by class name, so that both Lightning namespaces and subclasses are seen.
-    """
+    """Refuse Lightning strategies, told apart by class name, that cannot do what an intervention needs."""
     names = [cls.__name__ for cls in type(strategy).__mro__]
     for name, remedy in _REFUSED.items():
         if name in names:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-__all__ = ["KeyedRows", "Sums"]
+__all__ = ["KeyedRows", "Sums", "first_of_each"]
 
 
 class Sums(Metric):
@@ -69,6 +69,10 @@ class KeyedRows(Metric):
         if not len(rows):
             return rows[:, : self.keys].long(), rows[:, self.keys :]
         keys, place = torch.unique(rows[:, : self.keys], dim=0, return_inverse=True)
-        first = torch.full((len(keys),), len(rows), dtype=torch.long, device=rows.device)
-        first.scatter_reduce_(0, place, torch.arange(len(rows), device=rows.device), reduce="amin")
-        return keys.long(), rows[first, self.keys :]
+        return keys.long(), rows[first_of_each(place, len(keys)), self.keys :]
+
+
+def first_of_each(number: Tensor, count: int) -> Tensor:
+    """Where each number below ``count`` comes first in ``[n]``, ``[count]``."""
+    first = torch.full((count,), len(number), dtype=torch.long, device=number.device)
+    return first.scatter_reduce_(0, number, torch.arange(len(number), device=number.device), reduce="amin")

@@ -21,10 +21,7 @@ CHUNK = 2**18
 def draw_counts(
     generator: np.random.Generator, n: int, resamples: int, *, chunk: int = CHUNK
 ) -> Iterator[NDArray[np.float64]]:
-    """How often each of ``n`` things is drawn when ``n`` are drawn with replacement: blocks of resamples ``[rows, n]``.
-
-    The draws do not depend on ``chunk``, the counts in a block.
-    """
+    """Counts ``[rows, n]`` of ``n`` draws with replacement, a block of resamples at a time, alike for any ``chunk``."""
     rows = max(1, chunk // max(n, 1))
     for start in range(0, resamples if n else 0, rows):
         block = min(rows, resamples - start)
@@ -34,10 +31,7 @@ def draw_counts(
 
 
 def interval_ends(value: float, replicates: Vector, *, alpha: float, kind: str = "percentile") -> tuple[float, float]:
-    """Ends of a ``percentile`` interval, or of a ``basic`` one (mirrored at the estimate).
-
-    NaN where fewer than half of the resamples give an estimate.
-    """
+    """Ends of a ``percentile`` or ``basic`` (mirrored) interval; NaN if fewer than half of the resamples are finite."""
     usable = replicates[np.isfinite(replicates)]
     if not np.isfinite(value) or 2 * usable.size < replicates.size:
         return float("nan"), float("nan")
@@ -54,9 +48,8 @@ def nested_bootstrap(
 ) -> Vector:
     """Draw again at every level: things of the outermost level, in each of these the next level's, at last the values.
 
-    For means over questions of several datasets and seeds, whose errors go together: datasets > seeds > questions.
-    ``levels`` say what each unit belongs to, from the outermost on; of an inner level the same name in two outer things
-    means two things. None draws units alone.
+    For questions of several datasets and seeds, say. Of an inner level the same name in two outer things means two
+    things.
     """
     x = np.asarray(values, dtype=np.float64)
     if not x.size or any(len(level) != x.size for level in levels):

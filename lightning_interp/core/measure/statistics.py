@@ -28,10 +28,7 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and what is known about it; ``n`` counts units of sampling (facts, contexts, texts), not rows.
-
-    The ends are NaN where the sample carries no interval.
-    """
+    """A number and its interval (NaN without one); ``n`` counts units of sampling (facts, contexts), not rows."""
 
     value: float
     low: float
@@ -50,11 +47,7 @@ class Estimate:
 
 
 def proportion_interval(shares: Sequence[float], *, level: float = 0.95) -> Estimate:
-    """Mean of shares in [0, 1], one a unit, with Wilson's interval for that many units.
-
-    The interval does not collapse at 0 or 1, where a bootstrap would. With several trials a unit the shares are no
-    longer 0 or 1 and the interval is conservative.
-    """
+    """Mean of shares in [0, 1], one a unit, with Wilson's interval (conservative where a unit has several trials)."""
     from scipy.stats import norm
 
     _check_level(level)
@@ -83,10 +76,7 @@ def median_interval(values: Sequence[float], *, level: float = 0.95, seed: int =
 def nested_interval(
     values: Sequence[float], *levels: Sequence[Any], level: float = 0.95, seed: int = 0, resamples: int = 2000
 ) -> Estimate:
-    """Mean of units inside of things that were sampled too, such as datasets > seeds > questions.
-
-    ``n`` counts the outermost things; with fewer than two the interval is NaN.
-    """
+    """Mean of units inside of ``n`` things that were sampled too, such as datasets > seeds > questions."""
     _check_level(level)
     spread = nested_bootstrap(values, *levels, resamples=resamples, seed=seed)
     n, value = len(set(levels[0])) if levels else len(values), float(np.mean(values))
@@ -108,10 +98,7 @@ def ratio_interval(top: Sequence[float], bottom: Sequence[float], *, level: floa
 def bootstrap_interval(
     statistic: Callable[..., Any], samples: Sequence[Sequence[float]], *, level: float, seed: int, resamples: int = 2000
 ) -> Estimate:
-    """A statistic with a percentile bootstrap that draws units, the same ones in every sample.
-
-    ``statistic`` gets one array ``[..., n]`` a sample and reduces the last axis.
-    """
+    """A statistic of arrays ``[..., n]``, with a percentile bootstrap that draws the same units in every sample."""
     _check_level(level)
     arrays = [np.asarray(sample, dtype=np.float64) for sample in samples]
     if len({len(array) for array in arrays}) != 1:

@@ -23,6 +23,7 @@ __all__ = [
     "has_post_norms",
     "mixing_modules",
     "mlp_of",
+    "own_map",
     "residual_doubt",
 ]
 
@@ -66,10 +67,7 @@ _BLENDS = ("alpha", "beta")
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One module that belongs to a component: all its output features, or some ``columns`` ``[n]``.
-
-    ``per_call`` marks a module that is not fed one row a token (a position embedding).
-    """
+    """A component's module, or ``columns`` ``[n]`` of its output; ``per_call`` if it is not fed one row a token."""
 
     path: str
     module: nn.Module
@@ -102,7 +100,7 @@ def block_components(block: nn.Module, path: str, config: Any, attn: str | None,
         elif name in _MLP_PARTS:  # a feed-forward map that hangs in the block itself
             found.setdefault(_MLP_PARTS[name], []).append(Part(where, child))
         elif name == mlp:
-            if _is_mixture(child):
+            if any(part == "experts" for part, _ in child.named_children()):  # a mixture
                 found.setdefault("moe", []).append(Part(where, child))
             else:
                 _collect(found, child, where, _MLP_PARTS, config)
@@ -144,14 +142,16 @@ def residual_doubt(block: nn.Module, table: Components, sublayers: Sequence[str 
     return None
 
 
+def own_map(module: nn.Module) -> nn.Module | None:
+    """What an adapted layer does without its adapter; None for a plain module."""
+    children = module._modules
+    return children.get("base_layer") or children.get("original_module")
+
+
 def _norm_role(name: str, sandwich: bool) -> str | None:
     if name in _ATTN_NORMS or (name == "post_attention_layernorm" and sandwich):
         return "ln_attn"
     return "ln_mlp" if name in _MLP_NORMS or name == "post_attention_layernorm" else None
-
-
-def _is_mixture(mlp: nn.Module) -> bool:
-    return any(name == "experts" for name, _ in mlp.named_children())
 
 
 def _collect(found: dict[str, list[Part]], root: nn.Module, path: str, names: Mapping[str, str], config: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_interp.core.model.components import own_map
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.errors import IncompatibleModelError, UnsupportedStrategyError
 
@@ -108,11 +109,7 @@ def check_weights(module: nn.Module, *, purpose: str) -> None:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Digest by which two stages of a training are told apart.
-
-    It is of names, types, shapes and up to 64 evenly spaced values of each parameter, and does not see a change that
-    leaves all these values as they were.
-    """
+    """Digest by which stages of a training are told apart: of names, types, shapes and up to 64 values a parameter."""
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
@@ -136,7 +133,7 @@ def _vocabulary(model_map: ModelMap) -> Any:
     module: Any = model_map.head
     if module is None and "embed" in model_map.shared:
         module = model_map.shared["embed"][0].module
-    while (inner := _without_adapter(module)) is not None:
+    while module is not None and (inner := own_map(module)) is not None:
         module = inner
     if not isinstance(getattr(module, "weight", None), torch.Tensor):
         raise IncompatibleModelError(
@@ -144,11 +141,6 @@ def _vocabulary(model_map: ModelMap) -> Any:
             f"(found {type(module).__name__}), so it has no fingerprint. Use a decoder with a vocabulary."
         )
     return module
-
-
-def _without_adapter(module: nn.Module | None) -> nn.Module | None:
-    children = {} if module is None else module._modules
-    return children.get("base_layer") or children.get("original_module")
 
 
 def _whole(weight: torch.Tensor) -> torch.Tensor:

@@ -202,8 +202,7 @@ class ModelMap:
             if part.columns is not None:
                 raise SiteError(
                     f"{self._name} fuses {site.component!r} into {part.path}, so {site} is not the output of one "
-                    "module. "
-                    "Hook 'attn_in' or 'attn_out' instead."
+                    "module. Hook 'attn_in' or 'attn_out' instead."
                 )
             return SitePoint(part.module, part.path, False)
         if site.kind in LAYER_KINDS:
@@ -291,7 +290,8 @@ def find_decoder(module: nn.Module, target: str | None = None) -> tuple[str, nn.
             chosen = module.get_submodule(target)
         except AttributeError as error:
             raise SiteError(f"{type(module).__name__} has no submodule {target!r}: {error}.") from error
-        return (target, chosen) if isinstance(chosen, PreTrainedModel) else _below(target, chosen)
+        path, decoder = ("", chosen) if isinstance(chosen, PreTrainedModel) else find_decoder(chosen)
+        return f"{target}.{path}".rstrip("."), decoder
     found: list[tuple[str, nn.Module]] = []
     for name, child in module.named_modules():
         inside = any(not outer or name.startswith(f"{outer}.") for outer, _ in found)
@@ -300,8 +300,7 @@ def find_decoder(module: nn.Module, target: str | None = None) -> tuple[str, nn.
     if not found:
         raise SiteError(
             f"{type(module).__name__} holds no Hugging Face model. Expected a transformers PreTrainedModel in it; "
-            "models "
-            "built in configure_model exist only once the Trainer has started."
+            "models built in configure_model exist only once the Trainer has started."
         )
     if len(found) > 1:
         names = ", ".join(f"{name!r} ({type(child).__name__})" for name, child in found)
@@ -309,11 +308,6 @@ def find_decoder(module: nn.Module, target: str | None = None) -> tuple[str, nn.
             f"{type(module).__name__} holds {len(found)} Hugging Face models: {names}. Choose one with target=."
         )
     return found[0]
-
-
-def _below(target: str, chosen: nn.Module) -> tuple[str, nn.Module]:
-    path, decoder = find_decoder(chosen)
-    return f"{target}.{path}".rstrip("."), decoder
 
 
 def _block_stack(decoder: nn.Module, path: str | None) -> tuple[str, nn.ModuleList]:

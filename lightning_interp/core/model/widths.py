@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_interp.core.model.components import own_map
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
 from lightning_interp.errors import IncompatibleModelError
@@ -37,7 +38,7 @@ def check_width(model_map: ModelMap, site: Site, width: int, *, what: str) -> No
 
 def _sizes(module: nn.Module) -> tuple[int | None, int | None]:
     """Inputs and outputs of a linear map or table, adapters looked through."""
-    base: Any = module._modules.get("base_layer") or module
+    base: Any = own_map(module) or module
     if isinstance(base, nn.Embedding):
         return None, base.embedding_dim
     if hasattr(base, "nf"):  # transformers' Conv1D

@@ -25,10 +25,7 @@ class Parent(Protocol):
 
 @dataclass(frozen=True)
 class ChildPlace:
-    """A child that its parent opens: ``base`` is a digest of what its phases depend on in the parent.
-
-    ``opening`` counts how often the parent has opened it in its running session, this time included.
-    """
+    """A child that its parent opens, the ``opening``-th time in a session; ``base`` digests what it depends on."""
 
     parent: Parent
     key: str

@@ -114,10 +114,7 @@ def _is_result(path: Path) -> bool:
 
 
 def known_sha256(path: Path, run_dir: Path, state: dict[str, Any]) -> str:
-    """The SHA-256 of a file that a phase depends on, trusting the stamps in the manifest of the run.
-
-    Files of the run's own phases are in their entries; the large ones from elsewhere are kept under ``sources``.
-    """
+    """The SHA-256 of a file, trusting the stamps in a manifest: of its phases, and of large files under ``sources``."""
     place, phases = Path(os.path.abspath(path)), Path(os.path.abspath(run_dir)) / "phases"
     if place.is_relative_to(phases):
         name, *parts = place.relative_to(phases).parts

@@ -23,10 +23,9 @@ __all__ = ["JsonlWriter", "is_rank_zero", "rank_and_world_size"]
 def rank_and_world_size() -> tuple[int, int]:
     """This process's global rank and the number of processes.
 
-    A process group that is up decides; before that, the variables of the launcher: those of ``torchrun``, of SLURM's
-    ``srun`` (not of an interactive shell), or Lightning's ``LOCAL_RANK`` and ``NODE_RANK`` (with those, ranks of
-    several nodes are distinct but may have gaps until the process group is up). Without any of them, this is the only
-    process.
+    A process group that is up decides; before that, the variables of ``torchrun``, of SLURM's ``srun`` (not of an
+    interactive shell), or Lightning's (where ranks of several nodes are distinct, but may have gaps until the group is
+    up).
     """
     if (group := _process_group()) is not None:
         return group.get_rank(), group.get_world_size()
@@ -54,8 +53,7 @@ def is_rank_zero() -> bool:
 class JsonlWriter(AbstractContextManager["JsonlWriter"]):
     """Writes rows of JSON from many ranks, survives a kill at any byte, and ends as one ordered file.
 
-    Each rank appends to a part file of its own beside ``path``. Every row carries an integer ``index`` which says where
-    it belongs; :meth:`merge` orders by it and keeps one row for each.
+    Each rank appends to a part file of its own beside ``path``; a row's integer ``index`` says where it belongs.
     """
 
     def __init__(self, path: str | os.PathLike[str], rank: int | None = None, world_size: int | None = None) -> None:
@@ -78,10 +76,9 @@ class JsonlWriter(AbstractContextManager["JsonlWriter"]):
         return {index for source in self._sources() for index, _, _ in _lines(source)}
 
     def merge(self, barrier: Callable[[], object] | None = None) -> Path:
-        """Wait for all ranks, write the final file on rank zero, and remove the part files.
+        """On every rank: wait for all, then write the final file on rank zero, and remove the part files.
 
-        Rows are ordered by ``index``; of several rows with one index the first is kept (the final file's, then the
-        lowest rank's). Every rank must call this.
+        Of several rows with one ``index`` the first is kept (the final file's, then the lowest rank's).
         """
         self.close()
         wait = barrier or self._group_barrier()

@@ -40,8 +40,7 @@ __all__ = [
 def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Yield a binary file that becomes ``path`` when the block ends without an error, and vanishes otherwise.
 
-    The bytes go to a temporary file in the same folder, are forced to disk and then renamed over ``path``. Missing
-    folders are made. A ``path`` that is a symbolic link keeps being one: its target is replaced.
+    Missing folders are made. A ``path`` that is a symbolic link keeps being one: its target is replaced.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")

@@ -23,10 +23,7 @@ _MOST_DIGITS = 308  # of a whole number: what a float can still hold
 
 
 def parse_json(data: bytes, *, own: bool = False) -> Any:
-    """What a JSON text in UTF-8 says.
-
-    What this package wrote (``own``) may hold numbers of any length and half characters.
-    """
+    """Read a JSON text in UTF-8; what is ``own`` may hold numbers of any length and half characters."""
     text = data.removeprefix(BOM).decode("utf-8")
     try:
         found = json.loads(

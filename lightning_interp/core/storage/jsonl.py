@@ -22,10 +22,7 @@ __all__ = ["JsonlAppender", "json_lines", "json_object", "raw_lines", "text_line
 def json_lines(
     path: str | os.PathLike[str], *, expected: str = "one JSON object a line", own: bool = False, log: bool = False
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield file and line (for messages) and the object of each line that is not blank.
-
-    In a ``log`` that is appended to, a last line without its end was torn by a kill and does not count.
-    """
+    """Yield place and object of each line that is not blank; a torn last line of a ``log`` does not count."""
     for number, line in raw_lines(path, expected=expected, log=log):
         if line.removeprefix(BOM).strip():
             where = f"{os.fspath(path)}, line {number}"
@@ -76,10 +73,9 @@ def write_json_lines(path: str | os.PathLike[str], rows: Iterable[Mapping[str, A
 
 
 class JsonlAppender(AbstractContextManager["JsonlAppender"]):
-    r"""Appends rows to a JSONL file; each call returns when its rows are on disk, or leaves the file as it was.
+    """Appends rows to a JSONL file, after cutting off what a kill left behind its last line end.
 
-    What a kill left behind the last line end is cut off first. One process at a time may append to a file: lock its
-    folder, or give each rank a file of its own.
+    One process at a time may append to a file: lock its folder, or give each rank a file of its own.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, torn: str | os.PathLike[str] | None = None) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -382,13 +382,8 @@ class RunManifest:
         finally:
             self.current = None
             entry["seconds"] = round(entry["seconds"] + time.monotonic() - began, 3)
-            self._save_after(entry)
+            # Of a phase that failed, the error on its way out matters more.
+            with nullcontext() if entry["status"] == "finished" else suppress(ManifestError):
+                self._save()
         log.info("phase %s: finished in %.1f s", name, entry["seconds"])
         return result
-
-    def _save_after(self, entry: Mapping[str, Any]) -> None:
-        if entry["status"] == "finished":
-            self._save()
-        else:
-            with suppress(ManifestError):  # the error on its way out matters more
-                self._save()

@@ -22,8 +22,7 @@ _HELD: dict[Path, int] = {}
 class RunLock(AbstractContextManager["RunLock"]):
     """A lock on an existing run folder that the operating system releases when its process ends, however it ends.
 
-    POSIX record locks, because forked children (data loader workers, forked ranks) do not inherit them: a worker that
-    outlives a killed run does not keep the folder locked.
+    POSIX record locks: forked children (loader workers, ranks) do not inherit them, so none outlives a killed run.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -39,7 +38,8 @@ class RunLock(AbstractContextManager["RunLock"]):
         try:
             _take(self._file)
         except OSError as error:
-            holder = self._holder()
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
             self._file.close()
             raise ManifestError(
                 f"Run folder {str(run_dir)!r} is in use by {holder}. Wait for it, stop it, or choose another --run_dir."
@@ -58,12 +58,6 @@ class RunLock(AbstractContextManager["RunLock"]):
             self._file.close()
             self._file = None
             _HELD.pop(self._path, None)
-
-    def _holder(self) -> str:
-        if self._file is None:
-            return "another process"
-        self._file.seek(0)
-        return self._file.read().strip() or "another process"
 
 
 def is_in_use(run_dir: Path) -> bool:

@@ -20,10 +20,7 @@ __all__ = ["read_tensors", "save_tensors"]
 def save_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> Path:
-    """Write tensors to a safetensors file; the same content gives the same bytes, in every process.
-
-    ``safetensors`` itself orders several keys of metadata at random, so that one vector had two hashes.
-    """
+    """Write a safetensors file whose bytes follow from its content (``safetensors`` orders metadata at random)."""
     from safetensors.torch import save
 
     data = save({name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)})

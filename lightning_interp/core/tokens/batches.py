@@ -14,10 +14,7 @@ __all__ = ["aligned_left", "packed", "padded"]
 def padded(
     rows: Sequence[Sequence[int] | Tensor], pad: int = 0, *, side: Literal["left", "right"] = "right"
 ) -> tuple[Tensor, Tensor]:
-    """Rows of token ids as one block, and its mask (1 for tokens), int64 ``[rows, width]``.
-
-    On the right a causal model cannot see padding; generation needs it on the left.
-    """
+    """Rows of token ids as one block, int64 ``[rows, width]``, and its mask (1 for tokens)."""
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad, dtype=torch.int64)
     mask = torch.zeros_like(ids)

@@ -224,7 +224,24 @@ class Prompt(Positions):
 
 
 @dataclass(frozen=True)
-class Generated(Positions):
+class _Window:
+    """What has a first and a last step."""
+
+    start: int = 0
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or (self.stop is not None and self.stop <= self.start):
+            raise PositionError(f"{self} chooses nothing; expected 0 <= start < stop, or stop=None for no end.")
+
+    def inside(self, step: StepContext, index: torch.Tensor) -> torch.Tensor:
+        """Real tokens whose index ``[B, T]`` is in the window."""
+        chosen = step.valid & (index >= self.start)
+        return chosen if self.stop is None else chosen & (index < self.stop)
+
+
+@dataclass(frozen=True)
+class Generated(_Window, Positions):
     """New tokens ``start`` to ``stop`` (excluded), counted from 0 at the first token after the prompt.
 
     Args:
@@ -237,19 +254,13 @@ class Generated(Positions):
         ([[False, False, False, True, True]], [[False, True, False, False, False]])
     """
 
-    start: int = 0
-    stop: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_window(self, self.start, self.stop)
-
     def mask(self, step: StepContext) -> torch.Tensor:
         """See :meth:`Positions.mask`."""
-        return _window(step, step.positions - step.prompt_lengths[:, None], self.start, self.stop)
+        return self.inside(step, step.positions - step.prompt_lengths[:, None])
 
 
 @dataclass(frozen=True)
-class GenerationSteps(Positions):
+class GenerationSteps(_Window, Positions):
     """The tokens that predict new tokens ``start`` to ``stop`` (excluded); step 0 is the prompt's last token.
 
     Args:
@@ -257,15 +268,9 @@ class GenerationSteps(Positions):
         stop: One past the last; None for no end.
     """
 
-    start: int = 0
-    stop: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_window(self, self.start, self.stop)
-
     def mask(self, step: StepContext) -> torch.Tensor:
         """See :meth:`Positions.mask`."""
-        return _window(step, step.generation_steps, self.start, self.stop)
+        return self.inside(step, step.generation_steps)
 
 
 @dataclass(frozen=True)
@@ -363,16 +368,6 @@ class FromBatch(Positions):
         inside = given[:, step.past : step.past + step.length].to(device=step.device, dtype=torch.bool)
         window[:, : inside.shape[1]] = inside
         return window & step.valid
-
-
-def _check_window(selector: Positions, start: int, stop: int | None) -> None:
-    if start < 0 or (stop is not None and stop <= start):
-        raise PositionError(f"{selector} chooses nothing; expected 0 <= start < stop, or stop=None for no end.")
-
-
-def _window(step: StepContext, index: torch.Tensor, start: int, stop: int | None) -> torch.Tensor:
-    inside = step.valid & (index >= start)
-    return inside if stop is None else inside & (index < stop)
 
 
 def _subclasses(cls: Any) -> Iterator[Any]:

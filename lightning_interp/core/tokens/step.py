@@ -169,6 +169,7 @@ class StepContext:
             >>> step.rows([1]).positions.tolist(), step.rows([1]).row_number(0)
             ([[0, 1, 2]], 1)
         """
+        told = self.known_prompt_lengths is not None or (not self.is_prefill and self.prompt is not None)
         part: dict[str, Any] = {
             "batch_size": len(index),
             "input_ids": None if self.input_ids is None else self.input_ids[index],
@@ -176,17 +177,13 @@ class StepContext:
             "row_numbers": tuple(self.row_number(row) for row in index),
             "batch": None if self.batch is None else _BatchRows(self.batch, self.batch_size, index),
             "prompt": None,
-            "known_prompt_lengths": self._prompt_lengths_of(index),
+            "known_prompt_lengths": self.prompt_lengths[index] if told else None,
         }
         return replace(self, cache={}, **part)
 
     def row_number(self, row: int) -> int:
         """What the user calls a row of this context, for messages."""
         return row if self.row_numbers is None else self.row_numbers[row]
-
-    def _prompt_lengths_of(self, index: list[int]) -> torch.Tensor | None:
-        told = self.known_prompt_lengths is not None or (not self.is_prefill and self.prompt is not None)
-        return self.prompt_lengths[index] if told else None
 
     @cached_property
     def _full_mask(self) -> torch.Tensor:

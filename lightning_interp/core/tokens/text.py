@@ -29,10 +29,7 @@ class Mark(NamedTuple):
 
 
 def token_spans(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
-    """Decoded text of a row's real tokens, and the half-open span of characters of each.
-
-    Two tokens that share the bytes of one character both span it.
-    """
+    """Decoded text of a row's tokens, and the half-open span of characters of each; two may share a character."""
 
     def decode(part: Sequence[int]) -> str:
         return str(tokenizer.decode(list(part), skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -68,8 +65,7 @@ def find_occurrence(text: str, part: str, which: str) -> list[tuple[int, int]]:
 def template_mask(tokenizer: Any, ids: Sequence[int], part: str) -> torch.Tensor:
     """Which tokens of a row are the ``user``, ``assistant``, ``system`` or ``template`` part of a chat, bool ``[T]``.
 
-    The headers and the end of each role's turn are read off the tokenizer's own template, and then looked for in the
-    decoded text. A system text that the template puts in by itself counts as the system's.
+    Headers and ends of turns are read off the tokenizer's own template, and looked for in the decoded text.
     """
     if part not in PARTS:
         raise PositionError(f"Unknown part {part!r} of a chat template; expected one of {', '.join(PARTS)}.")

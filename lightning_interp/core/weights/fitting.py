@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from lightning_interp.core.hooks.checks import quantized_modules
+from lightning_interp.core.model.components import own_map
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.errors import IncompatibleModelError
 
@@ -15,7 +16,6 @@ __all__ = [
     "adapters_of",
     "check_same_shapes",
     "check_settings",
-    "own_map",
     "quantized_kinds",
     "takes_empty",
 ]
@@ -79,12 +79,6 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def quantized_kinds(model: nn.Module) -> list[str]:
     """Class names of the quantised modules of a model."""
     return sorted({type(model.get_submodule(name)).__name__ for name in quantized_modules(model)})
-
-
-def own_map(module: nn.Module) -> nn.Module | None:
-    """What an adapted layer does without its adapter; None for a plain module."""
-    children = module._modules
-    return children.get("base_layer") or children.get("original_module")
 
 
 def adapted_layers(model_map: ModelMap) -> list[tuple[str, Any, list[str]]]:

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from lightning_interp.core.hooks.intervention import Attachment, split_output
-from lightning_interp.core.model.components import Part
+from lightning_interp.core.model.components import Part, own_map
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.core.weights.counted_dropout import CountedDropout, dropouts_in
-from lightning_interp.core.weights.fitting import own_map, takes_empty
+from lightning_interp.core.weights.fitting import takes_empty
 from lightning_interp.core.weights.masked_linear import Execution, MaskedHooks, MaskedMap, RowMap, TokenMap
 from lightning_interp.core.weights.row_masks import RowMask
 from lightning_interp.core.weights.sources import AdapterSource, WeightSource
@@ -31,10 +31,7 @@ _EXECUTIONS: tuple[Execution, ...] = ("auto", "overwrite", "partition", "dense")
 
 @dataclass(frozen=True)
 class RowSource:
-    """A weight source at a dose: 1 for the source itself, else what lies between it and the recipient.
-
-    The dose is a number, or a function of the layer (None outside of blocks) that gives one or a tensor.
-    """
+    """A weight source at a dose from 0 (recipient) to 1, or at a function of the layer (None outside of blocks)."""
 
     source: WeightSource
     dose: Dose = 1.0
@@ -72,12 +69,10 @@ class Claim:
 
 
 def hold(attachment: Attachment, claim: Claim) -> None:
-    """Let a claim hold its module, alone or beside others.
+    """Let a claim hold its module, alone or beside others, in whatever order they come.
 
-    A row that one holder claims uses that holder's source, whatever the order in which they came. Two holders may claim
-    one row for equal sources (one adapter, one model object, at one dose). Other sources on one row of one module
-    contradict each other, and the first pass in which that happens is refused; only where both holders add does the row
-    get the sum of both deltas (a source that both name counts once).
+    Two holders may claim one row for equal sources. Other sources on one row of one module contradict each other, and
+    the first such pass is refused; only where both holders add does the row get the sum of both deltas.
     """
     hooks = MaskedHooks.on(claim.part.module)
     if hooks is not None and isinstance(hooks.masked, _SharedMap):

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from lightning_interp.core.hooks.intervention import Attachment, Hook, Intervention
-from lightning_interp.core.model.components import Part, mixing_modules
+from lightning_interp.core.model.components import Part, mixing_modules, own_map
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.core.weights.counted_dropout import CountedDropout
-from lightning_interp.core.weights.fitting import adapted_layers, own_map
+from lightning_interp.core.weights.fitting import adapted_layers
 from lightning_interp.core.weights.holders import Claim, Masks, RowSource, held_adapters, hold
 from lightning_interp.core.weights.masked_linear import Execution, RowMap
 from lightning_interp.core.weights.row_masks import RowMask
@@ -34,14 +34,12 @@ Signature = tuple[int, ...]
 
 
 class RowWeights(Intervention):
-    """Run each row (token) of a batch with the weights of its own source.
+    """Run each row (token) of a batch with the weights of its own source: ``codes`` ``[B]``, ``[B, T]`` or a function.
 
-    With adapters among the sources, the recipient (code 0) is the model with its adapters off. Gradients reach each
-    source through its own rows only, so that several adapters can be trained in one batch. The dropout of an adapter in
-    training is drawn by counting (see :attr:`dropout`): it moves no generator, and is the same for a batch in parts.
-
-    On one module with another holder (a graft, other row weights), each keeps the rows that it claims; see
-    :func:`~lightning_interp.core.weights.holders.hold`.
+    Code 0 is the recipient, without its adapters if one is a source; ``k`` is the k-th source. Gradients reach each
+    source through its own rows only. The dropout of an adapter is drawn by counting (see :attr:`dropout`): it moves no
+    generator, and is the same for a batch in parts. With several holders of a module each keeps the rows that it
+    claims.
     """
 
     def __init__(

@@ -18,14 +18,13 @@ from torch import nn
 
 from lightning_interp.core.hooks.checks import check_dense, check_weights
 from lightning_interp.core.hooks.intervention import split_output
-from lightning_interp.core.model.components import Part
+from lightning_interp.core.model.components import Part, own_map
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.weights.fitting import (
     adapted_layers,
     adapters_of,
     check_same_shapes,
     check_settings,
-    own_map,
     quantized_kinds,
 )
 from lightning_interp.core.weights.tensors import TensorFolder

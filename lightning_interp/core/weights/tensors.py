@@ -33,10 +33,7 @@ class TensorHeader(NamedTuple):
 
 
 class TensorFolder:
-    """The safetensors of a folder, ``<stem>.safetensors`` or shards with an index.
-
-    Nothing is unpickled. ``files`` says which file holds each tensor.
-    """
+    """The safetensors of a folder, one file or shards with an index: ``files`` holds the file of each tensor."""
 
     def __init__(self, folder: str | os.PathLike[str], *, stem: str = "model") -> None:
         self.folder = Path(folder)
