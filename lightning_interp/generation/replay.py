@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lightning_interp.core.storage.files import digest
-from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.errors import DataError
 from lightning_interp.generation.completion_store import CompletionStore
 from lightning_interp.generation.requests import Completion, TextRequest, completion_key
+from lightning_interp.generation.work import called
 
 __all__ = ["FunctionGenerator", "ReplayGenerator"]
 
@@ -51,22 +53,10 @@ class FunctionGenerator:
         Raises:
             RecipeError: If it returns anything but a text or a completion.
         """
-        return [self._one(request) for request in requests]
-
-    def _one(self, request: TextRequest) -> Completion:
-        try:
-            found = self._function(request)
-        except Exception as error:  # whatever a user's function raises is that request's trouble
-            why = f"{type(error).__name__}: {error}"
-            return Completion(text=None, status="failed", error=why, request=request.digest)
-        if isinstance(found, Completion):
-            return found
-        if not isinstance(found, str):
-            raise RecipeError(
-                f"The function of {self.name!r} returned {found!r:.60} for {request.text!r:.60}; expected a text or a "
-                "Completion."
-            )
-        return Completion(text=found, request=request.digest)
+        return [
+            called(partial(self._function, one), repr(self.name), one.text, Completion, "failed", request=one.digest)
+            for one in requests
+        ]
 
 
 class ReplayGenerator:

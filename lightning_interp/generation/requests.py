@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, Self, get_args, runtime_checkable
 from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.core.storage.files import digest
 from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.generation.work import one_each
 
 __all__ = [
     "Completion",
@@ -177,54 +178,17 @@ class TextGenerator(Protocol):
 
 
 def ask(generator: TextGenerator, requests: Sequence[TextRequest]) -> list[Completion]:
-    """Ask a writer, and check that it answered.
-
-    Args:
-        generator: Who writes.
-        requests: What is asked for.
-
-    Returns:
-        One completion a request.
-
-    Raises:
-        RecipeError: If there are too few or too many answers, or one is no completion.
-    """
-    found = list(generator.generate(requests))
-    wrong = [one for one in found if not isinstance(one, Completion)]
-    if wrong or len(found) != len(requests):
-        raise RecipeError(
-            f"{type(generator).__name__} gave {len(found)} answers to {len(requests)} requests"
-            f"{f', among them {wrong[0]!r:.60}' if wrong else ''}; expected one Completion for each."
-        )
-    return found
+    """Ask a writer for one completion a request."""
+    return one_each(type(generator).__name__, generator.generate(requests), len(requests), Completion)
 
 
 def completion_key(writer: str, request: TextRequest) -> str:
-    """By which a text is found again.
-
-    Args:
-        writer: Digest of the writer's identity.
-        request: What was asked for.
-
-    Returns:
-        Both digests.
-    """
+    """By which a text is found again: the digests of the writer's identity and of what was asked for."""
     return f"{writer}/{request.digest}"
 
 
 def estimate_tokens(request: TextRequest) -> tuple[int, int]:
-    """Tokens that a request would read and write, roughly: for plans and limits only.
-
-    Args:
-        request: The request.
-
-    Returns:
-        ``(read, written)``; written as many as are read, or as are allowed.
-
-    Example:
-        >>> estimate_tokens(TextRequest.chat("A fine film.", max_new_tokens=5))
-        (11, 5)
-    """
+    """Tokens that a request would read and write, roughly; written as many as are read, or as are allowed."""
     prompt = request.prompt or ""
     read = tokens_of_characters(prompt) if isinstance(prompt, str) else len(prompt)
     read += sum(tokens_of_characters(turn["content"]) + _MESSAGE_TOKENS for turn in request.messages)
@@ -232,26 +196,12 @@ def estimate_tokens(request: TextRequest) -> tuple[int, int]:
 
 
 def tokens_of_characters(text: str) -> int:
-    """How many tokens a text has, roughly: a quarter of its characters.
-
-    Example:
-        >>> tokens_of_characters("A fine film.")
-        3
-    """
+    """How many tokens a text has, roughly: a quarter of its characters."""
     return -(-len(text) // _CHARACTERS_A_TOKEN)
 
 
 def check_sampling(*, temperature: float, top_p: float = 1.0, **counts: int | None) -> None:
-    """Refuse settings of sampling that mean nothing.
-
-    Args:
-        temperature: At least 0.
-        top_p: Above 0, at most 1.
-        **counts: At least 1, or None.
-
-    Raises:
-        RecipeError: With the name and the value.
-    """
+    """Refuse settings of sampling that mean nothing; counts are at least 1, or None."""
     if not temperature >= 0:
         raise RecipeError(f"temperature={temperature!r}; expected at least 0.")
     if not 0 < top_p <= 1:

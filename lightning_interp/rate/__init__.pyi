@@ -33,6 +33,7 @@ from lightning_interp.rate.report.study_tables import effects_rows as effects_ro
 from lightning_interp.rate.rewriting.chat_rewriters import LocalRewriter as LocalRewriter
 from lightning_interp.rate.rewriting.chat_rewriters import OpenAICompatibleRewriter as OpenAICompatibleRewriter
 from lightning_interp.rate.rewriting.chat_rewriters import TemplateRewriter as TemplateRewriter
+from lightning_interp.rate.rewriting.driver import RewritePlan as RewritePlan
 from lightning_interp.rate.rewriting.driver import RewriteReport as RewriteReport
 from lightning_interp.rate.rewriting.driver import RewriteRun as RewriteRun
 from lightning_interp.rate.rewriting.export import export_records as export_records
@@ -45,7 +46,6 @@ from lightning_interp.rate.rewriting.rewrite_batches import import_batch as impo
 from lightning_interp.rate.rewriting.rewriters import CallableRewriter as CallableRewriter
 from lightning_interp.rate.rewriting.rewriters import ReplayRewriter as ReplayRewriter
 from lightning_interp.rate.rewriting.rewriters import Rewriter as Rewriter
-from lightning_interp.rate.rewriting.rewriting_plan import RewritePlan as RewritePlan
 from lightning_interp.rate.rewriting.rules import Drop as Drop
 from lightning_interp.rate.rewriting.rules import MarkToggle as MarkToggle
 from lightning_interp.rate.rewriting.rules import OpenerToggle as OpenerToggle

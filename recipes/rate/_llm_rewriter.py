@@ -23,8 +23,7 @@ from lightning_interp.generation.labellers import (
 )
 from lightning_interp.rate.rewriting.records import Unit
 from lightning_interp.rate.rewriting.rules import MarkToggle, OpenerToggle, RuleRewriter
-from lightning_interp.rate.rewriting.store import RewriteStore
-from lightning_interp.rate.rewriting.store_files import read_units
+from lightning_interp.rate.rewriting.store import RewriteStore, read_units
 from lightning_interp.rate.rewriting.templates import RewriteTemplate, rewrite_template
 from lightning_interp.rate.texts.package_texts import Review
 

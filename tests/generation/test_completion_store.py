@@ -129,7 +129,7 @@ class TestRuns:
         with pytest.raises(RecipeError, match="max_cost=1 needs to know what tokens cost"):
             write_all(shouting(), REQUESTS, store, max_cost=1)
         broken = FunctionGenerator(lambda request: 1 / 0, name="broken")
-        with pytest.warns(UserWarning, match=r"ended after 2 failures in a row, the last of them 'ZeroDivisionError"):
+        with pytest.warns(UserWarning, match=r"ended after 2 errors in a row, the last of them 'ZeroDivisionError"):
             report = write_all(broken, REQUESTS, store, give_up_after=2)
         assert (report.calls, report.stopped) == (2, "errors")
 

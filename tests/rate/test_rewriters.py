@@ -43,9 +43,9 @@ class TestAsk:
     @pytest.mark.parametrize(
         ("answers", "message"),
         [
-            ([], "Rewriter 'odd' gave 0 answers for 2 texts; expected one RewriteResult for each"),
-            ([RewriteResult(text="a")] * 3, "gave 3 answers for 2 texts"),
-            ([RewriteResult(text="a"), "plain text"], "gave 2 answers for 2 texts, among them 'plain text'"),
+            ([], "Rewriter 'odd' gave 0 answers to 2 requests; expected one RewriteResult for each"),
+            ([RewriteResult(text="a")] * 3, "gave 3 answers to 2 requests"),
+            ([RewriteResult(text="a"), "plain text"], "gave 2 answers to 2 requests, among them 'plain text'"),
         ],
     )
     def test_wrong_answers_are_refused(self, answers, message):

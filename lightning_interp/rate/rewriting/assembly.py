@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise, zip_longest
 from typing import Literal, get_args
 
@@ -12,13 +12,13 @@ from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.rate.estimators.triples import STAGES, RewriteTriples, same_text
 from lightning_interp.rate.rewriting.records import RewriteRecord, Unit, shown_ids
 
-__all__ = ["Identical", "Missing", "assemble"]
+__all__ = ["UNLABELLED", "Identical", "Missing", "assemble", "texts_of"]
 
 Missing = Literal["raise", "drop"]
 Identical = Literal["keep", "drop", "raise"]
 
 _MAX_DROPPED, _MAX_ARM_GAP, _MAX_IDENTICAL = 0.05, 0.02, 0.05
-_UNLABELLED, _IDENTICAL = "unlabelled", "identical_"
+UNLABELLED, _IDENTICAL = "unlabelled", "identical_"
 
 
 def assemble(
@@ -36,31 +36,18 @@ def assemble(
     A unit that lacks one text of one draw is left out whole, from every arm and every draw: filling in or falling back
     to the original would bias what is compared.
 
-    Args:
-        attr: Name of the attribute.
-        units: All units.
-        chain: Gives the records of a unit's passes for a draw, up to the first that is missing or cannot be used.
-        draws: Draws that a unit must have.
-        passes: 2, or 3 for the third rewrite too.
-        missing: What to do with incomplete units: raise, or leave them out and count them.
-        identical: What to do with units of which a rewrite says the same as its source. Leaving them out selects on
-            the outcome.
-
-    Returns:
-        The complete units.
-
-    Raises:
-        DataError: If units are incomplete and ``missing="raise"``, or identical and ``identical="raise"``; lists them.
-        RecipeError: If an argument has a wrong value.
+    ``chain`` gives the records of a unit's passes for a draw, up to the first that is missing or cannot be used;
+    ``identical`` says what to do with units of which a rewrite says the same as its source: leaving them out selects on
+    the outcome.
     """
     _check_policies(missing, identical, passes, draws)
     rows: list[tuple[Unit, int, list[str]]] = []
     reasons: dict[str, list[Unit]] = {}
     for unit in units:
-        texts = [] if unit.w is None else [_texts(unit, chain(unit, draw), passes) for draw in draws]
-        reason = _reason(unit, texts, identical)
+        found = [] if unit.w is None else [texts_of(unit, chain(unit, draw), passes) for draw in draws]
+        reason = _reason(unit, found, identical)
         if reason is None:
-            rows.extend((unit, draw, [str(one) for one in row]) for draw, row in zip(draws, texts, strict=True))
+            rows.extend((unit, draw, texts) for draw, (texts, _) in zip(draws, found, strict=True))
         else:
             reasons.setdefault(reason, []).append(unit)
     _raise_for(attr, reasons, missing, identical)
@@ -81,31 +68,25 @@ def _check_policies(missing: str, identical: str, passes: int, draws: Sequence[i
         raise RecipeError("draws is empty; expected at least one draw, such as [0].")
 
 
-class _Lacking(str):
-    """Stands for a text that is not there: why."""
-
-    __slots__ = ()
-
-
-def _texts(unit: Unit, records: Sequence[RewriteRecord | None], passes: int) -> list[str]:
-    """The texts of a unit up to the first that is missing, which is named."""
-    texts: list[str] = [unit.text]
+def texts_of(unit: Unit, records: Sequence[RewriteRecord | None], passes: int) -> tuple[list[str], str | None]:
+    """The texts of a unit up to the first that is missing, and what that is, such as ``rewrite2_refused``."""
+    texts = [unit.text]
     for stage, record in zip_longest(STAGES[1 : passes + 1], records[:passes]):
         if record is None or not record.usable:
-            return [*texts, _Lacking(f"{stage}_{record.result.status if record else 'absent'}")]
+            return texts, f"{stage}_{record.result.status if record else 'absent'}"
         texts.append(record.result.text or "")
-    return texts
+    return texts, None
 
 
-def _reason(unit: Unit, texts: Sequence[Sequence[str]], identical: Identical) -> str | None:
+def _reason(unit: Unit, found: Sequence[tuple[list[str], str | None]], identical: Identical) -> str | None:
     """Why a unit is left out, if it is."""
     if unit.w is None:
-        return _UNLABELLED
-    for row in texts:
-        if isinstance(row[-1], _Lacking):
-            return str(row[-1])
-    for row in texts if identical != "keep" else ():
-        for stage, (source, text) in zip(STAGES[1:], pairwise(row), strict=False):
+        return UNLABELLED
+    for _, lacking in found:
+        if lacking is not None:
+            return lacking
+    for texts, _ in found if identical != "keep" else ():
+        for stage, (source, text) in zip(STAGES[1:], pairwise(texts), strict=False):
             if same_text(source, text):
                 return f"{_IDENTICAL}{stage}"
     return None
@@ -115,19 +96,16 @@ def _raise_for(attr: str, reasons: dict[str, list[Unit]], missing: Missing, iden
     bad = {
         reason: units
         for reason, units in reasons.items()
-        if reason != _UNLABELLED and (identical if reason.startswith(_IDENTICAL) else missing) == "raise"
+        if reason != UNLABELLED and (identical if reason.startswith(_IDENTICAL) else missing) == "raise"
     }
     if bad:
         counts = ", ".join(f"{len(units)} with {reason!r}" for reason, units in sorted(bad.items()))
         ids = shown_ids(unit.id for units in bad.values() for unit in units)
+        option = "identical" if all(reason.startswith(_IDENTICAL) for reason in bad) else "missing"
         raise DataError(
             f"Attribute {attr!r}: not every unit can be used: {counts}. Their ids: {ids}. Finish the rewriting run, "
-            f"or leave them out with {'missing' if _lacking(bad) else 'identical'}='drop'."
+            f"or leave them out with {option}='drop'."
         )
-
-
-def _lacking(reasons: Iterable[str]) -> bool:
-    return any(not reason.startswith(_IDENTICAL) for reason in reasons)
 
 
 def _arm(unit: Unit) -> str:
@@ -138,7 +116,7 @@ def _arm(unit: Unit) -> str:
 def _warn_of_dropped(attr: str, units: Sequence[Unit], reasons: dict[str, list[Unit]]) -> None:
     """Say so when many units are left out, or more of one arm: what is left may then be another population."""
     sizes = Counter(_arm(unit) for unit in units)
-    lost = Counter(_arm(unit) for reason, found in reasons.items() if reason != _UNLABELLED for unit in found)
+    lost = Counter(_arm(unit) for reason, found in reasons.items() if reason != UNLABELLED for unit in found)
     total = sizes["w1"] + sizes["w0"]
     shares = {name: lost[name] / sizes[name] for name in ("w1", "w0") if sizes[name]}
     gap = max(shares.values()) - min(shares.values()) if len(shares) == 2 else 0.0
@@ -155,20 +133,20 @@ def _warn_of_dropped(attr: str, units: Sequence[Unit], reasons: dict[str, list[U
 def _columns(
     attr: str, rows: Sequence[tuple[Unit, int, list[str]]], reasons: dict[str, list[Unit]], passes: int
 ) -> RewriteTriples:
-    clusters = [unit.cluster for unit, _, _ in rows if unit.cluster is not None]
+    units, clusters = [unit for unit, _, _ in rows], [unit.cluster for unit, _, _ in rows if unit.cluster is not None]
     return RewriteTriples(
         attr=attr,
-        ids=[unit.id for unit, _, _ in rows],
-        w=[int(unit.w or 0) for unit, _, _ in rows],
-        prompts=[unit.prompt for unit, _, _ in rows],
+        ids=[unit.id for unit in units],
+        w=[int(unit.w or 0) for unit in units],
+        prompts=[unit.prompt for unit in units],
         original=[texts[0] for _, _, texts in rows],
         rewrite=[texts[1] for _, _, texts in rows],
         rewrite2=[texts[2] for _, _, texts in rows],
         rewrite3=[texts[3] for _, _, texts in rows] if passes == 3 else None,
         draw=[draw for _, draw, _ in rows],
         cluster=clusters if rows and len(clusters) == len(rows) else None,
-        dropped={reason: dict(Counter(_arm(unit) for unit in units)) for reason, units in sorted(reasons.items())},
-        dropped_ids={reason: [unit.id for unit in units] for reason, units in sorted(reasons.items())},
+        dropped={reason: dict(Counter(map(_arm, found))) for reason, found in sorted(reasons.items())},
+        dropped_ids={reason: [unit.id for unit in found] for reason, found in sorted(reasons.items())},
     )
 
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import takewhile
 
 from lightning_interp.errors import RecipeError
-from lightning_interp.generation.work import Budget, Prices, Tally, WorkQueue, WorkReport, work_through
+from lightning_interp.generation.work import Budget, Prices, WorkQueue, WorkReport, work_through
 from lightning_interp.rate.rewriting.chain import Request
 from lightning_interp.rate.rewriting.flags import rewrite_flags
 from lightning_interp.rate.rewriting.records import RewriteRecord, RewriteResult, Unit
 from lightning_interp.rate.rewriting.rewriters import Rewriter, ask, identity_in
-from lightning_interp.rate.rewriting.rewriting_plan import RewritePlan, estimate_tokens
 from lightning_interp.rate.rewriting.store import RewriteStore, StoreWriter
 
-__all__ = ["RewriteReport", "RewriteRun"]
+__all__ = ["RewritePlan", "RewriteReport", "RewriteRun"]
 
 _FINAL = ("refused", "empty", "truncated")
 
@@ -32,6 +31,56 @@ class RewriteReport(WorkReport):
     """
 
     flags: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewritePlan:
+    """What is there, and what would be asked for.
+
+    Rewrites of texts that are not written yet are counted one a unit and estimated by the original, so the numbers of
+    calls are upper bounds: equal texts are asked for once, and a unit whose first rewrite fails needs no second.
+
+    Args:
+        attr: Name of the attribute.
+        units: Units with a label.
+        unlabelled: Units without one; nothing is asked for them.
+        there: Rewrites that are in the store and need no call, by pass.
+        calls: Rewrites to ask for, by pass.
+        blocked: Units that cannot become complete, because an answer is final and cannot be used, by status.
+        tokens_in: Estimate of the tokens to be read.
+        tokens_out: Estimate of the tokens to be written.
+        cost: Estimate of the price; None without prices.
+    """
+
+    attr: str
+    units: int
+    unlabelled: int
+    there: Mapping[int, int]
+    calls: Mapping[int, int]
+    blocked: Mapping[str, int]
+    tokens_in: int
+    tokens_out: int
+    cost: float | None
+
+    @property
+    def total_calls(self) -> int:
+        """Calls of all passes together."""
+        return sum(self.calls.values())
+
+    def __str__(self) -> str:
+        passes = ", ".join(f"{count} of pass {number}" for number, count in sorted(self.calls.items()))
+        there = sum(self.there.values())
+        lines = [
+            f"{self.attr}: {self.units} units ({self.unlabelled} more have no label and are left out)",
+            f"  in the store: {there} rewrites; to ask for: at most {self.total_calls} ({passes})",
+            f"  tokens, estimated: {self.tokens_in:,} read, {self.tokens_out:,} written",
+        ]
+        if self.blocked:
+            why = ", ".join(f"{count} {status}" for status, count in sorted(self.blocked.items()))
+            lines.append(f"  cannot become complete: {why} (ask again with retry_final=True)")
+        if self.cost is not None:
+            lines.append(f"  cost, estimated: {self.cost:.2f}")
+        return "\n".join(lines)
 
 
 class RewriteRun:
@@ -86,17 +135,22 @@ class RewriteRun:
         max_cost: float | None = None,
         give_up_after: int | None = 20,
     ) -> None:
-        _check_numbers(passes=passes, draws=draws, max_calls=max_calls, give_up_after=give_up_after)
-        if max_cost is not None and prices is None:
-            raise RecipeError(f"max_cost={max_cost} needs to know what tokens cost. Pass prices=Prices(read, written).")
+        if passes not in (2, 3):
+            raise RecipeError(f"passes={passes!r}; expected 2, or 3 for the third rewrite too.")
+        if draws < 1:
+            raise RecipeError(f"draws={draws!r}; expected at least 1.")
+        for name, value in (("max_calls", max_calls), ("give_up_after", give_up_after)):
+            if value is not None and value < 1:
+                raise RecipeError(f"{name}={value!r}; expected at least 1, or None for no limit.")
+        self.store, self.rewriter, self.attr = store, rewriter, attr
+        self.passes, self.draws, self.retry_final = passes, draws, retry_final
+        self.prices, self.max_calls, self.max_cost, self.give_up_after = prices, max_calls, max_cost, give_up_after
+        self._budget()  # a limit without prices is refused here, and then an unknown attribute
         if max_cost is not None and not hasattr(rewriter, "estimate_tokens"):
             raise RecipeError(
                 f"max_cost={max_cost} cannot be kept: rewriter {rewriter.name!r} estimates no tokens. Use max_calls."
             )
-        self.store, self.rewriter, self.attr = store, rewriter, attr
-        self.passes, self.draws, self.retry_final = passes, draws, retry_final
-        self.prices, self.max_calls, self.max_cost, self.give_up_after = prices, max_calls, max_cost, give_up_after
-        store.units(attr)  # an unknown attribute is refused here
+        store.units(attr)
         self.by = identity_in(store, attr, rewriter)
 
     def plan(self) -> RewritePlan:
@@ -105,7 +159,6 @@ class RewriteRun:
         Returns:
             The plan.
         """
-        units = self.store.units(self.attr)
         there, calls, blocked = Counter[int](), Counter[int](), Counter[str]()
         read, written, keys = 0, 0, set[str]()
         for unit, draw in self._lanes():
@@ -118,14 +171,14 @@ class RewriteRun:
             for ahead in range(self.passes + 1 - request.number):
                 if ahead or request.key not in keys:
                     calls[request.number + ahead] += 1
-                    target = (request.w_target + ahead) % 2
-                    tokens = estimate_tokens(self.rewriter, request.source, unit.prompt, target)
+                    tokens = self._estimate(replace(request, w_target=(request.w_target + ahead) % 2))
                     read, written = read + tokens[0], written + tokens[1]
             keys.add(request.key)
+        labels = [unit.w for unit in self.store.units(self.attr)]
         return RewritePlan(
             attr=self.attr,
-            units=sum(unit.w is not None for unit in units),
-            unlabelled=sum(unit.w is None for unit in units),
+            units=len(labels) - labels.count(None),
+            unlabelled=labels.count(None),
             there=dict(there),
             calls={number: calls[number] for number in range(1, self.passes + 1)},
             blocked=dict(blocked),
@@ -140,8 +193,11 @@ class RewriteRun:
         Returns:
             The requests, in the order of the units.
         """
-        found = (self._following(lane, set()) for lane in self._lanes())
-        return list({request.key: request for request in reversed([one for one in found if one])}.values())[::-1]
+        found: dict[str, Request] = {}
+        for lane in self._lanes():
+            if request := self._following(lane, set()):
+                found.setdefault(request.key, request)
+        return list(found.values())
 
     def within_budget(self) -> list[Request]:
         """What of :meth:`pending` the budget allows, by the estimates alone.
@@ -164,30 +220,16 @@ class RewriteRun:
         Raises:
             ManifestError: If another process works on the store, or it cannot be written.
         """
-        budget = self._budget()
-        size = int(getattr(self.rewriter, "batch_size", 1))
-        queue = WorkQueue(self._lanes(), self._following, budget, size=size)
         report = RewriteReport()
-        tally = Tally(report, self.give_up_after)
-        with self.store.writer() as writer:
-            self._describe(writer)
+        queue = WorkQueue(self._lanes(), self._following, self._budget(), report, give_up_after=self.give_up_after)
+        with self._writing() as writer:
 
-            def keep(batch: list[Request], results: Sequence[RewriteResult]) -> None:
-                self._write(writer, zip(batch, results, strict=True), tally)
-                queue.answered(batch, results)
-                if tally.hopeless and queue.stopped is None:
-                    queue.stopped = "errors"
-                if advance is not None:
-                    advance(len(batch))
+            def keep(batch: Sequence[Request], results: Sequence[RewriteResult]) -> None:
+                report.flags.update(self._write(writer, zip(batch, results, strict=True)))
 
-            work_through(
-                queue.take,
-                lambda batch: ask(self.rewriter, batch),
-                keep,
-                concurrency=int(getattr(self.rewriter, "concurrency", 1)),
-                stop=getattr(self.rewriter, "stop", None),
-            )
-        return self._finish(report, queue.stopped, budget.spent)
+            work_through(queue, self.rewriter, lambda batch: ask(self.rewriter, batch), keep, advance)
+        queue.finish(len(self.pending()), f"Attribute {self.attr!r}: the run")
+        return report
 
     def keep(self, answers: Iterable[tuple[Request, RewriteResult]]) -> RewriteReport:
         """Write answers that came another way, such as from a batch file.
@@ -201,21 +243,22 @@ class RewriteRun:
         Raises:
             ManifestError: If another process works on the store, or it cannot be written.
         """
-        report = RewriteReport()
-        tally = Tally(report)
-        with self.store.writer() as writer:
-            self._describe(writer)
-            self._write(writer, answers, tally)
-        spent = self.prices.cost(report.tokens_in, report.tokens_out) if self.prices is not None else 0.0
-        return self._finish(report, None, spent)
+        report, answers = RewriteReport(), list(answers)
+        with self._writing() as writer:
+            report.flags.update(self._write(writer, answers))
+        report.add(result for _, result in answers)
+        report.missing = len(self.pending())
+        report.cost = None if self.prices is None else self.prices.cost(report.tokens_in, report.tokens_out)
+        return report
 
     def _budget(self) -> Budget[Request]:
-        return Budget(
-            max_calls=self.max_calls,
-            max_cost=self.max_cost,
-            prices=self.prices,
-            estimate=lambda one: estimate_tokens(self.rewriter, one.source, one.unit.prompt, one.w_target),
-        )
+        return Budget(max_calls=self.max_calls, max_cost=self.max_cost, prices=self.prices, estimate=self._estimate)
+
+    def _estimate(self, one: Request) -> tuple[int, int]:
+        """Tokens that a rewrite would read and write, as the rewriter estimates them; none if it does not say."""
+        estimate = getattr(self.rewriter, "estimate_tokens", lambda *asked: (0, 0))
+        read, written = estimate(one.source, one.unit.prompt, one.w_target)
+        return int(read), int(written)
 
     def _lanes(self) -> Iterator[tuple[Unit, int]]:
         """Units with a label and their draws, in order."""
@@ -227,25 +270,21 @@ class RewriteRun:
         return self.store.chain(unit, self.attr, self.by, draw=draw, passes=self.passes)
 
     def _following(self, lane: tuple[Unit, int], answered: set[str]) -> Request | None:
+        again = ("error", *_FINAL) if self.retry_final else ("error",)
         for request, record in self._chain(*lane):
-            if record is None or (self._again(record) and request.key not in answered):
+            if record is None or (record.result.status in again and request.key not in answered):
                 return request
         return None
 
-    def _again(self, record: RewriteRecord) -> bool:
-        status = record.result.status
-        return status == "error" or (self.retry_final and status in _FINAL)
+    @contextmanager
+    def _writing(self) -> Iterator[StoreWriter]:
+        params, instruction = getattr(self.rewriter, "params", {}), getattr(self.rewriter, "instruction", "")
+        with self.store.writer() as writer:
+            writer.describe(self.by, params=params, instruction=instruction)
+            yield writer
 
-    def _describe(self, writer: StoreWriter) -> None:
-        writer.describe(
-            self.by,
-            params=getattr(self.rewriter, "params", {}),
-            instruction=getattr(self.rewriter, "instruction", ""),
-        )
-
-    def _write(
-        self, writer: StoreWriter, answers: Iterable[tuple[Request, RewriteResult]], tally: Tally[RewriteReport]
-    ) -> None:
+    def _write(self, writer: StoreWriter, answers: Iterable[tuple[Request, RewriteResult]]) -> list[str]:
+        """Put answers on disk; all flags of them."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         longer = bool(getattr(self.rewriter, "changes_length", False))
         records = [
@@ -253,27 +292,4 @@ class RewriteRun:
             for request, result in answers
         ]
         writer.append(records)
-        tally.add(record.result for record in records)
-        for record in records:
-            tally.report.flags.update(record.flags)
-
-    def _finish(self, report: RewriteReport, stopped: str | None, spent: float) -> RewriteReport:
-        report.stopped, report.missing = stopped, len(self.pending())
-        report.cost = None if self.prices is None else spent
-        if stopped == "errors":
-            warnings.warn(
-                f"Attribute {self.attr!r}: the run ended after {self.give_up_after} errors in a row, the last of them "
-                f"{report.last_error!r}. {report.calls} texts were asked for; start it again to go on.",
-                stacklevel=3,
-            )
-        return report
-
-
-def _check_numbers(*, passes: int, draws: int, max_calls: int | None, give_up_after: int | None) -> None:
-    if passes not in (2, 3):
-        raise RecipeError(f"passes={passes!r}; expected 2, or 3 for the third rewrite too.")
-    if draws < 1:
-        raise RecipeError(f"draws={draws!r}; expected at least 1.")
-    for name, value in (("max_calls", max_calls), ("give_up_after", give_up_after)):
-        if value is not None and value < 1:
-            raise RecipeError(f"{name}={value!r}; expected at least 1, or None for no limit.")
+        return [flag for record in records for flag in record.flags]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_interp.core.storage.files import atomic_writer, canonical_json
 from lightning_interp.core.storage.jsonl import write_json_lines
 from lightning_interp.rate.estimators.triples import STAGES, RewriteTriples
+from lightning_interp.rate.rewriting.assembly import UNLABELLED, texts_of
 from lightning_interp.rate.rewriting.records import RewriterId
 from lightning_interp.rate.rewriting.store import RewriteStore
 
@@ -69,22 +71,13 @@ def unit_rows(
     Raises:
         DataError: If the store has no such attribute or rewriter.
     """
-    units, by = store.units(attr), store.rewriter_id(attr, rewriter)
-    stages = STAGES[: passes + 1]
+    units, walk = store.units(attr), store.walk(attr, store.rewriter_id(attr, rewriter), passes)
     for unit in units:
         for draw in range(draws):
-            row: dict[str, Any] = {"id": unit.id, "attr": attr, "draw": draw, "w": unit.w, "cluster": unit.cluster}
-            row |= {"prompt": unit.prompt, **dict.fromkeys(stages), "original": unit.text, "status": "ok"}
-            walk = [] if by is None or unit.w is None else store.chain(unit, attr, by, draw=draw, passes=passes)
-            last = None
-            for request, record in walk:
-                last = record
-                if record is not None and record.usable:
-                    row[stages[request.number]] = record.result.text
-            lacking = next((stage for stage in stages if row[stage] is None), None)
-            if lacking is not None:
-                row["status"] = f"{lacking}_{'absent' if last is None else last.result.status}"
-            yield row if unit.w is not None else {**row, "status": "unlabelled"}
+            texts, lacking = texts_of(unit, [] if unit.w is None else walk(unit, draw), passes)
+            row = {"id": unit.id, "attr": attr, "draw": draw, "w": unit.w, "cluster": unit.cluster}
+            row |= {"prompt": unit.prompt, **dict(zip_longest(STAGES[: passes + 1], texts))}
+            yield {**row, "status": UNLABELLED if unit.w is None else lacking or "ok"}
 
 
 def export_units(store: RewriteStore, path: str | os.PathLike[str], *, attr: str, **options: Any) -> Path:

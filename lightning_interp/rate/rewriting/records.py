@@ -157,56 +157,37 @@ class RewriteRecord:
 
     @property
     def key(self) -> str:
-        """By which it is found again; see :func:`rewrite_key`."""
-        return rewrite_key(
-            attr=self.attr,
-            w_target=self.w_target,
-            src_sha=self.src_sha,
-            prompt_sha=self.prompt_sha,
-            draw=self.draw,
-            by=self.by,
-        )
+        """By which it is found again."""
+        return rewrite_key(self.attr, self.w_target, self.src_sha, self.prompt_sha, self.draw, self.by)
 
     @property
     def usable(self) -> bool:
         """Whether the text may be scored and rewritten again."""
         return self.result.status == "ok"
 
+    @property
+    def told(self) -> tuple[str | None, str] | None:
+        """Text and status; None of a record that another one replaces."""
+        return (self.result.text, self.result.status) if self.usable else None
+
+    @property
+    def title(self) -> str:
+        """What it is, for messages."""
+        return f"unit {self.id!r}, pass {self.number}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it is written."""
-        return {
-            "v": FORMAT,
-            "id": self.id,
-            "attr": self.attr,
-            "pass": self.number,
-            "draw": self.draw,
-            "w_target": self.w_target,
-            "src_sha": self.src_sha,
-            "prompt_sha": self.prompt_sha,
-            "text": self.result.text,
-            "status": self.result.status,
-            "error": self.result.error,
-            **self.by._asdict(),
-            "tokens_in": self.result.tokens_in,
-            "tokens_out": self.result.tokens_out,
-            "flags": list(self.flags),
-            "t": self.time,
-        }
+        one = self.result
+        asked = {"id": self.id, "attr": self.attr, "pass": self.number, "draw": self.draw, "w_target": self.w_target}
+        digests = {"src_sha": self.src_sha, "prompt_sha": self.prompt_sha}
+        answer = {"text": one.text, "status": one.status, "error": one.error}
+        tokens = {"tokens_in": one.tokens_in, "tokens_out": one.tokens_out}
+        last = {"flags": list(self.flags), "t": self.time}
+        return {"v": FORMAT, **asked, **digests, **answer, **self.by._asdict(), **tokens, **last}
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any], where: str) -> RewriteRecord:
-        """Read a line back.
-
-        Args:
-            row: The line.
-            where: File and line, for messages.
-
-        Returns:
-            The record.
-
-        Raises:
-            DataError: If a key is missing or of the wrong type, or the line is of another version.
-        """
+        """Read a line back; messages begin with ``where``."""
         if not isinstance(row, Mapping) or row.get("v") != FORMAT:
             found = row.get("v") if isinstance(row, Mapping) else row
             raise DataError(f"{where}: version {found!r:.80}; expected a record of version {FORMAT}.")
@@ -225,14 +206,9 @@ class RewriteRecord:
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
         return cls(
-            id=row["id"],
-            attr=row["attr"],
+            **{name: row[name] for name in ("id", "attr", "draw", "w_target", "src_sha", "prompt_sha")},
             number=row["pass"],
-            draw=row["draw"],
-            w_target=row["w_target"],
-            src_sha=row["src_sha"],
-            prompt_sha=row["prompt_sha"],
-            by=RewriterId(row["rewriter"], row["params_sha"], row["instruction_sha"]),
+            by=RewriterId(*(row[name] for name in RewriterId._fields)),
             result=result,
             flags=tuple(flags),
             time=row.get("t", ""),
@@ -240,42 +216,23 @@ class RewriteRecord:
 
 
 _FIELDS: dict[str, Any] = {
-    **dict.fromkeys(
-        ("id", "attr", "src_sha", "prompt_sha", "status", "rewriter", "params_sha", "instruction_sha"), str
-    ),
+    **dict.fromkeys(("id", "attr", "src_sha", "prompt_sha", "status", *RewriterId._fields), str),
     **dict.fromkeys(("pass", "draw", "w_target"), int),
     "text": str | None,
 }
 
 
-def rewrite_key(*, attr: str, w_target: int, src_sha: str, prompt_sha: str, draw: int, by: RewriterId) -> str:
+def rewrite_key(attr: str, w_target: int, src_sha: str, prompt_sha: str, draw: int, by: RewriterId) -> str:
     """Digest of everything that decides what is written; the same key is never asked for twice.
 
     The number of the pass is no part of it: what decides is the text.
-
-    Args:
-        attr: Name of the attribute.
-        w_target: Value of the attribute that is asked for.
-        src_sha: Digest of the text that is rewritten.
-        prompt_sha: Digest of its prompt.
-        draw: Number of the draw.
-        by: Who writes, with its settings and instruction.
-
-    Returns:
-        64 hexadecimal digits.
     """
     parts = (attr, str(w_target), src_sha, prompt_sha, str(draw), *by)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def text_sha(text: str) -> str:
-    """SHA-256 of a text in UTF-8, in hexadecimal.
-
-    Args:
-        text: The text; half characters (lone surrogates) are allowed.
-
-    Returns:
-        64 hexadecimal digits.
+    """SHA-256 of a text in UTF-8 (half characters, lone surrogates, are allowed), in hexadecimal.
 
     Example:
         >>> text_sha("abc")[:8]
@@ -285,18 +242,7 @@ def text_sha(text: str) -> str:
 
 
 def check_units(units: Iterable[Unit], where: str) -> list[Unit]:
-    """Make a list of units that belong together.
-
-    Args:
-        units: The units.
-        where: What they are, for messages.
-
-    Returns:
-        The same units.
-
-    Raises:
-        DataError: If there is none, two have one id, or some have a cluster and others not.
-    """
+    """Make a list of units that belong together; messages begin with ``where``."""
     found = list(units)
     if not found:
         raise DataError(f"{where} holds no units. Give at least one text.")
@@ -316,12 +262,7 @@ def check_units(units: Iterable[Unit], where: str) -> list[Unit]:
 
 
 def shown_ids(ids: Iterable[str]) -> str:
-    """The first ids of a list, for messages.
-
-    Example:
-        >>> shown_ids(["a", "b"])
-        "'a', 'b'"
-    """
+    """The first ids of a list, for messages."""
     different = list(dict.fromkeys(ids))
     rest = f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
     return ", ".join(repr(one) for one in different[:_SHOWN]) + rest

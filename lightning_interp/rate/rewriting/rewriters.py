@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, cast, runtime_checkable
 
 from lightning_interp.core.storage.files import digest
-from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.errors import DataError
+from lightning_interp.generation.work import called, one_each
 from lightning_interp.rate.rewriting.chain import Request
 from lightning_interp.rate.rewriting.records import RewriteResult, RewriterId, rewrite_key, text_sha
 from lightning_interp.rate.rewriting.store import RewriteStore
@@ -53,21 +55,7 @@ class Rewriter(Protocol):
 
 
 def rewriter_id(rewriter: Rewriter) -> RewriterId:
-    """Identity of a rewriter: its name with digests of its settings and its instruction.
-
-    Args:
-        rewriter: The rewriter.
-
-    Returns:
-        The identity.
-
-    Raises:
-        DataError: If a setting has no JSON form.
-
-    Example:
-        >>> rewriter_id(CallableRewriter(lambda text, prompt, w: text.upper(), name="shout")).rewriter
-        'shout'
-    """
+    """Identity of a rewriter: its name with digests of its settings and its instruction."""
     fixed = getattr(rewriter, "identity", None)
     if isinstance(fixed, RewriterId):
         return fixed
@@ -80,14 +68,6 @@ def identity_in(store: RewriteStore, attr: str, rewriter: Rewriter) -> RewriterI
 
     A rewriter whose way of writing has changed may have ``earlier_params``, its settings as they were: a store that
     was begun with those is continued under that identity, so that what is finished stays.
-
-    Args:
-        store: The store.
-        attr: Name of the attribute.
-        rewriter: The rewriter.
-
-    Returns:
-        The identity, now or as it was.
     """
     now, params = rewriter_id(rewriter), getattr(rewriter, "earlier_params", None)
     if params is None:
@@ -97,40 +77,38 @@ def identity_in(store: RewriteStore, attr: str, rewriter: Rewriter) -> RewriterI
 
 
 def ask(rewriter: Rewriter, requests: Sequence[Request]) -> list[RewriteResult]:
-    """Ask a rewriter, and check that it answered.
-
-    Args:
-        rewriter: The rewriter.
-        requests: What is to be written.
-
-    Returns:
-        One result a request.
-
-    Raises:
-        RecipeError: If there are too few or too many answers, or one is no result.
-    """
+    """Ask a rewriter for one result a request."""
     texts, targets = [one.source for one in requests], [one.w_target for one in requests]
-    more = {"draws": [one.draw for one in requests]} if _takes_draws(rewriter) else {}
+    takes_draws = "draws" in inspect.signature(rewriter.rewrite).parameters
+    more = {"draws": [one.draw for one in requests]} if takes_draws else {}
     rewrite = cast(Callable[..., Sequence[RewriteResult]], rewriter.rewrite)
-    results = list(rewrite(texts, [one.unit.prompt for one in requests], targets, **more))
-    if len(results) != len(requests) or not all(isinstance(result, RewriteResult) for result in results):
-        wrong = next((result for result in results if not isinstance(result, RewriteResult)), None)
-        raise RecipeError(
-            f"Rewriter {rewriter.name!r} gave {len(results)} answers for {len(requests)} texts"
-            f"{f', among them {wrong!r:.60}' if wrong is not None else ''}; expected one RewriteResult for each."
-        )
-    return results
+    found = rewrite(texts, [one.unit.prompt for one in requests], targets, **more)
+    return one_each(f"Rewriter {rewriter.name!r}", found, len(requests), RewriteResult)
 
 
-def _takes_draws(rewriter: Rewriter) -> bool:
-    return "draws" in inspect.signature(rewriter.rewrite).parameters
+class _OneByOne:
+    """Rewrites each text on its own."""
+
+    def rewrite(
+        self,
+        texts: Sequence[str],
+        prompts: Sequence[str],
+        w_target: Sequence[int],
+        draws: Sequence[int] | None = None,
+    ) -> list[RewriteResult]:
+        """Write each text again; see :class:`Rewriter`."""
+        rows = zip(texts, prompts, w_target, draws or [0] * len(texts), strict=True)
+        return [self._one(*row) for row in rows]
+
+    def _one(self, text: str, prompt: str, target: int, draw: int) -> RewriteResult:
+        raise NotImplementedError
 
 
-class CallableRewriter:
+class CallableRewriter(_OneByOne):
     """A Python function as a rewriter.
 
     An error that the function raises belongs to its text: it is kept as a result with the status ``"error"``, which is
-    asked for again when the run is started anew. Returning anything but a text or a result raises.
+    asked for again when the run is started anew. Returning anything but a text or a result raises a ``RecipeError``.
 
     Args:
         function: Takes a text, its prompt and the target; returns the new text or a :class:`RewriteResult`. A fourth
@@ -156,43 +134,18 @@ class CallableRewriter:
         concurrency: int = 1,
     ) -> None:
         self.name, self.params, self.instruction = name, dict(params or {}), instruction
-        self.concurrency = concurrency
-        self._function = function
+        self.concurrency, self._function = concurrency, function
         self._draw = "draw" in inspect.signature(function).parameters
-
-    def rewrite(
-        self,
-        texts: Sequence[str],
-        prompts: Sequence[str],
-        w_target: Sequence[int],
-        draws: Sequence[int] | None = None,
-    ) -> list[RewriteResult]:
-        """Call the function for each text; see :class:`Rewriter`.
-
-        Raises:
-            RecipeError: If the function returns anything but a text or a result.
-        """
-        rows = zip(texts, prompts, w_target, draws or [0] * len(texts), strict=True)
-        return [self._one(*row) for row in rows]
 
     def _one(self, text: str, prompt: str, target: int, draw: int) -> RewriteResult:
         more = {"draw": draw} if self._draw else {}
-        try:
-            found = self._function(text, prompt, target, **more)
-        except Exception as error:  # whatever a user's function raises is that text's trouble
-            return RewriteResult(text=None, status="error", error=f"{type(error).__name__}: {error}")
-        if isinstance(found, RewriteResult):
-            return found
-        if not isinstance(found, str):
-            raise RecipeError(
-                f"The function of rewriter {self.name!r} returned {found!r:.60} for {text!r:.60}; expected a text or a "
-                "RewriteResult."
-            )
-        return RewriteResult(text=found)
+        call = partial(self._function, text, prompt, target, **more)
+        found: RewriteResult = called(call, f"rewriter {self.name!r}", text, RewriteResult, failed="error")
+        return found
 
 
-class ReplayRewriter:
-    """Answers from a store, and never from anywhere else.
+class ReplayRewriter(_OneByOne):
+    """Answers from a store, and never from anywhere else: a ``DataError`` is raised for what it has not.
 
     Its identity is that of the rewriter who wrote the store, so what it answers is found again under the same keys.
 
@@ -222,38 +175,10 @@ class ReplayRewriter:
         found = self.store.rewriter_id(attr, rewriter)
         if found is None:
             raise DataError(f"The store {str(self.store.folder)!r} holds no rewrite of {attr!r}. Fill it first.")
-        self.identity = found
-
-    @property
-    def name(self) -> str:
-        """The name of the rewriter who wrote the store."""
-        return self.identity.rewriter
-
-    def rewrite(
-        self,
-        texts: Sequence[str],
-        prompts: Sequence[str],
-        w_target: Sequence[int],
-        draws: Sequence[int] | None = None,
-    ) -> list[RewriteResult]:
-        """Look each text up; see :class:`Rewriter`.
-
-        Raises:
-            DataError: If the store has no rewrite of a text.
-        """
-        rows = zip(texts, prompts, w_target, draws or [0] * len(texts), strict=True)
-        return [self._one(*row) for row in rows]
+        self.identity, self.name = found, found.rewriter
 
     def _one(self, text: str, prompt: str, target: int, draw: int) -> RewriteResult:
-        key = rewrite_key(
-            attr=self.attr,
-            w_target=target,
-            src_sha=text_sha(text),
-            prompt_sha=text_sha(prompt),
-            draw=draw,
-            by=self.identity,
-        )
-        record = self.store.find(key)
+        record = self.store.find(rewrite_key(self.attr, target, text_sha(text), text_sha(prompt), draw, self.identity))
         if record is None:
             raise DataError(
                 f"The store {str(self.store.folder)!r} has no rewrite of {text!r:.60} to w={target} (draw {draw}) by "

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from lightning_interp.core.storage.files import atomic_write_json, check_writable
-from lightning_interp.core.storage.jsonl import JsonlAppender, json_object
+from lightning_interp.core.storage.jsonl import json_lines, json_object, torn_tail, write_json_lines
 from lightning_interp.core.storage.run_lock import RunLock
 from lightning_interp.errors import DataError, ManifestError
+from lightning_interp.generation.keyed_store import KeyedStore, KeyedWriter
 from lightning_interp.rate.estimators.triples import RewriteTriples
 from lightning_interp.rate.rewriting.assembly import Identical, Missing, assemble
 from lightning_interp.rate.rewriting.chain import Request, chain
 from lightning_interp.rate.rewriting.records import RewriteRecord, RewriterId, Unit, check_units
-from lightning_interp.rate.rewriting.store_files import read_records, read_units, winner, write_units
 
-__all__ = ["RewriteStore", "StoreWriter"]
+__all__ = ["RewriteStore", "StoreWriter", "read_units"]
 
-_UNITS, _REWRITES, _REWRITERS = "units.jsonl", "rewrites.jsonl", "rewriters.json"
+_UNITS, _REWRITERS = "units.jsonl", "rewriters.json"
 
 
-class RewriteStore:
+class RewriteStore(KeyedStore[RewriteRecord]):
     """A folder with the units of one or more attributes and their rewrites.
 
     ``units.jsonl`` holds the originals with their labels. ``rewrites.jsonl`` is only ever appended to, a line a
@@ -44,22 +44,22 @@ class RewriteStore:
         (['mark'], 1)
     """
 
+    file = "rewrites.jsonl"
+
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
-        if not (self.folder / _UNITS).is_file():
-            there = ", ".join(sorted(path.name for path in self.folder.iterdir())[:8]) if self.folder.is_dir() else ""
+        path = Path(folder)
+        if not (path / _UNITS).is_file():
+            there = ", ".join(sorted(one.name for one in path.iterdir())[:8]) if path.is_dir() else ""
             raise ManifestError(
-                f"{str(self.folder)!r} is no rewrite store: it has no {_UNITS}{f' (it has {there})' if there else ''}. "
+                f"{str(path)!r} is no rewrite store: it has no {_UNITS}{f' (it has {there})' if there else ''}. "
                 "Give the folder that RewriteStore.create made."
             )
-        self._units = read_units(self.folder / _UNITS)
-        self._records: dict[str, RewriteRecord] = {}
-        self.torn = b""
-        self.reload()
+        self._units = read_units(path / _UNITS)
+        super().__init__(path)
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Self:
-        """Open a store that is there.
+        """Open a store that is there; its arguments and errors are those of the class.
 
         Args:
             folder: Its folder.
@@ -95,16 +95,15 @@ class RewriteStore:
             there = read_units(path / _UNITS) if (path / _UNITS).exists() else {}
             merged = _merged(there.get(attr, {}), new, attr, path)
             if merged != there.get(attr, {}):
-                write_units(path / _UNITS, {**there, attr: merged})
+                groups = {**there, attr: merged}
+                rows = ({"attr": name, **unit.to_dict()} for name, group in groups.items() for unit in group.values())
+                write_json_lines(path / _UNITS, rows)
         return cls(path)
 
-    def reload(self) -> None:
-        """Read the rewrites anew, if another process has added some.
-
-        Raises:
-            DataError: If a line cannot be used, or one key has two texts.
-        """
-        self._records, self.torn = read_records(self.folder / _REWRITES)
+    @property
+    def torn(self) -> bytes:
+        """What a kill left of a last line."""
+        return torn_tail(self.folder / self.file)
 
     def attributes(self) -> list[str]:
         """Names of the attributes, in the order in which they were added."""
@@ -139,18 +138,18 @@ class RewriteStore:
         Returns:
             The records, in the order of the file.
         """
-        return [record for record in self._records.values() if attr in (None, record.attr)]
+        return [record for record in self._found.values() if attr in (None, record.attr)]
 
     def find(self, key: str) -> RewriteRecord | None:
-        """The record of a key, if there is one.
+        """The record of a key.
 
         Args:
-            key: From :func:`~lightning_interp.rate.rewriting.records.rewrite_key`.
+            key: Of a request, such as :attr:`~lightning_interp.rate.rewriting.chain.Request.key`.
 
         Returns:
-            The record, or None.
+            The record; None if there is none.
         """
-        return self._records.get(key)
+        return self._found.get(key)
 
     def rewriters(self, attr: str) -> list[RewriterId]:
         """Who wrote for an attribute.
@@ -161,7 +160,7 @@ class RewriteStore:
         Returns:
             Each rewriter, with its settings and instruction, in the order of first use.
         """
-        return list(dict.fromkeys(record.by for record in self._records.values() if record.attr == attr))
+        return list(dict.fromkeys(record.by for record in self.records(attr)))
 
     def chain(
         self, unit: Unit, attr: str, by: RewriterId, *, draw: int = 0, passes: int = 2
@@ -193,19 +192,23 @@ class RewriteStore:
             One row a unit and draw, in the order of the units.
 
         Raises:
-            DataError: If units are incomplete and ``missing="raise"``; if the attribute is unknown; if several
-                rewriters wrote and ``rewriter`` names none of them.
+            DataError: If units are incomplete and ``missing="raise"``, the attribute is unknown, or several rewriters
+                wrote and ``rewriter`` names none of them.
             RecipeError: If an argument has a wrong value.
         """
-        units = self.units(attr)
-        by = self.rewriter_id(attr, rewriter)
+        units, by = self.units(attr), self.rewriter_id(attr, rewriter)
         if draws is None:
             draws = sorted({record.draw for record in self.records(attr) if record.by == by}) or [0]
+        walk = self.walk(attr, by, passes)
+        return assemble(attr, units, walk, draws=draws, passes=passes, missing=missing, identical=identical)
+
+    def walk(self, attr: str, by: RewriterId | None, passes: int) -> Callable[[Unit, int], list[RewriteRecord | None]]:
+        """A function that gives a unit's records of a draw, up to the first that is missing."""
 
         def walk(unit: Unit, draw: int) -> list[RewriteRecord | None]:
             return [] if by is None else [record for _, record in self.chain(unit, attr, by, draw=draw, passes=passes)]
 
-        return assemble(attr, units, walk, draws=draws, passes=passes, missing=missing, identical=identical)
+        return walk
 
     def rewriter_id(self, attr: str, rewriter: str | RewriterId | None = None) -> RewriterId | None:
         """Which of the rewriters of an attribute is meant.
@@ -240,79 +243,35 @@ class RewriteStore:
         """
         return StoreWriter(self)
 
+    def _read(self, row: Mapping[str, Any], where: str) -> RewriteRecord:
+        return RewriteRecord.from_dict(row, where)
 
-class StoreWriter:
-    """Appends records; each call returns when they are on disk.
 
-    The folder is locked while the block runs. A last line that a kill tore apart is moved to ``rewrites.torn``, so its
-    rewrite is missing and is asked for again.
-
-    Args:
-        store: The store.
-
-    Raises:
-        ManifestError: If the folder cannot be written or another process works in it.
-    """
-
-    def __init__(self, store: RewriteStore) -> None:
-        self.store = store
-        self._lock: RunLock | None = None
-        self._appender: JsonlAppender | None = None
-
-    def __enter__(self) -> Self:
-        self._lock = RunLock(self.store.folder)
-        path = self.store.folder / _REWRITES
-        try:
-            self.store.reload()
-            self._appender = JsonlAppender(path, torn=path.with_suffix(".torn"))
-            self.store.torn = b""
-        except BaseException:
-            self._lock.release()
-            raise
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._appender is not None:
-            self._appender.close()
-            self._appender = None
-        if self._lock is not None:
-            self._lock.release()
+class StoreWriter(KeyedWriter[RewriteRecord]):
+    """Appends records, and writes down whose they are."""
 
     def describe(self, by: RewriterId, *, params: Mapping[str, Any], instruction: str) -> None:
-        """Write down what a rewriter's digests stand for, in ``rewriters.json``.
-
-        Args:
-            by: The rewriter.
-            params: Its settings.
-            instruction: How it asks.
-        """
-        path = self.store.folder / _REWRITERS
+        """Write down what a rewriter's digests stand for, in ``rewriters.json``."""
+        path = self.folder / _REWRITERS
         there = json_object(path.read_bytes(), str(path), own=True) if path.exists() else {}
         name = "/".join(by)
         if name not in there:
             there[name] = {**by._asdict(), "params": params, "instruction": instruction}
             atomic_write_json(path, dict(sorted(there.items())))
 
-    def append(self, records: Sequence[RewriteRecord]) -> None:
-        """Append records and return when they are on disk.
 
-        Args:
-            records: The records.
-
-        Raises:
-            DataError: If the store has another text for the key of one; nothing is written then.
-            ManifestError: If the disk is full, or the writer is not open.
-        """
-        if self._appender is None:
-            raise ManifestError(
-                f"The writer of {str(self.store.folder)!r} is closed. Use it inside `with store.writer() as writer:`."
-            )
-        fresh: dict[str, RewriteRecord] = {}
-        for record in records:
-            old = fresh.get(record.key) or self.store.find(record.key)
-            fresh[record.key] = winner(old, record, str(self._appender.path))
-        self._appender.append(record.to_dict() for record in records)
-        self.store._records.update(fresh)
+def read_units(path: Path) -> dict[str, dict[str, Unit]]:
+    """Read units by attribute and id; those of a file that names no attribute are under the empty name."""
+    found: dict[str, list[Unit]] = {}
+    for where, row in json_lines(path, own=True):
+        if not {"id", "text", "w"} <= row.keys():
+            raise DataError(f"{where}: the keys are {', '.join(row) or 'none'}; expected at least id, text and w.")
+        fields = {name: row[name] for name in ("id", "text", "w", "prompt", "cluster") if name in row}
+        try:
+            found.setdefault(str(row.get("attr", "")), []).append(Unit(**fields))
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+    return {attr: {unit.id: unit for unit in check_units(units, str(path))} for attr, units in found.items()}
 
 
 def _merged(there: Mapping[str, Unit], new: Sequence[Unit], attr: str, folder: Path) -> dict[str, Unit]:
