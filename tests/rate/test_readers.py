@@ -134,9 +134,9 @@ class TestRewrites:
             ({"a": row(0.5)}, r"id 'a': Unit 'a': w is 0.5; expected 0 or 1"),
             (
                 {"a": row(1, A={"original": "high"})},
-                r"id 'a': 'A' has the reward 'high' for original; expected",
+                r"id 'a': the reward of 'A' for original is 'high'; expected",
             ),
-            ({"a": row(1, A={"rewrite": True})}, r"id 'a': 'A' has the reward True for rewrite"),
+            ({"a": row(1, A={"rewrite": True})}, r"id 'a': the reward of 'A' for rewrite is True"),
         ],
     )
     def test_a_broken_file(self, tmp_path, content, message):

@@ -225,6 +225,6 @@ class TestWords:
         assert word_counts() == {"a": 21155}
 
     def test_without_the_package(self, monkeypatch):
-        monkeypatch.setattr("lightning_interp.rate.texts.words.find_spec", lambda name: None)
+        monkeypatch.setattr("lightning_interp.rate.texts.package_texts.find_spec", lambda name: None)
         with pytest.raises(RecipeError, match="package textblob, which is not installed"):
             word_counts()

@@ -1,7 +1,8 @@
-"""One function that loads a model which scores texts, from wherever it is."""
+"""Models which score texts: loaded from wherever they are, and folders that others can load too."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,10 +19,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from lightning_interp.core.storage.files import atomic_write_json
+from lightning_interp.core.storage.tensor_files import read_tensors, save_tensors
 from lightning_interp.core.weights.tensors import TensorFolder
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.models.scoring.reward_files import read_text_settings
 from lightning_interp.models.scoring.score_head import DecoderWithScore, empty_score, scoring_model
 from lightning_interp.models.sources.adapters import ADAPTER, adapter_base, attach_adapter_folder, is_adapter_folder
 from lightning_interp.models.sources.bundled import ALIASES
@@ -35,11 +38,12 @@ from lightning_interp.models.sources.pretrained import (
     named_dtype,
 )
 
-__all__ = ["LoadedReward", "load_reward_model"]
+__all__ = ["LoadedReward", "complete_folder", "load_reward_model", "read_text_settings"]
 
 _CLASSIFIER = "ForSequenceClassification"
 _AUTO = f"AutoModel{_CLASSIFIER}"
 _SCORE = "score.weight"
+_FILE, _TEXT = "reward_text.json", ("chat", "system_prompt", "add_eos", "max_length", "label")
 
 
 class LoadedReward(NamedTuple):
@@ -190,3 +194,47 @@ def _unwrap_score(model: Any) -> bool:
     model.score = wrapped[ADAPTER].float()
     model.peft_config[ADAPTER].modules_to_save = None
     return True
+
+
+def read_text_settings(folder: Path) -> dict[str, Any]:
+    """How the texts of an exported reward model are written."""
+    path = folder / _FILE
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {name: found[name] for name in _TEXT}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} does not say how texts are written ({error!r}). Export the model again, or delete the file and "
+            "pass chat=, add_eos= and max_length= yourself."
+        ) from error
+
+
+def complete_folder(
+    folder: Path, model: Any, *, text: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, adapter: bool
+) -> None:
+    """Make a folder of an exported model, or of its adapter, one of a reward model.
+
+    Where transformers has a class for sequence classification in this family, the folder is one of that class. The
+    score head lies with the adapter, as PEFT has it for sequence classification.
+    """
+    if adapter:
+        weights, about = read_tensors(folder / "adapter_model.safetensors")
+        weights["base_model.model.score.weight"] = model.score.weight
+        save_tensors(folder / "adapter_model.safetensors", weights, about)
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        atomic_write_json(folder / "adapter_config.json", {**config, "modules_to_save": ["score"]})
+    else:
+        _name_class(folder / "config.json", model, tokenizer)
+    atomic_write_json(folder / _FILE, {name: text[name] for name in _TEXT})
+
+
+def _name_class(path: Path, model: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    theirs = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(model.config.model_type)
+    if isinstance(model, DecoderWithScore) and theirs is not None:
+        config["architectures"] = [theirs]
+    if config.get("pad_token_id") is None and tokenizer is not None and tokenizer.pad_token_id is not None:
+        config["pad_token_id"] = tokenizer.pad_token_id  # their classes take no batch without one
+    atomic_write_json(path, config)

@@ -13,12 +13,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_interp.core.measure.undisturbed import undisturbed
 from lightning_interp.core.model.fingerprint import weights_digest
-from lightning_interp.errors import IncompatibleModelError, RecipeError
-from lightning_interp.models.scoring.reward_files import TEXT_SETTINGS
+from lightning_interp.errors import IncompatibleModelError
 from lightning_interp.models.scoring.reward_sources import load_reward_model
-from lightning_interp.models.scoring.reward_text import Prompt, RewardEncoder, Scores, length_limit, score_rows
+from lightning_interp.models.scoring.reward_text import (
+    ANY_TEXT,
+    Prompt,
+    RewardEncoder,
+    RewardText,
+    Scores,
+    length_limit,
+    score_rows,
+)
 from lightning_interp.models.scoring.score_head import DecoderWithScore, label_index, needs_score_head, scoring_model
-from lightning_interp.models.sources.pretrained import Quantization
+from lightning_interp.models.training.optimisation import no_more, plain, settings_of
 
 __all__ = ["Scorer", "ScoresTexts", "TextScorer", "read_scores", "settle_text"]
 
@@ -89,13 +96,9 @@ class TextScorer(Scorer):
     Args:
         model: A sequence classifier, used and not copied; a language model is refused, for it has no score head.
         tokenizer: Writes the texts.
-        label: Which output of a model with several is the reward, by index or name.
-        chat: Write texts by the tokenizer's chat template; None does so if it has one.
-        system_prompt: System text for prompts without one; None keeps the template's own implicit text.
-        add_eos: Whether a text ends with the end token without a chat template.
-        max_length: Most tokens of a text; longer ones are cut and flagged. None takes what the model can take.
-        token_budget: Most tokens of one batch.
+        text: How texts are written and which output is the reward: settings, or some of them as a dict.
         name: What to call it; the model's source if None.
+        **flat: Fields of :class:`RewardText` under their own names.
 
     Raises:
         IncompatibleModelError: If the model cannot score a text, or has no such ``label``.
@@ -115,35 +118,26 @@ class TextScorer(Scorer):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        label: int | str | None = None,
-        chat: bool | None = None,
-        system_prompt: str | None = None,
-        add_eos: bool | None = None,
-        max_length: int | None = None,
-        token_budget: int = 8192,
+        text: RewardText | Mapping[str, Any] = ANY_TEXT,
         name: str | None = None,
+        **flat: Any,
     ) -> None:
-        if token_budget < 1:
-            raise RecipeError(f"A scorer cannot use token_budget={token_budget!r}: expected at least 1.")
+        asked = plain(settings_of(ANY_TEXT, text, flat))
+        no_more(self, flat)
         source = str(getattr(model.config, "_name_or_path", "")) or type(model).__name__
         if needs_score_head(model):
             raise no_head(type(model).__name__, source)
         self.model = scoring_model(model, seed=0)
-        given = (chat, system_prompt, add_eos, max_length, label)
-        text = settle_text(dict(zip(TEXT_SETTINGS, given, strict=True)), {}, self.model, tokenizer, fresh=False)
-        self.label = text.pop("label")
-        self.encoder = RewardEncoder(tokenizer=tokenizer, **text)
-        self.token_budget, self.name = token_budget, name or source
+        self.token_budget, self.name = asked.pop("token_budget"), name or source
+        written = settle_text(asked, {}, self.model, tokenizer, fresh=False)
+        self.label = written.pop("label")
+        self.encoder = RewardEncoder(tokenizer=tokenizer, **written)
 
     @classmethod
     def load(
         cls,
         source: str | os.PathLike[str],
         *,
-        dtype: torch.dtype | str = torch.float32,
-        quantization: Quantization | None = None,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
         device: torch.device | str | None = None,
         name: str | None = None,
         **settings: Any,
@@ -152,13 +146,11 @@ class TextScorer(Scorer):
 
         Args:
             source: A folder or Hugging Face id; see :func:`load_reward_model`.
-            dtype: Type of the weights.
-            quantization: Quantise the linear maps with bitsandbytes.
-            revision: Branch, tag or commit of a Hugging Face id.
-            trust_remote_code: Run Python code that comes with the model.
             device: Where it goes; left where it is loaded if None.
             name: What to call it; its label in tables if None.
-            **settings: Further arguments of the class; what the folder says is taken where they are None.
+            **settings: ``dtype``, ``quantization``, ``revision`` or ``trust_remote_code`` of
+                :func:`load_reward_model`, and further arguments of the class; what the folder says is taken where they
+                are None.
 
         Returns:
             The scorer.
@@ -166,18 +158,13 @@ class TextScorer(Scorer):
         Raises:
             IncompatibleModelError: If the source is a language model without a score head.
         """
-        loaded = load_reward_model(
-            source,
-            dtype=dtype,
-            quantization=quantization,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
+        asked = plain(settings_of(ANY_TEXT, settings.pop("text", ANY_TEXT), settings))
+        loaded = load_reward_model(source, **settings)
         if loaded.fresh:
             raise no_head(type(loaded.model.base_model).__name__, os.fspath(source))
-        known = {**loaded.text, **{key: value for key, value in settings.items() if value is not None}}
+        known = {**loaded.text, **{key: value for key, value in asked.items() if value is not None}}
         model = loaded.model if device is None else loaded.model.to(device)
-        return cls(model, loaded.tokenizer, name=name or loaded.label, **known)
+        return cls(model, loaded.tokenizer, text=known, name=name or loaded.label)
 
     def scores(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Scores:
         """Rewards of texts, and which of them were cut.

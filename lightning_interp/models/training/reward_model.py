@@ -11,8 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
 from lightning_interp.errors import IncompatibleModelError, RecipeError
-from lightning_interp.models.scoring.reward_files import complete_folder
-from lightning_interp.models.scoring.reward_sources import LoadedReward, load_reward_model
+from lightning_interp.models.scoring.reward_sources import LoadedReward, complete_folder, load_reward_model
 from lightning_interp.models.scoring.reward_text import ANY_TEXT, RewardEncoder, RewardText
 from lightning_interp.models.scoring.score_head import DecoderWithScore, needs_score_head, scoring_model
 from lightning_interp.models.scoring.text_scorer import ScoresTexts, TextScorer, read_scores, settle_text

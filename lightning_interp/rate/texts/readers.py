@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ _EFFECTS = ("naive_effect", *(f"{a}_{b}" for b in ("single_rewrite", "rewritten_
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignRewrites:
-    """Units with their rewrites, and rewards if the file had some."""
+    """Units with their rewrites by id (None where one is missing), and their rewards by model, id and stage."""
 
     units: list[Unit]
     texts: dict[str, tuple[str | None, str | None]]
@@ -49,23 +49,11 @@ class ForeignRewrites:
     source: str = ""
 
     def triples(self, attr: str, *, missing: Missing = "raise", identical: Identical = "keep") -> RewriteTriples:
-        """The complete units.
-
-        Args:
-            attr: What to call the attribute.
-            missing: What to do with units that lack a text: raise, or leave them out and count them.
-            identical: What to do with units of which a rewrite says the same as its source.
-
-        Returns:
-            One row a unit, in the order of the file.
-
-        Raises:
-            DataError: If units are incomplete and ``missing="raise"``.
-        """
+        """The complete units in the order of the file; see :func:`assemble` for what is missing or identical."""
         by = RewriterId(self.source, "", "")
 
         def walk(unit: Unit, draw: int) -> list[RewriteRecord | None]:
-            return [record for _, record in self._records(unit, attr, by)]
+            return list(self._records(unit, attr, by))
 
         return assemble(attr, self.units, walk, missing=missing, identical=identical)
 
@@ -110,11 +98,9 @@ class ForeignRewrites:
         store = RewriteStore.create(folder, self.units, attr=attr)
         by = RewriterId(rewriter, digest(params or {}), digest(instruction))
         found: dict[str, RewriteRecord] = {}
-        other = []
-        for unit in self.units:
-            for _, record in self._records(unit, attr, by) if unit.w is not None else ():
-                if record is not None and found.setdefault(record.key, record).result.text != record.result.text:
-                    other.append(unit.id)
+        labelled = [unit for unit in self.units if unit.w is not None]
+        records = [record for unit in labelled for record in self._records(unit, attr, by) if record is not None]
+        other = [one.id for one in records if found.setdefault(one.key, one).result.text != one.result.text]
         if other:
             warnings.warn(
                 f"{self.source}: {len(other)} rewrites of a text that occurs twice differ, such as of unit "
@@ -126,12 +112,12 @@ class ForeignRewrites:
             writer.append([record for record in found.values() if store.find(record.key) != record])
         return store
 
-    def _records(self, unit: Unit, attr: str, by: RewriterId) -> Iterator[tuple[Request, RewriteRecord | None]]:
+    def _records(self, unit: Unit, attr: str, by: RewriterId) -> Iterator[RewriteRecord | None]:
         """The passes of a unit as a store would hold them, up to the first that is missing."""
         source, target = unit.text, 1 - int(unit.w or 0)
         for number, text in enumerate(self.texts[unit.id], start=1):
             request = Request(unit=unit, attr=attr, number=number, draw=0, w_target=target, source=source, by=by)
-            yield request, None if text is None else request.record(RewriteResult(text=text))
+            yield None if text is None else request.record(RewriteResult(text=text))
             if text is None or not text.strip():
                 return
             source, target = text, 1 - target
@@ -153,18 +139,46 @@ def read_rewrites(path: str | os.PathLike[str]) -> ForeignRewrites:
     Raises:
         DataError: If the file cannot be read or a record is no such one; names file and line, or file and id.
     """
-    rows = list(_records(Path(path)))
+    return collected(path, (_given(name, row, where) for name, where, row in _records(Path(path))))
+
+
+Given = tuple[Unit, tuple[str | None, str | None], Mapping[str, dict[str, float]]]
+"""A unit, its two rewrites, and its rewards by model and stage."""
+
+
+def collected(path: str | os.PathLike[str], rows: Iterable[Given]) -> ForeignRewrites:
+    """What a file holds, of what its records hold."""
     units, texts = [], {}
     rewards: dict[str, dict[str, dict[str, float]]] = {}
-    for name, where, row in rows:
-        unit, found = _unit(name, row, where)
+    for unit, found, scores in rows:
         units.append(unit)
-        texts[name] = found
-        for model, scores in _scores(row, where).items():
-            rewards.setdefault(model, {})[name] = scores
-    return ForeignRewrites(
-        units=check_units(units, os.fspath(path)), texts=texts, rewards=rewards, source=os.fspath(path)
-    )
+        texts[unit.id] = found
+        for model, by_stage in scores.items():
+            rewards.setdefault(model, {})[unit.id] = by_stage
+    source = os.fspath(path)
+    return ForeignRewrites(units=check_units(units, source), texts=texts, rewards=rewards, source=source)
+
+
+def text_of(where: str, name: str, text: Any) -> str | None:
+    """A text of a file, or None."""
+    if text is not None and not isinstance(text, str):
+        raise DataError(f"{where}: {name} is {text!r:.80}; expected a string.")
+    return text
+
+
+def number_of(where: str, name: str, value: Any) -> float:
+    """A number of a file."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DataError(f"{where}: {name} is {value!r:.80}; expected a number.")
+    return float(value)
+
+
+def unit_of(where: str, **values: Any) -> Unit:
+    """A unit of a file."""
+    try:
+        return Unit(**values)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def _records(path: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
@@ -173,10 +187,7 @@ def _records(path: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
         for where, row in json_lines(path):
             yield where.rpartition(" ")[2], where, row
         return
-    try:
-        whole = json_object(path.read_bytes(), str(path))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}. Give a JSON or JSONL file.") from error
+    whole = _json(path, "JSON or JSONL file")
     for name, row in whole.items():
         where = f"{path}, id {name!r}"
         if not isinstance(row, Mapping):
@@ -184,35 +195,33 @@ def _records(path: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
         yield name, where, row
 
 
-def _unit(name: str, row: Mapping[str, Any], where: str) -> tuple[Unit, tuple[str | None, str | None]]:
+def _json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        return json_object(path.read_bytes(), str(path))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. Give a {what}.") from error
+
+
+def _given(name: str, row: Mapping[str, Any], where: str) -> Given:
     completions = row.get("completions")
     if not isinstance(completions, Mapping) or "w_original" not in row:
         raise DataError(f"{where}: the keys are {', '.join(row) or 'none'}; expected w_original and completions.")
-    texts = []
-    for key in _TEXTS.values():
-        text = completions.get(key)
-        if text is not None and not isinstance(text, str):
-            raise DataError(f"{where}: completions[{key!r}] is {text!r:.80}; expected a string.")
-        texts.append(text)
-    if texts[0] is None:
+    original, *texts = (text_of(where, f"completions[{key!r}]", completions.get(key)) for key in _TEXTS.values())
+    if original is None:
         raise DataError(f"{where}: completions has no 'original'; expected the text that was rewritten.")
-    try:
-        unit = Unit(id=name, text=texts[0], w=row["w_original"], prompt=row.get("reward_question") or "")
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
-    return unit, (texts[1], texts[2])
+    unit = unit_of(where, id=name, text=original, w=row["w_original"], prompt=row.get("reward_question") or "")
+    return unit, (texts[0], texts[1]), _scores(row, where)
 
 
 def _scores(row: Mapping[str, Any], where: str) -> dict[str, dict[str, float]]:
     """Rewards by model and stage; whatever else a record holds is not looked at."""
     found = {}
     for model, scores in row.items():
-        if model in _KNOWN or not isinstance(scores, Mapping) or not set(scores) & set(_TEXTS.values()):
-            continue
-        found[model] = {stage: scores[key] for stage, key in _TEXTS.items() if scores.get(key) is not None}
-        for stage, value in found[model].items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise DataError(f"{where}: {model!r} has the reward {value!r:.80} for {stage}; expected a number.")
+        if model not in _KNOWN and isinstance(scores, Mapping) and set(scores) & set(_TEXTS.values()):
+            given = {stage: scores[key] for stage, key in _TEXTS.items() if scores.get(key) is not None}
+            found[model] = {
+                stage: number_of(where, f"the reward of {model!r} for {stage}", value) for stage, value in given.items()
+            }
     return found
 
 
@@ -236,7 +245,8 @@ def read_batch(
     for where, row in json_lines(requests):
         name, body = row.get("custom_id"), row.get("body")
         messages = body.get("messages") if isinstance(body, Mapping) else None
-        if not isinstance(name, str) or not isinstance(messages, list) or not _are_messages(messages):
+        listed = isinstance(messages, list) and all(isinstance(message, Mapping) for message in messages)
+        if not isinstance(name, str) or not messages or not listed:
             raise DataError(f"{where}: custom_id is {name!r:.80}; expected a request with custom_id and body.messages.")
         if name in asked:
             raise DataError(f"{where}: custom_id {name!r} occurs above. Remove one of the lines.")
@@ -253,10 +263,6 @@ def read_batch(
     return {name: (text, found.get(name)) for name, text in asked.items()}
 
 
-def _are_messages(messages: list[Any]) -> bool:
-    return bool(messages) and all(isinstance(message, Mapping) for message in messages)
-
-
 def read_effects(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the authors' file of effects.
 
@@ -270,10 +276,7 @@ def read_effects(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         DataError: If the file cannot be read or lacks a value; names the key.
     """
-    try:
-        row = json_object(Path(path).read_bytes(), os.fspath(path))
-    except OSError as error:
-        raise DataError(f"{os.fspath(path)} cannot be read: {error.strerror}. Give a JSON file of effects.") from error
+    row = _json(Path(path), "JSON file of effects")
     wanted = (*_EFFECTS, *(f"{name}_stderr" for name in _EFFECTS), "reward_std", "Y1_count", "Y0_count")
     lacking = [key for key in wanted if isinstance(row.get(key), bool) or not isinstance(row.get(key), int | float)]
     if lacking:

@@ -7,13 +7,12 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 
 from lightning_interp.core.storage.files import digest
 from lightning_interp.core.storage.jsonl import text_lines
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.rate.scoring.scores import CallableScorer
+from lightning_interp.rate.texts.package_texts import given_or_of_package
 
 __all__ = ["Fluency", "fluency_scorer", "word_counts"]
 
@@ -35,13 +34,13 @@ def word_counts(path: str | os.PathLike[str] | None = None) -> dict[str, int]:
         DataError: If the file cannot be read or a line is no word and count; names file and line.
 
     Example:
-        >>> import tempfile
-        >>> file = Path(tempfile.mkdtemp()) / "counts.txt"
+        >>> import pathlib, tempfile
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "counts.txt"
         >>> _ = file.write_text("; two words\nfilm 90\ngreat 50\n")
         >>> word_counts(file)
         {'film': 90, 'great': 50}
     """
-    file = _of_textblob() if path is None else Path(path)
+    file = given_or_of_package(path, "textblob", "en", "en-spelling.txt", call="word_counts(path)")
     counts: dict[str, int] = {}
     for where, line in text_lines(file, expected="a word and its count a line"):
         if line.startswith(";"):
@@ -116,13 +115,3 @@ def fluency_scorer(counts: Mapping[str, int] | None = None) -> CallableScorer:
     known = word_counts() if counts is None else counts
     name = "fluency" if counts is None else f"fluency:{digest(dict(counts))[:8]}"
     return CallableScorer(Fluency(known), name=name, each=True)
-
-
-def _of_textblob() -> Path:
-    spec = find_spec("textblob")
-    if spec is None or not spec.submodule_search_locations:
-        raise RecipeError(
-            "Word counts are read from the package textblob, which is not installed. Install it with "
-            "`pip install --no-deps textblob`, or give a file: word_counts(path)."
-        )
-    return Path(spec.submodule_search_locations[0]) / "en" / "en-spelling.txt"
