@@ -2,7 +2,7 @@
 
 A text is rewritten twice, to flip the attribute and to flip it back, and the two rewrites are compared: what the
 rewriter does in either direction cancels. ``estimators`` turns three rewards a unit into effects with intervals
-(``standard_errors``, ``bootstrap`` and ``result`` are its parts), ``diagnostics``, ``placebo`` and ``off_target`` ask
+(``bootstrap`` and ``result`` are its parts), ``diagnostics``, ``placebo`` and ``off_target`` ask
 whether the assumptions hold, ``metric`` gathers rewards over batches and processes, and ``figures`` draws what was
 found. ``scoring`` asks for rewards, ``reward`` does so in bulk (``rewards`` is its file), and ``callback`` watches the
 effect while a reward model trains.

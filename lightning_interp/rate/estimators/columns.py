@@ -14,15 +14,11 @@ from lightning_interp.errors import DataError
 
 __all__ = ["codes", "label_column", "number_column", "shown", "sort_key", "unit_ids"]
 
-SHOWN = 10
-"""How many ids a message lists."""
-
 
 def shown(items: Iterable[Any]) -> str:
     """The first ten items for a message, and how many more there are."""
     every = list(items)
-    rest = f" and {len(every) - SHOWN} more" if len(every) > SHOWN else ""
-    return ", ".join(map(repr, every[:SHOWN])) + rest
+    return ", ".join(map(repr, every[:10])) + (f" and {len(every) - 10} more" if len(every) > 10 else "")
 
 
 def number_column(name: str, values: Any) -> tuple[Vector, Mask]:
@@ -32,29 +28,24 @@ def number_column(name: str, values: Any) -> tuple[Vector, Mask]:
         return array.astype(np.float64), np.zeros(array.size, dtype=np.bool_)
     elements = array.tolist()
     absent = np.array([element is None for element in elements], dtype=np.bool_)
-    numbers = [np.nan if element is None else _number(name, i, element) for i, element in enumerate(elements)]
-    return np.asarray(numbers, dtype=np.float64), absent
-
-
-def _number(name: str, place: int, element: Any) -> float:
-    try:
-        if isinstance(element, str | bytes | complex):
-            raise TypeError
-        return float(element)
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"{name}[{place}] is {element!r:.80}, which is no real number. Give one number a unit, or None where there "
-            "is none."
-        ) from error
+    numbers = np.full(len(elements), np.nan)
+    for place, element in enumerate(elements):
+        try:
+            if isinstance(element, str | bytes | complex):
+                raise TypeError
+            numbers[place] = np.nan if element is None else float(element)
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"{name}[{place}] is {element!r:.80}, which is no real number. Give one number a unit, or None where "
+                "there is none."
+            ) from error
+    return numbers, absent
 
 
 def _array(name: str, values: Any, *, exact: bool = False) -> NDArray[Any]:
     """An array of one axis; of the elements as they are with ``exact``, and where numpy cannot make numbers of them."""
-    if hasattr(values, "detach"):
-        tensor = values.detach().cpu()
-        values = (tensor.double() if tensor.is_floating_point() else tensor).numpy()
-    elif hasattr(values, "to_numpy"):
-        values = values.to_numpy()
+    if not isinstance(values, np.ndarray) and hasattr(values, "tolist"):
+        values = values.tolist()  # tensors and series, of whatever type and wherever they are
     listed = isinstance(values, Sequence) and not isinstance(values, str | bytes)
     array = _from_sequence(values, exact) if listed else np.asarray(values)
     if array.ndim != 1:
@@ -95,8 +86,7 @@ def unit_ids(values: Any, n: int) -> tuple[int | str, ...]:
     if values is None:
         return tuple(range(n))
     ids = _keys("ids", values)
-    twice = [key for key, count in Counter(ids).items() if count > 1]
-    if twice:
+    if twice := [key for key, count in Counter(ids).items() if count > 1]:
         raise DataError(
             f"ids holds {shown(twice)} more than once; every unit needs an id of its own. "
             "Average several draws of a text with combine_draws()."

@@ -17,12 +17,20 @@ from typing import Any
 
 import numpy as np
 
-from lightning_interp.core.measure.clustered import Point, difference_point, mean_point, point_interval
+from lightning_interp.core.measure.clustered import (
+    Mask,
+    Point,
+    Vector,
+    difference_point,
+    mean_point,
+    point_interval,
+    squares,
+    variance,
+)
 from lightning_interp.core.measure.resampling import interval_ends
 from lightning_interp.errors import RecipeError
 from lightning_interp.rate.estimators.bootstrap import Replicates, bootstrap_effects
 from lightning_interp.rate.estimators.result import Counts, Effect, Effects, EffectTable, RateResult, Units
-from lightning_interp.rate.estimators.standard_errors import contrast_points, pooled_sd, unpaired_points
 from lightning_interp.rate.estimators.unit_table import UnitTable, check_choice
 
 __all__ = ["Settings", "effects_of_units", "rate_effects"]
@@ -147,7 +155,7 @@ def effects_of_units(units: Units, counts: Counts, settings: Settings, notes: Se
         whole = {"clusters": settings.se == "cluster", "within_arms": settings.se == "stratified"}
         replicates = bootstrap_effects(units, n_boot=settings.n_boot, seed=settings.seed, **whole)
     effects = {name: _effect(name, point, settings, replicates) for name, point in points.items()}
-    sd = None if units.r_orig is None else pooled_sd(units.r_orig, units.w)
+    sd = None if units.r_orig is None else _pooled_sd(units.r_orig, units.w)
     asked = sd if settings.standardize else None
     scaled = None if asked is None else _standardized(effects, points, settings, replicates, asked)
     return RateResult(
@@ -166,21 +174,37 @@ def effects_of_units(units: Units, counts: Counts, settings: Settings, notes: Se
 def _points(units: Units, se: str) -> dict[str, Point]:
     """Every estimate with its error, by the names of ``Replicates``."""
     w, cluster = units.w, units.cluster if se == "cluster" else None
+    arms = (w | True, w, ~w)
 
-    def named(name: str, points: tuple[Point, Point, Point]) -> dict[str, Point]:
-        return {f"{name}/{estimand}": point for estimand, point in zip(Effects._fields, points, strict=True)}
+    def mean_of(values: Vector, arm: Mask) -> Point:
+        return mean_point(values[arm], None if cluster is None else cluster[arm])
 
+    def means(name: str, contrast: Vector) -> dict[str, Point]:
+        ate, att, atu = (mean_of(contrast, arm) for arm in arms)
+        if att.n == 0 or atu.n == 0:
+            ate = Point(math.nan, math.nan, math.nan, w.size, 0)
+        elif se == "stratified":
+            error = math.hypot(att.n / w.size * att.se, atu.n / w.size * atu.se)
+            ate = ate._replace(se=error, smallest=min(att.n, atu.n))
+        return {f"{name}/ate": ate, f"{name}/att": att, f"{name}/atu": atu}
+
+    found = means("rate", units.delta)
     if se == "unpaired":
-        found = named("rate", unpaired_points(units.r_rw, units.r_rw2, w))
-    else:
-        found = named("rate", contrast_points(units.delta, w, cluster=cluster, stratified=se == "stratified"))
-    if units.r_orig is None or units.sigma is None:
-        return found
-    found |= named("single", contrast_points(units.sigma, w, cluster=cluster, stratified=se == "stratified"))
-    found["naive"] = difference_point(units.r_orig, w, cluster)
-    for name, arm in (("b1", w), ("b0", ~w)):
-        found[name] = mean_point((units.r_rw2 - units.r_orig)[arm], None if cluster is None else cluster[arm])
+        pairs = zip(found.items(), arms, strict=True)
+        found = {name: point._replace(se=_unpaired_error(units, point, arm)) for (name, point), arm in pairs}
+    if units.r_orig is not None and units.sigma is not None:
+        trip = units.r_rw2 - units.r_orig
+        found |= {**means("single", units.sigma), "naive": difference_point(units.r_orig, w, cluster)}
+        found |= {"b1": mean_of(trip, w), "b0": mean_of(trip, ~w)}
     return found
+
+
+def _unpaired_error(units: Units, point: Point, arm: Mask) -> float:
+    """The error that the paper's published tables use for the double rewrite: of two separate samples, so too wide."""
+    if point.n < 2 or math.isnan(point.value):
+        return math.nan
+    with_w, without = np.where(units.w, units.r_rw2, units.r_rw), np.where(units.w, units.r_rw, units.r_rw2)
+    return math.sqrt((variance(with_w[arm]) + variance(without[arm])) / point.n)
 
 
 def _effect(name: str, point: Point, settings: Settings, replicates: Replicates | None) -> Effect:
@@ -211,12 +235,11 @@ def _standardized(
 
 
 def _table(effects: dict[str, Effect]) -> EffectTable:
-    def three(name: str) -> Effects:
-        return Effects(*(effects[f"{name}/{estimand}"] for estimand in Effects._fields))
-
-    if "naive" not in effects:
-        return EffectTable(three("rate"))
-    return EffectTable(three("rate"), three("single"), effects["naive"])
+    rate, *single = (
+        Effects(*(effects[f"{name}/{estimand}"] for estimand in Effects._fields))
+        for name in ("rate", "single")[: 1 + ("naive" in effects)]
+    )
+    return EffectTable(rate, *single, naive=effects.get("naive"))
 
 
 def _notes(units: Units, settings: Settings, sd: float | None) -> list[str]:
@@ -241,3 +264,10 @@ def _notes(units: Units, settings: Settings, sd: float | None) -> list[str]:
     if settings.se == "cluster" and clusters < 2:
         notes.append("All units come from one cluster, so no effect has an error or an interval.")
     return notes
+
+
+def _pooled_sd(r_orig: Vector, w: Mask) -> float:
+    """Pooled standard deviation of the original rewards within the two arms: the unit of standardised effects."""
+    if w.all() or not w.any() or w.size < 3:
+        return math.nan
+    return math.sqrt((squares(r_orig[w]) + squares(r_orig[~w])) / (w.size - 2))

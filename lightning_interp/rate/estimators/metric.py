@@ -122,8 +122,8 @@ class RewriteTreatmentEffect(Metric):
         """Estimate from all rewards.
 
         Returns:
-            Scalars ``ate``, ``att``, ``atu``, ``ate_se``, ``att_se``, ``atu_se``, ``n``, and where there are original
-            rewards ``naive``, ``single`` (the ATE of the single rewrite), their ``_se`` and ``reward_std``.
+            Scalars ``ate``, ``att``, ``atu``, their ``_se``, ``n``, and where there are original rewards ``naive``,
+            ``single`` (the ATE of the single rewrite), their ``_se`` and ``reward_std``.
 
         Raises:
             DataError: If nothing has arrived, a unit is incomplete, or one id stands for several texts.
@@ -146,8 +146,7 @@ class RewriteTreatmentEffect(Metric):
         # A module that is cast to half precision must not take the ids with it: rewards only change their device.
         super()._apply(fn, exclude_state=["rows", *exclude_state])
         held: Any = self.rows
-        moved: Any = held.to(self.device) if isinstance(held, Tensor) else [row.to(self.device) for row in held]
-        self.rows = moved
+        self.rows = held.to(self.device) if isinstance(held, Tensor) else [row.to(self.device) for row in held]
         return self
 
 
@@ -155,10 +154,10 @@ def _check(names: Sequence[Any], stages: Sequence[str], values: Tensor, labels: 
     for name, tensor in (("rewards", values), ("w", labels)):
         if tensor.ndim != 1:
             raise DataError(f"{name} has the shape {list(tensor.shape)}; expected one axis, one value a text.")
-    for name, count in (("stage", len(stages)), ("rewards", values.numel()), ("w", labels.numel())):
-        if count != len(names):
+    for name, column in (("stage", stages), ("rewards", values), ("w", labels)):
+        if len(column) != len(names):
             raise DataError(
-                f"{name} has {count} values, but ids has {len(names)}; expected one value a reward in each."
+                f"{name} has {len(column)} values, but ids has {len(names)}; expected one a reward in each."
             )
     if unknown := [stage for stage in stages if stage not in STAGES]:
         raise DataError(f"Stage {unknown[0]!r} is unknown; expected one of {', '.join(map(repr, STAGES))}.")
@@ -176,9 +175,9 @@ def _unit_table(rows: NDArray[np.float64], tolerance: float) -> tuple[list[int],
     labels = low.astype(int).tolist()
     table = np.full((ids.size, len(STAGES)), None, dtype=object)
     places, low, high = _ends(unit * len(STAGES) + rows[:, 2].astype(np.int64), rows[:, 4])
-    _refuse(
-        ids[np.unique(places[_apart(low, high) > limit] // len(STAGES))], f"rewards of one stage over {limit:.3g} apart"
-    )
+    known = np.isfinite(low) & np.isfinite(high)  # others are for the policy of missing rewards to judge
+    apart = np.subtract(high, low, out=np.zeros_like(low), where=known) > limit
+    _refuse(ids[np.unique(places[apart] // len(STAGES))], f"rewards of one stage over {limit:.3g} apart")
     table.reshape(-1)[places] = low.tolist()
     return ids.tolist(), labels, table.T.tolist()
 
@@ -188,12 +187,6 @@ def _ends(group: NDArray[np.int64], values: NDArray[np.float64]) -> tuple[NDArra
     order = np.argsort(group, kind="stable")
     groups, starts = np.unique(group[order], return_index=True)
     return groups, np.minimum.reduceat(values[order], starts), np.maximum.reduceat(values[order], starts)
-
-
-def _apart(low: Vector, high: Vector) -> Vector:
-    """How far repeated rewards lie apart; one that is not finite is for the policy of missing rewards to judge."""
-    known = np.isfinite(low) & np.isfinite(high)
-    return np.subtract(high, low, out=np.zeros_like(low), where=known)
 
 
 def _refuse(ids: NDArray[np.int64], what: str) -> None:

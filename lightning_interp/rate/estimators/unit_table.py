@@ -115,10 +115,9 @@ class UnitTable:
         for values, _ in columns.values():
             self.mark("nonfinite", ~np.isfinite(values))
 
-    def why(self, *, labelled: bool = False) -> str:
-        """The reasons with their counts, for messages; with ``labelled`` only of labelled units."""
-        counts = Counter(self.reasons[~self.keep & ~(self.unlabelled & labelled)].tolist())
-        return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+    def _why(self, among: Mask) -> str:
+        """The reasons with their counts."""
+        return ", ".join(f"{count} {reason}" for reason, count in _tally(self.reasons[~self.keep & among]).items())
 
     def usable(self, *, missing: str = "raise", identical: str = "keep") -> UnitTable:
         """This table with the policies of ``rate_effects`` applied to what cannot be used."""
@@ -128,27 +127,25 @@ class UnitTable:
                 "Pass texts=(originals, rewrites, rewrites of the rewrites), or identical='keep'."
             )
         if missing == "raise":
-            self._refuse(
-                ~self.keep & (self.reasons != "unlabelled"),
-                f"are incomplete ({self.why(labelled=True)})",
-                "Complete them, or pass missing='drop' to leave them out of every estimator.",
-            )
+            what = f"are incomplete ({self._why(~self.unlabelled)})"
+            instead = "Complete them, or pass missing='drop' to leave them out of every estimator."
+            self._refuse(~self.keep & ~self.unlabelled, what, instead)
         if identical != "keep" and self.identical is not None:
-            first, second = self.identical
             if identical == "raise":
                 what = "have a rewrite that is the text it was made from"
-                self._refuse(self.keep & (first | second), what, "Rewrite them again, or pass identical='keep'.")
-            self.mark("identical_rewrite", first)
-            self.mark("identical_rewrite2", second)
+                instead = "Rewrite them again, or pass identical='keep'."
+                self._refuse(self.keep & np.any(self.identical, axis=0), what, instead)
+            for stage, same in zip(STAGES[1:], self.identical, strict=True):
+                self.mark(f"identical_{stage}", same)
         if not self.keep.any():
-            raise DataError(f"None of the {self.w.size} units can be used: {self.why()}. Check labels and rewards.")
+            raise DataError(
+                f"None of the {self.w.size} units can be used: {self._why(~self.keep)}. Check labels and rewards."
+            )
         return self
 
     def _refuse(self, where: Mask, what: str, instead: str) -> None:
-        wrong = np.flatnonzero(where)
-        if wrong.size:
-            ids = shown(self.ids[i] for i in wrong)
-            raise DataError(f"{wrong.size} of {self.w.size} units {what}: {ids}. {instead}")
+        if wrong := [self.ids[i] for i in np.flatnonzero(where)]:
+            raise DataError(f"{len(wrong)} of {self.w.size} units {what}: {shown(wrong)}. {instead}")
 
     def units(self) -> Units:
         """The units that can be used, sorted by id (without ids by their values)."""
@@ -158,14 +155,9 @@ class UnitTable:
         else:  # the last counts most
             columns = (self.cluster, self.r_orig, self.r_rw2, self.r_rw, self.w)
             where = where[np.lexsort([column[where] for column in columns if column is not None])]
-        return Units(
-            ids=tuple(self.ids[i] for i in where),
-            w=self.w[where],
-            r_orig=None if self.r_orig is None else self.r_orig[where],
-            r_rw=self.r_rw[where],
-            r_rw2=self.r_rw2[where],
-            cluster=None if self.cluster is None else self.cluster[where],
-        )
+        named = {name: getattr(self, name) for name in ("w", *_REWARDS, "cluster")}
+        taken: dict[str, Any] = {name: None if column is None else column[where] for name, column in named.items()}
+        return Units(ids=tuple(self.ids[i] for i in where), **taken)
 
     def counts(self) -> Counts:
         """How many were used, and what was left out by reason and by arm."""
@@ -228,10 +220,8 @@ def _each(name: str, columns: Sequence[Any] | None, count: int) -> list[tuple[st
 
 def _check_lengths(n: int, named: Iterable[tuple[str, Any]]) -> None:
     for name, values in named:
-        if values is None:
-            continue
         try:
-            count = len(values)
+            count = n if values is None else len(values)
         except TypeError as error:
             raise DataError(
                 f"{name} is {values!r:.80}; expected a list, array or tensor of one value a unit."
@@ -247,11 +237,8 @@ def _same(sources: Sequence[str | None], texts: Sequence[str | None]) -> Mask:
 
 def _non_compliant(labels: Sequence[Any], w: Mask) -> list[Mask]:
     """Where pass 1 does not carry 1 - w, and where pass 2 does not carry w; an unlabelled rewrite is not counted."""
-    found = []
-    for place, (values, target) in enumerate(zip(labels, (~w, w), strict=True)):
-        label, absent = label_column(f"labels[{place}]", values)
-        found.append(~absent & (label != target))
-    return found
+    found = (label_column(f"labels[{place}]", values) for place, values in enumerate(labels))
+    return [~absent & (label != target) for (label, absent), target in zip(found, (~w, w), strict=True)]
 
 
 def _tally(reasons: NDArray[Any]) -> dict[str, int]:
