@@ -164,25 +164,24 @@ class RewardAttributeEffect(Monitor):
         triples, stages = self._ready, self._ready.stages[:3]
         texts = [pair for s in stages for pair in zip(triples.prompts, triples.texts(s), strict=True)]
         unique = sorted(set(texts), key=lambda pair: (-len(pair[0]) - len(pair[1]), pair))
-        found, own = _Rewards().to(pl_module.device), own_rows(trainer, len(unique))
+        found, own = _Rewards(2).to(pl_module.device), own_rows(trainer, len(unique))
         for start in range(0, len(own), self.batch_size):
             rows = own[start : start + self.batch_size]
             prompts, asked = zip(*(unique[row] for row in rows), strict=True)
-            given, cut = self._asked(pl_module, list(prompts), list(asked))
-            reward = checked_rewards(given, len(rows), f"score= of {self._label!r}").double()
-            cut = torch.zeros_like(reward) if cut is None else cut.to(reward)
-            found.update(torch.tensor(rows), torch.stack([reward, cut], dim=1))
+            found.update(torch.tensor(rows), self._asked(pl_module, list(prompts), list(asked)))
         places = {pair: place for place, pair in enumerate(unique)}
         reward, cut = found.compute().cpu().double()[[places[pair] for pair in texts]].T
         return TripleScores.stacked(self._label, stages, reward, cut.bool())
 
-    def _asked(self, pl_module: Any, prompts: list[str], texts: list[str]) -> tuple[Any, Tensor | None]:
+    def _asked(self, pl_module: Any, prompts: list[str], texts: list[str]) -> Tensor:
+        """``[n, 2]``: rewards, and whether texts were cut."""
         if self.score is not None:
-            return self.score(pl_module, prompts, texts), None
-        if callable(getattr(pl_module, "scores", None)):
-            scores: Scores = pl_module.scores(prompts, texts)
-            return scores.reward, scores.truncated
-        return pl_module.score(prompts, texts), None
+            given = self.score(pl_module, prompts, texts)
+        else:
+            given = getattr(pl_module, "scores", pl_module.score)(prompts, texts)
+        given, cut = given if isinstance(given, Scores) else (given, torch.zeros(len(texts)))
+        reward = checked_rewards(given, len(texts), f"score= of {self._label!r}").double()
+        return torch.stack([reward, cut.to(reward)], dim=1)
 
     @property
     def _ready(self) -> RewriteTriples:
@@ -193,9 +192,6 @@ class RewardAttributeEffect(Monitor):
 
 class _Rewards(KeyedRows):
     """Rewards of texts and whether these were cut, from all processes."""
-
-    def __init__(self) -> None:
-        super().__init__(2)
 
     def update(self, texts: Tensor, rewards: Tensor) -> None:
         """Add ``[n, 2]`` of the texts at these places."""

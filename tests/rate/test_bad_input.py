@@ -294,7 +294,7 @@ class TestThinArms:
 
 class TestDraws:
     def test_lengths(self):
-        with pytest.raises(DataError, match="r_rw2 has 1 values, but ids has 2; expected one a draw"):
+        with pytest.raises(DataError, match="r_rw2 has 1 values, but ids has 2; expected one value a draw in each"):
             combine_draws(["a", "a"], [1, 1], None, [0.0, 1.0], [2.0])
 
     def test_labels_of_a_unit_differ(self):

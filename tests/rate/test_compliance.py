@@ -29,7 +29,7 @@ class TestUnits:
 
     @pytest.mark.parametrize("name", ["prompts", "ids", "clusters"])
     def test_other_lengths(self, name):
-        with pytest.raises(DataError, match=f"{name} has 1 values and texts has 2"):
+        with pytest.raises(DataError, match=f"{name} has 1 values, but texts has 2"):
             label_units(["a", "b"], StartsWithVowel(), **{name: ["x"]})
 
 

@@ -177,7 +177,7 @@ class TestTextChanges:
         assert (first.before, first.change.value, first.change.n) == (0.5, 0, 1)
 
     def test_errors(self):
-        with pytest.raises(DataError, match="rewrite2 has 1 texts, but w has 2 labels"):
+        with pytest.raises(DataError, match="rewrite2 has 1 values, but w has 2; expected one text a unit"):
             text_changes([1, 0], ["a", "b"], ["a", "b"], ["a"])
         with pytest.raises(RecipeError, match=r"measures is \{\}; expected at least one function"):
             text_changes([1, 0], ["a", "b"], ["a", "b"], ["a", "b"], measures={})

@@ -11,7 +11,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -25,7 +24,7 @@ from lightning_interp.core.storage.files import atomic_write_json
 from lightning_interp.core.storage.tensor_files import read_tensors, save_tensors
 from lightning_interp.core.weights.tensors import TensorFolder
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.models.scoring.score_head import DecoderWithScore, empty_score, scoring_model
+from lightning_interp.models.scoring.score_head import DecoderWithScore, score_map, scoring_model
 from lightning_interp.models.sources.adapters import ADAPTER, adapter_base, attach_adapter_folder, is_adapter_folder
 from lightning_interp.models.sources.bundled import ALIASES
 from lightning_interp.models.sources.folders import check_weight_files
@@ -118,16 +117,16 @@ def _load(name: str, options: LoadOptions, seed: int) -> LoadedReward:
         loaded = load_with(name, options)
         return LoadedReward(scoring_model(loaded.model, seed=seed), loaded.tokenizer, loaded.label, True)
     where: str | Path = name
+    label = name if options.revision is None else f"{name}@{options.revision}"
     if path.is_dir():
         options.without_revision(path)
         check_weight_files(path)
-        where = path
+        where, label = path, path.resolve().name
     tokenizer = load_tokenizer_files(where, options)
     if kind == DecoderWithScore.__name__:
         model = _own_class(where, options)
     else:
         model = scoring_model(load_model(where, options, auto=AutoModelForSequenceClassification), seed=seed)
-    label = path.resolve().name if path.is_dir() else name if options.revision is None else f"{name}@{options.revision}"
     return LoadedReward(model, tokenizer, label, False, read_text_settings(path))
 
 
@@ -151,20 +150,14 @@ def _architecture(name: str, path: Path, options: LoadOptions) -> str:
 def _own_class(where: str | Path, options: LoadOptions) -> PreTrainedModel:
     """What a family without a class of its own was saved as: the body, and the score head beside it."""
     body = load_model(where, options, auto=AutoModel)
-    weight = _score_weight(Path(where))
-    score = empty_score(weight.shape[1], weight.shape[0], body.device)
-    score.load_state_dict({"weight": weight.float()})
+    tensors = TensorFolder(Path(where))
+    if _SCORE not in tensors:
+        raise DataError(
+            f"The weights in {str(where)!r} lack {_SCORE!r}, the map from the decoder's last state to the score. Give "
+            "the local folder that RewardModel.export wrote, whole."
+        )
+    score = score_map(tensors.tensor(_SCORE), body.device)
     return DecoderWithScore(body.config, body, score, prefix=body.base_model_prefix).eval()
-
-
-def _score_weight(folder: Path) -> Tensor:
-    tensors = TensorFolder(folder)
-    if _SCORE in tensors:
-        return tensors.tensor(_SCORE)
-    raise DataError(
-        f"The weights in {str(folder)!r} lack {_SCORE!r}, the map from the decoder's last state to the score. Give the "
-        "local folder that RewardModel.export wrote, whole."
-    )
 
 
 def _adapter(folder: Path, options: LoadOptions, seed: int) -> LoadedReward:
@@ -177,13 +170,11 @@ def _adapter(folder: Path, options: LoadOptions, seed: int) -> LoadedReward:
         )
     loaded = _load(base, replace(options, revision=revision), seed)
     attach_adapter_folder(loaded.model, folder)
-    trained = _unwrap_score(loaded.model)
-    tokenizer = loaded.tokenizer
-    if (folder / "tokenizer_config.json").exists():
-        tokenizer = load_tokenizer_files(folder, options)
-    label = f"{folder.resolve().name} on {loaded.label}"
-    text = read_text_settings(folder) or loaded.text
-    return LoadedReward(loaded.model.eval(), tokenizer, label, loaded.fresh and not trained, text)
+    fresh = not _unwrap_score(loaded.model) and loaded.fresh
+    own = (folder / "tokenizer_config.json").exists()
+    tokenizer = load_tokenizer_files(folder, options) if own else loaded.tokenizer
+    text, label = read_text_settings(folder) or loaded.text, f"{folder.resolve().name} on {loaded.label}"
+    return LoadedReward(loaded.model.eval(), tokenizer, label, fresh, text)
 
 
 def _unwrap_score(model: Any) -> bool:

@@ -101,15 +101,13 @@ class RewardEncoder(Encoder):
 
     def settings(self) -> dict[str, Any]:
         """How texts are written, as plain values: what two scorers must share to be the same scorer."""
-        names = ("chat", "system_prompt", "add_eos", "max_length")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("chat", "system_prompt", "add_eos", "max_length")}
 
     @property
     def pad_id(self) -> int:
         """An id for padding; what is padding is told by the mask alone."""
-        tokenizer = self.tokenizer
-        ids = (index for index in (tokenizer.pad_token_id, tokenizer.eos_token_id) if index is not None)
-        return int(next(ids, 0))
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return int(next(index for index in ids if index is not None))
 
     def encode_texts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[EncodedText]:
         """Encode texts that answer prompts.
@@ -132,21 +130,16 @@ class RewardEncoder(Encoder):
         room = None if self.max_length is None else max(1, self.max_length - len(end))
         found = []
         for text, ids in zip(written, self._ids(written), strict=True):
-            cut = room is not None and len(ids) > room
-            if cut:
+            if cut := room is not None and len(ids) > room:
                 ids = self._ids([text], truncation=True, max_length=room)[0]
-            ids = ids if ids[-1:] == end else ids + end
-            found.append(EncodedText(ids, cut))
+            found.append(EncodedText(ids if ids[-1:] == end else ids + end, cut))
         return found
 
     def _ids(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
         if not texts:
             return []
-        special = not self.chat
-        encoded = self.tokenizer(
-            list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False, **options
-        )
-        ids: list[list[int]] = encoded["input_ids"]
+        options |= {"add_special_tokens": not self.chat, "return_attention_mask": False, "verbose": False}
+        ids: list[list[int]] = self.tokenizer(list(texts), **options)["input_ids"]
         return ids
 
     def _written(self, prompt: Prompt, text: Any, index: int) -> str:
@@ -154,8 +147,9 @@ class RewardEncoder(Encoder):
         if not isinstance(text, str):
             raise DataError(f"{where} is {text!r:.80}, a {type(text).__name__}; expected a string.")
         if self.chat:
-            asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            turns = [dict(turn) for turn in asked]
+            turns = (
+                [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
+            )
             if self.system_prompt is not None and turns[:1] and turns[0].get("role") != "system":
                 turns = [{"role": "system", "content": self.system_prompt}, *turns]
             return self._render([*turns, {"role": "assistant", "content": text}], where)
@@ -171,10 +165,7 @@ def length_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     """Most tokens that a model and its tokenizer say they can take; None if neither says."""
     config: Any = model.config.get_text_config()
     limits = (getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None))
-    known = [
-        int(limit) for limit in limits if limit is not None and 0 < limit < 10**9
-    ]  # tokenizers say 10**30 for none
-    return min(known, default=None)
+    return min((int(x) for x in limits if x is not None and 0 < x < 10**9), default=None)  # tokenizers say 10**30
 
 
 def score_rows(

@@ -15,16 +15,7 @@ from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.core.tokens.batches import aligned_left
 from lightning_interp.errors import DataError, IncompatibleModelError
 
-__all__ = [
-    "DecoderWithScore",
-    "align_left",
-    "empty_score",
-    "has_score_head",
-    "is_own_code",
-    "label_index",
-    "needs_score_head",
-    "scoring_model",
-]
+__all__ = ["DecoderWithScore", "align_left", "label_index", "needs_score_head", "score_map", "scoring_model"]
 
 _CLASSIFIER = "ForSequenceClassification"
 
@@ -85,15 +76,15 @@ def align_left(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor
     return input_ids, real.long()
 
 
-def has_score_head(model: nn.Module) -> bool:
+def _has_score_head(model: nn.Module) -> bool:
     """Whether a model reads scores off a decoder by a linear map called ``score``."""
     return isinstance(getattr(model, "score", None), nn.Linear) and getattr(model, "base_model", model) is not model
 
 
 def needs_score_head(model: nn.Module) -> bool:
     """Whether :func:`scoring_model` would put a fresh score head on a model."""
-    classifier = _CLASSIFIER in type(model).__name__ or is_own_code(model)
-    return not (isinstance(model, DecoderWithScore) or has_score_head(model) or classifier)
+    classifier = _CLASSIFIER in type(model).__name__ or _is_own_code(model)
+    return not (isinstance(model, DecoderWithScore) or _has_score_head(model) or classifier)
 
 
 def scoring_model(model: PreTrainedModel, *, seed: int) -> PreTrainedModel:
@@ -112,7 +103,7 @@ def scoring_model(model: PreTrainedModel, *, seed: int) -> PreTrainedModel:
     if isinstance(model, DecoderWithScore):
         return model
     prefix = model.base_model_prefix
-    if has_score_head(model):
+    if _has_score_head(model):
         scored = DecoderWithScore(model.config, model.base_model, model.score, prefix=prefix)
     elif not needs_score_head(model):
         return model
@@ -131,7 +122,7 @@ def scoring_model(model: PreTrainedModel, *, seed: int) -> PreTrainedModel:
     return scored.train(model.training)
 
 
-def is_own_code(model: nn.Module) -> bool:
+def _is_own_code(model: nn.Module) -> bool:
     """Whether a model runs Python code that came with its weights."""
     return type(model).__module__.partition(".")[0] == "transformers_modules"
 
@@ -141,7 +132,7 @@ def label_index(model: PreTrainedModel, label: int | str | None) -> int:
     config = model.config
     names = {str(name): int(index) for index, name in (config.id2label or {}).items()}
     listed = ", ".join(f"{index} ({name})" for name, index in names.items())
-    if label is None and (config.num_labels == 1 or is_own_code(model)):
+    if label is None and (config.num_labels == 1 or _is_own_code(model)):
         return 0
     if label is None:
         raise IncompatibleModelError(
@@ -154,17 +145,17 @@ def label_index(model: PreTrainedModel, label: int | str | None) -> int:
     return index
 
 
-def empty_score(width: int, labels: int, device: torch.device) -> nn.Linear:
-    """A linear map whose weights are not set yet; the global random state is not touched."""
-    return nn.Linear(width, labels, bias=False, dtype=torch.float32, device="meta").to_empty(device=device)
+def score_map(weight: Tensor, device: torch.device) -> nn.Linear:
+    """The linear map with these weights, in float32; the global random state is not touched."""
+    labels, width = weight.shape
+    score = nn.Linear(width, labels, bias=False, dtype=torch.float32, device="meta").to_empty(device=device)
+    score.load_state_dict({"weight": weight.float()})
+    return score
 
 
 def _fresh_score(body: PreTrainedModel, seed: int) -> nn.Linear:
-    weight = next(p for p in body.parameters() if p.is_floating_point())
+    device = next(p for p in body.parameters() if p.is_floating_point()).device
     config: Any = body.config.get_text_config()  # states have in some families the size of the embeddings
     width = int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
     generator = torch.Generator().manual_seed(derived_seed(seed, "score-head"))
-    score = empty_score(width, 1, weight.device)
-    with torch.no_grad():
-        score.weight.copy_(torch.randn(1, width, generator=generator) / math.sqrt(width + 1))
-    return score
+    return score_map(torch.randn(1, width, generator=generator) / math.sqrt(width + 1), device)

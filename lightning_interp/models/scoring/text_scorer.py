@@ -208,12 +208,7 @@ def read_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tenso
 
 
 def settle_text(
-    given: Mapping[str, Any],
-    saved: Mapping[str, Any],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    fresh: bool,
+    given: Mapping[str, Any], saved: Mapping[str, Any], model: Any, tokenizer: Any, *, fresh: bool
 ) -> dict[str, Any]:
     """Settle how texts are written: as given, else as the model's folder says, else by what fits the model."""
     text = {name: saved.get(name) if value is None else value for name, value in given.items()}

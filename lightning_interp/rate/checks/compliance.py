@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_interp.core.measure.statistics import Estimate
-from lightning_interp.errors import DataError
 from lightning_interp.generation.labellers import Labeller, compliance, labels
+from lightning_interp.rate.estimators.columns import check_lengths
 from lightning_interp.rate.estimators.triples import RewriteTriples
 from lightning_interp.rate.rewriting.records import Unit
 
@@ -46,11 +46,8 @@ def label_units(
     asked = [prompts] * len(texts) if isinstance(prompts, str) else list(prompts)
     names = [str(index) for index in range(len(texts))] if ids is None else list(ids)
     groups = [None] * len(texts) if clusters is None else list(clusters)
-    for name, values in (("prompts", asked), ("ids", names), ("clusters", groups)):
-        if len(values) != len(texts):
-            raise DataError(f"{name} has {len(values)} values and texts has {len(texts)}; expected as many.")
-    found = labels(labeller, list(texts), asked)
-    rows = zip(names, texts, found, asked, groups, strict=True)
+    check_lengths("texts", len(texts), [("prompts", asked), ("ids", names), ("clusters", groups)], one="value a text")
+    rows = zip(names, texts, labels(labeller, list(texts), asked), asked, groups, strict=True)
     return [Unit(id=name, text=text, w=w, prompt=prompt, cluster=group) for name, text, w, prompt, group in rows]
 
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from lightning_interp.core.measure.clustered import Mask
 from lightning_interp.core.measure.statistics import Estimate, proportion_interval
-from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.rate.estimators.columns import label_column, number_column
+from lightning_interp.errors import RecipeError
+from lightning_interp.rate.estimators.columns import check_lengths, label_column, number_column
 from lightning_interp.rate.estimators.effects import Settings
 from lightning_interp.rate.estimators.result import Effect, Finding, RateResult, mean_effect, plain
 from lightning_interp.rate.estimators.unit_table import UnitTable
@@ -90,8 +90,7 @@ def third_rewrite_check(
     third, absent = number_column("r_rw3", r_rw3)
     kinds = zip(absent, np.isfinite(third), strict=True)
     lacking = ["missing_rewrite3" if gone else None if finite else "nonfinite" for gone, finite in kinds]
-    if third.size != len(w):
-        raise DataError(f"r_rw3 has {third.size} values, but w has {len(w)}; expected one value a unit in each.")
+    check_lengths("w", len(w), [("r_rw3", third)])
     held = np.where(np.isfinite(third), third, 0.0)  # carried in the place of the originals, which are not needed
     table = UnitTable.read(w, held, r_rw, r_rw2, ids=ids, cluster=cluster, incomplete=lacking)
     units = table.usable(missing=missing).units()
@@ -140,8 +139,7 @@ def attenuation_hint(w: Any, label_rw: Any, label_rw2: Any, *, level: float = 0.
     kept: list[tuple[Mask, Mask]] = []
     for name, values, wanted in (("label_rw", label_rw, ~target), ("label_rw2", label_rw2, target)):
         label, absent = label_column(name, values)
-        if label.size != target.size:
-            raise DataError(f"{name} has {label.size} values, but w has {target.size}; expected one a unit in each.")
+        check_lengths("w", target.size, [(name, label)])
         kept.append((label == wanted, ~absent & ~unlabelled))
     arms = {"att": target, "atu": ~target, "ate": target | True}
     (first, first_known), (second, second_known) = kept
@@ -153,10 +151,8 @@ def attenuation_hint(w: Any, label_rw: Any, label_rw2: Any, *, level: float = 0.
 
 
 def _rates(fine: Mask, known: Mask, directions: Mapping[str, Mask], level: float) -> dict[str, Estimate]:
-    return {
-        direction: proportion_interval(fine[known & where].astype(float).tolist(), level=level)
-        for direction, where in directions.items()
-    }
+    found = {direction: fine[known & where].astype(float).tolist() for direction, where in directions.items()}
+    return {direction: proportion_interval(shares, level=level) for direction, shares in found.items()}
 
 
 def _factor(first: Mask, second: Mask) -> float:

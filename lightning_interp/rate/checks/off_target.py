@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from lightning_interp.core.measure.clustered import Mask, Vector, mean
-from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.rate.estimators.columns import label_column
+from lightning_interp.errors import RecipeError
+from lightning_interp.rate.estimators.columns import check_lengths, label_column
 from lightning_interp.rate.estimators.result import Effect, mean_effect, plain
 
 __all__ = ["MEASURES", "TextChange", "text_changes"]
@@ -95,11 +95,7 @@ def text_changes(
         raise RecipeError(f"measures is {measures!r}; expected at least one function of a text, by name.")
     arm, unlabelled = label_column("w", w)
     texts = {"original": original, "rewrite": rewrite, "rewrite2": rewrite2}
-    for name, column in texts.items():
-        if len(column) != arm.size:
-            raise DataError(
-                f"{name} has {len(column)} texts, but w has {arm.size} labels; expected one a unit in each."
-            )
+    check_lengths("w", arm.size, texts.items(), one="text a unit")
     rows = []
     for measure, count in measures.items():
         values = [np.array([count(text) for text in column], dtype=np.float64) for column in texts.values()]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lightning_interp.core.measure.clustered import Mask, Vector
 from lightning_interp.errors import DataError
 
-__all__ = ["codes", "label_column", "number_column", "shown", "sort_key", "unit_ids"]
+__all__ = ["check_lengths", "codes", "label_column", "number_column", "shown", "sort_key", "unit_ids"]
 
 
 def shown(items: Iterable[Any]) -> str:
@@ -113,3 +113,14 @@ def codes(name: str, values: Any) -> tuple[list[int | str], NDArray[np.int64]]:
     names = sorted(set(keys), key=sort_key)
     numbers = {key: number for number, key in enumerate(names)}
     return names, np.array([numbers[key] for key in keys], dtype=np.int64)
+
+
+def check_lengths(of: str, n: int, named: Iterable[tuple[str, Any]], *, one: str = "value a unit") -> None:
+    """Refuse a column that is shorter or longer than another one; None is no column."""
+    for name, values in named:
+        try:
+            count = n if values is None else len(values)
+        except TypeError as error:
+            raise DataError(f"{name} is {values!r:.80}; expected a list, array or tensor of one {one}.") from error
+        if count != n:
+            raise DataError(f"{name} has {count} values, but {of} has {n}; expected one {one} in each.")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lightning_interp.core.measure.clustered import Mask, Vector
 from lightning_interp.errors import DataError
-from lightning_interp.rate.estimators.columns import codes, label_column, number_column, shown
+from lightning_interp.rate.estimators.columns import check_lengths, codes, label_column, number_column, shown
 
 __all__ = ["UnitRewards", "combine_draws"]
 
@@ -66,9 +66,9 @@ def combine_draws(ids: Any, w: Any, r_orig: Any, r_rw: Any, r_rw2: Any, *, clust
     clusters: list[int | str] = []
     if cluster is not None:
         clusters, coded["cluster"] = codes("cluster", cluster)
-    for name, values in {**coded, **{name: column for name, (column, _) in columns.items()}}.items():
-        if values.size != unit.size:
-            raise DataError(f"{name} has {values.size} values, but ids has {unit.size}; expected one a draw in each.")
+    check_lengths(
+        "ids", unit.size, [*coded.items(), *((n, column) for n, (column, _) in columns.items())], one="value a draw"
+    )
     shared = {name: _shared(name, names, unit, values) for name, values in coded.items()}
     means = {name: _mean(unit, column, len(names)) for name, (column, _) in columns.items()}
     return UnitRewards(

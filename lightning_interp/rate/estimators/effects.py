@@ -235,11 +235,11 @@ def _standardized(
 
 
 def _table(effects: dict[str, Effect]) -> EffectTable:
-    rate, *single = (
-        Effects(*(effects[f"{name}/{estimand}"] for estimand in Effects._fields))
-        for name in ("rate", "single")[: 1 + ("naive" in effects)]
-    )
-    return EffectTable(rate, *single, naive=effects.get("naive"))
+    def three(name: str) -> Effects:
+        return Effects(*(effects[f"{name}/{estimand}"] for estimand in Effects._fields))
+
+    naive = effects.get("naive")
+    return EffectTable(three("rate"), None if naive is None else three("single"), naive)
 
 
 def _notes(units: Units, settings: Settings, sd: float | None) -> list[str]:

@@ -15,7 +15,7 @@ from torchmetrics import Metric
 from lightning_interp.core.measure.clustered import Vector
 from lightning_interp.core.measure.seeding import hashed_number
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.rate.estimators.columns import shown
+from lightning_interp.rate.estimators.columns import check_lengths, shown
 from lightning_interp.rate.estimators.effects import Settings, rate_effects
 from lightning_interp.rate.estimators.result import RateResult
 from lightning_interp.rate.estimators.unit_table import STAGES
@@ -146,7 +146,8 @@ class RewriteTreatmentEffect(Metric):
         # A module that is cast to half precision must not take the ids with it: rewards only change their device.
         super()._apply(fn, exclude_state=["rows", *exclude_state])
         held: Any = self.rows
-        self.rows = held.to(self.device) if isinstance(held, Tensor) else [row.to(self.device) for row in held]
+        moved: Any = held.to(self.device) if isinstance(held, Tensor) else [row.to(self.device) for row in held]
+        self.rows = moved
         return self
 
 
@@ -154,11 +155,7 @@ def _check(names: Sequence[Any], stages: Sequence[str], values: Tensor, labels: 
     for name, tensor in (("rewards", values), ("w", labels)):
         if tensor.ndim != 1:
             raise DataError(f"{name} has the shape {list(tensor.shape)}; expected one axis, one value a text.")
-    for name, column in (("stage", stages), ("rewards", values), ("w", labels)):
-        if len(column) != len(names):
-            raise DataError(
-                f"{name} has {len(column)} values, but ids has {len(names)}; expected one a reward in each."
-            )
+    check_lengths("ids", len(names), [("stage", stages), ("rewards", values), ("w", labels)], one="value a reward")
     if unknown := [stage for stage in stages if stage not in STAGES]:
         raise DataError(f"Stage {unknown[0]!r} is unknown; expected one of {', '.join(map(repr, STAGES))}.")
     if wrong := [label for label in labels.tolist() if label not in (0.0, 1.0)]:

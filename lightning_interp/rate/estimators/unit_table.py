@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 from lightning_interp.core.measure.clustered import Mask, Vector
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.rate.estimators import triples
-from lightning_interp.rate.estimators.columns import codes, label_column, number_column, shown, sort_key, unit_ids
+from lightning_interp.rate.estimators.columns import (
+    check_lengths,
+    codes,
+    label_column,
+    number_column,
+    shown,
+    sort_key,
+    unit_ids,
+)
 from lightning_interp.rate.estimators.result import Counts, Units
 
 __all__ = ["STAGES", "UnitTable", "check_choice"]
@@ -73,7 +81,7 @@ class UnitTable:
         columns = {name: number_column(name, x) for name, x in given.items() if name != "r_orig" or x is not None}
         lists = [("ids", ids), ("cluster", cluster), ("incomplete", incomplete)]
         lists += [*_each("texts", texts, 3), *_each("labels", labels, 2)]
-        _check_lengths(n, [*((name, column) for name, (column, _) in columns.items()), *lists])
+        check_lengths("w", n, [*((name, column) for name, (column, _) in columns.items()), *lists])
         table = cls(
             w=label,
             unlabelled=unlabelled,
@@ -216,18 +224,6 @@ def _each(name: str, columns: Sequence[Any] | None, count: int) -> list[tuple[st
             f"{', '.join(STAGES[-count:])}, and in each one value a unit."
         )
     return [(f"{name}[{place}]", column) for place, column in enumerate(columns)]
-
-
-def _check_lengths(n: int, named: Iterable[tuple[str, Any]]) -> None:
-    for name, values in named:
-        try:
-            count = n if values is None else len(values)
-        except TypeError as error:
-            raise DataError(
-                f"{name} is {values!r:.80}; expected a list, array or tensor of one value a unit."
-            ) from error
-        if count != n:
-            raise DataError(f"{name} has {count} values, but w has {n}; expected one value a unit in each.")
 
 
 def _same(sources: Sequence[str | None], texts: Sequence[str | None]) -> Mask:

@@ -57,13 +57,12 @@ class RewardScorer(L.LightningModule):
 
     Example:
         >>> import tempfile
-        >>> triples = RewriteTriples(attr="loud", ids=["a", "b"], w=[1, 0], prompts=["", ""], original=["oh!", "ah"],
-        ...     rewrite=["oh", "ah!"], rewrite2=["oh!", "ah"], draw=[0, 0])
+        >>> row = {"id": "a", "w": 1, "original": "oh!", "rewrite": "oh", "rewrite2": "oh!"}
         >>> def marks(prompts, texts):
         ...     return [float(text.count("!")) for text in texts]
-        >>> scores = RewardScorer(marks, triples, Path(tempfile.mkdtemp()) / "rewards.jsonl").run()
-        >>> scores.reward["rewrite"].tolist()
-        [0.0, 1.0]
+        >>> file = Path(tempfile.mkdtemp()) / "rewards.jsonl"
+        >>> RewardScorer(marks, RewriteTriples.from_rows([row]), file).run().reward["original"].tolist()
+        [1.0]
     """
 
     def __init__(
@@ -85,8 +84,7 @@ class RewardScorer(L.LightningModule):
                 "one for each function."
             )
         self.rows = rows_of(triples)
-        model = getattr(self.scorer, "model", None)
-        if isinstance(model, nn.Module):
+        if isinstance(model := getattr(self.scorer, "model", None), nn.Module):
             self.model = model  # as a part of this module it goes where the Trainer puts it
         self._sha = scorer_sha(self.scorer)
         self._writer: JsonlWriter | None = None
