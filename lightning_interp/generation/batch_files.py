@@ -90,20 +90,7 @@ def write_bodies(
     max_requests: int = 50_000,
     max_bytes: int = 200_000_000,
 ) -> list[Path]:
-    """Write a batch file.
-
-    Args:
-        bodies: A name for each request, and what is sent.
-        path: The file. If there is too much for one, the others get ``-2``, ``-3``, ... before the suffix.
-        max_requests: Lines a file.
-        max_bytes: Size a file; both defaults are the limits of OpenAI's Batch API.
-
-    Returns:
-        The files; none if there is no request.
-
-    Raises:
-        RecipeError: If a limit is below what one line needs.
-    """
+    """Write requests by their names to a batch file, as :func:`export_requests` does; none without requests."""
     lines = [
         json_bytes({"custom_id": name, "method": "POST", "url": _URLS["messages" in body], "body": body}) + b"\n"
         for name, body in bodies
@@ -124,17 +111,7 @@ def write_bodies(
 
 
 def read_answers(*paths: str | os.PathLike[str]) -> dict[str, Completion]:
-    """Read files of answers in the format of OpenAI's Batch API.
-
-    Args:
-        *paths: JSONL with ``custom_id`` and ``response`` or ``error`` in each line; in any order.
-
-    Returns:
-        Completions by ``custom_id``.
-
-    Raises:
-        DataError: If a line is no such answer, or one id has two that differ; names file and line.
-    """
+    """Read answers by ``custom_id``; a line has ``response`` or ``error`` too, and one id no two that differ."""
     found: dict[str, Completion] = {}
     for path in paths:
         here: set[str] = set()

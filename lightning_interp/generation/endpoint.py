@@ -223,19 +223,9 @@ class EndpointGenerator:
 
 
 def parse_answer(body: Any) -> Completion:
-    """Read the answer of a completion.
+    """Read an answer of the protocol.
 
-    Args:
-        body: The response, as the protocol has it.
-
-    Returns:
-        The completion: ``truncated`` if the answer ran into the limit of tokens, ``refused`` if the model or a filter
-        refused, ``failed`` if it is no answer.
-
-    Example:
-        >>> choice = {"message": {"content": "A fine film."}, "finish_reason": "stop"}
-        >>> parse_answer({"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 4}}).text
-        'A fine film.'
+    It is ``truncated`` at the limit of tokens, ``refused`` if the model or a filter refused, ``failed`` if it is none.
     """
     usage = _object(body, "usage")
     counts: dict[str, Any] = {"tokens_in": usage.get("prompt_tokens"), "tokens_out": usage.get("completion_tokens")}

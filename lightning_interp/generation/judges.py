@@ -206,13 +206,7 @@ class LikelihoodJudge:
 
 
 class Marks(NamedTuple):
-    """What a chat model says of texts.
-
-    Attributes:
-        score: Float64 ``[n]``; NaN where there is no mark.
-        refused: How many texts it gave no number for, though it answered.
-        failed: For how many there was no answer.
-    """
+    """Marks of texts, float64 ``[n]`` with NaN for none; how many got no number for a mark, and how many no answer."""
 
     score: Tensor
     refused: int

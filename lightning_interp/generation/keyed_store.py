@@ -102,12 +102,7 @@ class KeyedWriter(Generic[Item]):
         self._opened.close()
 
     def append(self, items: Sequence[Item]) -> None:
-        """Append items and return when they are on disk.
-
-        Raises:
-            DataError: If the store has another text for the key of one; nothing is written then.
-            ManifestError: If the disk is full, or the writer is not open.
-        """
+        """Append items and return when they are on disk; nothing is written if one has another text for a key."""
         if self._appender is None:
             raise ManifestError(
                 f"The writer of {str(self.folder)!r} is closed. Use it inside `with store.writer() as writer:`."

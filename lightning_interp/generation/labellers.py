@@ -19,6 +19,7 @@ __all__ = [
     "LongerThan",
     "ScoreAbove",
     "StartsWithVowel",
+    "compiled",
     "compliance",
     "labels",
     "vader_labeller",
@@ -30,28 +31,16 @@ class Labeller(Protocol):
     """Says which value of the attribute texts have."""
 
     def __call__(self, texts: Sequence[str], prompts: Sequence[str]) -> Sequence[int | None]:
-        """Label texts.
-
-        Args:
-            texts: The texts.
-            prompts: What each of them answers.
-
-        Returns:
-            0, 1, or None where it cannot be told, one a text.
-        """
+        """0, 1, or None where it cannot be told, for each text and the prompt that it answers."""
         ...
 
 
 class _ByText:
-    """Labels each text on its own."""
+    label: Callable[..., int | None]
 
     def __call__(self, texts: Sequence[str], prompts: Sequence[str]) -> list[int | None]:
         """Label texts; see :class:`Labeller`."""
         return [self.label(text) for text in texts]
-
-    def label(self, text: str) -> int | None:
-        """The value of one text."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -137,16 +126,11 @@ class Contains(_ByText):
     ignore_case: bool = True
 
     def __post_init__(self) -> None:
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise RecipeError(
-                f"Contains({self.pattern!r}) is no regular expression: {error}. Escape what is meant literally."
-            ) from error
+        compiled(self.pattern)
 
     def label(self, text: str) -> int:
         """1 if it is found."""
-        return int(re.search(self.pattern, text, re.IGNORECASE if self.ignore_case else 0) is not None)
+        return int(compiled(self.pattern, ignore_case=self.ignore_case).search(text) is not None)
 
 
 @dataclass(frozen=True)
@@ -218,19 +202,7 @@ def vader_labeller(threshold: float = 0.0) -> ScoreAbove:
 
 
 def labels(labeller: Labeller, texts: Sequence[str], prompts: Sequence[str]) -> list[int | None]:
-    """Ask a labeller, and check that it answered.
-
-    Args:
-        labeller: The labeller.
-        texts: The texts.
-        prompts: What each of them answers.
-
-    Returns:
-        0, 1 or None, one a text.
-
-    Raises:
-        DataError: If there are too few or too many labels, or one is something else.
-    """
+    """Ask a labeller, and check that it gave 0, 1 or None for each text."""
     found: list[Any] = list(labeller(texts, prompts))
     wrong = next((label for label in found if label is not None and label not in (0, 1)), None)
     if len(found) != len(texts) or wrong is not None:
@@ -241,13 +213,16 @@ def labels(labeller: Labeller, texts: Sequence[str], prompts: Sequence[str]) -> 
     return [None if label is None else int(label) for label in found]
 
 
-def words_of(text: str) -> list[str]:
-    """Words of a text in lower case.
+def compiled(pattern: str, *, ignore_case: bool = True) -> re.Pattern[str]:
+    """A regular expression of a user."""
+    try:
+        return re.compile(pattern, re.IGNORECASE if ignore_case else 0)
+    except re.error as error:
+        raise RecipeError(f"{pattern!r} is no regular expression: {error}. Escape what is meant literally.") from error
 
-    Example:
-        >>> words_of("Don't stop, Zoë: 3 times!")
-        ["don't", 'stop', 'zoë', 'times']
-    """
+
+def words_of(text: str) -> list[str]:
+    """Words of a text in lower case."""
     return re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", text.lower())
 
 

@@ -21,18 +21,6 @@ class Bucket:
 
     It holds one second's worth, so calls are spread over the minute. More than it holds can be taken at once: that
     waits for a full bucket and leaves a debt, which those who come later wait out.
-
-    Args:
-        per_minute: Allowance of a minute; None for no limit.
-        clock: Seconds that never go back.
-
-    Raises:
-        RecipeError: If the allowance is not above zero.
-
-    Example:
-        >>> bucket = Bucket(60, clock=lambda: 0.0)
-        >>> [bucket.take(1), bucket.take(1), bucket.take(1)]
-        [0.0, 1.0, 2.0]
     """
 
     def __init__(self, per_minute: float | None, *, clock: Callable[[], float]) -> None:
@@ -44,14 +32,7 @@ class Bucket:
         self._level, self._seen = self._size, clock()
 
     def take(self, amount: float) -> float:
-        """Take an amount.
-
-        Args:
-            amount: What is needed.
-
-        Returns:
-            Seconds to wait before using it.
-        """
+        """Take an amount; returns the seconds to wait before using it."""
         if self._rate is None:
             return 0.0
         with self._lock:
@@ -61,11 +42,7 @@ class Bucket:
             return wait
 
     def give_back(self, amount: float) -> None:
-        """Correct an estimate afterwards.
-
-        Args:
-            amount: What was taken too much; negative if it was too little.
-        """
+        """Give back what was taken too much; negative if it was too little."""
         if self._rate is not None:
             with self._lock:
                 self._fill(self._rate)
@@ -150,19 +127,7 @@ class Pace:
 
 
 def retry_after(headers: Mapping[str, str], *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> float:
-    """Seconds that a server asks to wait, in either form of its ``Retry-After`` header.
-
-    Args:
-        headers: Headers of its answer, with names in lower case or of any case if they are looked up so.
-        now: The present time.
-
-    Returns:
-        The seconds; 0 if it does not ask, or not in a way that can be read.
-
-    Example:
-        >>> retry_after({"retry-after": "1.5"})
-        1.5
-    """
+    """Seconds that a server asks to wait, in either form of its ``Retry-After`` header; 0 if none can be read."""
     milliseconds, asked = headers.get("retry-after-ms"), headers.get("retry-after")
     try:
         if milliseconds is not None:

@@ -317,23 +317,7 @@ class _RowEnds(StoppingCriteria):
 
 
 def request_ids(tokenizer: PreTrainedTokenizerBase, request: TextRequest) -> list[int]:
-    """The token ids that a request asks with.
-
-    Args:
-        tokenizer: Of the model.
-        request: The request.
-
-    Returns:
-        Token ids, with the special tokens that the template or the tokenizer writes.
-
-    Raises:
-        DataError: If there is no chat template for a conversation, it refuses it, or nothing is left to read.
-
-    Example:
-        >>> from lightning_interp.testing import byte_tokenizer
-        >>> request_ids(byte_tokenizer(), TextRequest(prompt="ab"))
-        [69, 70]
-    """
+    """The token ids that a request asks with, and the special ones that the template or the tokenizer writes."""
     if request.messages:
         name = tokenizer.name_or_path or type(tokenizer).__name__
         if not tokenizer.chat_template:
@@ -358,12 +342,7 @@ def request_ids(tokenizer: PreTrainedTokenizerBase, request: TextRequest) -> lis
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that end an answer: those of the model's generation settings and the tokenizer's end token.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-    """
+    """Ids that end an answer: those of the model's generation settings and the tokenizer's end token."""
     found = getattr(model.generation_config, "eos_token_id", None)
     ends = found if isinstance(found, list) else [found]
     return {int(one) for one in (*ends, tokenizer.eos_token_id) if one is not None}

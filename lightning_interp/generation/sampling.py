@@ -17,19 +17,7 @@ _ONE = 2**52
 
 
 def uniform_numbers(seeds: list[int], count: int) -> Tensor:
-    """The uniform numbers of each row, of a generator of its own; a longer row begins like a shorter one.
-
-    Args:
-        seeds: One a row.
-        count: Numbers a row.
-
-    Returns:
-        Float64 ``[rows, count]`` in [0, 1), on the CPU.
-
-    Example:
-        >>> bool((uniform_numbers([1, 2], 3)[1] == uniform_numbers([2], 9)[0, :3]).all())
-        True
-    """
+    """Numbers of a generator a row, float64 ``[rows, count]`` in [0, 1); a longer row begins like a shorter one."""
     draws = (torch.Generator().manual_seed(seed) for seed in seeds)
     return torch.stack([torch.rand(count, generator=draw, dtype=torch.float64) for draw in draws])
 

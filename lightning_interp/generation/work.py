@@ -180,13 +180,8 @@ class WorkQueue(Generic[Lane, Asked]):
     A lane whose request was answered goes to the front, so that units become complete one after the other and a run
     that ends early leaves as many complete ones as it can. Lanes that need the same text wait for one answer.
 
-    Args:
-        lanes: All lanes.
-        following: Gives a lane's next request, or None when it is finished; takes the keys that were answered.
-        budget: What may be spent.
-        report: Counts the answers, and says why the run ends early.
-        give_up_after: So many failures in a row end the run; None never.
-        stop: Asked before each batch; True ends the run.
+    ``following`` gives a lane's next request, or None when it is finished; it is told which keys were answered.
+    ``stop`` is asked before each batch, and ``give_up_after`` so many failures in a row the run ends (None: never).
     """
 
     def __init__(

@@ -309,18 +309,7 @@ class OpenAICompatibleRewriter(TemplateRewriter):
 
 
 def as_result(completion: Completion) -> RewriteResult:
-    """What a writer gave back, as a rewrite: without white space around it.
-
-    Args:
-        completion: The completion.
-
-    Returns:
-        The result; ``empty`` if nothing is left of the text.
-
-    Example:
-        >>> as_result(Completion(text=" A fine film. ")).text
-        'A fine film.'
-    """
+    """What a writer gave back, as a rewrite: without white space around it, ``empty`` if nothing is left."""
     return RewriteResult(
         text=None if completion.text is None else completion.text.strip(),
         status=_STATUS.get(completion.status, completion.status),  # type: ignore[arg-type]

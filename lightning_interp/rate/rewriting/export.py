@@ -54,22 +54,10 @@ def unit_rows(
     draws: int = 1,
     passes: int = 2,
 ) -> Iterator[dict[str, Any]]:
-    """Every unit with its texts, complete or not.
+    """Every unit with its texts, complete or not, a row a unit and draw.
 
-    Args:
-        store: The store.
-        attr: Name of the attribute.
-        rewriter: Whose texts; needed only if several wrote.
-        draws: Draws of each unit.
-        passes: 2, or 3 for the third rewrite too.
-
-    Yields:
-        A row a unit and draw: ``id, attr, draw, w, cluster, prompt``, a text for each stage (None where it is missing
-        or cannot be used) and ``status``: ``"ok"``, ``"unlabelled"``, or what is missing, such as
-        ``"rewrite2_refused"``.
-
-    Raises:
-        DataError: If the store has no such attribute or rewriter.
+    Keys are ``id, attr, draw, w, cluster, prompt``, a text for each stage (None where it is missing or cannot be used)
+    and ``status``: ``"ok"``, ``"unlabelled"``, or what is missing, such as ``"rewrite2_refused"``.
     """
     units, walk = store.units(attr), store.walk(attr, store.rewriter_id(attr, rewriter), passes)
     for unit in units:

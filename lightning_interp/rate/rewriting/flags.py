@@ -32,20 +32,6 @@ def rewrite_flags(source: str, text: str | None, *, changes_length: bool = False
 
     Refusals and remarks about the edit are looked for at the beginning of the rewrite, and not reported where the
     source begins like that too. They are found by English phrases, so they are hints.
-
-    Args:
-        source: The text that was rewritten.
-        text: The rewrite.
-        changes_length: The attribute is the length itself, so it is not checked.
-
-    Returns:
-        Some of :data:`FLAGS`.
-
-    Example:
-        >>> rewrite_flags("A dull film.", "Sure! Here is the rewritten review: A great film.")
-        ('preamble',)
-        >>> rewrite_flags("A dull film.", "A dull  film.")
-        ('identical',)
     """
     if text is None or not text.strip():
         return ("empty",)

@@ -109,13 +109,7 @@ class RewriteResult:
 
 
 class RewriterId(NamedTuple):
-    """Who wrote, and how it was asked: texts of two such are never mixed.
-
-    Args:
-        rewriter: The rewriter's name.
-        params_sha: Digest of its settings.
-        instruction_sha: Digest of its instruction, with the template's version.
-    """
+    """Who wrote, with digests of its settings and its instruction: texts of two such are never mixed."""
 
     rewriter: str
     params_sha: str
@@ -129,18 +123,9 @@ class RewriterId(NamedTuple):
 class RewriteRecord:
     """One line of ``rewrites.jsonl``.
 
-    Args:
-        id: The first unit that asked for it; units with the same content share a record.
-        attr: Name of the attribute.
-        number: 1 for a rewrite of the original, 2 for a rewrite of that, 3 for one more.
-        draw: Number of the draw, from 0.
-        w_target: Value of the attribute that was asked for.
-        src_sha: Digest of the text that was rewritten.
-        prompt_sha: Digest of the unit's prompt.
-        by: Who wrote it.
-        result: What came back.
-        flags: What looked wrong, such as ``"identical"``.
-        time: When it was written, ISO 8601.
+    ``id`` is the first unit that asked for it: units with the same content share a record. ``number`` is that of the
+    pass (1 rewrites the original, 2 that text, 3 that one), digests are those of the source and the unit's prompt, and
+    ``time`` is when it was written, ISO 8601.
     """
 
     id: str
@@ -232,12 +217,7 @@ def rewrite_key(attr: str, w_target: int, src_sha: str, prompt_sha: str, draw: i
 
 
 def text_sha(text: str) -> str:
-    """SHA-256 of a text in UTF-8 (half characters, lone surrogates, are allowed), in hexadecimal.
-
-    Example:
-        >>> text_sha("abc")[:8]
-        'ba7816bf'
-    """
+    """SHA-256 of a text in UTF-8 (half characters, lone surrogates, are allowed), in hexadecimal."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 

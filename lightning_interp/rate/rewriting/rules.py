@@ -15,6 +15,7 @@ from typing import Any
 from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.core.storage.files import digest
 from lightning_interp.errors import RecipeError
+from lightning_interp.generation.labellers import compiled
 from lightning_interp.rate.rewriting.records import RewriteResult
 
 __all__ = ["Drop", "MarkToggle", "OpenerToggle", "RepairTranspositions", "RuleRewriter", "swap_letters"]
@@ -98,7 +99,7 @@ class OpenerToggle:
     def __post_init__(self) -> None:
         if self.zero == self.one:
             raise RecipeError(f"OpenerToggle({self.zero!r}, {self.one!r}): the phrases must differ.")
-        _compiled(self.strip)
+        compiled(self.strip)
 
     def __call__(self, text: str, w_target: int) -> str:
         """Set the opening."""
@@ -106,7 +107,7 @@ class OpenerToggle:
         for phrase in (self.zero, self.one):
             if phrase and bare.startswith(phrase):
                 bare = bare.removeprefix(phrase).lstrip()
-        if self.strip and (found := _compiled(self.strip).match(bare)):
+        if self.strip and (found := compiled(self.strip).match(bare)):
             bare = bare[found.end() :].lstrip()
         return f"{(self.zero, self.one)[w_target]} {bare}".strip()
 
@@ -168,11 +169,11 @@ class Drop:
     instead: str = " "
 
     def __post_init__(self) -> None:
-        _compiled(self.pattern)
+        compiled(self.pattern)
 
     def __call__(self, text: str) -> str:
         """Remove it."""
-        changed = _compiled(self.pattern).sub(self.instead, text)
+        changed = compiled(self.pattern).sub(self.instead, text)
         return text if changed == text else re.sub(r"[ \t]{2,}", " ", changed).strip()
 
     @classmethod
@@ -277,13 +278,6 @@ def _neighbours(word: str) -> Iterator[str]:
     for at in range(len(word) - 1):
         if word[at] != word[at + 1]:
             yield word[:at] + word[at + 1] + word[at] + word[at + 2 :]
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern, re.IGNORECASE)
-    except re.error as error:
-        raise RecipeError(f"{pattern!r} is no regular expression: {error}. Escape what is meant literally.") from error
 
 
 def _described(rule: Any) -> dict[str, Any]:
