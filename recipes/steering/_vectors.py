@@ -20,7 +20,7 @@ from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.figures import BLUE, ORANGE, band, heat_map, in_house_style, label, panels
 from lightning_interp.generation import LocalSampler, TextRequest
 from lightning_interp.steering import AddDirection, SteeringVector, text_features
-from lightning_interp.steering.vectors.features import encode_texts
+from lightning_interp.steering.vectors.directions import encode_texts
 
 from ._contrasts import ContrastItem
 

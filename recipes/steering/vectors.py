@@ -81,7 +81,7 @@ class SteeringVectors(Recipe):
 
         from lightning_interp import ModelMap, load_causal_lm
         from lightning_interp.running.curves import write_scalars
-        from lightning_interp.steering.vectors.features import encode_texts
+        from lightning_interp.steering.vectors.directions import encode_texts
 
         from ._contrasts import NEUTRAL
         from ._vectors import ScoredText, encode_items, score_sweep

@@ -98,10 +98,10 @@ def test_sites_that_the_layout_has_no_place_for(tmp_path, site):
 def test_files_that_are_no_control_vectors(tmp_path):
     v = np.ones(4, dtype=np.float32)
     path = tmp_path / "v.gguf"
-    with pytest.raises(DataError, match=r"v.gguf' does not exist"):
+    with pytest.raises(DataError, match=r"v.gguf does not exist"):
         load_control_vector(path)
     path.write_bytes(b"GGUF and then nothing")
-    with pytest.raises(DataError, match=r"v.gguf' is damaged.*21 bytes"):
+    with pytest.raises(DataError, match=r"v.gguf is damaged.*21 bytes"):
         load_control_vector(path)
     with pytest.raises(DataError, match="of architecture 'llama'"):
         load_control_vector(write(path, {"direction.1": v}, architecture="llama"))

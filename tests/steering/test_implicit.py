@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lightning_interp.errors import IncompatibleModelError
+from lightning_interp.steering.softmax.dual import dual_step
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
-from lightning_interp.steering.softmax.implicit import dual_step
 
 pytestmark = pytest.mark.kernels
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.steering.effects.metric import SteeringMetrics
 from lightning_interp.steering.effects.metrics import SCORES
+from lightning_interp.steering.effects.path_scores import SteeringMetrics
 
 METHODS = ["euclidean", "dual"]
 

@@ -15,9 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lightning_interp.errors import DataError, IncompatibleModelError, ManifestError, RecipeError
-from lightning_interp.steering.concepts.pairs import CounterfactualPairs
-from lightning_interp.steering.concepts.single_tokens import single_token, word_tokens
-from lightning_interp.steering.concepts.vocabulary import pairs_from_vocabulary
+from lightning_interp.steering.concepts.pairs import CounterfactualPairs, single_token
+from lightning_interp.steering.concepts.vocabulary import pairs_from_vocabulary, word_tokens
 from lightning_interp.testing import byte_tokenizer, needs
 
 V = 12

@@ -18,7 +18,7 @@ from lightning_interp.errors import DataError, QuantizedModelError
 from lightning_interp.models.sources.folders import atomic_folder, short
 from lightning_interp.models.sources.pretrained import LoadOptions, load_model, quiet_bars
 
-__all__ = ["convert_gguf", "load_gguf", "precision_label", "write_converted"]
+__all__ = ["convert_gguf", "load_gguf", "precision_label", "read_gguf", "write_converted"]
 
 
 def load_gguf(path: Path, options: LoadOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
@@ -69,7 +69,7 @@ def write_converted(path: Path, folder: Path) -> None:
 def precision_label(path: Path) -> str | None:
     """Say how a ``.gguf`` file has most weights: ``"4-bit"`` and the like, or None for floating point."""
     weights: Counter[str] = Counter()
-    for tensor in _read(path).tensors:
+    for tensor in read_gguf(path).tensors:
         weights[tensor.tensor_type.name] += int(tensor.n_elements)
     if not weights:
         raise DataError(f"{path} holds no tensors, so it is no model. Copy or download it again.")
@@ -78,7 +78,8 @@ def precision_label(path: Path) -> str | None:
     return f"{bits[1]}-bit" if bits else None
 
 
-def _read(path: Path) -> Any:
+def read_gguf(path: Path) -> Any:
+    """A reader of a whole ``.gguf`` file; anything else is refused."""
     from gguf import GGUFReader
 
     if not path.is_file():

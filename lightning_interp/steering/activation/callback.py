@@ -12,8 +12,7 @@ from lightning_interp.core.callbacks.metered_callback import MeteredCallback
 from lightning_interp.core.hooks.intervention import Compose
 from lightning_interp.core.storage.distributed import is_rank_zero
 from lightning_interp.errors import RecipeError
-from lightning_interp.steering.activation.intervention import Steering
-from lightning_interp.steering.activation.meter import MEASURES, SteeringMeter
+from lightning_interp.steering.activation.intervention import MEASURES, Steering, SteeringMeter
 
 __all__ = ["SteeringCallback"]
 
@@ -22,14 +21,14 @@ class SteeringCallback(MeteredCallback):
     """Steer in the stages that you name; what was done stays with the run.
 
     The description of the steering (what, where, how much, of which vector) goes into checkpoints and, once a run, to
-    every logger. Nothing else is logged unless ``log`` asks for it.
+    every logger.
 
     Args:
         steering: One intervention of the steering family, or several, which act in this order.
         when: Any of ``train``, ``validate``, ``test``, ``predict``.
         log: Any of ``share`` (real tokens whose activation changed) and ``shift`` (how far these moved, relative to
-            their length), logged as ``<name>/<stage>/<measure>`` at the end of each epoch. In ``predict``, where
-            Lightning logs nothing, they are in :attr:`measured` alone.
+            their length), logged as ``<name>/<stage>/<measure>`` at each epoch's end; in ``predict`` kept in
+            :attr:`measured`.
         target: Dotted path of the Hugging Face model below the LightningModule, where there are several.
         tokenizer: For selectors that read text; default is the module's or data module's ``tokenizer``.
         name: Prefix of what is logged; tells several callbacks apart.
@@ -41,9 +40,8 @@ class SteeringCallback(MeteredCallback):
         RecipeError: If there is nothing to steer with, or ``when`` or ``log`` holds an unknown name.
 
     Example:
-        >>> import torch
         >>> from lightning_interp.steering import AddDirection
-        >>> steer = AddDirection(torch.ones(32), site="resid_post.1", strength=2.0)
+        >>> steer = AddDirection([1.0, 2.0], site="resid_post.1", strength=2.0)
         >>> SteeringCallback(steer, when=["validate"]).describe()[0]["sites"]
         ['resid_post.1']
     """
@@ -59,11 +57,12 @@ class SteeringCallback(MeteredCallback):
         name: str = "steering",
     ) -> None:
         parts = [steering] if isinstance(steering, Steering) else list(steering)
-        if not parts or not all(isinstance(part, Steering) for part in parts):
-            wrong = next((type(part).__name__ for part in parts if not isinstance(part, Steering)), "nothing")
+        if wrong := [type(part).__name__ for part in parts if not isinstance(part, Steering)] or ["nothing"] * (
+            not parts
+        ):
             raise RecipeError(
-                f"SteeringCallback got {wrong}; expected AddDirection or another of the steering family, or a list of "
-                "them. Carry other interventions with InterventionCallback."
+                f"SteeringCallback got {[*wrong, 'nothing'][0]}; expected AddDirection or another of the steering "
+                "family, or a list of them. Carry other interventions with InterventionCallback."
             )
         if unknown := [measure for measure in log if measure not in MEASURES]:
             raise RecipeError(
@@ -71,9 +70,7 @@ class SteeringCallback(MeteredCallback):
             )
         whole = parts[0] if len(parts) == 1 else Compose(*parts)
         super().__init__(whole, when=when, target=target, tokenizer=tokenizer, name=name)
-        self.parts = parts
-        self.log_measures = tuple(log)
-        self._recorded = False
+        self.parts, self.log_measures, self._recorded = parts, tuple(log), False
 
     def describe(self) -> list[dict[str, Any]]:
         """What each intervention does, in plain values."""
@@ -128,9 +125,8 @@ class SteeringCallback(MeteredCallback):
 
 def _settings(described: dict[str, Any]) -> dict[str, Any]:
     """What does not change while a direction is trained."""
-    return {
-        key: value for key, value in described.items() if key not in ("sha256", "norms") or not described["trained"]
-    }
+    moves = ("sha256", "norms") if described["trained"] else ()
+    return {key: value for key, value in described.items() if key not in moves}
 
 
 def _record(logger: Any, name: str, described: list[dict[str, Any]]) -> None:

@@ -65,8 +65,7 @@ class EntropyGate(_HeadGate):
     """
 
     def _of(self, lam: Tensor) -> Tensor:
-        found: Tensor = self.geometry.entropy(lam)
-        return found
+        return self.geometry.entropy(lam)  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
         return f"EntropyGate(above={self.above}, below={self.below})"
@@ -76,13 +75,12 @@ class EntropyGate(_HeadGate):
 class PairMassGate(_HeadGate):
     """Tokens at which the pairs' words, base and target together, have a probability above or below a threshold.
 
-    Steering a state at which the concept is irrelevant only changes what it should not; the paper steers contexts whose
-    likely tokens are the concept's (Park et al., arXiv 2602.15293, appendix B.1).
+    Steering a state at which the concept is irrelevant only changes what it should not (arXiv 2602.15293, appendix
+    B.1).
 
     Args:
         pairs: Token ids ``(base, target)``, or counterfactual pairs.
-        above: See :class:`Gate`; a probability.
-        below: See :class:`Gate`.
+        above, below: See :class:`Gate`; probabilities.
 
     Raises:
         PositionError: If there are no pairs, or a threshold is no probability.
@@ -131,8 +129,7 @@ class PairMassGate(_HeadGate):
         return made  # type: ignore[no-any-return]
 
     def _of(self, lam: Tensor) -> Tensor:
-        found: Tensor = self.geometry.model_log_probs(lam)
-        return found[..., list(self.ids)].exp().sum(-1)
+        return self.geometry.model_log_probs(lam)[..., list(self.ids)].exp().sum(-1)  # type: ignore[no-any-return]
 
     def to_dict(self) -> dict[str, Any]:
         """See :meth:`Positions.to_dict`."""

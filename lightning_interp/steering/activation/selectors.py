@@ -62,16 +62,13 @@ def check_positions(positions: Any, *, what: str) -> Positions:
             "Substring('...'), or a combination with &, | and ~."
         )
     if _never(positions):
-        raise PositionError(
-            f"{what}(positions={positions}) can never choose a token. Use a selector that can, such as All()."
-        )
+        raise PositionError(f"{what}(positions={positions}) can never choose a token. Use one that can, such as All().")
     return positions
 
 
 def same_at_every_site(positions: Positions) -> bool:
     """Whether a selector looks at tokens alone, so that one mask serves every site of a pass."""
-    parts = [part for _, part in _parts(positions)]
-    if parts:
+    if parts := [part for _, part in _parts(positions)]:
         return all(same_at_every_site(part) for part in parts)
     return type(positions).__module__ == Positions.__module__
 
@@ -99,9 +96,7 @@ def describe_positions(positions: Positions) -> dict[str, Any]:
 def _short(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _short(part) for key, part in value.items()}
-    if isinstance(value, list) and len(value) > _SHOWN:
-        return f"{len(value)} values"
-    return value
+    return f"{len(value)} values" if isinstance(value, list) and len(value) > _SHOWN else value
 
 
 def _parts(positions: Positions) -> Iterator[tuple[str, Positions]]:
@@ -145,9 +140,7 @@ def _empty_span(span: Span) -> bool:
 
 
 def _disjoint(left: Positions, right: Positions) -> bool:
-    if Not(left) == right or Not(right) == left:
-        return True
-    if {type(left), type(right)} == {Prompt, Generated}:
+    if Not(left) == right or Not(right) == left or {type(left), type(right)} == {Prompt, Generated}:
         return True
     for kind in (Generated, GenerationSteps):
         if isinstance(left, kind) and isinstance(right, kind):

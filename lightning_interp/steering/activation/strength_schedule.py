@@ -1,4 +1,4 @@
-"""How strength changes over the tokens that a model generates: pure functions of the generation step.
+"""How strong: one number or one a row, and how that changes over the tokens that a model generates.
 
 Step 0 is the token that predicts the first new token, the prompt's last one. Tokens before it have the factor of step
 0, so a pass over prompt and answer together and a decoding with a cache are steered alike.
@@ -8,16 +8,28 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_interp.core.storage.files import jsonable
 from lightning_interp.errors import RecipeError
 
-__all__ = ["LinearDecay", "Schedule", "StepFactors", "StrengthSchedule", "WarmUp", "make_schedule", "schedule_to_dict"]
+__all__ = [
+    "LinearDecay",
+    "Schedule",
+    "StepFactors",
+    "StrengthSchedule",
+    "WarmUp",
+    "check_strength",
+    "factors",
+    "make_schedule",
+    "per_row",
+    "schedule_to_dict",
+]
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,7 @@ class LinearDecay(StrengthSchedule):
 
     def factor(self, steps: Tensor) -> Tensor:
         """See :meth:`StrengthSchedule.factor`."""
-        return 1 + (self.end - 1) * _progress(steps, self.steps)
+        return _ramp(steps, self.steps, 1.0, self.end)
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,7 @@ class WarmUp(StrengthSchedule):
 
     def factor(self, steps: Tensor) -> Tensor:
         """See :meth:`StrengthSchedule.factor`."""
-        return self.start + (1 - self.start) * _progress(steps, self.steps)
+        return _ramp(steps, self.steps, self.start, 1.0)
 
 
 @dataclass(frozen=True)
@@ -119,11 +131,9 @@ AnySchedule = StrengthSchedule | Sequence[float] | Callable[[Tensor], Tensor] | 
 
 def make_schedule(given: AnySchedule) -> StrengthSchedule | Callable[[Tensor], Tensor] | None:
     """What a user may pass, checked: None, a schedule, a list of factors, or a function of steps ``[B, T]``."""
-    if given is None or isinstance(given, StrengthSchedule):
-        return given
     if isinstance(given, list | tuple):
         return StepFactors(tuple(given))
-    if callable(given):
+    if given is None or isinstance(given, StrengthSchedule) or callable(given):
         return given
     raise RecipeError(
         f"schedule={given!r} is no schedule. Expected a StrengthSchedule such as LinearDecay(20), a list with one "
@@ -147,23 +157,54 @@ def factors(schedule: StrengthSchedule | Callable[[Tensor], Tensor], steps: Tens
 
 def schedule_to_dict(schedule: StrengthSchedule | Callable[..., Any] | None) -> dict[str, Any] | None:
     """Plain data that says which schedule it was; a function is named."""
-    if schedule is None:
-        return None
     if isinstance(schedule, StrengthSchedule):
-        values: Mapping[str, Any] = asdict(schedule)
-        plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-        return {"kind": type(schedule).__name__, **plain}
-    return {"kind": "function", "name": _name(schedule)}
+        return {"kind": type(schedule).__name__, **jsonable(asdict(schedule))}
+    return None if schedule is None else {"kind": "function", "name": _name(schedule)}
 
 
 def _name(function: Callable[..., Any]) -> str:
     return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"
 
 
-def _progress(steps: Tensor, whole: int) -> Tensor:
-    return steps.clamp(0, whole).to(torch.float32) / whole
+def _ramp(steps: Tensor, whole: int, start: float, end: float) -> Tensor:
+    return start + (end - start) * (steps.clamp(0, whole).to(torch.float32) / whole)
 
 
 def _check(schedule: StrengthSchedule, steps: int, value: float) -> None:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1 or not math.isfinite(value):
         raise RecipeError(f"{schedule}: expected a whole number of steps, at least 1, and a finite factor.")
+
+
+def check_strength(strength: Any, *, what: str) -> float | Tensor:
+    """A float, or a float tensor ``[rows]`` (itself if it requires grad), from a number, a tensor or a list."""
+    given = f"{what}(strength={strength!r:.60})"
+    try:
+        tensor = torch.as_tensor(strength)
+        tensor = tensor if tensor.is_floating_point() else tensor.to(torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"{given} is no number and no list of numbers: {error}.") from error
+    if isinstance(strength, bool) or tensor.dim() > 1 or tensor.numel() == 0:
+        shape = list(tensor.shape)
+        raise RecipeError(f"{given} has the shape {shape}; expected one number, or one for each row of the batch [B].")
+    if not bool(torch.isfinite(tensor.detach()).all()):
+        raise RecipeError(f"{given} is not finite; expected finite numbers.")
+    if tensor.requires_grad:
+        return tensor
+    if tensor.dim() == 0:
+        return float(strength)  # not through the tensor, which may be narrower
+    with torch.inference_mode(False):
+        return tensor.detach().to(torch.float32, copy=True)
+
+
+def per_row(strength: Tensor, rows: int, *, what: str) -> Tensor:
+    """One strength ``[B, 1, 1]`` for each of a pass's ``rows``, from ``[S]`` or a scalar tensor.
+
+    The rows of one prompt (beams, samples) lie next to each other, as ``generate`` puts them, and share its strength.
+    """
+    given = strength.reshape(-1)
+    if rows % len(given):
+        raise RecipeError(
+            f"{what} has {len(given)} strengths, one a row, but the pass has {rows} rows. Pass one strength for each "
+            "row (or for each prompt, with several beams or samples a prompt), or a single number."
+        )
+    return given.repeat_interleave(1 if strength.dim() == 0 else rows // len(given)).reshape(-1, 1, 1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_interp.core.hooks.intervention import Attachment, hook_site
 from lightning_interp.core.model.sites import Site
-from lightning_interp.core.model.widths import site_width
+from lightning_interp.core.model.widths import check_width
 from lightning_interp.core.tokens.positions import Positions
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import IncompatibleModelError, PositionError
@@ -28,14 +28,11 @@ __all__ = ["Gate", "ProbeGate", "spread_columns"]
 
 def spread_columns(step: StepContext, mask: Tensor) -> Tensor:
     """Undo ``step.fit``: ``[B, n]`` of the columns that a site sees as ``[B, T]``, False elsewhere and on padding."""
-    columns = mask.shape[1]
-    if columns == step.length and not isinstance(step.kept, Tensor):
+    columns, kept = mask.shape[1], step.kept if isinstance(step.kept, Tensor) else None
+    if columns == step.length and kept is None:
         return mask & step.valid
     whole = torch.zeros_like(step.valid)
-    if isinstance(step.kept, Tensor) and len(step.kept) == columns:
-        whole[:, step.kept] = mask
-    else:
-        whole[:, -columns:] = mask
+    whole[:, kept if kept is not None and len(kept) == columns else slice(-columns, None)] = mask
     return whole & step.valid
 
 
@@ -100,12 +97,8 @@ class Gate(Positions):
     def _within(self, x: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             values = self.values(x.detach())
-        chosen = torch.ones_like(values, dtype=torch.bool)
-        if self.above is not None:
-            chosen &= values > self.above
-        if self.below is not None:
-            chosen &= values < self.below
-        return chosen
+        chosen = torch.ones_like(values, dtype=torch.bool) if self.above is None else values > self.above
+        return chosen if self.below is None else chosen & (values < self.below)
 
     def _key(self) -> tuple[Any, ...]:
         return type(self).__name__, self.above, self.below
@@ -121,19 +114,17 @@ class Gate(Positions):
 class ProbeGate(Gate):
     """Tokens whose probe value ``direction . x + offset`` lies above or below a threshold.
 
-    With ``site`` the value is read at an earlier place in the network than the one that is steered, and with ``hold``
-    it is decided at the prompt's last token for the whole row, as in conditional activation steering (Lee et al., arXiv
-    2409.05907).
+    With ``site`` the value is read at an earlier place than the one that is steered, and with ``hold`` it is decided at
+    the prompt's last token for the whole row, as in conditional activation steering (Lee et al., arXiv 2409.05907).
 
     Args:
-        probe: A direction ``[d]``; a ``ConceptProbe`` (its bias plays no part, as in ``ConceptProbe.value``); a vector
-            of one site (or of several, with ``site``); or a file of one.
+        probe: A direction ``[d]``; a ``ConceptProbe``, whose bias plays no part; a vector of one site (or of several,
+            with ``site``); or a file of one.
         offset: Added to the value.
         site: Where to read; by default the site that is steered.
         hold: Decide once a row, at the prompt's last token; needs ``site``.
         sha256: Of the direction, checked when given; :meth:`to_dict` writes it.
-        above: See :class:`Gate`.
-        below: See :class:`Gate`.
+        above, below: See :class:`Gate`.
 
     Raises:
         PositionError: If the direction is not the one that ``sha256`` names, or ``hold`` has no ``site``.
@@ -162,21 +153,17 @@ class ProbeGate(Gate):
                 f"ProbeGate's direction has the hash {found.sha256[:12]}, but {str(self.sha256)[:12]} was recorded: "
                 "the file or the numbers have changed. Use the recorded direction, or leave sha256 out."
             )
-        settings = {
-            "probe": os.fspath(self.probe) if isinstance(self.probe, str | os.PathLike) else found.direction,
-            "offset": float(self.offset),
-            "site": None if self.site is None else str(Site.parse(str(self.site))),
-            "sha256": found.sha256,
-            "_found": found,
-        }
-        for name, value in settings.items():
-            object.__setattr__(self, name, value)
+        named = isinstance(self.probe, str | os.PathLike)
+        object.__setattr__(self, "probe", os.fspath(self.probe) if named else found.direction)
+        object.__setattr__(self, "offset", float(self.offset))
+        object.__setattr__(self, "site", None if self.site is None else str(Site.parse(str(self.site))))
+        object.__setattr__(self, "sha256", found.sha256)
+        object.__setattr__(self, "_found", found)
 
     @property
     def found(self) -> ReadDirection:
         """The direction and what is known about it."""
-        found: ReadDirection = self.__dict__["_found"]
-        return found
+        return self.__dict__["_found"]  # type: ignore[no-any-return]
 
     def values(self, x: Tensor) -> Tensor:
         """See :meth:`Gate.values`."""
@@ -195,14 +182,9 @@ class ProbeGate(Gate):
             SiteError: If the gate's own site does not exist.
             IncompatibleModelError: With both widths.
         """
-        where, found = Site.parse(self.site) if self.site else site, self.found
-        width = site_width(attachment.model_map, where)
-        if width not in (None, len(found.direction)):
-            raise IncompatibleModelError(
-                f"ProbeGate's direction has width {len(found.direction)}, but {where} of "
-                f"{type(attachment.model_map.model).__name__} has {width}. Use a probe of this model and site."
-            )
-        check_made_for(attachment.model_map, found.fingerprint, what="ProbeGate's direction")
+        where, found, what = Site.parse(self.site) if self.site else site, self.found, "ProbeGate's direction"
+        check_width(attachment.model_map, where, len(found.direction), what=what)
+        check_made_for(attachment.model_map, found.fingerprint, what=what)
 
     def bound(self, attachment: Attachment) -> Positions:
         """Read the gate's own site in every pass, where it has one."""
@@ -224,13 +206,11 @@ class ProbeGate(Gate):
                 "before the steered one, and attach what uses the gate."
             )
         now: Tensor = step.cache[self] if self.site is not None else super().mask(step)
-        if not self.hold:
-            return now
-        last = step.valid & (step.positions == step.prompt_lengths[:, None] - 1)
-        row = (now & last).any(dim=1, keepdim=True)
-        step.cache[self, "held"] = row
-        chosen: Tensor = row & step.valid
-        return chosen
+        if self.hold:
+            last = step.valid & (step.positions == step.prompt_lengths[:, None] - 1)
+            step.cache[self, "held"] = row = (now & last).any(dim=1, keepdim=True)
+            now = row & step.valid
+        return now
 
     def _held(self, step: StepContext) -> Tensor:
         row = None if step.prompt is None else step.prompt.cache.get((self, "held"))
@@ -239,8 +219,7 @@ class ProbeGate(Gate):
                 f"ProbeGate(hold=True) decides at the prompt, but the prompt of this decoding step ({step.batch_size} "
                 "rows) was not seen. Attach before generating."
             )
-        rows: Tensor = row.repeat_interleave(step.batch_size // len(row), dim=0) & step.valid
-        return rows
+        return row.repeat_interleave(step.batch_size // len(row), dim=0) & step.valid  # type: ignore[no-any-return]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: the direction by its file where it came from one, else by value; and its hash."""

@@ -75,19 +75,16 @@ class PredictedSide:
 class ClassReader(Intervention):
     """Stream the states of two classes into :class:`~lightning_interp.steering.concepts.moments.ClassMoments`.
 
-    Nothing is changed. The means of dual coordinates come from the geometry of the model that runs.
-
     Args:
-        classes: Key of a batch entry that holds the class of each row ``[B]`` or token ``[B, T]`` (0 base, 1 target, -1
+        classes: Key of a batch entry with the class of each row ``[B]`` or token ``[B, T]`` (0 base, 1 target, -1
             neither); or the pairs of a concept (or a :class:`PredictedSide`), whereby the model's own prediction tells
             it.
         site: Where states are read.
         positions: Which tokens; every real one by default.
         ids: Key of a batch entry that names each row by an integer ``[B]``: a token that comes again counts once.
-        dual: Also sum dual coordinates; by default wherever the site is the head's input.
+        dual: Also sum dual coordinates, of this model's geometry; by default wherever the site is the head's input.
         scatter: Also sum outer products (``d^2`` numbers a class), for an LDA probe.
-        on_softcap: What to do with a head that caps its logits, see
-            :class:`~lightning_interp.steering.softmax.geometry.SoftmaxGeometry`.
+        on_softcap: What to do with a head that caps its logits, see ``SoftmaxGeometry``.
 
     Attributes:
         moments: What was read; None before the first token.

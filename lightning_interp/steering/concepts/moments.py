@@ -39,8 +39,7 @@ class ClassMoments:
         width: ``d``.
         dual: Also sum dual coordinates, for :meth:`dual_mean`.
         scatter: Also sum outer products of the states, for :meth:`covariance`.
-        fingerprint: Of the model that the states come from.
-        site: Where they were read.
+        fingerprint, site: Of the model that the states come from, and where they were read.
 
     Raises:
         RecipeError: If the width is no width.
@@ -194,12 +193,9 @@ class ClassMoments:
         Raises:
             ManifestError: If the file cannot be written.
         """
-        tensors = {"counts": torch.tensor(self.counts)}
-        for label, name in enumerate(CLASSES):
-            total = self._total(label)
-            tensors[f"{name}.total"] = total.total
-            if total.scatter is not None:
-                tensors[f"{name}.scatter"] = total.scatter
+        totals = {name: self._total(label) for label, name in enumerate(CLASSES)}
+        tensors = {"counts": torch.tensor(self.counts)} | {f"{name}.total": each.total for name, each in totals.items()}
+        tensors |= {f"{name}.scatter": each.scatter for name, each in totals.items() if each.scatter is not None}
         site = None if self.site is None else str(self.site)
         facts = canonical_json({"width": self.width, "fingerprint": self.fingerprint, "site": site})
         return save_tensors(path, tensors, {"format": _FORMAT, "facts": facts})
@@ -307,10 +303,8 @@ def reduce_moments(moments: ClassMoments | None, group: Any = None) -> ClassMome
         return moments
     parts: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(parts, moments, group=group)
-    total: ClassMoments | None = None
-    for part in parts:
-        total = part if total is None else total if part is None else total + part
-    return total
+    held = [part for part in parts if part is not None]
+    return sum(held[1:], held[0]) if held else None
 
 
 def _check_rows(rows: Tensor, labels: Tensor) -> None:

@@ -19,12 +19,13 @@ from torch import Tensor
 from lightning_interp.core.storage.files import atomic_write_json
 from lightning_interp.errors import DataError, IncompatibleModelError, RecipeError
 from lightning_interp.steering.concepts.pair_index import PairIndex
-from lightning_interp.steering.concepts.single_tokens import single_token
+from lightning_interp.steering.softmax.arithmetic import working_dtype
 
-__all__ = ["CounterfactualPairs", "Missing"]
+__all__ = ["MARKS", "CounterfactualPairs", "Missing", "single_token"]
 
 Missing = Literal["raise", "drop"]
 _SHOWN = 5
+MARKS = ("Ġ", "▁")  # of a leading space
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,6 @@ class CounterfactualPairs:
             cache[key] = PairIndex.build(self.pairs, like.shape[-1], like.device)
         return cache[key]
 
-    # On probabilities
-
     def pair_mass(self, p: Tensor) -> Tensor:
         """Probability of all pair tokens, ``[..., V] -> [...]``: the concept is at stake where it is near 1."""
         index, p = self.index(p), _real(p)
@@ -190,8 +189,6 @@ class CounterfactualPairs:
         """
         return self.log_resplit(_real(p0).log(), w).exp()
 
-    # On log-probabilities
-
     def log_pair_mass(self, log_p: Tensor) -> Tensor:
         """Log of :meth:`pair_mass`."""
         index, log_p = self.index(log_p), _real(log_p)
@@ -212,9 +209,8 @@ class CounterfactualPairs:
         """Log of :meth:`resplit`."""
         index, log_p0 = self.index(log_p0), _real(log_p0)
         share = torch.as_tensor(w, dtype=log_p0.dtype, device=log_p0.device)[..., None]
-        if not bool(((share >= 0) & (share <= 1)).all()):
-            wrong = share[~((share >= 0) & (share <= 1))][0]
-            raise RecipeError(f"resplit(w={float(wrong):g}) of {self.name!r}: expected shares between 0 and 1.")
+        if len(wrong := share[~((share >= 0) & (share <= 1))]):
+            raise RecipeError(f"resplit(w={float(wrong[0]):g}) of {self.name!r}: expected shares between 0 and 1.")
         group = index.log_groups(log_p0)
         base = (1 - share).log() + group[..., index.partner] + index.log_shares(log_p0)
         made = log_p0.index_copy(-1, index.target, (share.log() + group).expand_as(log_p0[..., index.target]))
@@ -249,8 +245,6 @@ class CounterfactualPairs:
         sure = values.exp().sum(-1) > min_mass
         first = side[..., 0]
         return torch.where(sure & (side == first[..., None]).all(-1), first, torch.full_like(first, -1))
-
-    # Files
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that :meth:`from_dict` reads back."""
@@ -323,7 +317,7 @@ class CounterfactualPairs:
 
 
 def _real(p: Tensor) -> Tensor:
-    return p.to(torch.float64 if p.dtype == torch.float64 else torch.float32)
+    return p.to(working_dtype(p))
 
 
 def _ids(pair: Any) -> tuple[int, int]:
@@ -355,3 +349,21 @@ def _check_sides(name: str, pairs: Sequence[tuple[int, int]], given: int) -> Non
 
 def _more(found: Sequence[Any]) -> str:
     return f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+
+
+def single_token(tokenizer: Any, text: str) -> int | None:
+    """The token that a string is, or None."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) == 1 and _says(tokenizer, ids[0], text):
+        return int(ids[0])
+    entry = tokenizer.convert_tokens_to_ids(text)
+    if entry is None or (entry == tokenizer.unk_token_id and text != tokenizer.unk_token):
+        return None
+    return int(entry)
+
+
+def _says(tokenizer: Any, index: int, text: str) -> bool:
+    """Whether a token reads as the text; encoders may add a leading space and decoders drop it, so ask the entry."""
+    if str(tokenizer.convert_ids_to_tokens(index)).startswith(MARKS) != text.startswith(" "):
+        return False
+    return str(tokenizer.decode([index], clean_up_tokenization_spaces=False)).strip() == text.strip()

@@ -28,14 +28,11 @@ class ProbeCallback(InterventionCallback):
 
     Args:
         classes: Which contexts belong to which class: a batch key, or the pairs of a concept; see ``ClassReader``.
-        folder: Where files go: ``<folder>/<stage>/moments.safetensors`` and one ``<kind>.safetensors`` for every kind
-            of probe that the moments allow. None writes none (and a run in forked processes then leaves nothing).
+        folder: Gets ``<stage>/moments.safetensors`` and one ``<stage>/<kind>.safetensors`` for every kind of probe that
+            the moments allow. None writes none (and a run in forked processes then leaves nothing).
         when: Any of ``validate``, ``test``, ``predict``.
-        target: See :class:`~lightning_interp.core.callbacks.intervention_callback.InterventionCallback`.
-        tokenizer: See there.
-        name: See there.
-        **reading: ``site``, ``positions``, ``ids``, ``dual``, ``scatter``, ``on_softcap``; see
-            :class:`~lightning_interp.steering.concepts.class_reader.ClassReader`.
+        target, tokenizer, name: See ``InterventionCallback``.
+        **reading: ``site``, ``positions``, ``ids``, ``dual``, ``scatter``, ``on_softcap``; see ``ClassReader``.
 
     Attributes:
         moments: By stage, what its last run counted, over all processes.

@@ -24,6 +24,7 @@ from lightning_interp.core.storage.tensor_files import save_tensors
 from lightning_interp.errors import IncompatibleModelError, RecipeError
 from lightning_interp.steering.concepts.moments import ClassMoments
 from lightning_interp.steering.concepts.probe_regression import calibrate, fit_logistic
+from lightning_interp.steering.softmax.arithmetic import working_dtype
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
 from lightning_interp.steering.vectors.reading import check_made_for, read_made
 
@@ -47,10 +48,9 @@ class ConceptProbe:
         kind: How it was made; ``given`` for one that somebody wrote down.
         scale: Slope of the log odds in the probe value; only probabilities depend on it.
         alpha: Regularisation to steer with, if it was chosen together with the probe.
-        fingerprint: Of the model, see :func:`~lightning_interp.core.model.fingerprint.model_fingerprint`.
+        fingerprint: Of the model, see ``model_fingerprint``.
         site: Where its states are read.
-        n_base: Base states it rests on.
-        n_target: Target states.
+        n_base, n_target: States of each class that it rests on.
         meta: Anything else that is plain data.
 
     Raises:
@@ -58,10 +58,8 @@ class ConceptProbe:
 
     Example:
         >>> probe = ConceptProbe(torch.tensor([3.0, 4.0]), bias=-5.0)
-        >>> probe.value(torch.tensor([[1.0, 0.5], [0.0, 0.0]])).tolist()
-        [5.0, 0.0]
-        >>> probe.probability(torch.tensor([1.0, 0.5])).item(), probe.value_at(0.5)
-        (0.5, 5.0)
+        >>> probe.value(torch.tensor([[1.0, 0.5], [0.0, 0.0]])).tolist(), probe.value_at(0.5)
+        ([5.0, 0.0], 5.0)
     """
 
     direction: Tensor
@@ -76,8 +74,7 @@ class ConceptProbe:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        wide = self.direction.dtype == torch.float64
-        direction = self.direction.detach().to(torch.float64 if wide else torch.float32)
+        direction = self.direction.detach().to(working_dtype(self.direction))
         if direction.dim() != 1 or not len(direction):
             raise RecipeError(f"A probe's direction has the shape {list(direction.shape)}; expected [d].")
         if not bool(direction.isfinite().all()) or not bool(direction.any()):
@@ -95,8 +92,6 @@ class ConceptProbe:
         if self.alpha is not None and not 0 <= self.alpha < math.inf:
             raise RecipeError(f"A probe has alpha={self.alpha}; expected a number >= 0, or None.")
         object.__setattr__(self, "direction", direction)
-
-    # Use
 
     @property
     def width(self) -> int:
@@ -120,8 +115,7 @@ class ConceptProbe:
                 f"{self.width}]. Read them at {self.site} of the model that the probe was made for."
             )
         with torch.autocast(lam.device.type, enabled=False):
-            lam = lam.to(torch.float64 if lam.dtype == torch.float64 else torch.float32)
-            return lam @ self.direction.to(lam)
+            return (wide := lam.to(working_dtype(lam))) @ self.direction.to(wide)
 
     def probability(self, lam: Tensor) -> Tensor:
         """``P(W=1 | lam)``, ``[..., d] -> [...]``."""
@@ -160,8 +154,6 @@ class ConceptProbe:
         model_map = model if isinstance(model, ModelMap) else ModelMap.build(model)
         check_width(model_map, self.site, self.width, what=f"This {self.kind} probe")
         check_made_for(model_map, self.fingerprint, what=f"This {self.kind} probe")
-
-    # Making one
 
     @classmethod
     def fit(
@@ -245,22 +237,18 @@ class ConceptProbe:
             DataError: If a class has no states.
         """
         _check_choice(kind, "midpoint")
+        if kind == "logistic":
+            raise RecipeError(f"A {kind} probe cannot be made from class means. Use ConceptProbe.fit with the states.")
         base, target = moments.mean("base"), moments.mean("target")
-        extra: dict[str, Any] = {"offset": "midpoint"}
+        direction, extra = target - base, dict[str, Any](offset="midpoint")
         if kind == "dual_md":
             direction = moments.dual_mean("target") - moments.dual_mean("base")
-        elif kind == "primal_md":
-            direction = target - base
         elif kind == "lda":
             spread = moments.covariance()
-            direction = torch.linalg.solve(spread + ridge * torch.eye(len(spread), dtype=spread.dtype), target - base)
-            extra["ridge"] = ridge
-        else:
-            raise RecipeError(f"A {kind} probe cannot be made from class means. Use ConceptProbe.fit with the states.")
+            direction = torch.linalg.solve(spread + ridge * torch.eye(len(spread), dtype=spread.dtype), direction)
+            extra |= {"ridge": ridge}
         bias = -float(direction @ (base + target)) / 2
         return cls(direction, bias, kind, meta={**(meta or {}), **extra}, **_origin(moments, alpha))
-
-    # Files
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the direction, as plain data."""
@@ -311,9 +299,9 @@ class ConceptProbe:
 
 
 def _check_choice(kind: str, offset: str) -> None:
-    if kind not in get_args(ProbeKind) or kind == "given":
-        made = ", ".join(name for name in get_args(ProbeKind) if name != "given")
-        raise RecipeError(f"Cannot fit a probe of kind {kind!r}; expected one of {made}.")
+    made = [name for name in get_args(ProbeKind) if name != "given"]
+    if kind not in made:
+        raise RecipeError(f"Cannot fit a probe of kind {kind!r}; expected one of {', '.join(made)}.")
     if offset not in get_args(Offset):
         raise RecipeError(f"offset={offset!r} is unknown; expected one of {', '.join(get_args(Offset))}.")
 
@@ -343,6 +331,5 @@ def _labels(base: Tensor, target: Tensor) -> Tensor:
 
 
 def _origin(moments: ClassMoments, alpha: float | None) -> dict[str, Any]:
-    base, target = moments.counts
-    facts = {"fingerprint": moments.fingerprint, "site": moments.site or _HEAD}
-    return {**facts, "n_base": base, "n_target": target, "alpha": alpha}
+    counts = dict(zip(("n_base", "n_target"), moments.counts, strict=True))
+    return {"fingerprint": moments.fingerprint, "site": moments.site or _HEAD, "alpha": alpha, **counts}

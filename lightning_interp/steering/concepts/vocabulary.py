@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
 
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.steering.concepts.pairs import CounterfactualPairs
-from lightning_interp.steering.concepts.single_tokens import word_tokens
+from lightning_interp.steering.concepts.pairs import MARKS, CounterfactualPairs
 
-__all__ = ["PairKind", "pairs_from_vocabulary"]
+__all__ = ["PairKind", "pairs_from_vocabulary", "word_tokens"]
 
 PairKind = Literal["capitalised", "number_digit", "verb_ing", "verb_past", "verb_third"]
 
@@ -159,3 +158,13 @@ def _stems(base: str) -> list[str]:
     doubled = base + base[-1]
     short = len(re.findall(r"[aeiouy]+", base)) == 1
     return [doubled] if short else [base, doubled]
+
+
+def word_tokens(tokenizer: Any) -> Iterator[tuple[int, str, bool]]:
+    """Id, text and leading space of the tokens that are ASCII letters or digits, in the order of ids."""
+    special = set(tokenizer.all_special_ids)
+    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        spaced = token.startswith(MARKS)
+        text = token[1:] if spaced else token
+        if index not in special and text.isascii() and text.isalnum():
+            yield index, text, spaced

@@ -3,7 +3,8 @@
 Ordinary steering adds a probe's direction ``beta`` to the state. A probe is a linear functional of the state, though,
 so it lives in the dual space, and dual steering adds it to the dual coordinate: ``phi(lam) = phi(lam0) + t beta``.
 Among all states with the same probe value, that one has the smallest ``KL(P_start || P_end)`` (arXiv 2602.15293,
-Theorem 3).
+Theorem 3). By the implicit function theorem one linear solve gives the gradients through a step, whatever it took:
+``d lam / d shift = (H + alpha I)^-1`` and ``d lam / d lam0 = (H + alpha I)^-1 (H0 + alpha I)``.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_interp.errors import IncompatibleModelError
+from lightning_interp.steering.concepts.pairs import CounterfactualPairs
 from lightning_interp.steering.softmax.arithmetic import exact_arithmetic
-from lightning_interp.steering.softmax.curve import DualCurve, SolverOptions
+from lightning_interp.steering.softmax.curve import DualCurve, KlMeasure, OddsMeasure, SolverOptions, search_step
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
-from lightning_interp.steering.softmax.newton import Family, NewtonResult
-from lightning_interp.steering.softmax.request import SteerRequest, Target, TokenPairs, check_alpha
-from lightning_interp.steering.softmax.result import SteerResult, described
+from lightning_interp.steering.softmax.newton import Family, NewtonResult, Potential
+from lightning_interp.steering.softmax.request import SteerRequest, SteerResult, Target, check_alpha, described
 from lightning_interp.steering.softmax.support import PolishedFamily, RestrictedFamily, choose_support, restrict
-from lightning_interp.steering.softmax.targets import KlMeasure, OddsMeasure, search_step
 
-__all__ = ["combine", "dual_steer"]
+__all__ = ["combine", "dual_steer", "dual_step"]
 
 _COARSE = 2e-2  # of the first pass, on the support alone
 _SUPPORT_BYTES = 2**28
@@ -48,7 +49,7 @@ def dual_steer(
     lam: Tensor,
     direction: Any,
     *,
-    pairs: TokenPairs | None = None,
+    pairs: CounterfactualPairs | None = None,
     bias: float | None = None,
     alpha: float | Literal["auto"] = "auto",
     support: int | None = None,
@@ -97,7 +98,8 @@ def _solve(request: SteerRequest) -> SteerResult:
     geometry, size = request.geometry, request.support
     if size is None or size >= geometry.vocabulary:
         return _examined(request, *_reach(request, geometry, None), None)
-    part, index = _restricted(request, size)
+    part = _restricted(request, size)
+    index = part.index
     coarse = replace(request.options, rtol=_COARSE, target_rtol=max(_COARSE, request.options.target_rtol))
     point, t = _reach(replace(request, options=coarse), part, index)
     request.warm = (point.lam, t)
@@ -114,17 +116,15 @@ def _solve(request: SteerRequest) -> SteerResult:
     return _patched(result, better, again)
 
 
-def _restricted(request: SteerRequest, size: int) -> tuple[RestrictedFamily, Tensor]:
+def _restricted(request: SteerRequest, size: int) -> RestrictedFamily:
     push, end = request.geometry.logits_change(request.beta), None
     if request.kind == "probe_value":
         step = (request.goal - (request.beta * request.lam).sum(-1)) / request.beta.square().sum(-1)
         end = request.z + step[:, None] * push
     elif request.kind == "t":
         push = push * torch.sign(request.goal)[:, None]
-    pairs = request.pairs
-    always = None if pairs is None else torch.cat([pairs.base_ids, pairs.target_ids])
-    index = choose_support(request.z, push, size, end=end, always=always)
-    return restrict(request.geometry, index, request.lam.dtype), index
+    always = None if request.pairs is None else torch.cat([request.pairs.base_ids, request.pairs.target_ids])
+    return restrict(request.geometry, choose_support(request.z, push, size, end=end, always=always), request.lam.dtype)
 
 
 def _reach(request: SteerRequest, family: Family, index: Tensor | None) -> tuple[NewtonResult, Tensor]:
@@ -179,3 +179,97 @@ def _patched(result: SteerResult, better: SteerResult, rows: Tensor) -> SteerRes
             for row, item in zip(rows.tolist(), value, strict=True):
                 old[row] = item
     return result
+
+
+def dual_step(
+    geometry: SoftmaxGeometry,
+    lam: Tensor,
+    shift: Tensor,
+    *,
+    alpha: float,
+    rtol: float | None = None,
+    cg_max: int = 200,
+    solved: Tensor | None = None,
+) -> Tensor:
+    """Move the dual coordinate by ``shift``, with gradients to the state and to the shift, none to the head's weight.
+
+    Args:
+        geometry: Of the head.
+        lam: States ``[B, d]``.
+        shift: ``t beta`` ``[B, d]`` or ``[d]``.
+        alpha: Regularisation, > 0.
+        rtol: Accepted relative error, of the step and of the backward solve.
+        cg_max: Hessian-vector products of the backward solve at most.
+        solved: The steered states ``[B, d]``, where they are known already; only gradients are made then.
+
+    Returns:
+        Steered states ``[B, d]`` in the dtype of ``lam``.
+
+    Raises:
+        IncompatibleModelError: If the step or its gradient did not converge.
+
+    Example:
+        >>> geometry = SoftmaxGeometry(torch.eye(3))
+        >>> shift = torch.tensor([[0.1, -0.1, 0.0]], requires_grad=True)
+        >>> dual_step(geometry, torch.zeros(1, 3), shift, alpha=0.1).sum().backward()
+        >>> [round(value, 3) for value in shift.grad[0].tolist()]
+        [10.0, 10.0, 10.0]
+    """
+    moved = shift.expand_as(lam) if shift.dim() < lam.dim() else shift
+    step: Any = _DualStep.apply  # typed in some versions of torch only
+    found: Tensor = step(lam, moved, geometry, float(alpha), rtol, cg_max, solved)
+    return found
+
+
+class _DualStep(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        lam: Tensor,
+        shift: Tensor,
+        geometry: SoftmaxGeometry,
+        alpha: float,
+        rtol: float | None,
+        cg_max: int,
+        solved: Tensor | None,
+    ) -> Tensor:
+        still = (shift == 0).all(-1)
+        end = _solved(geometry, lam, shift, still, alpha, rtol) if solved is None else solved
+        ctx.save_for_backward(lam, end)
+        ctx.geometry, ctx.alpha, ctx.rtol, ctx.cg_max = geometry, alpha, rtol, cg_max
+        return torch.where(still[:, None], lam, end.to(lam.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        lam0, lam = ctx.saved_tensors
+        geometry, alpha = ctx.geometry, ctx.alpha
+        incoming = grad.to(lam.dtype)
+        wanted = ctx.rtol if ctx.rtol is not None else (1e-10 if lam.dtype == torch.float64 else 1e-4)
+        with exact_arithmetic(lam.device):
+            size = incoming.norm(dim=-1)
+            potential = Potential(geometry, torch.zeros_like(lam), torch.zeros_like(lam), alpha)
+            solved, _ = potential.solve(
+                geometry.probs(lam), incoming, tolerance=wanted * size, max_iterations=ctx.cg_max
+            )
+            left = (geometry.hvp(lam, solved) + alpha * solved - incoming).norm(dim=-1)
+            if not bool((left <= 10 * wanted * size + 1e-30).all()):  # NaN too
+                raise IncompatibleModelError(
+                    f"The gradient of a dual step left a relative residual of {float((left / size).max()):.2g} after "
+                    f"{ctx.cg_max} products. Pass a larger cg_max or alpha."
+                )
+            back = geometry.hvp(lam0.to(lam.dtype), solved) + alpha * solved
+        return back.to(lam0.dtype), solved.to(grad.dtype), None, None, None, None, None
+
+
+def _solved(
+    geometry: SoftmaxGeometry, lam: Tensor, shift: Tensor, still: Tensor, alpha: float, rtol: float | None
+) -> Tensor:
+    direction = torch.where(still[:, None], torch.ones_like(shift), shift)
+    found = dual_steer(geometry, lam, direction, t=(~still).to(lam), alpha=alpha, options=SolverOptions(rtol=rtol))
+    if not bool(found.reached.all()):
+        row = int((~found.reached).nonzero()[0])
+        raise IncompatibleModelError(
+            f"The dual step of row {row} did not converge ({found.reason[row]}, relative residual "
+            f"{float(found.rel_resid[row]):.2g}). Take a shorter step, a larger alpha, or a larger rtol."
+        )
+    return found.lam

@@ -18,14 +18,13 @@ class DualSteeringCallback(MeteredCallback):
 
     At the end of each epoch that steered something,
     ``<name>/<stage>/{kl,probe_change,hvps_per_token,reached,certified}`` are logged, means over the steered tokens of
-    all processes; in ``predict``, where Lightning logs nothing, they are in :attr:`measured` alone. In training
-    gradients flow through the steered states, at the step that was found.
+    all processes; in ``predict`` they are in :attr:`measured` alone. In training gradients flow through the steered
+    states, at the step that was found.
 
     Args:
         steering: The intervention.
         when: Any of ``train``, ``validate``, ``test``, ``predict``.
-        target: Dotted path of the Hugging Face model below the LightningModule, where there are several.
-        tokenizer: For selectors that read text.
+        target, tokenizer: See ``InterventionCallback``.
         name: Prefix of what is logged; tells several callbacks apart.
 
     Attributes:

@@ -21,13 +21,12 @@ from lightning_interp.core.tokens.positions import Last, Positions
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import RecipeError
 from lightning_interp.steering.activation.selectors import bind_positions, check_positions, describe_positions
+from lightning_interp.steering.concepts.pairs import CounterfactualPairs
 from lightning_interp.steering.softmax.curve import SolverOptions
-from lightning_interp.steering.softmax.dual import dual_steer
+from lightning_interp.steering.softmax.dual import dual_steer, dual_step
 from lightning_interp.steering.softmax.euclidean import euclidean_steer
 from lightning_interp.steering.softmax.geometry import Softcap, SoftmaxGeometry
-from lightning_interp.steering.softmax.implicit import dual_step
-from lightning_interp.steering.softmax.request import Target, TokenPairs
-from lightning_interp.steering.softmax.result import SteerResult
+from lightning_interp.steering.softmax.request import SteerResult, Target
 from lightning_interp.steering.vectors.reading import as_direction, check_made_for
 
 __all__ = ["DUAL_MEASURES", "DualMeter", "DualSteering", "dual_steering"]
@@ -103,7 +102,7 @@ class DualSteering(Intervention):
         self,
         direction: Any,
         *,
-        pairs: TokenPairs | None = None,
+        pairs: CounterfactualPairs | None = None,
         positions: Positions | None = None,
         method: Literal["dual", "euclidean"] = "dual",
         alpha: float | Literal["auto"] = "auto",

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_interp.steering.concepts.pairs import CounterfactualPairs
 from lightning_interp.steering.softmax.arithmetic import divergence, exact_arithmetic
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
 from lightning_interp.steering.softmax.newton import NewtonResult
-from lightning_interp.steering.softmax.request import SteerRequest, Target, TokenPairs
-from lightning_interp.steering.softmax.result import SteerResult, described
+from lightning_interp.steering.softmax.request import SteerRequest, SteerResult, Target, described
 
 __all__ = ["euclidean_steer", "line_step"]
 
@@ -24,7 +24,7 @@ def euclidean_steer(
     lam: Tensor,
     direction: Any,
     *,
-    pairs: TokenPairs | None = None,
+    pairs: CounterfactualPairs | None = None,
     bias: float | None = None,
     **target: float | Tensor | None,
 ) -> SteerResult:
@@ -50,7 +50,7 @@ def euclidean_steer(
         >>> euclidean_steer(geometry, torch.zeros(2), torch.tensor([1.0, -1.0]), probe_value=2.0).lam.tolist()
         [[1.0, -1.0]]
     """
-    request = SteerRequest.made(geometry, lam, direction, Target(**target), pairs, bias, 0.0, None, None)
+    request = SteerRequest.made(geometry, lam, direction, Target(**target), pairs, bias)
     with torch.no_grad(), exact_arithmetic(request.lam.device):
         chunks = torch.split(torch.arange(len(request.lam), device=request.lam.device), geometry.max_rows)
         return SteerResult.joined([_walk_straight(request.rows(index)) for index in chunks])
@@ -83,19 +83,17 @@ def line_step(measure: Callable[[Tensor], Tensor], goal: Tensor) -> Tensor:
 
 
 def _walk_straight(request: SteerRequest) -> SteerResult:
-    beta, square = request.beta, request.beta.square().sum(-1)
-    push = request.geometry.logits_change(beta)
+    beta, push = request.beta, request.geometry.logits_change(request.beta)
     if request.kind == "t":
         t = request.goal
     elif request.kind == "probe_value":
-        t = (request.goal - (beta * request.lam).sum(-1)) / square
+        t = (request.goal - (beta * request.lam).sum(-1)) / beta.square().sum(-1)
     else:
         t = _step_on_line(request, push)
-    lam = request.lam + t[:, None] * beta
-    point = NewtonResult.empty(lam)
+    point = NewtonResult.empty(request.lam + t[:, None] * beta)
     point.reason[:] = 0
     nan, one = torch.full_like(t, torch.nan), torch.ones_like(t)
-    result = described(request, point, request.geometry.logits(lam), t, nan, one)
+    result = described(request, point, request.geometry.logits(point.lam), t, nan, one)
     if request.kind in ("kl_budget", "target_prob"):  # the bisection ended as near to it as this line comes
         rows = zip(result.reason, result.reached.tolist(), strict=True)
         result.reason = [reason if reached else "unreachable" for reason, reached in rows]

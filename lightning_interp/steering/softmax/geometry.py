@@ -42,14 +42,12 @@ class SoftmaxGeometry:
         name: For messages.
 
     Raises:
-        IncompatibleModelError: If shapes do not fit, a value is not finite, or the head is softcapped and
-            ``on_softcap`` is ``error``.
+        IncompatibleModelError: If shapes do not fit, a value is not finite, or a softcap is refused.
 
     Example:
         >>> geometry = SoftmaxGeometry(torch.tensor([[1.0, 0.5], [-1.0, 0.5], [0.5, -1.0]]))
         >>> lam = torch.tensor([0.3, -0.2])
-        >>> moved = geometry.inverse_dual(geometry.dual(lam), alpha=0.0)
-        >>> torch.allclose(moved, lam, atol=1e-4)
+        >>> torch.allclose(geometry.inverse_dual(geometry.dual(lam), alpha=0.0), lam, atol=1e-4)
         True
     """
 
@@ -63,24 +61,7 @@ class SoftmaxGeometry:
         on_softcap: Softcap = "error",
         name: str = "head",
     ) -> None:
-        if weight.dim() != 2 or not weight.is_floating_point():
-            raise IncompatibleModelError(
-                f"SoftmaxGeometry got a weight of {weight.dtype} {list(weight.shape)}; expected floating [V, d]."
-            )
-        if not bool(weight.isfinite().all()):
-            row = int((~weight.isfinite().all(-1)).nonzero()[0])
-            raise IncompatibleModelError(
-                f"SoftmaxGeometry got a weight that holds {weight[row][~weight[row].isfinite()][0]} in row {row}; "
-                "expected finite values. Look at the checkpoint's lm_head (or embedding, where the two are tied)."
-            )
-        if bias is not None and bool((bias.isnan() | (bias == torch.inf)).any()):
-            raise IncompatibleModelError(
-                "SoftmaxGeometry got a bias with NaN or +inf; expected finite values, or -inf for what never comes."
-            )
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise IncompatibleModelError(
-                f"SoftmaxGeometry got a bias {list(bias.shape)} beside a weight {list(weight.shape)}; expected [V]."
-            )
+        _check_head(weight, bias)
         if softcap is not None and on_softcap == "error":
             raise IncompatibleModelError(
                 f"{name} caps its logits at {softcap:g}, so it is no exponential family and dual steering has no "
@@ -114,7 +95,7 @@ class SoftmaxGeometry:
     def from_head(
         cls, head: SoftmaxHead, *, on_softcap: Softcap = "error", vocab_size: int | None = None
     ) -> SoftmaxGeometry:
-        """The geometry of a head that was read before (:func:`~lightning_interp.core.model.head.read_head`)."""
+        """The geometry of a head that ``read_head`` read before."""
         size = len(head.weight) if vocab_size is None else vocab_size
         if not 0 < size <= len(head.weight):
             raise IncompatibleModelError(f"vocab_size={vocab_size}: {head.name} has {len(head.weight)} rows.")
@@ -142,9 +123,9 @@ class SoftmaxGeometry:
     def resolve_alpha(self, alpha: float | Literal["auto"], *, kappa: float = 5.0) -> float:
         """A number for ``alpha="auto"``: ``kappa`` times :attr:`spread`.
 
-        ``alpha`` is not scale free: multiplying the unembedding by ``s`` asks for ``s^2 alpha``. The default ``kappa``
-        is this package's choice, not the paper's: with a tenth of it, SmolLM2-135M meets a probe value along directions
-        that no likely token feels.
+        ``alpha`` is not scale free: multiplying the unembedding by ``s`` asks for ``s^2 alpha``. ``kappa`` is this
+        package's choice, not the paper's: with a tenth of it, SmolLM2-135M meets a probe value along directions that no
+        likely token feels.
 
         Raises:
             IncompatibleModelError: If all rows of the unembedding are equal.
@@ -170,8 +151,6 @@ class SoftmaxGeometry:
                     f"{self.name} reads states of width {self.width}, but got {list(tensor.shape)}. Use a state or "
                     "direction of this model's head input."
                 )
-
-    # Coordinates
 
     def logits(self, lam: Tensor) -> Tensor:
         """Logits of the family ``[..., V]`` (uncapped, if capping is ignored)."""
@@ -252,8 +231,6 @@ class SoftmaxGeometry:
         """Entropy of the model's own distribution in nats, ``[...]``."""
         return entropy(self.model_log_probs(lam))
 
-    # Back from dual coordinates
-
     def inverse_dual(
         self, y: Tensor, *, alpha: float = 0.0, start: Tensor | None = None, rtol: float | None = None
     ) -> Tensor:
@@ -318,8 +295,6 @@ class SoftmaxGeometry:
         potential = Potential(self, linear=y, centre=torch.zeros_like(y), alpha=alpha)
         return minimise(potential, start, tolerance=accepted, max_newton=100, cg_max=4 * self.width + 20)
 
-    # Two kinds of straight line
-
     def e_geodesic(self, lam0: Tensor, lam1: Tensor, t: float) -> Tensor:
         """Straight line in the state: keeps what both ends share (paper 2.2)."""
         return (1 - t) * lam0 + t * lam1
@@ -328,8 +303,6 @@ class SoftmaxGeometry:
         """Straight line in the dual coordinate: matches the moments of the two ends' mixture (paper 2.2)."""
         y = (1 - t) * self.dual(lam0, alpha=alpha) + t * self.dual(lam1, alpha=alpha)
         return self.inverse_dual(y, alpha=alpha, start=self.e_geodesic(lam0, lam1, t))
-
-    # Sizes and dtypes
 
     @property
     def max_rows(self) -> int:
@@ -359,3 +332,21 @@ class SoftmaxGeometry:
                 f"{what} of {self.name}, which caps its logits at {self.softcap:g}: a capped head has no dual "
                 "coordinate. Use on_softcap='ignore', or the stepwise path (algorithm1)."
             )
+
+
+def _check_head(weight: Tensor, bias: Tensor | None) -> None:
+    problem = None
+    if weight.dim() != 2 or not weight.is_floating_point():
+        problem = f"a weight of {weight.dtype} {list(weight.shape)}; expected floating [V, d]."
+    elif not bool(weight.isfinite().all()):
+        row = int((~weight.isfinite().all(-1)).nonzero()[0])
+        problem = (
+            f"a weight that holds {weight[row][~weight[row].isfinite()][0]} in row {row}; expected finite values. Look "
+            "at the checkpoint's lm_head (or embedding, where the two are tied)."
+        )
+    elif bias is not None and bool((bias.isnan() | (bias == torch.inf)).any()):
+        problem = "a bias with NaN or +inf; expected finite values, or -inf for what never comes."
+    elif bias is not None and bias.shape != weight.shape[:1]:
+        problem = f"a bias {list(bias.shape)} beside a weight {list(weight.shape)}; expected [V]."
+    if problem:
+        raise IncompatibleModelError(f"SoftmaxGeometry got {problem}")

@@ -1,34 +1,25 @@
-"""What steering is asked for: a target, a direction and states, checked once and put into one form."""
+"""What steering is asked for, checked once and put into one form, and what a solve found, one row a state."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from lightning_interp.errors import IncompatibleModelError, RecipeError
-from lightning_interp.steering.softmax.arithmetic import working_dtype
+from lightning_interp.steering.concepts.pairs import CounterfactualPairs
+from lightning_interp.steering.softmax.arithmetic import ROUNDED, divergence, entropy, rounding, working_dtype
 from lightning_interp.steering.softmax.curve import SolverOptions
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
+from lightning_interp.steering.softmax.newton import NewtonResult
 
-__all__ = ["SteerRequest", "Target", "TokenPairs", "check_alpha"]
+__all__ = ["SteerRequest", "SteerResult", "Target", "check_alpha", "described", "ends_there"]
 
 TARGETS = ("t", "probe_value", "probe_delta", "probe_prob", "target_prob", "kl_budget")
-
-
-class TokenPairs(Protocol):
-    """Counterfactual tokens of a concept; see ``CounterfactualPairs``."""
-
-    @property
-    def base_ids(self) -> Tensor:
-        """Token ids of the base side."""
-
-    @property
-    def target_ids(self) -> Tensor:
-        """Token ids of the target side."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +54,7 @@ class Target:
         if len(given) != 1:
             raise RecipeError(f"A steering target needs exactly one of {', '.join(TARGETS)}; got {given or 'none'}.")
         values = self.numbers.double().flatten()
-        bad = ~values.isfinite()
-        expected = "finite numbers"
+        bad, expected = ~values.isfinite(), "finite numbers"
         if given[0] in ("probe_prob", "target_prob"):
             bad, expected = bad | (values <= 0) | (values >= 1), "probabilities inside (0, 1)"
         if given[0] == "kl_budget":
@@ -108,7 +98,7 @@ class SteerRequest:
     beta: Tensor
     kind: str  # t, probe_value, target_prob or kl_budget, to which the other targets come down
     goal: Tensor  # [B]
-    pairs: TokenPairs | None
+    pairs: CounterfactualPairs | None
     alpha: float
     support: int | None
     options: SolverOptions
@@ -122,23 +112,24 @@ class SteerRequest:
         lam: Tensor,
         direction: Any,
         target: Target,
-        pairs: TokenPairs | None,
+        pairs: CounterfactualPairs | None,
         bias: float | None,
-        alpha: float | Literal["auto"],
-        support: int | None,
-        options: SolverOptions | None,
+        alpha: float | Literal["auto"] = 0.0,
+        support: int | None = None,
+        options: SolverOptions | None = None,
     ) -> SteerRequest:
         """Check what a user asks for."""
-        beta = direction if isinstance(direction, Tensor) else direction.direction
+        given = direction if isinstance(direction, Tensor) else direction.direction
         dtype = working_dtype(geometry.weight, lam)
         states = lam.detach().reshape(-1, lam.shape[-1]).to(dtype)
-        beta = beta.detach().to(states).expand(len(states), -1) if beta.dim() == 1 else beta.detach().to(states)
+        beta = given.detach().to(states)
+        beta = beta.expand(len(states), -1) if beta.dim() == 1 else beta
         _check_vectors(geometry, states, beta)
+        if support is not None and support < 4:
+            raise RecipeError(f"support={support}: expected at least 4 tokens, or None for the whole vocabulary.")
         own = getattr(direction, "alpha", None)
         resolved = geometry.resolve_alpha(own if alpha == "auto" and own is not None else alpha)
         kind, goal = target.kind, target.values(len(states), dtype, states.device)
-        if support is not None and support < 4:
-            raise RecipeError(f"support={support}: expected at least 4 tokens, or None for the whole vocabulary.")
         if kind == "probe_delta":
             kind, goal = "probe_value", goal + (beta * states).sum(-1)
         elif kind == "probe_prob":
@@ -172,11 +163,12 @@ def _check_vectors(geometry: SoftmaxGeometry, states: Tensor, beta: Tensor) -> N
     geometry.check_state(states, beta)
     if beta.shape != states.shape:
         raise IncompatibleModelError(f"{len(beta)} directions for {len(states)} states; expected one, or one a state.")
-    if not bool(states.isfinite().all()):
-        raise IncompatibleModelError(f"A state to steer holds {_odd(states)}; expected finite values.")
-    if not bool(beta.isfinite().all()) or bool((beta.norm(dim=-1) == 0).any()):
-        what = "zero" if bool(beta.isfinite().all()) else _odd(beta)
-        raise IncompatibleModelError(f"A steering direction is {what}; expected finite values that are not all zero.")
+    for name, values in (("state to steer holds", states), ("steering direction is", beta)):
+        if not bool(values.isfinite().all()):
+            odd = "NaN" if bool(values.isnan().any()) else "an infinite value"
+            raise IncompatibleModelError(f"A {name} {odd}; expected finite values.")
+    if bool((beta.norm(dim=-1) == 0).any()):
+        raise IncompatibleModelError("A steering direction is zero; expected values that are not all zero.")
 
 
 def check_alpha(kind: str, alpha: float) -> None:
@@ -188,5 +180,119 @@ def check_alpha(kind: str, alpha: float) -> None:
         )
 
 
-def _odd(values: Tensor) -> str:
-    return "NaN" if bool(values.isnan().any()) else "an infinite value"
+CERTIFIED = 1e-2
+"""Relative error of the dual coordinate, over the whole vocabulary, up to which a row counts as certified."""
+
+
+@dataclass
+class SteerResult:
+    """Steered states and their diagnostics, one row a state.
+
+    Args:
+        lam: Steered states ``[B, d]``, in the working dtype.
+        t: Step along the direction as it was given ``[B]``: of the dual coordinate, or of the state in Euclidean
+            steering.
+        reached: Whether the solve converged and these states meet the target (:func:`ends_there`), bool ``[B]``.
+        reason: Why each row stopped, ``converged`` exactly where it reached the target. A solve of a point: ``stalled``
+            (rounding), ``max_iter``, ``budget`` (of products). A search for a step: ``unreachable`` (no step brings the
+            goal within its two ends), ``rounding`` (none lies between the last two), ``max_search``.
+        newton, hvps: Newton iterations and Hessian-vector products ``[B]``.
+        probe_before, probe_after: ``beta . lam`` at the start and at the end ``[B]``.
+        kl: ``KL(P_start || P_end)`` in nats, over the whole vocabulary ``[B]``.
+        entropy_before, entropy_after: In nats ``[B]``.
+        rel_resid: ``|phi_a(lam) - phi_a(lam0) - t beta| / (|t| |beta|)`` over the whole vocabulary ``[B]``; 0 where
+            nothing moved, NaN for Euclidean steering.
+        covered: Probability at the end that the support of the solve covers ``[B]``; 1 for the whole vocabulary.
+        certified: Whether ``rel_resid`` is within the accepted error and the KL is a number, bool ``[B]``.
+        alpha: Regularisation that was used.
+    """
+
+    lam: Tensor
+    t: Tensor
+    reached: Tensor
+    reason: list[str]
+    newton: Tensor
+    hvps: Tensor
+    probe_before: Tensor
+    probe_after: Tensor
+    kl: Tensor
+    entropy_before: Tensor
+    entropy_after: Tensor
+    rel_resid: Tensor
+    covered: Tensor
+    certified: Tensor
+    alpha: float
+
+    def table(self) -> list[dict[str, Any]]:
+        """One plain row a state, without the state itself."""
+        columns = {name: value for name, value in vars(self).items() if name not in ("lam", "alpha")}
+        plain = {k: v if isinstance(v, list) else v.tolist() for k, v in columns.items()}
+        return [{name: plain[name][row] for name in plain} | {"alpha": self.alpha} for row in range(len(self.lam))]
+
+    @classmethod
+    def joined(cls, parts: Sequence[SteerResult]) -> Self:
+        """One result of several, in order."""
+        names = [name for name in vars(parts[0]) if name not in ("alpha", "reason")]
+        columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        return cls(alpha=parts[0].alpha, reason=[reason for part in parts for reason in part.reason], **columns)
+
+
+def described(
+    request: SteerRequest, point: NewtonResult, z: Tensor, t: Tensor, resid: Tensor, covered: Tensor
+) -> SteerResult:
+    """Diagnostics of steered states with the logits ``z`` ``[B, V]``; see :class:`SteerResult`."""
+    beta, lam, geometry = request.beta, point.lam, request.geometry
+    change = geometry.logits_change(lam - request.lam)
+    kl = geometry.kl_of_move(request.z, z, change)
+    there = ends_there(request, lam, t, z, change, resid)
+    said = zip(point.reasons(), there.tolist(), strict=True)
+    entropies = [entropy(geometry.capped(logits).log_softmax(-1)) for logits in (request.z, z)]
+    return SteerResult(
+        lam=lam,
+        t=t,
+        reached=point.converged & there,
+        reason=["stalled" if name == "converged" and not ends else name for name, ends in said],
+        newton=point.newton,
+        hvps=point.hvps,
+        probe_before=(beta * request.lam).sum(-1),
+        probe_after=(beta * lam).sum(-1),
+        kl=kl,
+        entropy_before=entropies[0],
+        entropy_after=entropies[1],
+        rel_resid=resid,
+        covered=covered,
+        certified=(resid <= max(CERTIFIED, 10 * request.options.accepted(lam.dtype))) & kl.isfinite(),
+        alpha=request.alpha,
+    )
+
+
+def ends_there(request: SteerRequest, lam: Tensor, t: Tensor, z: Tensor, change: Tensor, resid: Tensor) -> Tensor:
+    """Whether states meet what was asked for ``[B]``, from the states alone and nothing that a solver says.
+
+    A dual step may be off by ten times the accepted share, a probe value by that share of the move, a KL or odds by
+    twice ``target_rtol`` (ten times for a walk in the state, as its line search does), and all by what the rounding of
+    the states makes of it. NaN is False. ``z`` are the family's logits: a target is one without the cap.
+    """
+    options, goal, beta = request.options, request.goal, request.beta
+    eps, size, length = 64 * torch.finfo(lam.dtype).eps, lam.norm(dim=-1), beta.norm(dim=-1)
+    slack = torch.where(resid.isnan(), 10.0, 2.0) * options.target_rtol
+    if request.kind == "t":
+        walked = (lam - request.lam - t[:, None] * beta).norm(dim=-1)
+        dual = 10 * options.accepted(lam.dtype) + eps * (1 + request.alpha * size / length)
+        straight = walked <= eps * (size + t.abs() * length)
+        near = (t == goal) & torch.where(resid.isnan(), straight, (t == 0) | (resid <= dual))
+    elif request.kind == "probe_value":
+        move = (goal - (beta * request.lam).sum(-1)).abs()
+        rounded = eps * length * (size + request.lam.norm(dim=-1))
+        near = ((beta * lam).sum(-1) - goal).abs() <= options.accepted(lam.dtype) * move + rounded
+    elif request.kind == "kl_budget":
+        error = (divergence(request.z.log_softmax(-1), change) - goal).abs()
+        slope = request.geometry.mean(z.softmax(-1) - request.z.softmax(-1))
+        near = error <= slack * goal + torch.minimum(rounding(lam, slope), ROUNDED * goal)
+    else:
+        base, target = (z.log_softmax(-1)[:, ids].logsumexp(-1) for ids in request.concept())
+        wanted = goal.logit()
+        rounded = eps * (1 + target.abs() + base.abs())
+        size = wanted.abs().clamp_min(1.0)
+        near = (target - base - wanted).abs() <= slack * size + torch.minimum(rounded, ROUNDED * size)
+    return lam.isfinite().all(-1) & t.isfinite() & near

@@ -14,13 +14,42 @@ import torch
 from torch import Tensor
 
 from lightning_interp.errors import RecipeError
+from lightning_interp.steering.concepts.pairs import CounterfactualPairs
 from lightning_interp.steering.softmax.arithmetic import centred, exact_arithmetic, working_dtype
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
 from lightning_interp.steering.softmax.linear_solvers import conjugate_gradient, solve_dense
-from lightning_interp.steering.softmax.request import TokenPairs
-from lightning_interp.steering.softmax.support import RestrictedFamily, restrict
+from lightning_interp.steering.softmax.support import restrict
 
 __all__ = ["StepwisePath", "algorithm1"]
+
+
+class _LocalFamily:
+    """The likeliest tokens at some states, their probabilities, and the slope of the cap at their logits."""
+
+    def __init__(self, geometry: SoftmaxGeometry, state: Tensor, top_k: int | None) -> None:
+        z = geometry.logits(state)
+        index = z.topk(min(top_k or z.shape[-1], z.shape[-1]), dim=-1).indices
+        self.family, kept = restrict(geometry, index, state.dtype), z.gather(-1, index)
+        self.p, self.slope = kept.softmax(-1), torch.ones_like(kept)
+        if geometry.softcap is not None and geometry.on_softcap == "pullback":
+            self.p = geometry.capped(kept).softmax(-1)
+            self.slope = 1 - torch.tanh(kept / geometry.softcap).square()
+
+    def dense(self, unit: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        """``(Cov + alpha I)^-1 unit``, and that no product was taken."""
+        rows = self.family.weight * self.family.scale * self.slope[:, :, None]
+        found = [solve_dense(r, q, v, alpha) for r, q, v in zip(rows, self.p, unit, strict=True)]
+        return torch.stack(found), torch.zeros(len(unit), dtype=torch.long, device=unit.device)
+
+    def cg(self, unit: Tensor, alpha: float, cg_max: int, cg_atol: float) -> tuple[Tensor, Tensor]:
+        """The same by the authors' loop: it takes a first step always, and stops where the curvature vanishes."""
+
+        def product(v: Tensor) -> Tensor:
+            family, slope = self.family, self.slope
+            return family.mean(slope * centred(self.p, slope * family.logits_change(v))) + alpha * v
+
+        tolerance = unit.new_full((len(unit),), min(cg_atol, 0.99))
+        return conjugate_gradient(product, unit, tolerance=tolerance, max_iterations=cg_max, least=1e-10)
 
 
 @dataclass
@@ -50,7 +79,7 @@ def algorithm1(
     cg_max: int = 20,
     cg_atol: float = 1e-5,
     solve: Literal["cg", "dense"] = "cg",
-    pairs: TokenPairs | None = None,
+    pairs: CounterfactualPairs | None = None,
     stop_prob: float = 0.9999,
 ) -> StepwisePath:
     """Walk the regularised dual curve in steps of fixed length.
@@ -82,7 +111,9 @@ def algorithm1(
         >>> path.points.shape, path.steps.tolist()
         (torch.Size([5, 1, 3]), [4])
     """
-    _check_walk(alpha, eta, steps, top_k)
+    for name, value in (("alpha", alpha), ("eta", eta), ("steps", steps), ("top_k", top_k)):
+        if value is not None and not value > 0:
+            raise RecipeError(f"algorithm1({name}={value!r}): expected a number > 0.")
     beta = direction if isinstance(direction, Tensor) else direction.direction
     state = lam.detach().reshape(-1, lam.shape[-1]).to(working_dtype(geometry.weight, lam))
     geometry.check_state(state, beta)
@@ -93,61 +124,12 @@ def algorithm1(
     with torch.no_grad(), exact_arithmetic(state.device):
         for _ in range(steps):
             if pairs is not None:
-                walking = walking & (_concept(geometry, state, pairs) <= stop_prob)
+                walking = walking & (pairs.target_logit(geometry.model_log_probs(state)).sigmoid() <= stop_prob)
             if not bool(walking.any()):
                 break
-            move, used = _direction(geometry, state, unit, alpha, top_k, cg_max, cg_atol, solve)
+            family = _LocalFamily(geometry, state, top_k)
+            move, used = family.dense(unit, alpha) if solve == "dense" else family.cg(unit, alpha, cg_max, cg_atol)
             hvps, taken = hvps + used * walking, taken + walking
             state = torch.where(walking[:, None], state + eta * move / move.norm(dim=-1, keepdim=True), state)
             points.append(state)
     return StepwisePath(torch.stack(points), taken, hvps)
-
-
-def _check_walk(alpha: float, eta: float, steps: int, top_k: int | None) -> None:
-    for name, value, low in (("alpha", alpha, 0.0), ("eta", eta, 0.0), ("steps", steps, 0), ("top_k", top_k, 0)):
-        if value is not None and not value > low:
-            raise RecipeError(f"algorithm1({name}={value!r}): expected a number > 0.")
-
-
-def _concept(geometry: SoftmaxGeometry, state: Tensor, pairs: TokenPairs) -> Tensor:
-    logp = geometry.model_log_probs(state)
-    base, target = (logp[:, ids.to(logp.device)].logsumexp(-1) for ids in (pairs.base_ids, pairs.target_ids))
-    return (target - base).sigmoid()
-
-
-def _direction(
-    geometry: SoftmaxGeometry,
-    state: Tensor,
-    unit: Tensor,
-    alpha: float,
-    top_k: int | None,
-    cg_max: int,
-    cg_atol: float,
-    solve: str,
-) -> tuple[Tensor, Tensor]:
-    """``(Cov + alpha I)^-1 unit`` on the likeliest tokens, and the products it took."""
-    family, p, slope = _local_family(geometry, state, top_k)
-    if solve == "dense":
-        rows = family.weight * geometry.scale * slope[:, :, None]
-        found = [solve_dense(r, q, v, alpha) for r, q, v in zip(rows, p, unit, strict=True)]
-        return torch.stack(found), torch.zeros(len(state), dtype=torch.long, device=state.device)
-
-    def product(v: Tensor) -> Tensor:
-        return family.mean(slope * centred(p, slope * family.logits_change(v))) + alpha * v
-
-    # As the authors' loop does: it takes a first step whatever the residual, and stops where the curvature vanishes.
-    tolerance = unit.new_full((len(unit),), min(cg_atol, 0.99))
-    return conjugate_gradient(product, unit, tolerance=tolerance, max_iterations=cg_max, least=1e-10)
-
-
-def _local_family(
-    geometry: SoftmaxGeometry, state: Tensor, top_k: int | None
-) -> tuple[RestrictedFamily, Tensor, Tensor]:
-    """The likeliest tokens, their probabilities, and the slope of the cap at their logits."""
-    z = geometry.logits(state)
-    index = z.topk(min(top_k or z.shape[-1], z.shape[-1]), dim=-1).indices
-    family = restrict(geometry, index, state.dtype)
-    kept = z.gather(-1, index)
-    if geometry.softcap is None or geometry.on_softcap != "pullback":
-        return family, kept.softmax(-1), torch.ones_like(kept)
-    return family, geometry.capped(kept).softmax(-1), 1 - torch.tanh(kept / geometry.softcap).square()

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import tempfile
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,9 +48,8 @@ def save_control_vector(vector: SteeringVector, path: str | os.PathLike[str], *,
         ManifestError: If the file cannot be written.
 
     Example:
-        >>> folder = Path(tempfile.mkdtemp())
         >>> vector = SteeringVector({"resid_post.3": [1.0, 2.0]}, model_type="llama")
-        >>> load_control_vector(save_control_vector(vector, folder / "v.gguf")).only("resid_post.3").tolist()
+        >>> load_control_vector(save_control_vector(vector, Path(tempfile.mkdtemp()) / "v.gguf")).only().tolist()
         [1.0, 2.0]
     """
     from gguf import GGUFWriter
@@ -116,24 +114,13 @@ def load_control_vector(path: str | os.PathLike[str]) -> SteeringVector:
 
 
 def _read(path: Path) -> Any:
-    from gguf import GGUFReader
+    from lightning_interp.models.sources.gguf_files import read_gguf
 
-    if not path.is_file():
-        raise DataError(f"{str(path)!r} does not exist. Give the path of a control-vector .gguf file.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # numpy warns about the overflow that a damaged header causes
-            reader = GGUFReader(path)
-            architecture = _text(reader, "general.architecture")
-    except Exception as error:  # whatever the parser trips over: the file is not a whole .gguf file
+    reader = read_gguf(path)
+    if (architecture := _text(reader, "general.architecture")) != _ARCHITECTURE:
         raise DataError(
-            f"{str(path)!r} is damaged, cut short or no .gguf file ({path.stat().st_size} bytes; "
-            f"{' '.join(str(error).split())[:200]}). Copy or download it again."
-        ) from error
-    if architecture != _ARCHITECTURE:
-        raise DataError(
-            f"{str(path)!r} is a .gguf file of architecture {architecture!r}, expected {_ARCHITECTURE!r}. A model is "
-            "loaded with load_causal_lm."
+            f"{path} is a .gguf file of architecture {architecture!r}, expected {_ARCHITECTURE!r}. A model is loaded "
+            "with load_causal_lm."
         )
     return reader
 

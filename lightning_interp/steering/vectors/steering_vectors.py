@@ -89,7 +89,7 @@ class SteeringVector:
         return tensor_hash(*(self.directions[site] for site in sorted(self.sites, key=str)))
 
     def only(self, site: Site | str | None = None) -> Tensor:
-        """The direction at a site.
+        """The direction ``[d]`` at a site.
 
         Args:
             site: Which; may be left out where there is one.
