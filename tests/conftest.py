@@ -17,7 +17,9 @@ os.environ.update(
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -68,6 +70,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.fail(reason, pytrace=False)
     elif reason:
         pytest.skip(reason)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Import bitsandbytes, where tests are collected, with functions that are not compiled: 3 s of torch._inductor."""
+    if find_spec("bitsandbytes") is not None and not session.config.pluginmanager.has_plugin("dsession"):
+        with mock.patch.object(torch, "compile", lambda function, **_: function):
+            import bitsandbytes  # noqa: F401
 
 
 @pytest.hookimpl(tryfirst=True)

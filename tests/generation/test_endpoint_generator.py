@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 from served import completion, serving
@@ -11,7 +12,7 @@ from served import completion, serving
 from lightning_interp.errors import RecipeError
 from lightning_interp.generation import CompletionStore, EndpointGenerator, Pace, TextRequest, write_all
 
-pytest.importorskip("openai", reason="the extra [endpoint] is not installed")
+pytestmark = pytest.mark.skipif(find_spec("openai") is None, reason="the extra [endpoint] is not installed")
 
 REQUESTS = [TextRequest.chat(f"text {i}") for i in range(12)]
 

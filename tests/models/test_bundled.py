@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
+import shutil
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -41,6 +43,20 @@ def packaged(quantised_gguf, tmp_path, monkeypatch):
     return model, file
 
 
+@pytest.fixture(scope="module")
+def _converted_once(_gguf_files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted")
+    bundled.write_converted(_gguf_files / "quantised.gguf", folder)
+    return folder
+
+
+@pytest.fixture
+def quick(packaged, _converted_once, monkeypatch):
+    """Conversion copies what was dequantised once."""
+    copy = partial(shutil.copytree, _converted_once, dirs_exist_ok=True)
+    monkeypatch.setattr(bundled, "write_converted", lambda file, folder: copy(folder))
+
+
 def converted(tmp_path):
     return tmp_path / "cache" / "models" / "tiny-q4"
 
@@ -70,13 +86,13 @@ def test_an_alias_is_converted_once_and_equals_the_direct_load(packaged, tmp_pat
     assert sys.modules.get("tiny_package") is None
 
 
-def test_cache_dir_may_be_given(packaged, tmp_path):
-    load_causal_lm("tiny-q4", cache_dir=tmp_path / "elsewhere")
+def test_cache_dir_may_be_given(packaged, quick, tmp_path):
+    bundled_folder(ALIASES["tiny-q4"], tmp_path / "elsewhere")
     assert (tmp_path / "elsewhere" / "models" / "tiny-q4" / "config.json").exists()
     assert not (tmp_path / "cache").exists()
 
 
-def test_quantisation_starts_from_the_cache(packaged):
+def test_quantisation_starts_from_the_cache(packaged, quick):
     assert (
         type(load_causal_lm("tiny-q4", quantization="4bit").model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     )
@@ -104,13 +120,16 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_cache_is_made_again(packaged, tmp_path, damage):
-    expected = logits(load_causal_lm("tiny-q4").model)
-    DAMAGES[damage](converted(tmp_path))
-    assert torch.equal(logits(load_causal_lm("tiny-q4").model), expected)
-    before = stamps(converted(tmp_path))
-    load_causal_lm("tiny-q4")
-    assert stamps(converted(tmp_path)) == before
+def test_a_damaged_cache_is_made_again(packaged, quick, tmp_path, damage):
+    model, _ = packaged
+    folder, _ = bundled_folder(model)
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    DAMAGES[damage](folder)
+    bundled_folder(model)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+    before = stamps(folder)
+    bundled_folder(model)
+    assert stamps(folder) == before
     left = [path.name for path in converted(tmp_path).parent.iterdir()]
     assert sorted(left) == [".tiny-q4.lock", "tiny-q4"]
 
@@ -123,11 +142,11 @@ def test_another_source_file_is_converted_anew(packaged, tmp_path, gguf_file, mo
     assert torch.equal(logits(load_causal_lm("tiny-q4").model), logits(load_causal_lm(file).model))
 
 
-def test_leftovers_of_a_killed_conversion_are_removed(packaged, tmp_path):
+def test_leftovers_of_a_killed_conversion_are_removed(packaged, quick, tmp_path):
     stale = converted(tmp_path).parent / ".tiny-q4.123-abc.tmp"
     stale.mkdir(parents=True)
     os.utime(stale, (0, 0))
-    load_causal_lm("tiny-q4")
+    bundled_folder(ALIASES["tiny-q4"])
     assert not stale.exists()
 
 
@@ -193,13 +212,13 @@ def test_a_cache_that_cannot_be_written_is_named(packaged, tmp_path):
         load_causal_lm("tiny-q4", cache_dir=tmp_path / "blocked")
 
 
-def test_a_whole_cache_needs_no_writing(packaged, tmp_path, monkeypatch):
-    load_causal_lm("tiny-q4")
+def test_a_whole_cache_needs_no_writing(packaged, quick, monkeypatch):
+    bundled_folder(ALIASES["tiny-q4"])
     monkeypatch.setattr(bundled, "_locked", lambda folder: pytest.fail("no lock is needed"))
-    load_causal_lm("tiny-q4")
+    bundled_folder(ALIASES["tiny-q4"])
 
 
-def test_when_locks_do_not_work_the_first_folder_wins(packaged, tmp_path, monkeypatch):
+def test_when_locks_do_not_work_the_first_folder_wins(packaged, quick, tmp_path, monkeypatch):
     """Two conversions at once: the second finds the folder there when it is done."""
     model, _ = packaged
     folder, _ = bundled_folder(model)
@@ -215,41 +234,30 @@ def test_when_locks_do_not_work_the_first_folder_wins(packaged, tmp_path, monkey
     assert bundled_folder(model)[0] == folder
 
 
-CONVERT = """
-import glob, os, sys, time
-from dataclasses import replace
-from functools import partial
-from lightning_interp.models.sources import bundled
-from lightning_interp.models import load_causal_lm
-package, sha256, gate = sys.argv[1:]
-smol = bundled.ALIASES["smollm2-135m-instruct"]
-bundled.ALIASES["tiny-q4"] = replace(
-    smol, alias="tiny-q4", package=package, sha256=sha256, locate=partial(bundled._in_package, package, "tiny.gguf"))
-real = bundled.write_converted
-def counted(*arguments):
-    print("converting", flush=True)
-    real(*arguments)
-bundled.write_converted = counted
-open(gate + str(os.getpid()), "w").close()
-while len(glob.glob(gate + "*")) < 2:  # both begin together
-    time.sleep(0.01)
-print(load_causal_lm("tiny-q4").label, flush=True)
-"""
+def test_processes_that_convert_at_once_all_succeed(packaged, quick, tmp_path, monkeypatch):
+    """Two processes, forked so that they need not import torch, that begin together; the second waits for the first."""
+    model, _ = packaged
+    fork, real = multiprocessing.get_context("fork"), bundled.write_converted
+    gate, found = fork.Barrier(2), fork.SimpleQueue()
 
+    def slow(file, folder):
+        real(file, folder)
+        found.put("converting")
+        time.sleep(0.2)
 
-def test_processes_that_convert_at_once_all_succeed(packaged, tmp_path):
-    model, file = packaged
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(file.parent.parent), *sys.path])}
-    command = [sys.executable, "-c", CONVERT, "tiny_package", model.sha256, str(tmp_path / "gate")]
-    processes = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    lines = [line for out, _ in outputs for line in out.splitlines()]
-    assert lines.count("tiny-q4 (dequantised 4-bit)") == 2
-    assert lines.count("converting") == 1
+    def ask():
+        gate.wait(60)
+        found.put(bundled_folder(model)[0].name)
+
+    monkeypatch.setattr(bundled, "write_converted", slow)
+    processes = [fork.Process(target=ask) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert [found.get() for _ in range(3)] == ["converting", "tiny-q4", "tiny-q4"]
+    assert found.empty()
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch):
@@ -306,8 +314,8 @@ def test_the_cached_bundled_model_equals_the_direct_load(smol):
         assert torch.equal(direct.model(ids).logits, smol.model(ids).logits)
 
 
-def test_the_stamp_names_the_terms(packaged, tmp_path):
-    load_causal_lm("tiny-q4")
+def test_the_stamp_names_the_terms(packaged, quick, tmp_path):
+    bundled_folder(ALIASES["tiny-q4"])
     stamp = json.loads((converted(tmp_path) / "converted.json").read_text())
     assert stamp["terms"] == "Apache-2.0"
     assert set(stamp["files"]) == {path.name for path in converted(tmp_path).iterdir()} - {"converted.json"}

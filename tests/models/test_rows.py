@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 
-import datasets
 import pytest
 
 from lightning_interp.errors import DataError
@@ -32,6 +31,8 @@ def test_jsonl_counts_lines_skips_blank_ones_and_a_byte_order_mark(tmp_path):
 
 
 def test_datasets_in_memory_and_on_disk(tmp_path):
+    import datasets
+
     dataset = datasets.Dataset.from_list([{"text": "a", "messages": None}, {"text": None, "messages": CHAT}])
     dataset.save_to_disk(tmp_path / "saved")
     for source, name in ((dataset, "val"), (tmp_path / "saved", str(tmp_path / "saved"))):
@@ -41,6 +42,8 @@ def test_datasets_in_memory_and_on_disk(tmp_path):
 
 
 def test_a_dictionary_of_datasets_lists_its_splits():
+    import datasets
+
     both = datasets.DatasetDict({"one": datasets.Dataset.from_list([GOOD]), "two": datasets.Dataset.from_list([GOOD])})
     with pytest.raises(DataError, match="dictionary of datasets with the splits one, two"):
         read_rows(both, name="train")

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from lightning_interp.rate.rewriting.templates import RewriteTemplate, rewrite_t
 sys.path.insert(0, str(Path(__file__).parents[1] / "generation"))
 from served import completion, echo, serving
 
-pytest.importorskip("openai", reason="the extra [endpoint] is not installed")
+pytestmark = pytest.mark.skipif(find_spec("openai") is None, reason="the extra [endpoint] is not installed")
 
 PLAIN = RewriteTemplate(name="plain", version=1, body="{phrase}: {text}", phrases=("no", "yes"))
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 
-import datasets
 import pytest
 from rewriting import ATTR, Counting, store_of, units
 
@@ -78,6 +77,8 @@ def test_arrow(store, tmp_path):
     assert table.features["w"].dtype == "int64"
     assert table[3]["w"] is None
     table.save_to_disk(tmp_path / "arrow")
+    import datasets
+
     assert datasets.load_from_disk(str(tmp_path / "arrow")).to_list() == list(unit_rows(store, ATTR))
     table.to_json(tmp_path / "table.jsonl")
     assert lines(tmp_path / "table.jsonl") == list(unit_rows(store, ATTR))
