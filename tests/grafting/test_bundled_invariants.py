@@ -1,4 +1,8 @@
-"""The method's invariants on the bundled language model; the numbers are those of the families' own tests."""
+"""The method's invariants on the bundled language model; the numbers are those of the families' own tests.
+
+Tiny models show the same in ``test_invariants``; here is what a real tokenizer, thirty layers and real weights may
+change. The rest of the list runs on it with ``-m slow``.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +54,23 @@ def grafted(recipient, donor, plan, ids, masks=None, **kwargs):
         return recipient(ids).logits
 
 
-def test_ends_are_exact_and_nothing_is_left(pair, ids, state_hash, hook_count):  # 1, 2, 4, 5, 6, 19
+def test_ends_are_exact_and_nothing_is_left(pair, ids, hook_count):  # 1, 2, 4, 5
+    recipient, donor, _ = pair
+    written = [p._version for model in (recipient, donor) for p in model.parameters()]
+    plain = run(recipient, ids)
+    assert torch.equal(grafted(recipient, donor, GraftPlan(), ids), plain)
+    assert torch.equal(grafted(recipient, donor, GraftPlan.whole(), ids), run(donor, ids))
+    assert not torch.equal(grafted(recipient, donor, GraftPlan.at(Last()), ids), plain)
+    with pytest.raises(ZeroDivisionError), Graft(donor, GraftPlan.at(Last())).attach(recipient):
+        raise ZeroDivisionError
+    assert [p._version for model in (recipient, donor) for p in model.parameters()] == written
+    assert hook_count(recipient, donor) == 0
+
+
+@pytest.mark.slow
+def test_rows_and_doses_are_exact(pair, ids, state_hash):  # 5, 6, 19
     recipient, donor, _ = pair
     before = [state_hash(model) for model in (recipient, donor)]
-    assert torch.equal(grafted(recipient, donor, GraftPlan(), ids), run(recipient, ids))
-    assert torch.equal(grafted(recipient, donor, GraftPlan.whole(), ids), run(donor, ids))
     plans = [GraftPlan(), GraftPlan.at(Last())]
     mixed = grafted(recipient, donor, plans, ids.repeat(2, 1))
     assert torch.equal(mixed[0], run(recipient, ids.repeat(2, 1))[0])
@@ -62,10 +78,7 @@ def test_ends_are_exact_and_nothing_is_left(pair, ids, state_hash, hook_count): 
     for dose, model in ((0.0, recipient), (1.0, donor)):
         everywhere = GraftPlan.at(All(), "ALL", head="follow", final_norm="follow", dose=dose)
         assert torch.equal(grafted(recipient, donor, everywhere, ids), run(model, ids))
-    with pytest.raises(ZeroDivisionError), Graft(donor, GraftPlan.at(Last())).attach(recipient):
-        raise ZeroDivisionError
     assert [state_hash(model) for model in (recipient, donor)] == before
-    assert hook_count(recipient, donor) == 0
 
 
 def test_the_definition(pair, ids, agree):  # 7, 14, 16
@@ -76,10 +89,6 @@ def test_the_definition(pair, ids, agree):  # 7, 14, 16
     upper = frozenset(cells_of("llama", ["ATTN", "O"], range(14, LAYERS), LAYERS))
     cases = [
         (GraftPlan.at(Span(0, 2) | Last()), [Rule(frozenset({0, 1, last}), paper)]),
-        (
-            GraftPlan((GraftRule(All()), GraftRule(Span(0, 2), layers="none"))),
-            [Rule(frozenset(range(2, length)), paper)],
-        ),
         (GraftPlan.at(Last(), ["ATTN", "O"], "upper_half"), [Rule(frozenset({last}), upper)]),
     ]
     for plan, rules in cases:
@@ -88,6 +97,7 @@ def test_the_definition(pair, ids, agree):  # 7, 14, 16
     assert recipient.get_output_embeddings().weight is recipient.get_input_embeddings().weight
 
 
+@pytest.mark.slow
 def test_duality_causality_rows_and_locality(pair, ids, agree):  # 3, 8, 9, 10, 15, 18
     recipient, donor, _ = pair
     plan = GraftPlan.at(Span(0, 2), ["ATTN", "FFN"])
@@ -113,6 +123,7 @@ def test_duality_causality_rows_and_locality(pair, ids, agree):  # 3, 8, 9, 10, 
     )
 
 
+@pytest.mark.slow
 def test_what_reaches_whom(pair, ids, agree):  # 15
     recipient, donor, _ = pair
     plain, p, others = run(recipient, ids), 3, torch.arange(ids.shape[1]) != 3
@@ -127,6 +138,7 @@ def test_what_reaches_whom(pair, ids, agree):  # 15
         assert (actual[:, p + 1 :] - plain[:, p + 1 :]).abs().max() > 1e-2, names
 
 
+@pytest.mark.slow
 def test_scores_are_the_same_in_every_run(pair):  # 6
     recipient, donor, tokenizer = pair
     prompts = [GraftPrompt(TEXT, "Bo", {"FE": "Ann Lee"})]
@@ -138,7 +150,7 @@ def test_scores_are_the_same_in_every_run(pair):  # 6
     assert found[0] == found[1]
 
 
-def test_padding_prefixes_and_generation(pair, agree):  # 11, 12, 13
+def test_padding_and_prefixes(pair):  # 11, 12
     recipient, donor, tokenizer = pair
     entity = GraftPlan.at(FromBatch("FE"))
     grid = component_grid(LAYERS, components=["ATTN", "FFN"], width=10, base=entity)
@@ -154,6 +166,11 @@ def test_padding_prefixes_and_generation(pair, agree):  # 11, 12, 13
         for metric in METRICS[2:4] + METRICS[5:]:
             assert a[metric] == pytest.approx(b[metric], abs=2e-4)
     assert together.tokens["fed"] < 0.6 * together.tokens["without sharing"]
+
+
+@pytest.mark.slow
+def test_generation(pair, agree):  # 13
+    recipient, donor, tokenizer = pair
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
     with torch.no_grad(), Graft(donor, GraftPlan.at(Last()), decode="donor").attach(recipient):
         output = recipient.generate(

@@ -20,7 +20,11 @@ from lightning_interp.testing.tiny import EXTRA_FAMILIES, FAMILIES, tiny_pair
 pytestmark = pytest.mark.kernels
 
 EVERY = FAMILIES + EXTRA_FAMILIES
+TWO = ("llama", "gpt2")  # rotary and learnt positions, plain and fused maps, untied and tied ends
+THREE = (*TWO, "qwen2_moe")
 EXECUTIONS = ("auto", "overwrite", "partition", "dense")
+# Every layout of modules once, and every execution where layouts are plain, fused and of experts.
+CASES = [(family, how) for family in EVERY for how in EXECUTIONS if family in THREE or how == "auto"]
 LENGTH = 12
 
 
@@ -82,8 +86,7 @@ def test_the_packages_components_are_the_oracles(family, pairs):
 # 1 and 2: the two ends are bit-equal to the plain models, logits and cache alike.
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize(("family", "execution"), CASES)
 def test_an_empty_plan_is_the_recipient(family, execution, pairs):
     recipient, donor = pairs(family)
     ids = prompts()
@@ -96,8 +99,7 @@ def test_an_empty_plan_is_the_recipient(family, execution, pairs):
     assert torch.equal(grafted(recipient, donor, at_nothing, ids, masks=nothing, execution=execution), expected)
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize(("family", "execution"), CASES)
 def test_the_whole_plan_is_the_donor(family, execution, pairs):
     recipient, donor = pairs(family)
     ids = prompts()
@@ -109,7 +111,7 @@ def test_the_whole_plan_is_the_donor(family, execution, pairs):
     assert torch.equal(actual, run(donor, ids, attention_mask=mask))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", THREE)
 def test_the_cache_of_a_whole_graft_is_the_donors(family, pairs):
     recipient, donor = pairs(family)
     ids = prompts()
@@ -122,7 +124,7 @@ def test_the_cache_of_a_whole_graft_is_the_donors(family, pairs):
         assert torch.equal(v, v_donor)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_the_ends_are_exact_in_bfloat16(family):
     recipient, donor = tiny_pair(family, dtype=torch.bfloat16)
     ids = prompts()
@@ -130,7 +132,7 @@ def test_the_ends_are_exact_in_bfloat16(family):
     assert torch.equal(grafted(recipient, donor, GraftPlan.whole(), ids), run(donor, ids))
 
 
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("family", ["opt", "bloom", "qwen2_moe"])
 def test_the_ends_are_exact_under_autocast(family, pairs):
     recipient, donor = pairs(family)
     ids = prompts()
@@ -139,7 +141,7 @@ def test_the_ends_are_exact_under_autocast(family, pairs):
         assert torch.equal(grafted(recipient, donor, GraftPlan.whole(), ids), run(donor, ids))
 
 
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen2_moe"])
 def test_a_donor_of_another_dtype_keeps_the_recipients(family, pairs):
     _, donor = pairs(family)
     recipient, same = tiny_pair(family, dtype=torch.bfloat16)
@@ -158,7 +160,7 @@ def test_a_donor_of_another_dtype_keeps_the_recipients(family, pairs):
 # 3: equal weights, any plan.
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", THREE)
 def test_equal_weights_change_nothing_under_dense_select(family, pairs):
     recipient, _ = pairs(family)
     twin = copy.deepcopy(recipient)
@@ -171,7 +173,7 @@ def test_equal_weights_change_nothing_under_dense_select(family, pairs):
 # 4: no trace.
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TWO)
 def test_no_trace_is_left(family, hook_count, state_hash):
     recipient, donor = tiny_pair(family)
     ids = prompts()
@@ -194,7 +196,7 @@ def test_no_trace_is_left(family, hook_count, state_hash):
     assert torch.equal(run(recipient, ids), plain)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TWO)
 def test_no_trace_is_left_after_an_exception(family, hook_count, state_hash):
     recipient, donor = tiny_pair(family)
     ids = prompts()
@@ -227,7 +229,7 @@ def test_no_trace_is_left_after_an_exception(family, hook_count, state_hash):
 # 5: rows without a graft in a batch with grafts.
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", THREE)
 def test_an_ungrafted_row_of_a_mixed_batch_is_the_recipients(family, pairs, agree):
     recipient, donor = pairs(family)
     ids = prompts(4)
@@ -244,7 +246,7 @@ def test_an_ungrafted_row_of_a_mixed_batch_is_the_recipients(family, pairs, agre
 # 6: no randomness.
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["gpt2", "qwen2_moe"])
 def test_the_same_graft_twice_is_the_same_to_the_bit(family, pairs):
     recipient, donor = pairs(family)
     made = draw(family, "twice")
@@ -260,14 +262,14 @@ def test_the_same_graft_twice_is_the_same_to_the_bit(family, pairs):
 # 7: the sequential definition.
 
 
-def check_draws(family, seeds, agree, models, sources):
+def check_draws(family, seeds, agree, models, sources, *, executions=EXECUTIONS, one_by_one=False):
     recipient, *donors = models
-    oracle = Oracle(family, recipient, *donors)
+    oracle = Oracle(family, recipient, *donors, one_by_one=one_by_one)
     named = dict(zip(sources, donors, strict=True))
     draws = [draw(family, seed, sources={name: i + 1 for i, name in enumerate(sources)}) for seed in seeds]
     ids = torch.tensor([made.ids for made in draws])
     expected = torch.stack([oracle.logits(made.ids, made.table) for made in draws])
-    for execution in EXECUTIONS:
+    for execution in executions:
         plans = [made.plan for made in draws]
         actual = grafted(recipient, named, plans, ids, masks=batch_masks(draws), execution=execution)
         agree(actual, expected, f"7 random plans, {family}")
@@ -277,21 +279,22 @@ def check_draws(family, seeds, agree, models, sources):
 
 @pytest.mark.parametrize("family", EVERY)
 def test_random_plans_follow_the_sequential_definition(family, pairs, agree):
-    check_draws(family, range(8), agree, pairs(family), ["donor"])
+    executions = EXECUTIONS if family in THREE else ("auto", "partition")
+    check_draws(family, range(6), agree, pairs(family), ["donor"], executions=executions)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TWO)
 def test_random_plans_with_two_donors_follow_the_definition(family, pairs, agree):
     recipient, donor = pairs(family)
     other = tiny_pair(family, seed=1)[1]
-    check_draws(family, [("two", i) for i in range(6)], agree, (recipient, donor, other), ["task", "relation"])
+    check_draws(family, [("two", i) for i in range(5)], agree, (recipient, donor, other), ["task", "relation"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", EVERY)
 def test_many_random_plans_follow_the_sequential_definition(family, pairs, agree):
     for i in range(25):
-        check_draws(family, range(100 + 8 * i, 108 + 8 * i), agree, pairs(family), ["donor"])
+        check_draws(family, range(100 + 8 * i, 108 + 8 * i), agree, pairs(family), ["donor"], one_by_one=True)
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -309,15 +312,21 @@ def test_each_component_alone_follows_the_sequential_definition(family, pairs, a
     masks = {"m": torch.zeros(len(names), LENGTH, dtype=torch.bool)}
     masks["m"][:, [4, 5, 9]] = True
     plain = run(recipient, ids)
-    for execution in EXECUTIONS:
+    for execution in ("auto", "partition"):
         actual = grafted(recipient, donor, plans, ids, masks=masks, execution=execution)
         agree(actual, torch.stack(expected), f"7 single components, {family}")
         assert (actual - plain).abs().amax(dim=(1, 2)).min() > 1e-3  # and each of them matters
 
 
-@pytest.mark.parametrize("final_norm", ["recipient", "donor", "follow"])
-@pytest.mark.parametrize("head", ["recipient", "donor", "follow"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt"])  # tied, untied, capped and biased ends
+@pytest.mark.parametrize(
+    ("family", "head", "final_norm"),  # untied, tied, capped and biased ends; every pair of switches at one of them
+    [
+        ("llama", "recipient", "donor"), ("llama", "follow", "follow"), ("llama", "donor", "recipient"),
+        ("gpt2", "recipient", "recipient"), ("gpt2", "donor", "follow"), ("gpt2", "follow", "donor"),
+        ("gemma2", "donor", "donor"), ("gemma2", "follow", "recipient"),
+        ("opt", "recipient", "follow"), ("opt", "follow", "donor"),
+    ],
+)  # fmt: skip
 def test_head_and_final_norm_switches(family, head, final_norm, pairs, agree):
     recipient, donor = pairs(family)
     names = ["BLOCK", *(["unembed"] if head == "follow" else []), *(["final_norm"] if final_norm == "follow" else [])]
@@ -334,10 +343,10 @@ def test_head_and_final_norm_switches(family, head, final_norm, pairs, agree):
 # 8: duality.
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_duality(family, pairs, agree):
     recipient, donor = pairs(family)
-    draws = [draw(family, ("dual", i)) for i in range(6)]
+    draws = [draw(family, ("dual", i)) for i in range(5)]
     ids, masks = torch.tensor([made.ids for made in draws]), batch_masks(draws)
     forth = grafted(recipient, donor, [made.plan for made in draws], ids, masks=masks)
     back = grafted(donor, recipient, [made.plan.dual() for made in draws], ids, masks=masks)
@@ -349,7 +358,7 @@ def test_duality(family, pairs, agree):
 # 9: causality.
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom"])
 def test_later_grafts_leave_earlier_logits(family, pairs, agree):
     recipient, donor = pairs(family)
     made = draw(family, "causal")
@@ -365,10 +374,10 @@ def test_later_grafts_leave_earlier_logits(family, pairs, agree):
 # 10 and 11: a row does not depend on its neighbours or on padding.
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", THREE)
 def test_a_row_alone_is_the_row_in_a_batch(family, pairs, agree):
     recipient, donor = pairs(family)
-    draws = [draw(family, ("alone", i)) for i in range(5)]
+    draws = [draw(family, ("alone", i)) for i in range(4)]
     ids = torch.tensor([made.ids for made in draws])
     together = grafted(recipient, donor, [made.plan for made in draws], ids, masks=batch_masks(draws))
     for row, made in enumerate(draws):
@@ -391,21 +400,18 @@ def test_left_padding_changes_nothing(family, pairs, agree):
     batch = with_positions(family, padded(rows, lengths))
     ids = batch.pop("input_ids")
     oracle = Oracle(family, recipient, donor)
-    for execution in EXECUTIONS:
+    expected = [oracle.logits(made.ids, made.table) for made in draws]
+    for execution in EXECUTIONS if family in TWO else ("auto",):
         plans = [made.plan for made in draws]
         together = grafted(recipient, donor, plans, ids, masks=masks, execution=execution, **batch)
-        for row, made in enumerate(draws):
-            single = grafted(recipient, donor, made.plan, torch.tensor([made.ids]), masks=batch_masks([made]))
-            real = together[row, width - len(made.ids) :]
-            agree(real, single[0], f"11 padding, {family}")
-            if execution == "auto":
-                agree(real, oracle.logits(made.ids, made.table), f"11 padding, {family}")
+        for row, logits in enumerate(expected):
+            agree(together[row, width - len(logits) :], logits, f"11 padding, {family}")
 
 
 # 14: precedence.
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TWO)
 def test_the_last_matching_rule_decides(family, pairs):
     recipient, donor = pairs(family)
     ids = prompts()
@@ -422,7 +428,7 @@ def test_the_last_matching_rule_decides(family, pairs):
 # 15: locality.
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", THREE)
 def test_what_reaches_no_other_position_changes_only_its_own(family, pairs, agree):
     recipient, donor = pairs(family)
     ids, p = prompts(), 4
@@ -431,13 +437,13 @@ def test_what_reaches_no_other_position_changes_only_its_own(family, pairs, agre
     cases = [("q", -1), ("o", -1), ("FFN", -1), ("ln_mlp", -1), ("unembed", "all"), ("final_norm", "all")]
     for name, layers in cases:
         plan = GraftPlan.at(Span(p), name, layers, head="follow", final_norm="follow")
-        for execution in EXECUTIONS:
+        for execution in EXECUTIONS if family == "llama" else ("auto",):
             actual = grafted(recipient, donor, plan, ids, execution=execution)
             agree(actual[:, [not x for x in own]], plain[:, [not x for x in own]], f"15 locality, {family}")
             assert (actual[:, p] - plain[:, p]).abs().max() > 1e-3, name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "bloom"])
 def test_keys_and_values_reach_only_their_own_and_later_positions(family, pairs, agree):
     recipient, donor = pairs(family)
     ids, p = prompts(), 4
@@ -484,12 +490,12 @@ def test_query_key_and_value_together_are_the_fused_module(family, pairs, agree)
     # Pieces and whole in rows of one batch, at some positions.
     plans = [GraftPlan.at(Span(3, 6), names) for names in (["q"], ["k"], ["v"], ["q", "k", "v"], ["q", "v"])]
     rows = ids[:1].expand(len(plans), -1)
-    for execution in EXECUTIONS:
+    alone = torch.cat([grafted(recipient, donor, plan, ids[:1]) for plan in plans])
+    for execution in EXECUTIONS if family == "gpt2" else ("auto", "dense"):
         mixed = grafted(recipient, donor, plans, rows, execution=execution)
         whole = grafted(recipient, fused, GraftPlan.at(Span(3, 6), "ATTN"), rows, execution=execution)
         agree(mixed[3], whole[3], f"17 fused, {family}")
-        for row, plan in enumerate(plans):
-            agree(mixed[row], grafted(recipient, donor, plan, ids[:1])[0], f"17 fused, {family}")
+        agree(mixed, alone, f"17 fused, {family}")
 
 
 def test_gate_and_up_together_are_the_fused_module(pairs, agree):
@@ -510,7 +516,7 @@ def test_gate_and_up_together_are_the_fused_module(pairs, agree):
 # 18: several donors.
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TWO)
 def test_two_equal_donors_are_one(family, pairs, agree):
     recipient, donor = pairs(family)
     ids = prompts()
@@ -532,7 +538,7 @@ def test_two_equal_donors_are_one(family, pairs, agree):
 
 @pytest.mark.parametrize(
     ("family", "execution"),
-    [(f, e) for f in FAMILIES for e in EXECUTIONS if f in ("llama", "qwen2_moe") or e == "auto"],
+    [*(("llama", execution) for execution in EXECUTIONS), ("gpt2", "auto"), ("qwen2_moe", "partition")],
 )
 def test_gradients_reach_both_models_through_their_own_rows(family, execution):
     recipient, donor = tiny_pair(family)
