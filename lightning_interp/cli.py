@@ -71,9 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     run = command("run", _run, "Run a recipe, or go on with its run. NAME --help shows its settings.")
     run.add_argument("recipe", metavar="NAME", help="name of a recipe ('list' shows them), or a YAML or Python file")
-    run.add_argument(
-        "overrides", nargs=argparse.REMAINDER, metavar="--field=value", help="settings to change"
-    ).required = False
+    overrides = run.add_argument("overrides", nargs="...", metavar="--field=value", help="settings to change")
+    overrides.required = False
     command("list", _list, "List the recipes of this package.")
     show = command("show", _show, "Show how far a run is, and its main table.")
     show.add_argument("run_dir", type=Path, metavar="RUN_DIR")
@@ -87,17 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run a command: the arguments after the program's name, or those of this process.
 
-    Args:
-        argv: The arguments after the program's name; those of this process if None.
-
-    Returns:
-        The exit code: 0, 1 for an error of this package, 2 for wrong use, 130 after Ctrl-C, 143 after SIGTERM.
-
-    Example:
-        >>> main(["run", "grafting/fcts"])
-        2
+    The exit code is 0, 1 for an error of this package, 2 for wrong use, 130 after Ctrl-C, 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if os.environ.get("LIGHTNING_INTERP_DEBUG") == "1":
@@ -129,9 +120,12 @@ def _say(message: str, code: int) -> int:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    if {"-h", "--help"} & set(parsed.overrides):
-        return _help(parsed.recipe)
+    from lightning_interp.running.settings import print_help
+
     with _settings_are_usage():
+        if {"-h", "--help"} & set(parsed.overrides):
+            print_help(*_found(parsed.recipe))
+            return 0
         recipe = _configured(parsed.recipe, parsed.overrides)
     try:
         with _terminable(), _phase_lines(), _without_advertisements():
@@ -154,18 +148,9 @@ def _configured(name: str, overrides: Sequence[str]) -> Recipe:
     if recipe.smoke and not named_on_command_line("model", overrides):
         recipe = dataclasses.replace(recipe, model=recipe.smoke_model)
     if recipe.run_dir is None and not source.named:
-        folder = f"runs/{source.title}{'-smoke' if recipe.smoke else ''}"
-        recipe = dataclasses.replace(recipe, run_dir=folder)
+        recipe = dataclasses.replace(recipe, run_dir=f"runs/{source.title}{'-smoke' if recipe.smoke else ''}")
     _ = recipe.trainer_options
     return recipe
-
-
-def _help(name: str) -> int:
-    from lightning_interp.running.settings import print_help
-
-    with _settings_are_usage():
-        print_help(*_found(name))
-    return 0
 
 
 def _found(name: str) -> tuple[type[Recipe], RecipeSource]:
@@ -182,10 +167,9 @@ def _list(parsed: argparse.Namespace) -> int:
     names = recipe_names()
     if not names:
         raise RecipeError(f"There are no recipes in {str(recipes_dir())!r}. Install the package again.")
-    width = max(map(len, names))
     for name in names:
         purpose = header(recipes_dir() / f"{name}.yaml").split("\n")[0]
-        print(f"{name:<{width}}  {purpose}".rstrip())
+        print(f"{name:<{max(map(len, names))}}  {purpose}".rstrip())
     return 0
 
 
@@ -262,11 +246,8 @@ def _report(parsed: argparse.Namespace) -> int:
 def _stopped(why: str, command_line: Sequence[str], code: int) -> int:
     from lightning_interp.core.storage.distributed import is_rank_zero
 
-    if not is_rank_zero():
-        return code
-    return _say(
-        f"stopped by {why}; what is finished is kept. Go on with: lightning-interp {shlex.join(command_line)}", code
-    )
+    again = f"lightning-interp {shlex.join(command_line)}"
+    return _say(f"stopped by {why}; what is finished is kept. Go on with: {again}", code) if is_rank_zero() else code
 
 
 @contextmanager
@@ -320,11 +301,7 @@ def _phase_lines() -> Iterator[None]:
 def _without_advertisements() -> Iterator[None]:
     """Drop Lightning's tips to install other products, and a warning of torch's about Lightning, from the output."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "Tip: For seamless" not in str(record.msg)
-
-    logger.addFilter(keep)
+    logger.addFilter(keep := lambda record: "Tip: For seamless" not in str(record.msg))
     try:
         with warnings.catch_warnings():
             # 2026-11: Lightning 2.6 with torch 2.13, on every fit and validate.

@@ -71,14 +71,7 @@ class Interval(Protocol):
 
 
 def in_house_style(draw: Callable[P, Any]) -> Callable[P, Any]:
-    """Have a function draw in the house style, whatever the user's own settings of matplotlib are.
-
-    Args:
-        draw: Returns a matplotlib figure.
-
-    Returns:
-        The same function; what it draws afterwards is saved by :func:`png`.
-    """
+    """Have a function draw its figure, which :func:`png` saves, in the house style, whatever the user's own is."""
 
     @functools.wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> Any:
@@ -91,17 +84,7 @@ def in_house_style(draw: Callable[P, Any]) -> Callable[P, Any]:
 
 
 def panels(count: int, *, size: tuple[float, float], title: str = "", **share: Any) -> tuple[Any, list[Any]]:
-    """Make a figure with panels side by side.
-
-    Args:
-        count: How many.
-        size: Width and height of the figure in inches.
-        title: Above all panels; empty lines are left out.
-        **share: ``sharex`` and ``sharey``.
-
-    Returns:
-        The figure and its panels.
-    """
+    """Make a figure of some inches with panels side by side; ``share`` takes ``sharex`` and ``sharey``."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size)
@@ -111,28 +94,14 @@ def panels(count: int, *, size: tuple[float, float], title: str = "", **share: A
 
 
 def label(axis: Any, across: str = "", up: str = "", *, title: str = "", zero: bool = False) -> None:
-    """Name what a panel shows.
-
-    Args:
-        axis: The panel.
-        across: Below it.
-        up: Beside it.
-        title: Above it.
-        zero: Whether a line is drawn at zero.
-    """
+    """Name what a panel shows below it, beside it and above it, and draw a line at zero."""
     axis.set(xlabel=across, ylabel=up, title=title)
     if zero:
         axis.axhline(0, color=INK, linewidth=0.8)
 
 
 def legend_below(figure: Any, columns: int, **more: Any) -> None:
-    """Put one legend for all panels below them, each name once.
-
-    Args:
-        figure: The figure.
-        columns: Names side by side.
-        **more: Of matplotlib's ``legend``.
-    """
+    """Put one legend for all panels below them, each name once."""
     named: dict[str, Any] = {}
     for axis in figure.axes:
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -141,16 +110,7 @@ def legend_below(figure: Any, columns: int, **more: Any) -> None:
 
 
 def band(axis: Any, x: Sequence[float], found: Sequence[Interval], colour: str, name: str = "", **line: Any) -> None:
-    """Draw a line of estimates in the band of their intervals.
-
-    Args:
-        axis: The panel.
-        x: Where they lie.
-        found: The estimates.
-        colour: Of line and band.
-        name: In the legend.
-        **line: Of matplotlib's ``plot``, such as ``marker="s"``.
-    """
+    """Draw a line of estimates, to which ``line`` gives its look, in the band of their intervals."""
     axis.plot(x, [e.value for e in found], **{"marker": "o", "color": colour, "label": name or None} | line)
     low = [e.value if math.isnan(e.low) else e.low for e in found]
     high = [e.value if math.isnan(e.high) else e.high for e in found]
@@ -167,17 +127,7 @@ def bars(
     width: float = 0.8,
     lying: bool = False,
 ) -> None:
-    """Draw a bar for each estimate, and a line for each interval.
-
-    Args:
-        axis: The panel.
-        places: Where the bars stand, or their names.
-        found: The estimates.
-        colour: Of all bars, or of each.
-        name: In the legend.
-        width: Of a bar.
-        lying: From left to right, not upwards.
-    """
+    """Draw a bar for each estimate (``lying``: from left to right), and a line for each interval."""
     values, reach = [e.value for e in found], whiskers(found)
     line: dict[str, Any] = {"fmt": "none", "ecolor": INK, "elinewidth": 0.9, "capsize": 2.5}
     if lying:
@@ -189,28 +139,14 @@ def bars(
 
 
 def whiskers(found: Sequence[Interval]) -> list[list[float]]:
-    """How far intervals reach below and above their estimates, as matplotlib's ``errorbar`` takes it.
-
-    Args:
-        found: The estimates.
-
-    Returns:
-        Two rows; 0 where an end is not known.
-    """
+    """How far intervals reach below and above their estimates, for ``errorbar``; 0 where an end is not known."""
     below = [0.0 if math.isnan(e.low) else max(0.0, e.value - e.low) for e in found]
     above = [0.0 if math.isnan(e.high) else max(0.0, e.high - e.value) for e in found]
     return [below, above]
 
 
 def heat_map(axis: Any, table: Sequence[Sequence[float]], columns: Sequence[str], **look: Any) -> None:
-    """Draw a table as a map, its first row at the bottom, with its scale beside it.
-
-    Args:
-        axis: The panel.
-        table: Rows of values.
-        columns: Names of its columns.
-        **look: Of matplotlib's ``imshow``, such as ``cmap`` and ``norm``.
-    """
+    """Draw a table as a map with the look of ``imshow``, its first row at the bottom, with its scale beside it."""
     image = axis.imshow(table, origin="lower", aspect="auto", **look)
     axis.figure.colorbar(image, ax=axis)
     axis.grid(False)
@@ -218,14 +154,7 @@ def heat_map(axis: Any, table: Sequence[Sequence[float]], columns: Sequence[str]
 
 
 def png(figure: Any) -> bytes:
-    """Save a figure as PNG; the same content gives the same bytes, whatever the time and the user's own settings.
-
-    Args:
-        figure: A matplotlib figure.
-
-    Returns:
-        The file.
-    """
+    """Save a figure as PNG; the same content gives the same bytes, whatever the time and the user's own settings."""
     from matplotlib import style
 
     data = io.BytesIO()

@@ -15,22 +15,10 @@ __all__ = ["names_of_stub"]
 def names_of_stub(
     package: str, file: str, *more: str
 ) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
-    """What a package's ``__init__`` needs to offer the names that the ``.pyi`` file beside it lists.
+    """A package's ``__all__``, ``__getattr__`` and ``__dir__`` for the names that the ``.pyi`` file beside it lists.
 
-    Type checkers read the stub, and so does this function: a line ``from module import name as name`` a name.
-
-    Args:
-        package: ``__name__`` of the package.
-        file: ``__file__`` of the package.
-        *more: Names that the package defines itself.
-
-    Returns:
-        ``__all__``, ``__getattr__`` and ``__dir__``.
-
-    Example:
-        >>> import lightning_interp
-        >>> lightning_interp.Span.__module__, "Span" in dir(lightning_interp)
-        ('lightning_interp.core.tokens.positions', True)
+    Type checkers read the stub, and so does this function: a line ``from module import name as name`` a name. The
+    package is told by its ``__name__`` and ``__file__``, and defines ``more`` itself.
     """
     # Without pathlib and re, which cost more than all the rest.
     with open(file.removesuffix(".py") + ".pyi", encoding="utf-8") as stub:

@@ -12,14 +12,12 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from lightning_interp.errors import RecipeError
-
-if TYPE_CHECKING:
-    import yaml
 
 __all__ = [
     "RecipeSource",
@@ -43,19 +41,12 @@ _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 @dataclass(frozen=True)
 class RecipeSource:
-    """Where a recipe's class and settings come from.
+    """Where a recipe's class and settings come from."""
 
-    Attributes:
-        key: What the ``recipe:`` key of a YAML file says: a name, a dotted class, or the path of a Python file.
-        code: The Python file, or None for a dotted class.
-        settings: The YAML file, or None for the class's own defaults.
-        named: Whether it is one of the package's own recipes, called by its name.
-    """
-
-    key: str
-    code: Path | None
-    settings: Path | None
-    named: bool = False
+    key: str  # what the recipe: key of a YAML file says: a name, a dotted class, or the path of a Python file
+    code: Path | None  # the Python file, or None for a dotted class
+    settings: Path | None  # the YAML file, or None for the class's own defaults
+    named: bool = False  # whether it is one of the package's own recipes, called by its name
 
     @property
     def title(self) -> str:
@@ -80,14 +71,7 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name: str) -> RecipeSource:
-    """Find a recipe by its name, its YAML file, or its Python file.
-
-    Args:
-        name: ``grafting/facts``, ``mine.yaml`` or ``mine.py``.
-
-    Raises:
-        RecipeError: If there is no such recipe or file; names the nearest.
-    """
+    """Find a recipe by its name, its YAML file, or its Python file: ``grafting/facts``, ``mine.yaml``, ``mine.py``."""
     suffix = Path(name).suffix
     if suffix in (".yaml", ".yml", ".py"):
         path = Path(name)
@@ -99,14 +83,16 @@ def find_recipe(name: str) -> RecipeSource:
 
 
 def load_class(source: RecipeSource, base: type[T]) -> type[T]:
-    """Import a recipe's class.
-
-    Raises:
-        RecipeError: If the file cannot be imported, or does not define exactly one recipe.
-    """
+    """Import a recipe's class, the one that the file defines."""
     if source.code is None:
         module_name, _, class_name = source.key.rpartition(".")
-        found: Any = getattr(_imported(source.key, module_name), class_name, None)
+        try:
+            found: Any = getattr(importlib.import_module(module_name), class_name, None)
+        except Exception as error:
+            raise RecipeError(
+                f"Recipe {source.key!r} could not be imported: {type(error).__name__}: {error}. "
+                "Put its folder on PYTHONPATH, or name its file: recipe: path/to/file.py."
+            ) from error
         if not (isinstance(found, type) and issubclass(found, base)):
             raise RecipeError(
                 f"{source.key!r} is {'missing' if found is None else repr(found)}: expected a subclass of "
@@ -114,12 +100,8 @@ def load_class(source: RecipeSource, base: type[T]) -> type[T]:
             )
         return found
     module = _module_at(source.code)
-    own = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__
-    ]
-    concrete = [value for value in own if not inspect.isabstract(value)]
+    own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
+    concrete = [value for value in own if issubclass(value, base) and not inspect.isabstract(value)]
     if len(concrete) != 1:
         listed = ", ".join(value.__name__ for value in concrete) or "none"
         raise RecipeError(
@@ -130,23 +112,12 @@ def load_class(source: RecipeSource, base: type[T]) -> type[T]:
 
 
 def recipe_module(name: str) -> ModuleType:
-    """Import one of the files beside the package's own recipes, as the recipes themselves import it.
-
-    Args:
-        name: Without its ending, such as ``grafting/_common``.
-    """
+    """Import a file beside the package's own recipes, such as ``grafting/_common``, as the recipes import it."""
     return _module_at(recipes_dir() / f"{name}.py")
 
 
 def code_files(code: Path) -> list[Path]:
-    """Return a recipe's Python file and the helpers beside it that it imports (``from ._common import ...``).
-
-    Returns:
-        The file itself first, then its helpers, also those of helpers.
-
-    Raises:
-        RecipeError: If one of them cannot be read as Python.
-    """
+    """Return a recipe's Python file, then the helpers beside it that it imports (``from ._common import ...``)."""
     files = [code]
     for path in files:  # grows on the way
         try:
@@ -161,23 +132,12 @@ def code_files(code: Path) -> list[Path]:
 
 def header(path: Path) -> str:
     """Return the comment lines that a recipe's YAML file begins with, without their signs."""
-    lines: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line[1:].removeprefix(" ").rstrip())
-    return "\n".join(lines).strip("\n")
+    lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    return "\n".join(line[1:].removeprefix(" ").rstrip() for line in lines).strip("\n")
 
 
 def yaml_keys(path: Path) -> dict[str, tuple[int, Any]]:
-    """Return the keys of a settings file with their lines, without building any of its values.
-
-    Returns:
-        ``(line, node)`` by key, dotted for nested mappings.
-
-    Raises:
-        RecipeError: If it cannot be read, is no mapping, or holds a key twice; names file and line.
-    """
+    """Return ``(line, node)`` by key of a settings file, dotted for nested mappings, without building any value."""
     import yaml
 
     try:
@@ -192,15 +152,22 @@ def yaml_keys(path: Path) -> dict[str, tuple[int, Any]]:
     if not isinstance(root, yaml.MappingNode):
         raise RecipeError(f"{path}: expected 'key: value' lines, beginning with 'recipe: NAME'.")
     keys: dict[str, tuple[int, Any]] = {}
-    _collect(path, root, "", keys)
+
+    def collect(node: yaml.MappingNode, prefix: str) -> None:
+        for key_node, value_node in node.value:
+            key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
+            if key in keys:
+                raise RecipeError(f"{path}, line {line}: the key {key!r} is there twice (also in line {keys[key][0]}).")
+            keys[key] = (line, value_node)
+            if isinstance(value_node, yaml.MappingNode) and prefix.count(".") < 3:
+                collect(value_node, f"{key}.")
+
+    collect(root, "")
     return keys
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return a sentence that names what ``word`` may have meant.
-
-    Returns:
-        ``Did you mean 'x'?``, or the list of all.
+    """Return a sentence that names what ``word`` may have meant, or all that there is.
 
     Example:
         >>> nearest("lerning_rate", ["learning_rate", "epochs"]), nearest("zzz", ["learning_rate", "epochs"])
@@ -249,33 +216,10 @@ def _from_yaml(path: Path) -> RecipeSource:
         raise RecipeError(f"{path}, line {line}: {error}") from error
 
 
-def _collect(path: Path, node: yaml.MappingNode, prefix: str, keys: dict[str, tuple[int, Any]]) -> None:
-    import yaml
-
-    for key_node, value_node in node.value:
-        key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
-        if key in keys:
-            raise RecipeError(f"{path}, line {line}: the key {key!r} is there twice (also in line {keys[key][0]}).")
-        keys[key] = (line, value_node)
-        if isinstance(value_node, yaml.MappingNode) and prefix.count(".") < 3:
-            _collect(path, value_node, f"{key}.", keys)
-
-
-def _imported(key: str, module_name: str) -> ModuleType:
-    try:
-        return importlib.import_module(module_name)
-    except Exception as error:
-        raise RecipeError(
-            f"Recipe {key!r} could not be imported: {type(error).__name__}: {error}. "
-            "Put its folder on PYTHONPATH, or name its file: recipe: path/to/file.py."
-        ) from error
-
-
 def _module_at(code: Path) -> ModuleType:
     """Import a Python file under a module name that is the same in every process.
 
-    The packages above it are known by their folders, so that it can import what lies beside it (``from ._common``)
-    without a folder on ``sys.path``, where the helpers of two recipes would meet.
+    The packages above it are known by their folders, so it can import what lies beside it without ``sys.path``.
     """
     code = code.resolve()
     own = code.is_relative_to(recipes_dir().resolve())
@@ -301,12 +245,14 @@ def _module_at(code: Path) -> ModuleType:
 
 def _register_parents(name: str, code: Path) -> None:
     """Make the packages above a module known, so that it can be imported by its name afterwards."""
-    parents, folder = name.split(".")[:-1], code.parent
     below: ModuleType | None = None
-    while parents:
-        package = ModuleType(".".join(parents))
+    for folder in code.parents:
+        name = name.rpartition(".")[0]
+        if not name:
+            return
+        package = ModuleType(name)
         package.__path__ = [str(folder)]
-        package = sys.modules.setdefault(package.__name__, package)
+        package = sys.modules.setdefault(name, package)
         if below is not None:
             setattr(package, below.__name__.rpartition(".")[2], below)
-        below, parents, folder = package, parents[:-1], folder.parent
+        below = package

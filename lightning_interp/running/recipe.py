@@ -132,8 +132,11 @@ class Recipe(ABC):
     @property
     def name(self) -> str:
         """The recipe's name: ``grafting/facts`` for one of the package, else that of its class."""
-        module = sys.modules.get(type(self).__module__)
-        return getattr(module, "__recipe__", None) or type(self).__name__
+        return getattr(self._module, "__recipe__", None) or type(self).__name__
+
+    @property
+    def _module(self) -> Any:
+        return sys.modules.get(type(self).__module__)
 
     @property
     def source(self) -> str:
@@ -269,10 +272,10 @@ class Recipe(ABC):
 
     def _key(self) -> str:
         """Return what the ``recipe:`` key of a YAML file in the run folder must say to find this class again."""
-        module = sys.modules.get(type(self).__module__)
+        module = self._module
         if getattr(module, "__recipe__", None):
             return self.name
-        if hasattr(module, "__recipe__") and module is not None and module.__file__:
+        if hasattr(module, "__recipe__") and module.__file__:
             return os.path.relpath(module.__file__, self.run_path)
         return f"{type(self).__module__}.{type(self).__qualname__}"
 

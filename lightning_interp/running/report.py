@@ -22,11 +22,7 @@ LONG_TEXT = 24  # letters from which on a column of text is given some width
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
-    """Write ``report.html`` into the folder of a finished run.
-
-    Raises:
-        ManifestError: If it is no run folder, the run is not finished, or one of its files is missing or damaged.
-    """
+    """Write ``report.html`` into the folder of a finished run."""
     run = read_run(Path(run_dir))
     if not run.outcome:
         phases = ", ".join(f"{name} ({phase['status']})" for name, phase in run.manifest["phases"].items())
@@ -38,14 +34,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
 
 
 def render_report(run: StoredRun) -> str:
-    """Return the page: what was asked, tables, figures, caveats, versions, seed, settings, time.
-
-    Returns:
-        HTML that refers to no other file. All text is escaped.
-
-    Raises:
-        ManifestError: If a figure is missing.
-    """
+    """Return the page, HTML that refers to no other file; all text is escaped."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

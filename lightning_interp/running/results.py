@@ -35,45 +35,33 @@ __all__ = [
 OUTPUTS = ("config.yaml", "metrics.json", "tables", "figures", "report.html")
 
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?P<fraction>\.\d+)?(?P<exponent>[eE][+-]?\d+)?")
-_WORDS: dict[str, Any] = {
-    "": None,
-    "true": True,
-    "false": False,
-    "nan": float("nan"),
-    "inf": float("inf"),
-    "-inf": -float("inf"),
-}
+_WORDS = {"": None, "true": True, "false": False} | {word: float(word) for word in ("nan", "inf", "-inf")}
+_REMEDY = "Restore it, or start the run again to write it anew."
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """What a run folder holds.
-
-    Attributes:
-        path: The run folder.
-        manifest: The content of ``manifest.json``.
-        metrics: The content of ``metrics.json``; empty before the run is finished.
-        tables: Rows by table name, in the order in which the recipe gave them.
-        figures: PNG files by name.
-    """
+    """What a run folder holds."""
 
     path: Path
     manifest: dict[str, Any]
-    metrics: dict[str, Any] = field(default_factory=dict)
-    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    figures: dict[str, Path] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)  # empty before the run is finished
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # in the order in which the recipe gave them
+    figures: dict[str, Path] = field(default_factory=dict)  # PNG files
 
     @property
     def outcome(self) -> dict[str, Any]:
         """What the finished run says of itself; empty before."""
-        outcome: dict[str, Any] = self.manifest["outcome"]
-        return outcome
+        return dict(self.manifest["outcome"])
 
     @property
     def status(self) -> str:
         """How the last start of the run ended, or ``running`` (which it also says after a kill)."""
-        sessions = self.manifest["sessions"]
-        return str(sessions[-1]["status"]) if sessions else "not started"
+        return str(self._last.get("status", "not started"))
+
+    @property
+    def _last(self) -> dict[str, Any]:
+        return dict((self.manifest["sessions"] or [{}])[-1])
 
     @property
     def state(self) -> str:
@@ -83,8 +71,7 @@ class StoredRun:
     @property
     def message(self) -> str | None:
         """Why the last start did not finish."""
-        sessions = self.manifest["sessions"]
-        return sessions[-1].get("message") if sessions else None
+        return self._last.get("message")
 
     @property
     def children(self) -> dict[str, StoredRun]:
@@ -92,11 +79,7 @@ class StoredRun:
         return {name: read_run(folder) for name, folder in child_folders(self.path).items()}
 
     def result(self, phase: str) -> Any:
-        """Return what a phase returned, None if it is not finished.
-
-        Raises:
-            ManifestError: If the run has no such phase, or its file is missing or changed.
-        """
+        """Return what a phase returned, None if it is not finished."""
         phases = self.manifest["phases"]
         if phase not in phases:
             raise ManifestError(
@@ -111,11 +94,7 @@ class StoredRun:
 
 
 def check_output_name(name: str, what: str) -> str:
-    """Return ``name`` if it can be a file's name without its ending.
-
-    Raises:
-        RecipeError: If it holds other characters than letters, digits, dot, dash, underscore.
-    """
+    """Return ``name`` if it can be a file's name without its ending."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
         raise RecipeError(
             f"{name!r} cannot name a {what}: it becomes a file's name. Use letters, digits, '.', '-' and '_'."
@@ -130,13 +109,7 @@ def write_results(
     tables: Mapping[str, Sequence[Mapping[str, Any]]],
     figures: Mapping[str, Any],
 ) -> None:
-    """Write ``metrics.json``, ``tables/*.csv`` and ``figures/*.png``, each file in one step.
-
-    Raises:
-        DataError: If a value has no JSON form.
-        RecipeError: If a figure is neither of both.
-        ManifestError: If the folder cannot be written.
-    """
+    """Write ``metrics.json``, ``tables/*.csv`` and ``figures/*.png``, each file in one step."""
     for name, rows in tables.items():
         write_table(run_dir / "tables" / f"{name}.csv", rows)
     for name, figure in figures.items():
@@ -155,9 +128,6 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def read_table(path: Path) -> list[dict[str, Any]]:
     """Read rows back from CSV, numbers as numbers.
 
-    Raises:
-        ManifestError: If the file cannot be read.
-
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "t.csv"
@@ -170,9 +140,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
         with open(path, encoding="utf-8", newline="") as file:
             return [_values(row) for row in csv.DictReader(file)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ManifestError(
-            f"Cannot read the table {str(path)!r}: {error}. Restore it, or start the run again to write it anew."
-        ) from error
+        raise ManifestError(f"Cannot read the table {str(path)!r}: {error}. {_REMEDY}") from error
 
 
 def write_figure(path: Path, figure: Any) -> None:
@@ -192,11 +160,7 @@ def write_figure(path: Path, figure: Any) -> None:
 
 
 def read_run(run_dir: Path) -> StoredRun:
-    """Read a run folder, finished or not.
-
-    Raises:
-        ManifestError: If it is no run folder, or one of its files is missing or damaged.
-    """
+    """Read a run folder, finished or not."""
     manifest = read_manifest(run_dir)
     outcome = manifest["outcome"]
     if not outcome:
@@ -212,12 +176,9 @@ def read_run(run_dir: Path) -> StoredRun:
 
 def _read_metrics(path: Path) -> dict[str, Any]:
     try:
-        metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise ManifestError(
-            f"Cannot read {str(path)!r}: {error}. Restore it, or start the run again to write it anew."
-        ) from error
-    return metrics
+        raise ManifestError(f"Cannot read {str(path)!r}: {error}. {_REMEDY}") from error
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -228,13 +189,9 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return value
-    return repr(value) if isinstance(value, int | float) else json.dumps(value, ensure_ascii=False)
+    if value is None or isinstance(value, str):
+        return value or ""
+    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 
 def _values(row: Mapping[str | None, Any]) -> dict[str, Any]:

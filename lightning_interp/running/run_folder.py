@@ -59,14 +59,10 @@ class RunFolder:
         return self._manifest.phase(name, begin, inputs=inputs, every_rank=every_rank)
 
     def progress(self, description: str, total: float | None = None) -> AbstractContextManager[ProgressBar]:
-        """Show a progress bar on a terminal, nothing elsewhere.
+        """Show a progress bar on a terminal, nothing elsewhere; call ``advance()`` on what the context gives."""
+        from lightning_interp.running.terminal import progress_bar
 
-        Returns:
-            A context manager; call ``advance()`` on what it gives.
-        """
-        from lightning_interp.running.terminal import progress_bar, quiet_bar
-
-        return progress_bar(description, total) if self.writes else quiet_bar()
+        return progress_bar(description, total, show=self.writes)
 
     @property
     def writes(self) -> bool:

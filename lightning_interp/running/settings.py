@@ -21,44 +21,33 @@ __all__ = ["literal", "load_settings", "named_on_command_line", "print_help", "t
 T = TypeVar("T")
 
 _FILE = "settings_file"  # how the YAML file reaches the parser; not for users, who name it first
+_OURS = (_FILE, "recipe")
 
 
 def load_settings(cls: type[T], source: RecipeSource, overrides: Sequence[str] = ()) -> T:
-    """Build ``cls`` from a YAML file and overrides such as ``--epochs=3`` or ``--trainer.devices=4``.
+    """Build a dataclass from a YAML file and overrides such as ``--epochs=3`` or ``--trainer.devices=4``.
 
-    ``${key}`` in the YAML stands for another key's value, after the overrides.
-
-    Args:
-        cls: A dataclass; its attribute docstrings are the help.
-        source: Where the class and the YAML come from.
-        overrides: Command-line arguments.
-
-    Returns:
-        The object.
-
-    Raises:
-        RecipeError: If a key does not exist or a value does not fit; names the key, the file and line or the option,
-            and the nearest key that exists.
+    ``${key}`` in the YAML stands for another key's value, after the overrides. A RecipeError names the key, the file
+    and line or the option, and the nearest key that exists.
     """
     parser = _parser(cls, source)
-    known = [key for key in parser.get_defaults().keys() if key not in (_FILE, "recipe")]  # noqa: SIM118 - a Namespace
-    lines = {} if source.settings is None else _checked_keys(source.settings, known)
-    _check_options(overrides, known, source)
-    places = {key: f"{source.settings}, line {line}" for key, line in lines.items()}
-    places |= {key: f"--{key}" for key in map(_option_key, overrides) if key}
+    known = _fields(parser.get_defaults())
+    places = {} if source.settings is None else _checked_keys(source.settings, known)
+    for key in filter(None, map(_option_key, overrides)):
+        if not _exists(key, known):
+            raise RecipeError(f"Recipe {source.title!r} has no field '--{key}'. {nearest(key, known)}")
+        places[key] = f"--{key}"
     settings = [] if source.settings is None else [f"--{_FILE}={source.settings}"]
     parsed = _parse(lambda: parser.parse_args([*settings, *overrides]), places)
-    return cls(
-        **{key: value for key, value in vars(parser.instantiate(parsed)).items() if key not in (_FILE, "recipe")}
-    )
+    values = vars(parser.instantiate(parsed))
+    return cls(**{key: value for key, value in values.items() if key not in _OURS})
 
 
 def print_help(cls: type[Any], source: RecipeSource) -> None:
     """Print every field with its meaning, type and value, below the header of the YAML file."""
     parser, values = _parser(cls, source), load_settings(cls, source)
-    for key in parser.get_defaults().keys():  # noqa: SIM118 - a Namespace
-        if key not in (_FILE, "recipe"):
-            parser.set_defaults({key: operator.attrgetter(key)(values)})
+    for key in _fields(parser.get_defaults()):
+        parser.set_defaults({key: operator.attrgetter(key)(values)})
     parser.print_help()
 
 
@@ -68,13 +57,7 @@ def named_on_command_line(key: str, overrides: Sequence[str]) -> bool:
 
 
 def literal(value: Any) -> Any:
-    r"""Return settings such that reading them back from YAML takes no text in them for an interpolation.
-
-    Args:
-        value: Plain values.
-
-    Returns:
-        The same, with ``${`` in texts escaped.
+    r"""Return plain values with ``${`` in texts escaped, so that reading them from YAML takes none for a key's value.
 
     Example:
         >>> print(literal("Pay ${amount}."))
@@ -88,17 +71,10 @@ def literal(value: Any) -> Any:
 
 
 def trainer_arguments(trainer: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
-    """Check settings against Lightning's Trainer.
+    """Check arguments of Lightning's Trainer; gives a function that builds them, with new objects at each call.
 
-    Args:
-        trainer: Arguments of the Trainer. Callbacks, loggers and plugins may be objects, or mappings with
-            ``class_path`` and ``init_args`` as on Lightning's own command line.
-
-    Returns:
-        A function that builds the arguments, ready for the Trainer, with new objects at each call.
-
-    Raises:
-        RecipeError: If the Trainer has no such argument, or the value does not fit.
+    Callbacks, loggers and plugins may be objects, or mappings with ``class_path`` and ``init_args`` as on Lightning's
+    own command line.
 
     Example:
         >>> trainer_arguments({"max_epochs": 3, "precision": "bf16-mixed"})()
@@ -115,7 +91,7 @@ def trainer_arguments(trainer: Mapping[str, Any]) -> Callable[[], dict[str, Any]
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Trainer, "trainer", instantiate=False)
-    known = [key.removeprefix("trainer.") for key in parser.get_defaults().keys()]  # noqa: SIM118 - a Namespace
+    known = [key.removeprefix("trainer.") for key in _fields(parser.get_defaults())]
     for key in trainer:
         if key not in known:
             raise RecipeError(f"The Trainer has no argument {key!r}. {nearest(key, known)}")
@@ -153,10 +129,9 @@ def _parser(cls: type[Any], source: RecipeSource) -> ArgumentParser:
 
 
 def _resolve_annotations(cls: type[Any]) -> None:
-    """Turn a dataclass's postponed annotations into types.
+    """Turn a dataclass's postponed annotations into types, as jsonargparse would.
 
-    jsonargparse would do it too, but runs the ``if TYPE_CHECKING:`` imports of the class's module on the way: seconds
-    of torch and transformers for a help text.
+    It runs the ``if TYPE_CHECKING:`` imports of the class's module on the way: seconds for a help text.
     """
     with contextlib.suppress(NameError):  # a field of a type that only exists there: jsonargparse's own way
         hints = get_type_hints(cls)
@@ -164,19 +139,17 @@ def _resolve_annotations(cls: type[Any]) -> None:
         annotations.update({name: hints[name] for name in annotations if name in hints})
 
 
-def _check_options(overrides: Sequence[str], known: Sequence[str], source: RecipeSource) -> None:
-    for key in map(_option_key, overrides):
-        if key is not None and not _exists(key, known):
-            raise RecipeError(f"Recipe {source.title!r} has no field '--{key}'. {nearest(key, known)}")
+def _fields(defaults: Any) -> list[str]:
+    return [key for key in defaults.keys() if key not in _OURS]  # noqa: SIM118 - a Namespace
 
 
-def _checked_keys(path: Path, known: Sequence[str]) -> dict[str, int]:
-    """Return the line of each key of the YAML file, all of which exist."""
-    lines = {key: line for key, (line, _) in yaml_keys(path).items() if key != "recipe"}
-    for key, line in lines.items():
+def _checked_keys(path: Path, known: Sequence[str]) -> dict[str, str]:
+    """Return the place of each key of the YAML file, all of which exist."""
+    places = {key: f"{path}, line {line}" for key, (line, _) in yaml_keys(path).items() if key != "recipe"}
+    for key, place in places.items():
         if not _exists(key, known):
-            raise RecipeError(f"{path}, line {line}: there is no field {key!r}. {nearest(key, known)}")
-    return lines
+            raise RecipeError(f"{place}: there is no field {key!r}. {nearest(key, known)}")
+    return places
 
 
 def _exists(key: str, known: Sequence[str]) -> bool:

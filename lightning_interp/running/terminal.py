@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import IO, Any, Protocol
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, Any
 
 __all__ = [
     "ProgressBar",
@@ -14,30 +15,32 @@ __all__ = [
     "plain_table",
     "print_table",
     "progress_bar",
-    "quiet_bar",
     "shown",
     "shown_column",
     "shown_rows",
 ]
 
 
-class ProgressBar(Protocol):
-    """What :func:`progress_bar` yields."""
+@dataclass(frozen=True)
+class ProgressBar:
+    """What :func:`progress_bar` yields; without Rich's progress and its task it shows nothing."""
+
+    progress: Any = None
+    task: Any = None
 
     def advance(self, steps: float = 1) -> None:
         """Count finished steps."""
+        if self.progress is not None:
+            self.progress.advance(self.task, steps)
 
     def describe(self, description: str) -> None:
         """Say what is being done now."""
+        if self.progress is not None:
+            self.progress.update(self.task, description=description)
 
 
 def shown(value: Any) -> str:
-    """Return a table cell as a person reads it: three significant digits, a dash for nothing.
-
-    Example:
-        >>> [shown(value) for value in (0.89641, 2.0e-7, 135_000_000, None, True, "FE+LT")]
-        ['0.896', '2e-07', '135000000', '-', 'yes', 'FE+LT']
-    """
+    """Return a table cell as a person reads it: three significant digits, a dash for nothing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     if isinstance(value, bool):
@@ -50,8 +53,7 @@ def shown(value: Any) -> str:
 def shown_column(values: Sequence[Any]) -> list[str]:
     """Return the cells of one column, numbers with equally many decimals so that they can be compared at a glance.
 
-    Returns:
-        The texts. A number that would read as zero without being it keeps its own digits.
+    A number that would read as zero without being it keeps its own digits.
 
     Example:
         >>> shown_column([0.25, 1.0, 0.0, 2e-7, None]), shown_column([0.0021, 0.896]), shown_column([1.0, 12.0])
@@ -79,15 +81,7 @@ def shown_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def plain_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return a table as text, numbers to the right.
-
-    Example:
-        >>> print(plain_table([{"plan": "FE", "top5": 0.25}, {"plan": "FE+LT", "top5": 1.0}]))
-        plan   top5
-        -----  ----
-        FE     0.25
-        FE+LT  1.00
-    """
+    """Return a table as text, numbers to the right."""
     names = columns(rows)
     cells = [names, *([cell.replace("\n", " ") for cell in line] for line in shown_rows(rows))]
     widths = [max(len(line[index]) for line in cells) for index in range(len(names))]
@@ -116,76 +110,35 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]], file: IO[str] | N
 
 
 @contextmanager
-def progress_bar(description: str, total: float | None = None, file: IO[str] | None = None) -> Iterator[ProgressBar]:
+def progress_bar(
+    description: str, total: float | None = None, file: IO[str] | None = None, *, show: bool = True
+) -> Iterator[ProgressBar]:
     """Show a bar with what is being done and how long is left; nothing where there is no terminal.
 
     A bar inside another live display (a Trainer's own bar) is not shown either: a terminal has room for one.
-
-    Args:
-        description: What is being done.
-        total: The number of steps, if known.
-        file: Where to; standard error if None.
-
-    Yields:
-        An object to tell of finished steps.
-
-    Example:
-        >>> with progress_bar("score prompts", total=3) as bar:
-        ...     for _ in range(3):
-        ...         bar.advance()
     """
     out = file or sys.stderr
-    if not out.isatty():
-        yield _Quiet()
+    if not (show and out.isatty()):
+        yield ProgressBar()
         return
+    from rich import progress as rich
     from rich.console import Console
     from rich.errors import LiveError
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
-    text = TextColumn("{task.description}", markup=False)
-    parts = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    progress = Progress(*parts, console=Console(file=out), transient=True)
+    text = rich.TextColumn("{task.description}", markup=False)
+    times = (rich.TimeElapsedColumn(), rich.TimeRemainingColumn())
+    bar = rich.Progress(
+        text, rich.BarColumn(), rich.MofNCompleteColumn(), *times, console=Console(file=out), transient=True
+    )
     try:
-        progress.start()
+        bar.start()
     except LiveError:
-        yield _Quiet()
+        yield ProgressBar()
         return
     try:
-        task = progress.add_task(description, total=total)
-        yield _Shown(progress, task)
+        yield ProgressBar(bar, bar.add_task(description, total=total))
     finally:
-        progress.stop()
-
-
-def quiet_bar() -> AbstractContextManager[ProgressBar]:
-    """Return a bar that shows nothing."""
-    return nullcontext(_Quiet())
-
-
-class _Quiet:
-    def advance(self, steps: float = 1) -> None:
-        pass
-
-    def describe(self, description: str) -> None:
-        pass
-
-
-class _Shown:
-    def __init__(self, progress: Any, task: Any) -> None:
-        self._progress, self._task = progress, task
-
-    def advance(self, steps: float = 1) -> None:
-        self._progress.advance(self._task, steps)
-
-    def describe(self, description: str) -> None:
-        self._progress.update(self._task, description=description)
+        bar.stop()
 
 
 def _with_decimals(value: Any, decimals: int) -> str:
@@ -201,8 +154,5 @@ def _is_numeric(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) -> str:
-    padded = (
-        cell.rjust(width) if right else cell.ljust(width)
-        for cell, width, right in zip(cells, widths, numeric, strict=True)
-    )
-    return "  ".join(padded).rstrip()
+    sides = (">" if right else "<" for right in numeric)
+    return "  ".join(f"{c:{side}{width}}" for c, side, width in zip(cells, sides, widths, strict=True)).rstrip()

@@ -8,7 +8,6 @@ from lightning_interp.running.terminal import (
     plain_table,
     print_table,
     progress_bar,
-    quiet_bar,
     shown,
     shown_column,
 )
@@ -75,7 +74,7 @@ def test_progress_is_silent_without_a_terminal():
     with progress_bar("score", total=2, file=out) as bar:
         bar.advance()
         bar.describe("more")
-    with quiet_bar() as bar:
+    with progress_bar("score", file=Terminal(), show=False) as bar:
         bar.advance(2)
         bar.describe("more")
     assert out.getvalue() == ""
