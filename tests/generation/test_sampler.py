@@ -61,11 +61,12 @@ def plain_loop(model, tokenizer, request, allowed=None):
 
 
 class TestTexts:
-    @pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"temperature": 1.5, "top_p": 0.6, "seed": 7}])
     @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "bloom", "opt"])
-    def test_they_are_those_of_a_plain_loop(self, tokenizer, options, family):
-        model = tiny_model(family)
-        requests = [*asked(**options), TextRequest(prompt="raw", max_new_tokens=5, **options)]
+    def test_they_are_those_of_a_plain_loop(self, tokenizer, family):
+        model, requests = tiny_model(family), []
+        for i, options in enumerate(({}, {"temperature": 0.0}, {"temperature": 1.5, "top_p": 0.6, "seed": 7})):
+            raw = TextRequest(prompt="raw", max_new_tokens=5, **options)
+            requests += [*asked([TEXTS[i], TEXTS[i + 2]], **options), *([raw] if i else [])]
         for request, found in zip(requests, written(model, tokenizer, requests, batch_size=4), strict=True):
             ids, ended = plain_loop(model, tokenizer, request)
             assert list(found.token_ids) == ids
@@ -76,9 +77,9 @@ class TestTexts:
 
     def test_a_text_does_not_depend_on_its_batch(self, model, tokenizer):
         """Nor on order, padding, other limits and settings beside it, or a budget of tokens."""
-        requests = [*asked(), *asked(TEXTS[2:4], temperature=0.0), *asked(TEXTS[:2], max_new_tokens=12, top_p=0.8)]
+        requests = [*asked(TEXTS[1:4]), *asked(TEXTS[3:4], temperature=0.0), *asked(max_new_tokens=9, top_p=0.8)[:1]]
         alone = [written(model, tokenizer, [request])[0] for request in requests]
-        for options in ({"batch_size": 4}, {"batch_size": 99, "token_budget": 300}):
+        for options in ({"batch_size": 3}, {"batch_size": 99, "token_budget": 200}):
             assert written(model, tokenizer, requests[::-1], **options)[::-1] == alone
         assert LocalSampler(model, tokenizer).write(requests) == alone
 
@@ -152,10 +153,11 @@ class TestEnds:
 
     def test_stop_texts(self, model, tokenizer):
         (whole,) = written(model, tokenizer, asked(["a"], max_new_tokens=16))
-        for stop in ([whole.text[7:9]], [whole.text[7:9], whole.text[4:6]], [whole.text[12]]):
-            request = asked(["a"], max_new_tokens=16, stop=stop)[0]
-            beside = asked(TEXTS, max_new_tokens=16)
-            for found in (written(model, tokenizer, [request])[0], written(model, tokenizer, [*beside, request])[-1]):
+        stops = [[whole.text[7:9]], [whole.text[7:9], whole.text[4:6]], [whole.text[12]]]
+        requests = [asked(["a"], max_new_tokens=16, stop=stop)[0] for stop in stops]
+        together = written(model, tokenizer, [*asked(TEXTS[1:3], max_new_tokens=16), *requests])[2:]
+        for stop, request, beside in zip(stops, requests, together, strict=True):
+            for found in (written(model, tokenizer, [request])[0], beside):
                 at = min(whole.text.index(one) for one in stop)
                 assert (found.text, found.status) == (whole.text[:at], "complete")
                 assert whole.token_ids[: found.tokens_out] == found.token_ids
@@ -188,12 +190,11 @@ class Only(LogitsProcessor):
 
 
 class TestConstraints:
-    @pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
-    def test_a_forbidden_token_is_never_written(self, model, tokenizer, temperature):
+    def test_a_forbidden_token_is_never_written(self, model, tokenizer):
         digits = torch.tensor(tokenizer("0123456789", add_special_tokens=False).input_ids)
-        requests = asked(temperature=temperature, max_new_tokens=12)
+        requests = [one for t in (0.0, 1.0, 5.0) for one in asked(TEXTS[:2], temperature=t, max_new_tokens=8)]
         found = written(model, tokenizer, requests, logits_processors=[Only(digits)], name="digits", batch_size=3)
-        assert all(one.text.isdigit() and len(one.text) == 12 for one in found)
+        assert all(one.text.isdigit() and len(one.text) == 8 for one in found)
         allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
         allowed[digits] = True
         assert [list(one.token_ids) for one in found] == [
@@ -251,13 +252,14 @@ class TestLeftAsFound:
             def transform(self, site, x, ctx):
                 return x + 5.0 * torch.arange(x.shape[-1], dtype=x.dtype).sin()
 
-        plain = written(model, tokenizer, asked())
+        requests = asked(TEXTS[:3])
+        plain = written(model, tokenizer, requests)
         with Push().attach(model):
-            pushed = written(model, tokenizer, asked(), batch_size=2)
-            loops = [plain_loop(model, tokenizer, request)[0] for request in asked()]
+            pushed = written(model, tokenizer, requests, batch_size=2)
+            loops = [plain_loop(model, tokenizer, request)[0] for request in requests]
         assert [list(one.token_ids) for one in pushed] == loops
         assert pushed != plain
-        assert written(model, tokenizer, asked()) == plain
+        assert written(model, tokenizer, requests) == plain
 
 
 class TestIdentity:

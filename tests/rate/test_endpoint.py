@@ -69,9 +69,9 @@ class TestAnswers:
 
     def test_many_come_back_in_their_order(self):
         with serving(hold=lambda: time.sleep(0.002)) as served:
-            results = ask(rewriter_of(served), *(f"text {i}" for i in range(20)), target=0)
-        assert [result.text for result in results] == [f"NO: TEXT {i}" for i in range(20)]
-        assert len(served.bodies) == 20
+            results = ask(rewriter_of(served), *(f"text {i}" for i in range(12)), target=0)
+        assert [result.text for result in results] == [f"NO: TEXT {i}" for i in range(12)]
+        assert len(served.bodies) == 12
 
     def test_every_setting_is_sent(self):
         options = {"temperature": 0.2, "max_tokens": 9, "system_prompt": "Be brief.", "extra": {"top_k": 4, "top_p": 1}}
@@ -240,10 +240,10 @@ class TestFailures:
 
 
 class TestLimits:
-    @pytest.mark.parametrize("most", [1, 3, 6])
+    @pytest.mark.parametrize("most", [1, 4])
     def test_calls_at_the_same_time(self, most):
         with serving(hold=lambda: time.sleep(0.05)) as served:
-            ask(rewriter_of(served, max_concurrency=most), *(f"t{i}" for i in range(24)))
+            ask(rewriter_of(served, max_concurrency=most), *(f"t{i}" for i in range(8)))
         assert served.most_at_once == most
 
     def test_calls_of_several_threads_share_the_limit(self):
@@ -261,7 +261,7 @@ class TestLimits:
         clock, times = Time(), []
         with serving(hold=lambda: times.append(clock.now)) as served:
             rewriter = rewriter_of(served, clock=clock, requests_per_minute=30, max_concurrency=1)
-            ask(rewriter, *(f"t{i}" for i in range(60)))
+            ask(rewriter, *(f"t{i}" for i in range(20)))
         assert all(abs((b - a) - 2.0) < 1e-9 for a, b in pairwise(times))
 
     def test_tokens_a_minute(self):
@@ -271,9 +271,9 @@ class TestLimits:
         with serving(hold=lambda: times.append(clock.now)) as served:
             rewriter = rewriter_of(served, clock=clock, tokens_per_minute=60, max_concurrency=1)
             assert rewriter.estimate_tokens(text, "", 1) == (18, 9)
-            ask(rewriter, *[text] * 50)
-        assert len(served.bodies) == 50
-        assert clock.now == pytest.approx(12 * 49, rel=0.05)  # 12 tokens a call at one a second
+            ask(rewriter, *[text] * 25)
+        assert len(served.bodies) == 25
+        assert clock.now == pytest.approx(12 * 24, rel=0.05)  # 12 tokens a call at one a second
 
     def test_failed_attempts_count_too(self):
         clock = Time()
@@ -294,16 +294,16 @@ class TestInARun:
             return kinds[(len(text) + ord(text[-1]) + seen[text]) % 6] if seen[text] < 5 else None
 
         with serving() as served:
-            calm = store_of(tmp_path / "calm", 12)
+            calm = store_of(tmp_path / "calm", 6)
             RewriteRun(calm, rewriter_of(served), attr=ATTR).run()
             served.script = trouble
-            store = store_of(tmp_path / "wild", 12)
+            store = store_of(tmp_path / "wild", 6)
             report = RewriteRun(store, rewriter_of(served, max_concurrency=4), attr=ATTR).run()
         assert set(seen.values()) == {5}
-        assert report.statuses == {"ok": 24}
+        assert report.statuses == {"ok": 12}
         exported = [export_records(one, one.folder / "export.jsonl").read_bytes() for one in (calm, store)]
         assert exported[0] == exported[1]
-        assert len(store.triples(ATTR)) == 12
+        assert len(store.triples(ATTR)) == 6
 
     def test_an_interrupted_run_asks_for_no_text_twice(self, tmp_path):
         """The server goes away in the middle; what it had answered is not asked for again."""

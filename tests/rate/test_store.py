@@ -444,7 +444,7 @@ class TestWhoWrote:
 
 
 def test_readers_may_look_while_somebody_writes(tmp_path):
-    store, stop, seen = store_of(tmp_path, 40), threading.Event(), []
+    store, stop, seen = store_of(tmp_path, 15), threading.Event(), []
 
     def look():
         while not stop.is_set():
@@ -458,4 +458,4 @@ def test_readers_may_look_while_somebody_writes(tmp_path):
         stop.set()
         thread.join()
     assert seen == sorted(seen)
-    assert len(store.records()) == 80
+    assert len(store.records()) == 30

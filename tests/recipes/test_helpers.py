@@ -46,29 +46,48 @@ def test_a_copy_has_all_that_it_imports(name, tmp_path):
                 exec(compile(ast.Module([node], []), str(path), "exec"), {"__package__": module.__package__})  # noqa: S102
 
 
-def test_a_copy_made_by_an_installed_package_runs(tmp_path):
+RECIPE = '''"""Says a word."""
+from dataclasses import dataclass
+
+from lightning_interp.recipe import Recipe, RecipeResult
+
+from ._small import WORD
+
+
+@dataclass(kw_only=True)
+class Small(Recipe):
+    """Says a word."""
+
+    def study(self, run):
+        return RecipeResult(metrics={}, tables={"words": [{"word": WORD}]}, question="Which word?")
+'''
+SESSION = """
+from pathlib import Path
+from lightning_interp.cli import main
+from lightning_interp.recipe import Recipe
+from lightning_interp.running.catalog import find_recipe, load_class, recipes_dir
+assert recipes_dir().name == "_recipes"
+assert main(["list"]) == main(["copy", "grafting/small", "mine"]) == 0
+Path("mine/_small.py").write_text("WORD = 'edited'")
+print(load_class(find_recipe("mine/small.yaml"), Recipe).study(None, None).tables)
+"""
+
+
+def test_a_copy_made_by_an_installed_package_is_what_runs(tmp_path):
     site = tmp_path / "site"
-    skip = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "lightning_interp", site / "lightning_interp", ignore=skip)
-    shutil.copytree(ROOT / "recipes", site / "lightning_interp/_recipes", ignore=skip)
+    shutil.copytree(ROOT / "lightning_interp", site / "lightning_interp")
+    shutil.copytree(ROOT / "recipes", site / "lightning_interp/_recipes")
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes", ignore=lambda *_: ["grafting"])  # a stranger, not looked at
-    code = (
-        "import sys; from lightning_interp.cli import main; from lightning_interp.running.catalog import recipes_dir\n"
-        "assert recipes_dir().name == '_recipes'; sys.exit(main(sys.argv[1:]))"
+    for name, text in {
+        "small.py": RECIPE,
+        "_small.py": "WORD = 'original'",
+        "small.yaml": "# Which word?\nrecipe: grafting/small\n",
+    }.items():
+        (site / "lightning_interp/_recipes/grafting" / name).write_text(text)
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, "-c", SESSION], capture_output=True, text=True, cwd=tmp_path, env=environment
     )
-
-    def command(*arguments):
-        environment = os.environ | {"PYTHONPATH": str(site)}
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    assert "grafting/pair" in command("list")
-    command("copy", "grafting/pair", "mine")
-    (tmp_path / "mine/_common.py").write_text(
-        (tmp_path / "mine/_common.py").read_text().replace("no prompt was dropped", "none at all")
-    )
-    command("run", "mine/pair.yaml", "--smoke=true", "--run_dir=run")
-    assert "none at all" in (tmp_path / "run/tables/dropped.csv").read_text()
+    assert done.returncode == 0, done.stderr
+    assert "grafting/pair" in done.stdout
+    assert "[{'word': 'edited'}]" in done.stdout
