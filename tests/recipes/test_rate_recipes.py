@@ -364,7 +364,9 @@ class TestEndpoint:
                 recipe("audit", **ask, max_calls=5, run_dir=str(tmp_path / "b")).run()
             assert len(served.bodies) == 5
             (tmp_path / "words.txt").write_text("text 4\nnumber 3\n")
-            monkeypatch.setattr("lightning_interp.rate.texts.words._of_textblob", lambda: tmp_path / "words.txt")
+            monkeypatch.setattr(
+                "lightning_interp.rate.texts.words.given_or_of_package", lambda *_, **__: tmp_path / "words.txt"
+            )
             result = recipe("audit", **ask, max_calls=100, run_dir=str(tmp_path / "c")).run()
         assert len(served.bodies) == 12
         asked = [body["messages"][-1]["content"] for body in served.bodies]
@@ -382,7 +384,9 @@ class TestEndpoint:
                 recipe("audit", **ask).run()
             before = len(served.bodies)
             (tmp_path / "words.txt").write_text("text 4\nnumber 3\n")
-            monkeypatch.setattr("lightning_interp.rate.texts.words._of_textblob", lambda: tmp_path / "words.txt")
+            monkeypatch.setattr(
+                "lightning_interp.rate.texts.words.given_or_of_package", lambda *_, **__: tmp_path / "words.txt"
+            )
             recipe("audit", **ask).run()
             assert len(served.bodies) == before + 2
 
