@@ -15,6 +15,8 @@ from lightning_interp import cli
 from lightning_interp.core.storage.manifest_file import read_manifest
 from lightning_interp.errors import RecipeError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def run(name, folder, *settings, code=0):
     assert cli.main(["run", f"rate/{name}", f"--run_dir={folder}", *settings]) == code
@@ -69,7 +71,7 @@ class TestTrainReward:
     def test_it_says_that_its_tweets_are_made_up(self, smoke):
         assert "made-up tweets" in (smoke[0] / "report.html").read_text()
 
-    @pytest.mark.parametrize("settings", [[], ["--model=tiny:llama", "--count=40"]], ids=["words", "language model"])
+    @pytest.mark.parametrize("settings", [[], ["--model=tiny:llama", "--count=20"]], ids=["words", "language model"])
     def test_a_killed_training_goes_on_to_the_same_numbers(self, tmp_path, monkeypatch, smoke, settings):
         from lightning_interp.rate import RewardAttributeEffect
 
