@@ -21,10 +21,8 @@ class GraftFacts(Recipe):
     """Finetune a language model on invented facts, then graft its weights token by token into the model it came from.
 
     Eight plans are compared on each prompt: the plain model (PRE), the finetuned one (SFT), finetuned weights only at
-    the
-    first entity (FE), only at the last token (LT), at both, and everywhere but there (^C). If FE+LT answers like SFT
-    and
-    its complement like PRE, the fact is written at the entity and fetched at the last token, and nowhere else.
+    the first entity (FE), only at the last token (LT), at both, and everywhere but there (^C). If FE+LT answers like
+    SFT and its complement like PRE, the fact is written at the entity and fetched at the last token, nowhere else.
     """
 
     facts: int = 16

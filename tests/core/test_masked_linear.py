@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -58,8 +58,11 @@ def close(found, expected):
 # The pure function
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
-@given(sources())
+HOW = st.sampled_from(EXECUTIONS)
+
+
+@settings(max_examples=60)
+@given(HOW, sources())
 def test_tokens_against_a_loop(execution, source):
     maps = dict(enumerate(linears(3)))
     x = random_input(*source.shape, WIDTH)
@@ -70,9 +73,8 @@ def test_tokens_against_a_loop(execution, source):
     assert flat.shape == (source.numel(), OUT)
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize("heads", [1, 2, 3])
-@given(sources())
+@settings(max_examples=60)
+@given(HOW, st.integers(1, 3), sources())
 def test_heads_against_a_loop(execution, heads, source):
     maps = dict(enumerate(linears(3)))
     x = random_input(*source.shape, heads, WIDTH)
@@ -161,7 +163,7 @@ def test_inputs_are_never_written_to(inference):
     assert torch.equal(found[0, 1], -before[0, 1])
 
 
-@given(sources(), st.sampled_from(["auto", "overwrite", "partition", "dense"]))
+@given(sources(), HOW)
 def test_sources_that_add_a_difference(source, execution):
     base, *extra = linears(3)
     deltas = {1: extra[0], 2: extra[1]}
@@ -217,10 +219,8 @@ def run_hooked(module, x, masked):
         handles.remove()
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize("native", [0, 1, 2])
-@pytest.mark.parametrize("takes_empty", [True, False])
-@given(sources())
+@settings(max_examples=120)
+@given(HOW, st.integers(0, 2), st.booleans(), sources())
 def test_a_module_against_a_loop(execution, native, takes_empty, source):
     maps = dict(enumerate(linears(3)))
     x, mask = random_input(*source.shape, WIDTH), RowMask(source)
@@ -236,8 +236,8 @@ def test_a_module_against_a_loop(execution, native, takes_empty, source):
     assert torch.equal(maps[native](x), plain)
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
-@given(st.data())
+@settings(max_examples=40)
+@given(HOW, st.data())
 def test_groups_of_columns_against_a_loop(execution, data):
     """A fused map: each group of output features follows a mask of its own."""
     first = data.draw(sources())

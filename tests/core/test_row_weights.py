@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import ExitStack
+from functools import lru_cache
 from itertools import permutations
 
 import pytest
@@ -27,12 +28,17 @@ T = 7
 
 
 def with_adapters(names=tuple(RANKS), **options):
+    return copy.deepcopy(built(names, tuple(options.items())))
+
+
+@lru_cache
+def built(names, options):
     model = tiny_model("llama")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for name in names:
             settings = {"r": RANKS[name], "lora_alpha": 8, "target_modules": TARGETS, "init_lora_weights": False}
-            inject_adapter_in_model(LoraConfig(**settings | options), model, adapter_name=name)
+            inject_adapter_in_model(LoraConfig(**settings | dict(options)), model, adapter_name=name)
     activate(model, names[0])
     return model.double().eval()
 
@@ -89,7 +95,7 @@ DROPPING = {"use_rslora": True, "lora_dropout": 0.4}
 
 @pytest.mark.parametrize(
     ("execution", "options"),
-    [("auto", {}), ("auto", DROPPING), ("overwrite", {}), ("partition", {"use_dora": True}), ("dense", DROPPING)],
+    [("auto", DROPPING), ("overwrite", {}), ("partition", {"use_dora": True}), ("dense", DROPPING)],
 )
 def test_a_batch_of_adapters_is_each_row_with_its_adapter_alone(execution, options):
     model, ids, codes = with_adapters(**options).train(), prompts(5), [2, 1, 0, 2, 1]
@@ -184,7 +190,7 @@ def held(model, *interventions, ids):
         return run(model, ids)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(CODES, st.permutations(list(RANKS)))
 def test_disjoint_holders_are_one_holder_in_any_order(model, codes, order):
     ids = prompts(2)
@@ -194,7 +200,7 @@ def test_disjoint_holders_are_one_holder_in_any_order(model, codes, order):
         close(run(model, ids), whole)
 
 
-@pytest.mark.parametrize("execution", ["auto", "overwrite", "partition", "dense"])
+@pytest.mark.parametrize("execution", ["auto", "partition", "dense"])
 def test_models_and_adapters_side_by_side(execution):
     """A model's rows, an adapter's rows, and neither's, against one holder of both."""
     base, model = tiny_model("llama").double(), with_adapters(("first",))
@@ -297,7 +303,7 @@ def test_one_row_for_equal_sources(model):
         held(model, half[0], RowWeights("first", codes), ids=ids)
 
 
-@pytest.mark.parametrize("execution", ["auto", "partition", "dense"])
+@pytest.mark.parametrize("execution", ["auto", "dense"])
 def test_holders_that_add(execution):
     """Where two add, a row has what PEFT makes of both adapters; with one that does not, it is refused."""
     model, ids, ones = with_adapters(), prompts(2), torch.ones(2, dtype=torch.long)

@@ -88,10 +88,10 @@ def extended_plan(rules, later, **switches):
     return GraftPlan(tuple(made), **switches), masks
 
 
-# Caches differ by family, policies do not: every family with a policy that grafts and one that stops, llama with all.
+# Caches differ by family, policies do not: every family with one policy that goes on, llama with all.
 @pytest.mark.parametrize(
     ("family", "case"),
-    [(f, c) for f in FAMILIES for c in CASES if f == "llama" or c in ("recipient", "like_last")],
+    [(f, c) for f in FAMILIES for c in CASES if f == "llama" or c == "like_last"],
 )
 def test_cached_generation_is_one_pass_with_the_extended_mask(family, case, pairs, agree):
     recipient, donor = pairs(family)
@@ -123,7 +123,7 @@ def test_cached_generation_is_one_pass_with_the_extended_mask(family, case, pair
     assert torch.equal(once.argmax(-1), sequences[:, WIDTH:])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_policies_differ(family, pairs):
     recipient, donor = pairs(family)
     plan = GraftPlan((GraftRule(ENTITY), GraftRule(Last(), ("ATTN", "O"))))
@@ -136,7 +136,7 @@ def test_policies_differ(family, pairs):
         assert (steps[left][:, 1] - steps[right][:, 1]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2_moe"])
 def test_the_ends_generate_as_the_plain_models(family, pairs):
     recipient, donor = pairs(family)
     batch = prompts()
@@ -165,8 +165,10 @@ def test_a_switch_that_is_the_recipients_stays_so_while_decoding(decode, pairs):
             assert torch.allclose(recipient.lm_head(normed[:, -1]), logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("decode", ["recipient", "donor", "like_last", "outside"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize(
+    ("family", "decode"),
+    [("llama", "recipient"), ("llama", "outside"), ("gpt2", "like_last"), ("gemma2", "donor")],
+)
 def test_plans_follow_their_rows_through_beams(family, decode, pairs, agree):
     recipient, donor = pairs(family)
     batch = prompts()
@@ -206,7 +208,7 @@ def test_a_prompt_of_one_token_is_a_prompt(pairs, agree):
     agree(logits_of(output)[0], expected, "13 decode, llama")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "bloom"])
 def test_a_prompt_in_two_pieces(family, pairs, agree):
     recipient, donor = pairs(family)
     ids = prompts((12, 12))["input_ids"]

@@ -12,10 +12,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from lightning_interp.core.tokens.positions import All, Last, Span
 from lightning_interp.errors import RecipeError
 from lightning_interp.grafting import Graft, GraftPlan, GraftRule
-from lightning_interp.testing.tiny import EXTRA_FAMILIES, FAMILIES, tiny_model
+from lightning_interp.testing.tiny import tiny_model
 
 IDS = torch.randint(5, 261, (2, 9), generator=torch.Generator().manual_seed(1))
-LINEAR = [family for family in FAMILIES + EXTRA_FAMILIES if family != "qwen2_moe"]
+LINEAR = ("llama", "gpt2", "gemma2", "opt", "phi3")  # plain, split and fused maps, norms around one, biases
 
 
 def between(recipient, donor, dose):
@@ -35,12 +35,7 @@ def grafted(recipient, donor, plan, ids=IDS, **options):
 
 @pytest.mark.parametrize(
     ("family", "execution"),
-    [
-        (f, e)
-        for f in LINEAR
-        for e in ("auto", "overwrite", "partition", "dense")
-        if f in ("llama", "gpt2") or e == "auto"
-    ],
+    [(f, e) for f in LINEAR for e in ("auto", "overwrite", "partition", "dense") if f == "gpt2" or e == "auto"],
 )
 def test_a_dose_is_interpolated_weights(family, execution, pairs, agree):
     recipient, donor = pairs(family)
@@ -68,7 +63,7 @@ def test_every_component_at_a_dose(family, pairs, agree):
         agree(grafted(recipient, donor, plan)[0], expected, f"19 dose of one component, {family}")
 
 
-@pytest.mark.parametrize("family", FAMILIES + EXTRA_FAMILIES)
+@pytest.mark.parametrize("family", [*LINEAR, "qwen2_moe"])
 def test_the_ends_are_exact(family, pairs):
     recipient, donor = pairs(family)
     for dose, model in ((0, recipient), (1, donor)):

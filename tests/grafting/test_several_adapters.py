@@ -25,8 +25,8 @@ KINDS = {
 }
 
 
-# A bias can only be merged into a base that has one.
-CASES = [(family, kind) for family in LINEAR for kind in KINDS if (family, kind) != ("llama", "bias")]
+# What kinds compute depends on the class of the layer; a bias can only be merged into a base that has one.
+CASES = [*(("llama", kind) for kind in KINDS if kind != "bias"), ("gpt2", "bias"), ("gpt2", "lora")]
 
 
 def config(family, few=None, **settings):
@@ -118,13 +118,9 @@ def test_two_adapters_are_two_donors(family, kind, agree):
         9, [Rule(frozenset({1, 2, 3}), whole), Rule(frozenset({3, 4, 5}), whole, 2), Rule(frozenset({8}), attention)]
     )
     expected = Oracle(family, base, *merged).logits(ids[0].tolist(), table)
-    for execution in ("auto", "overwrite", "partition", "dense"):
+    for execution in ("auto", "overwrite", "partition", "dense") if kind == "lora" else ("auto", "dense"):
         agree(grafted(model, NAMES, plan, ids, execution=execution)[0], expected, f"two adapters, {kind}")
-
-
-@pytest.mark.parametrize(("family", "kind"), CASES)
-def test_each_alone_is_its_model_and_none_is_the_base(family, kind, agree):
-    model, merged = with_adapters(family, KINDS[kind])
+    # Each alone is its model, and none is the base.
     ids = prompts(2)
     assert torch.equal(grafted(model, NAMES, GraftPlan(), ids), run(tiny_model(family), ids))
     for (source, name), alone in zip(NAMES.items(), merged, strict=True):
@@ -135,7 +131,7 @@ def test_each_alone_is_its_model_and_none_is_the_base(family, kind, agree):
     assert (run(merged[0], ids) - run(merged[1], ids)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("saved", [["norm"], ["lm_head"], ["embed_tokens"], ["norm", "lm_head", "embed_tokens"]])
+@pytest.mark.parametrize("saved", [["lm_head"], ["norm", "lm_head", "embed_tokens"]])
 def test_saved_copies_are_full_weights(saved, agree):
     settings = ({"modules_to_save": saved}, {})
     model, merged = with_adapters("llama", settings)
@@ -156,7 +152,7 @@ def test_an_adapter_on_the_embedding(agree):
     agree(grafted(model, NAMES, plan, ids), grafted(tiny_model("llama"), dense, plan, ids), "embedding LoRA")
 
 
-@pytest.mark.parametrize("active", [["first"], ["second"], ["first", "second"]])
+@pytest.mark.parametrize("active", [["second"], ["first", "second"]])
 def test_what_is_active_neither_matters_nor_changes(active, state_hash, hook_count):
     model, _ = with_adapters("llama", KINDS["lora"])
     ids, plan = prompts(), GraftPlan((GraftRule(Span(1), source="task"), GraftRule(Last(), source="relation")))

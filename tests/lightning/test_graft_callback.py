@@ -66,10 +66,12 @@ def scores(entry):
 
 @MODES
 def test_a_fit_has_a_history_of_all_plans(tmp_path, lora):
-    ours, callback = module(lora), GraftCallback(PROMPTS, every_n_epochs=2)
-    run = trainer(tmp_path, callback, max_epochs=4)
+    every = 2 if lora else 1
+    ours, callback = module(lora), GraftCallback(PROMPTS, every_n_epochs=every)
+    run = trainer(tmp_path, callback, max_epochs=2 * every)
     run.fit(ours, data())
-    assert [(entry["epoch"], entry["step"]) for entry in callback.history] == [(0.0, 0.0), (2.0, 4.0), (4.0, 8.0)]
+    epochs = [0.0, float(every), 2.0 * every]
+    assert [(entry["epoch"], entry["step"]) for entry in callback.history] == [(epoch, 2 * epoch) for epoch in epochs]
     before = tiny_model("gpt2")
     start, middle, end = (scores(entry) for entry in callback.history)
     assert start == pytest.approx(evaluated(before, copy.deepcopy(before)), abs=1e-5)
@@ -103,12 +105,12 @@ def test_the_curves_reach_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     callback, logger = GraftCallback(PROMPTS, name="facts"), TensorBoardLogger(tmp_path)
-    trainer(tmp_path, callback, logger=logger, max_epochs=3, log_every_n_steps=1).fit(module(), data())
+    trainer(tmp_path, callback, logger=logger, max_epochs=1, log_every_n_steps=1).fit(module(), data())
     events = EventAccumulator(logger.log_dir).Reload()
     assert {f"facts/{plan}/{metric}" for plan in PLANS for metric in LOGGED} <= set(events.Tags()["scalars"])
     values = [event.value for event in events.Scalars("facts/SFT/target_prob")]
     assert values == pytest.approx([entry["SFT/target_prob"] for entry in callback.history], abs=1e-6)
-    assert len(values) == 4
+    assert len(values) == 2
 
 
 class PlModule(pl.LightningModule):
@@ -160,7 +162,7 @@ def test_training_is_the_same_to_the_bit_with_and_without(tmp_path):
         L.seed_everything(5, verbose=False)
         ours = Plain()
         ours.model.transformer.h[0].eval()
-        trainer(tmp_path, callbacks).fit(ours)
+        trainer(tmp_path, callbacks, max_epochs=1).fit(ours)
         final.append(ours)
         assert not ours.model.transformer.h[0].training
         assert ours.model.transformer.h[1].mlp.dropout.training
@@ -171,26 +173,26 @@ def test_training_is_the_same_to_the_bit_with_and_without(tmp_path):
 
 @MODES
 def test_history_goes_on_after_a_resume_and_the_reference_is_from_before_training(tmp_path, lora):
-    whole = GraftCallback(PROMPTS)
-    trainer(tmp_path, whole, max_epochs=3).fit(module(lora), data())
-    first, keep = GraftCallback(PROMPTS), ModelCheckpoint(tmp_path, filename="one", save_top_k=-1)
+    some = {"plans": {"LT": GraftPlan.at(Last())}}
+    whole = GraftCallback(PROMPTS, **some)
+    trainer(tmp_path, whole, max_epochs=2).fit(module(lora), data())
+    first, keep = GraftCallback(PROMPTS, **some), ModelCheckpoint(tmp_path, filename="one", save_top_k=-1)
     trainer(tmp_path, [first, keep], max_epochs=1, enable_checkpointing=True).fit(module(lora), data())
     saved = torch.load(tmp_path / "one.ckpt", weights_only=True)["callbacks"]
     assert saved[first.state_key]["history"] == first.history
-    second = GraftCallback(PROMPTS)
-    trainer(tmp_path, second, max_epochs=3).fit(module(lora), data(), ckpt_path=tmp_path / "one.ckpt")
-    assert [entry["epoch"] for entry in second.history] == [0.0, 1.0, 2.0, 3.0]
+    second = GraftCallback(PROMPTS, **some)
+    trainer(tmp_path, second, max_epochs=2).fit(module(lora), data(), ckpt_path=tmp_path / "one.ckpt")
+    assert [entry["epoch"] for entry in second.history] == [0.0, 1.0, 2.0]
     for ours, expected in zip(second.history, whole.history, strict=True):
         assert ours == pytest.approx(expected, abs=2e-5)
     assert second.history[-1]["PRE/target_logprob"] == pytest.approx(second.history[0]["PRE/target_logprob"], abs=1e-6)
 
 
-@MODES
-def test_two_processes_give_the_numbers_of_one(tmp_path, lora):
+def test_two_processes_give_the_numbers_of_one(tmp_path):
     found = []
     for options in ({}, {"devices": 2, "strategy": "ddp_fork"}):
         run = trainer(tmp_path, GraftCallback(PROMPTS), max_epochs=1, **options)
-        ours = CausalLM(tiny_model("gpt2"), tokenizer=TOKENIZER, lora=lora, lr=1e-9)
+        ours = CausalLM(tiny_model("gpt2"), tokenizer=TOKENIZER, lora=None, lr=1e-9)
         run.fit(ours, data())
         found.append({k: float(v) for k, v in run.callback_metrics.items() if k.startswith("graft/")})
     assert found[0].keys() == found[1].keys()
@@ -222,8 +224,8 @@ def test_validate_scores_against_a_reference(tmp_path):
 
 def test_validation_inside_of_a_fit_is_not_scored_twice(tmp_path):
     callback = GraftCallback(PROMPTS)
-    trainer(tmp_path, callback, max_epochs=2, num_sanity_val_steps=1).fit(module(), data())
-    assert [entry["epoch"] for entry in callback.history] == [0.0, 1.0, 2.0]
+    trainer(tmp_path, callback, max_epochs=1, num_sanity_val_steps=1).fit(module(), data())
+    assert [entry["epoch"] for entry in callback.history] == [0.0, 1.0]
 
 
 def test_testing_and_predicting_need_no_reference(tmp_path):
@@ -278,6 +280,14 @@ class NoTokens(L.LightningDataModule):
         return data().val_dataloader()
 
 
+def compiled():
+    ours = module()
+    ours.model.transformer.h[0]._compiled_call_impl = ours.model.transformer.h[
+        0
+    ]._call_impl  # as its compile() leaves it
+    return ours
+
+
 def several_adapters():
     ours = module()
     from peft import LoraConfig, inject_adapter_in_model
@@ -295,7 +305,7 @@ def several_adapters():
         (no_tokenizer, PROMPTS, RecipeError, r"GraftCallback\('graft'\) found no tokenizer"),
         (several_adapters, PROMPTS, IncompatibleModelError, r"several adapters at once \(default, second\)"),
         (module, [GraftPrompt("Bo met", "Al", {"FE": "Ann"})], PositionError, "Entity 'Ann'"),
-        (lambda: torch.compile(module()), PROMPTS, CompiledModelError, "is compiled"),
+        (compiled, PROMPTS, CompiledModelError, "is compiled"),
     ],
 )
 def test_what_it_refuses_before_training(tmp_path, make, prompts, error, match):
