@@ -6,7 +6,7 @@ The lines are those of OpenAI's Batch API, which others read too (``python -m vl
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lightning_interp.generation.completion_store import CompletionStore
 from lightning_interp.generation.endpoint import EndpointGenerator, parse_answer
 from lightning_interp.generation.requests import Completion, TextRequest
 
-__all__ = ["export_requests", "import_completions", "read_answers", "write_bodies"]
+__all__ = ["answers_to", "export_requests", "import_completions", "read_answers", "write_bodies"]
 
 _URLS = {True: "/v1/chat/completions", False: "/v1/completions"}
 
@@ -70,13 +70,7 @@ def import_completions(
         DataError: If a file holds a line that is no answer, one request has two answers, or an answer belongs to no
             request.
     """
-    answers = read_answers(*paths)
-    strange = sorted(answers.keys() - {request.digest for request in requests})
-    if strange:
-        raise DataError(
-            f"{len(strange)} of {len(answers)} answers belong to none of the requests, such as {strange[0]!r}. Import "
-            "them with the requests that the batch was written with."
-        )
+    answers = answers_to({request.digest for request in requests}, *paths)
     with store.writer(generator.identity()) as append:
         found = [one for one in store.pending(generator, requests) if one.request.digest in answers]
         append(found, [replace(answers[one.request.digest], request=one.request.digest) for one in found])
@@ -101,13 +95,31 @@ def write_bodies(
             f"A batch file cannot be written with max_requests={max_requests}, max_bytes={max_bytes}: the longest line "
             f"has {longest} bytes. Raise the limits."
         )
-    files = []
-    for number, part in enumerate(_parts(lines, max_requests, max_bytes), start=1):
-        file = Path(path) if number == 1 else Path(path).with_name(f"{Path(path).stem}-{number}{Path(path).suffix}")
+    parts: list[list[bytes]] = []
+    room = 0
+    for line in lines:
+        if len(line) > room or len(parts[-1]) == max_requests:
+            parts, room = [*parts, []], max_bytes
+        parts[-1].append(line)
+        room -= len(line)
+    first = Path(path)
+    files = [first if i == 1 else first.with_name(f"{first.stem}-{i}{first.suffix}") for i in range(1, len(parts) + 1)]
+    for file, part in zip(files, parts, strict=True):
         with atomic_writer(file) as out:
             out.writelines(part)
-        files.append(file)
     return files
+
+
+def answers_to(names: Container[str], *paths: str | os.PathLike[str]) -> dict[str, Completion]:
+    """Read answers, and refuse those that belong to none of the requests."""
+    answers = read_answers(*paths)
+    strange = sorted(name for name in answers if name not in names)
+    if strange:
+        raise DataError(
+            f"{len(strange)} of {len(answers)} answers belong to none of the requests, such as {strange[0]!r}. Import "
+            "them with the requests, store and settings that the batch was written with."
+        )
+    return answers
 
 
 def read_answers(*paths: str | os.PathLike[str]) -> dict[str, Completion]:
@@ -138,16 +150,3 @@ def _answer(row: Mapping[str, Any]) -> Completion:
     if error or status != 200 or not isinstance(body, Mapping):
         return Completion(text=None, status="failed", error=f"{status}: {error or body!r}"[:500])
     return parse_answer(body)
-
-
-def _parts(lines: list[bytes], max_requests: int, max_bytes: int) -> Iterator[list[bytes]]:
-    part: list[bytes] = []
-    size = 0
-    for line in lines:
-        if part and (len(part) == max_requests or size + len(line) > max_bytes):
-            yield part
-            part, size = [], 0
-        part.append(line)
-        size += len(line)
-    if part:
-        yield part

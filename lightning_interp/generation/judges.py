@@ -15,7 +15,7 @@ from lightning_interp.core.measure.undisturbed import undisturbed
 from lightning_interp.core.tokens.batches import padded
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.generation.labellers import words_of
-from lightning_interp.generation.requests import TextGenerator, TextRequest, ask
+from lightning_interp.generation.requests import TextGenerator, TextRequest, ask, fill
 from lightning_interp.generation.text_quality import perplexity
 from lightning_interp.models.data.encoding import Encoder
 from lightning_interp.models.data.rows import Row
@@ -43,6 +43,14 @@ class Judge(Protocol):
         ...
 
 
+class _Judge:
+    _score: Callable[[list[str], list[str]], Tensor]
+
+    def score(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> Tensor:
+        """See :meth:`Judge.score`."""
+        return _where_written(texts, prompts, self._score)
+
+
 def _where_written(
     texts: Sequence[str], prompts: Sequence[str] | None, score: Callable[[list[str], list[str]], Tensor]
 ) -> Tensor:
@@ -58,7 +66,7 @@ def _where_written(
 
 
 @dataclass(frozen=True)
-class WordShare:
+class WordShare(_Judge):
     """Share of a text's words that are in a list; whole words, in any case.
 
     Args:
@@ -71,15 +79,14 @@ class WordShare:
 
     words: Collection[str]
 
-    def score(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> Tensor:
-        """See :meth:`Judge.score`."""
+    def _score(self, texts: list[str], prompts: list[str]) -> Tensor:
         listed, found = {word.lower() for word in self.words}, [words_of(text) for text in texts]
         shares = [sum(one in listed for one in words) / len(words) if words else torch.nan for words in found]
         return torch.tensor(shares, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
-class ClassifierJudge:
+class ClassifierJudge(_Judge):
     """Probability of a class, by a sequence classifier.
 
     Args:
@@ -95,24 +102,18 @@ class ClassifierJudge:
 
     scorer: TextScorer
 
-    def score(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> Tensor:
-        """See :meth:`Judge.score`."""
-        model, label = self.scorer.model, self.scorer.label
+    def _score(self, texts: list[str], prompts: list[str]) -> Tensor:
+        model, label, encoder = self.scorer.model, self.scorer.label, self.scorer.encoder
 
         def probability(ids: Tensor, mask: Tensor) -> Tensor:
-            output: Any = model(input_ids=ids, attention_mask=mask)
-            logits = output.logits.double().reshape(len(ids), -1)
-            found: Tensor = logits[:, 0].sigmoid() if logits.shape[1] == 1 else logits.softmax(-1)[:, label]
-            return found
+            logits: Tensor = model(input_ids=ids, attention_mask=mask).logits.double().reshape(len(ids), -1)
+            return logits[:, 0].sigmoid() if logits.shape[1] == 1 else logits.softmax(-1)[:, label]
 
-        def judged(texts: list[str], prompts: list[str]) -> Tensor:
-            rows = [one.ids for one in self.scorer.encoder.encode_texts(prompts, texts)]
-            return _scored(model, probability, rows, self.scorer.encoder.pad_id, self.scorer.token_budget)
-
-        return _where_written(texts, prompts, judged)
+        rows = [one.ids for one in encoder.encode_texts(prompts, texts)]
+        return _scored(model, probability, rows, encoder.pad_id, self.scorer.token_budget)
 
 
-class EmbeddingJudge:
+class EmbeddingJudge(_Judge):
     """Cosine of a text and some reference texts: mean last hidden states over tokens, then over the references.
 
     Args:
@@ -142,16 +143,11 @@ class EmbeddingJudge:
             units = [F.normalize(self._embedded(ids, torch.ones_like(ids)), dim=-1) for ids in rows]
         self._reference = torch.cat(units).mean(0)
 
-    def score(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> Tensor:
-        """See :meth:`Judge.score`; prompts are not read."""
-
+    def _score(self, texts: list[str], prompts: list[str]) -> Tensor:
         def cosine(ids: Tensor, mask: Tensor) -> Tensor:
             return F.cosine_similarity(self._embedded(ids, mask), self._reference, dim=-1)
 
-        return _where_written(
-            texts, None, lambda texts, _: _scored(self.model, cosine, self._rows(texts), self._encoder.pad_id,
-                                                  self.token_budget)
-        )  # fmt: skip
+        return _scored(self.model, cosine, self._rows(texts), self._encoder.pad_id, self.token_budget)
 
     def _rows(self, texts: Sequence[str]) -> list[list[int]]:
         return [one.ids for one in self._encoder.encode_texts([""] * len(texts), texts) if one.ids]
@@ -163,7 +159,7 @@ class EmbeddingJudge:
 
 
 @dataclass(frozen=True)
-class LikelihoodJudge:
+class LikelihoodJudge(_Judge):
     """Mean log-probability of a text's tokens after its prompt, in nats a token.
 
     Args:
@@ -184,25 +180,20 @@ class LikelihoodJudge:
     chat: bool = False
     batch_size: int = 8
 
-    def score(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> Tensor:
-        """See :meth:`Judge.score`."""
+    def _score(self, texts: list[str], prompts: list[str]) -> Tensor:
         encoder = Encoder(tokenizer=self.tokenizer, chat=self.chat, add_eos=False)
         device = next(self.model.parameters()).device
-
-        def judged(texts: list[str], prompts: list[str]) -> Tensor:
-            pairs = [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, texts, strict=True)]
-            rows = [encoder.encode(Row(f"texts[{i}]", "prompt", pair)) for i, pair in enumerate(pairs)]
-            found = torch.zeros(len(rows), dtype=torch.float64)
-            order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-            with undisturbed(self.model):
-                for part in (order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)):
-                    ids, mask = (x.to(device) for x in padded([rows[i].ids for i in part], 0))
-                    scored = padded([rows[i].scored for i in part], 0)[0].to(device).bool()
-                    logits = self.model(input_ids=ids, attention_mask=mask).logits
-                    found[part] = -perplexity(logits, ids, scored).double().log().cpu()
-            return found
-
-        return _where_written(texts, prompts, judged)
+        pairs = [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, texts, strict=True)]
+        rows = [encoder.encode(Row(f"texts[{i}]", "prompt", pair)) for i, pair in enumerate(pairs)]
+        found = torch.zeros(len(rows), dtype=torch.float64)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+        with undisturbed(self.model):
+            for part in (order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)):
+                ids, mask = (x.to(device) for x in padded([rows[i].ids for i in part], 0))
+                scored = padded([rows[i].scored for i in part], 0)[0].to(device).bool()
+                logits = self.model(input_ids=ids, attention_mask=mask).logits
+                found[part] = -perplexity(logits, ids, scored).double().log().cpu()
+        return found
 
 
 class Marks(NamedTuple):
@@ -263,25 +254,23 @@ class ChatJudge:
             prompts: What each of them answers; nothing if None.
         """
         counts = {"refused": 0, "failed": 0}
+        marks = _where_written(texts, prompts, lambda texts, prompts: self._marks(texts, prompts, counts))
+        return Marks(marks, **counts)
 
-        def judged(texts: list[str], prompts: list[str]) -> Tensor:
-            places = [{"text": text, "prompt": prompt} for text, prompt in zip(texts, prompts, strict=True)]
-            asked = [self._question(one) for one in places]
-            read = getattr(self.generator, "next_token_probs", None)
-            values = torch.arange(self.lowest, self.highest + 1, dtype=torch.float64)
-            probs = None if read is None else read(asked, [str(int(value)) for value in values])
-            if probs is None or bool(probs.isnan().all()):  # nobody tells probabilities
-                return self._numbers(asked, counts)
-            mass = probs.sum(-1)
-            counts["failed"] += int(mass.isnan().sum())
-            counts["refused"] += int((mass < self.least_mass).sum())
-            return torch.where(mass >= self.least_mass, probs @ values / mass, torch.nan)
-
-        return Marks(_where_written(texts, prompts, judged), **counts)
-
-    def _question(self, places: dict[str, str]) -> TextRequest:
-        filled = re.sub(r"\{(text|prompt)\}", lambda match: places[match[1]], self.question)
-        return TextRequest.chat(filled, temperature=0.0, max_new_tokens=16)
+    def _marks(self, texts: list[str], prompts: list[str], counts: dict[str, int]) -> Tensor:
+        asked = [
+            TextRequest.chat(fill(self.question, text=text, prompt=prompt), temperature=0.0, max_new_tokens=16)
+            for text, prompt in zip(texts, prompts, strict=True)
+        ]
+        read = getattr(self.generator, "next_token_probs", None)
+        values = torch.arange(self.lowest, self.highest + 1, dtype=torch.float64)
+        probs = None if read is None else read(asked, [str(int(value)) for value in values])
+        if probs is None or bool(probs.isnan().all()):  # nobody tells probabilities
+            return self._numbers(asked, counts)
+        mass = probs.sum(-1)
+        counts["failed"] += int(mass.isnan().sum())
+        counts["refused"] += int((mass < self.least_mass).sum())
+        return torch.where(mass >= self.least_mass, probs @ values / mass, torch.nan)
 
     def _numbers(self, asked: list[TextRequest], counts: dict[str, int]) -> Tensor:
         marks = []

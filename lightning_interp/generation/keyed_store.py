@@ -46,6 +46,11 @@ class KeyedStore(Generic[Item]):
         self.folder = Path(folder)
         self.reload()
 
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Self:
+        """Open a store; takes and refuses what the class does."""
+        return cls(folder)
+
     def reload(self) -> None:
         """Read the files anew, if another process has written some."""
         self._found: dict[str, Item] = {}

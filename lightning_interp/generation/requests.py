@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -21,6 +22,7 @@ __all__ = [
     "check_sampling",
     "completion_key",
     "estimate_tokens",
+    "fill",
     "tokens_of_characters",
 ]
 
@@ -185,6 +187,11 @@ def ask(generator: TextGenerator, requests: Sequence[TextRequest]) -> list[Compl
 def completion_key(writer: str, request: TextRequest) -> str:
     """By which a text is found again: the digests of the writer's identity and of what was asked for."""
     return f"{writer}/{request.digest}"
+
+
+def fill(template: str, **places: str) -> str:
+    """Put texts in their places, such as ``{text}``; braces in the texts stay as they are."""
+    return re.sub(rf"\{{({'|'.join(places)})\}}", lambda match: places[match[1]], template)
 
 
 def estimate_tokens(request: TextRequest) -> tuple[int, int]:

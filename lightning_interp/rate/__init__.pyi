@@ -36,13 +36,13 @@ from lightning_interp.rate.rewriting.chat_rewriters import TemplateRewriter as T
 from lightning_interp.rate.rewriting.driver import RewritePlan as RewritePlan
 from lightning_interp.rate.rewriting.driver import RewriteReport as RewriteReport
 from lightning_interp.rate.rewriting.driver import RewriteRun as RewriteRun
+from lightning_interp.rate.rewriting.export import export_batch as export_batch
 from lightning_interp.rate.rewriting.export import export_records as export_records
 from lightning_interp.rate.rewriting.export import export_units as export_units
+from lightning_interp.rate.rewriting.export import import_batch as import_batch
 from lightning_interp.rate.rewriting.export import to_dataset as to_dataset
 from lightning_interp.rate.rewriting.records import RewriteResult as RewriteResult
 from lightning_interp.rate.rewriting.records import Unit as Unit
-from lightning_interp.rate.rewriting.rewrite_batches import export_batch as export_batch
-from lightning_interp.rate.rewriting.rewrite_batches import import_batch as import_batch
 from lightning_interp.rate.rewriting.rewriters import CallableRewriter as CallableRewriter
 from lightning_interp.rate.rewriting.rewriters import ReplayRewriter as ReplayRewriter
 from lightning_interp.rate.rewriting.rewriters import Rewriter as Rewriter

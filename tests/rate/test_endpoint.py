@@ -16,9 +16,10 @@ from lightning_interp.errors import InterpError, RecipeError
 from lightning_interp.generation.endpoint import parse_answer
 from lightning_interp.generation.pacing import Backoff
 from lightning_interp.generation.work import Prices
-from lightning_interp.rate.rewriting.chat_rewriters import OpenAICompatibleRewriter, as_result
+from lightning_interp.rate.rewriting.chat_rewriters import OpenAICompatibleRewriter
 from lightning_interp.rate.rewriting.driver import RewriteRun
 from lightning_interp.rate.rewriting.export import export_records
+from lightning_interp.rate.rewriting.records import as_result
 from lightning_interp.rate.rewriting.rewriters import rewriter_id
 from lightning_interp.rate.rewriting.store import RewriteStore
 from lightning_interp.rate.rewriting.templates import RewriteTemplate, rewrite_template

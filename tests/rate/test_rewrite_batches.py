@@ -11,7 +11,7 @@ from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.generation.work import Prices
 from lightning_interp.rate.rewriting.chat_rewriters import OpenAICompatibleRewriter
 from lightning_interp.rate.rewriting.driver import RewriteRun
-from lightning_interp.rate.rewriting.rewrite_batches import export_batch, import_batch
+from lightning_interp.rate.rewriting.export import export_batch, import_batch
 from lightning_interp.rate.rewriting.templates import RewriteTemplate
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "generation"))
@@ -122,7 +122,7 @@ def test_answers_of_another_run_are_refused(tmp_path):
     answers = answered(requests, tmp_path / "a.jsonl")
     other = OpenAICompatibleRewriter("m", PLAIN, seed=2)
     run = RewriteRun(store_of(tmp_path / "s"), other, attr=ATTR)
-    with pytest.raises(DataError, match=r"6 of 6 answers belong to no request of this run, such as '[0-9a-f]{64}'"):
+    with pytest.raises(DataError, match=r"6 of 6 answers belong to none of the requests, such as '[0-9a-f]{64}'"):
         import_batch(run, answers)
     assert run.store.records() == []
 

@@ -10,9 +10,9 @@ from rewriting import ATTR, Counting, store_of, units
 
 from lightning_interp.core.storage.files import atomic_write_text
 from lightning_interp.errors import DataError, ManifestError
-from lightning_interp.rate.rewriting.chain import Request
 from lightning_interp.rate.rewriting.driver import RewriteRun
 from lightning_interp.rate.rewriting.records import (
+    Request,
     RewriteRecord,
     RewriteResult,
     RewriterId,

@@ -14,7 +14,6 @@ from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.generation.endpoint import EndpointGenerator
 from lightning_interp.generation.pacing import Backoff, Pace
 from lightning_interp.generation.requests import (
-    Completion,
     TextGenerator,
     TextRequest,
     ask,
@@ -25,12 +24,10 @@ from lightning_interp.generation.requests import (
 from lightning_interp.generation.sampler import LocalSampler
 from lightning_interp.models.sources.loading import load_causal_lm
 from lightning_interp.models.sources.pretrained import Quantization
-from lightning_interp.rate.rewriting.records import RewriteResult, Status, text_sha
+from lightning_interp.rate.rewriting.records import RewriteResult, as_result, text_sha
 from lightning_interp.rate.rewriting.templates import RewriteTemplate
 
-__all__ = ["LocalRewriter", "OpenAICompatibleRewriter", "TemplateRewriter", "as_result"]
-
-_STATUS: dict[str, Status] = {"complete": "ok", "failed": "error"}
+__all__ = ["LocalRewriter", "OpenAICompatibleRewriter", "TemplateRewriter"]
 
 
 class TemplateRewriter:
@@ -306,14 +303,3 @@ class OpenAICompatibleRewriter(TemplateRewriter):
             The body; also what a batch file holds.
         """
         return self.endpoint.body(self.request(text, w_target=w_target, prompt=prompt, draw=draw))
-
-
-def as_result(completion: Completion) -> RewriteResult:
-    """What a writer gave back, as a rewrite: without white space around it, ``empty`` if nothing is left."""
-    return RewriteResult(
-        text=None if completion.text is None else completion.text.strip(),
-        status=_STATUS.get(completion.status, completion.status),  # type: ignore[arg-type]
-        error=completion.error,
-        tokens_in=completion.tokens_in,
-        tokens_out=completion.tokens_out,
-    )

@@ -11,9 +11,8 @@ from itertools import takewhile
 
 from lightning_interp.errors import RecipeError
 from lightning_interp.generation.work import Budget, Prices, WorkQueue, WorkReport, work_through
-from lightning_interp.rate.rewriting.chain import Request
 from lightning_interp.rate.rewriting.flags import rewrite_flags
-from lightning_interp.rate.rewriting.records import RewriteRecord, RewriteResult, Unit
+from lightning_interp.rate.rewriting.records import Request, RewriteRecord, RewriteResult, Unit
 from lightning_interp.rate.rewriting.rewriters import Rewriter, ask, identity_in
 from lightning_interp.rate.rewriting.store import RewriteStore, StoreWriter
 

@@ -1,4 +1,7 @@
-"""Tables of a rewrite store: the same bytes for the same rewrites, in whatever order they came."""
+"""What leaves a rewrite store: tables, with the same bytes for the same rewrites, and batch files to be answered.
+
+A run takes one batch a pass: the second pass rewrites what the first one wrote.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_interp.core.storage.files import atomic_writer, canonical_json
 from lightning_interp.core.storage.jsonl import write_json_lines
+from lightning_interp.errors import RecipeError
+from lightning_interp.generation.batch_files import answers_to, write_bodies
 from lightning_interp.rate.estimators.triples import STAGES, RewriteTriples
 from lightning_interp.rate.rewriting.assembly import UNLABELLED, texts_of
-from lightning_interp.rate.rewriting.records import RewriterId
+from lightning_interp.rate.rewriting.driver import RewriteReport, RewriteRun
+from lightning_interp.rate.rewriting.records import RewriterId, as_result
 from lightning_interp.rate.rewriting.store import RewriteStore
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["export_records", "export_units", "to_dataset", "unit_rows"]
+__all__ = ["export_batch", "export_records", "export_units", "import_batch", "to_dataset", "unit_rows"]
 
 # When an answer came and for whom it was asked first: that may differ between two runs with the same rewrites.
 _CIRCUMSTANCES = ("t", "id", "pass")
@@ -106,3 +112,60 @@ def to_dataset(source: RewriteStore | RewriteTriples, *, attr: str | None = None
     names = list(rows[0]) if rows else ["id"]
     kinds = {name: Value("int64" if name in ("draw", "w") else "string") for name in names}
     return Dataset.from_dict({name: [row[name] for row in rows] for name in names}, features=Features(kinds))
+
+
+def export_batch(
+    run: RewriteRun,
+    path: str | os.PathLike[str],
+    *,
+    max_requests: int = 50_000,
+    max_bytes: int = 200_000_000,
+) -> list[Path]:
+    """Write what a run would ask for now.
+
+    Args:
+        run: The run; its rewriter is an ``OpenAICompatibleRewriter``, which is
+            not called. Its ``max_calls`` and ``max_cost`` hold for a batch, the latter by estimates.
+        path: The file. If there is too much for one, the others get ``-2``, ``-3``, ... before the suffix.
+        max_requests: Lines a file.
+        max_bytes: Size a file; both defaults are the limits of OpenAI's Batch API.
+
+    Returns:
+        The files; none if nothing is left to ask for.
+
+    Raises:
+        RecipeError: If the rewriter cannot say what it would send, or a limit is below what one line needs.
+    """
+    body = getattr(run.rewriter, "body", None)
+    if body is None:
+        raise RecipeError(
+            f"Rewriter {run.rewriter.name!r} ({type(run.rewriter).__name__}) makes no requests that a batch file could "
+            "hold. Use an OpenAICompatibleRewriter."
+        )
+    bodies = [
+        (one.key, body(one.source, w_target=one.w_target, prompt=one.unit.prompt, draw=one.draw))
+        for one in run.within_budget()
+    ]
+    return write_bodies(bodies, path, max_requests=max_requests, max_bytes=max_bytes)
+
+
+def import_batch(run: RewriteRun, *paths: str | os.PathLike[str]) -> RewriteReport:
+    """Read the answers to a batch into the store.
+
+    Requests without an answer stay missing and are in the next batch; the report counts them. Answers that the store
+    holds already are passed over, so a file may be read twice.
+
+    Args:
+        run: The run that the batch was written from, with the same settings.
+        *paths: Files of answers, and of errors if they came apart; in any order.
+
+    Returns:
+        What was written.
+
+    Raises:
+        DataError: If a file holds a line that is no answer, one request has two answers, or an answer belongs to no
+            request of this run; names file and line, or the first ids.
+    """
+    pending = {request.key: request for request in run.pending()}
+    answers = answers_to({*pending, *(record.key for record in run.store.records())}, *paths)
+    return run.keep((pending[key], as_result(answer)) for key, answer in answers.items() if key in pending)

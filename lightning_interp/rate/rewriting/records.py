@@ -1,22 +1,29 @@
-"""What a rewrite store holds: units, records of rewrites, and the keys by which a rewrite is found again."""
+"""What a rewrite store holds: units, the rewrites that they need, their records, and the keys that find them again."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from lightning_interp.errors import DataError
 
+if TYPE_CHECKING:
+    from lightning_interp.generation.requests import Completion
+
 __all__ = [
     "FORMAT",
+    "Request",
     "RewriteRecord",
     "RewriteResult",
     "RewriterId",
     "Status",
     "Unit",
+    "as_result",
+    "chain",
     "check_units",
     "rewrite_key",
     "shown_ids",
@@ -25,6 +32,7 @@ __all__ = [
 
 FORMAT = 1
 Status = Literal["ok", "empty", "refused", "error", "truncated"]
+_STATUS: dict[str, Status] = {"complete": "ok", "failed": "error"}
 _SHOWN = 10  # ids that a message lists
 
 
@@ -106,6 +114,17 @@ class RewriteResult:
     def failed(self) -> bool:
         """Whether there was no answer, so that it is asked for again."""
         return self.status == "error"
+
+
+def as_result(completion: Completion) -> RewriteResult:
+    """What a writer gave back, as a rewrite: without white space around it, ``empty`` if nothing is left."""
+    return RewriteResult(
+        text=None if completion.text is None else completion.text.strip(),
+        status=_STATUS.get(completion.status, completion.status),  # type: ignore[arg-type]
+        error=completion.error,
+        tokens_in=completion.tokens_in,
+        tokens_out=completion.tokens_out,
+    )
 
 
 class RewriterId(NamedTuple):
@@ -205,6 +224,54 @@ _FIELDS: dict[str, Any] = {
     **dict.fromkeys(("pass", "draw", "w_target"), int),
     "text": str | None,
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One rewrite that a unit needs; its parts are those of :class:`RewriteRecord`."""
+
+    unit: Unit
+    attr: str
+    number: int
+    draw: int
+    w_target: int
+    source: str
+    by: RewriterId
+
+    @cached_property
+    def key(self) -> str:
+        """By which the answer is found again."""
+        source, prompt = text_sha(self.source), text_sha(self.unit.prompt)
+        return rewrite_key(self.attr, self.w_target, source, prompt, self.draw, self.by)
+
+    def record(self, result: RewriteResult, *, flags: tuple[str, ...] = (), time: str = "") -> RewriteRecord:
+        """The record of an answer, with this request's key."""
+        same: dict[str, Any] = {name: getattr(self, name) for name in ("attr", "number", "draw", "w_target", "by")}
+        same |= {"src_sha": text_sha(self.source), "prompt_sha": text_sha(self.unit.prompt)}
+        return RewriteRecord(id=self.unit.id, result=result, flags=flags, time=time, **same)
+
+
+def chain(
+    unit: Unit,
+    attr: str,
+    by: RewriterId,
+    find: Callable[[str], RewriteRecord | None],
+    *,
+    draw: int = 0,
+    passes: int = 2,
+) -> Iterator[tuple[Request, RewriteRecord | None]]:
+    """Walk along a labelled unit's passes: each request with its record, up to the first missing or unusable one.
+
+    The source of a pass is the text of the one before, so another text there asks for everything after it anew.
+    """
+    source, target = unit.text, 1 - int(unit.w or 0)
+    for number in range(1, passes + 1):
+        request = Request(unit=unit, attr=attr, number=number, draw=draw, w_target=target, source=source, by=by)
+        record = find(request.key)
+        yield request, record
+        if record is None or record.result.text is None or not record.usable:
+            return
+        source, target = record.result.text, 1 - target
 
 
 def rewrite_key(attr: str, w_target: int, src_sha: str, prompt_sha: str, draw: int, by: RewriterId) -> str:

@@ -10,8 +10,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 from lightning_interp.core.storage.files import digest
 from lightning_interp.errors import DataError
 from lightning_interp.generation.work import called, one_each
-from lightning_interp.rate.rewriting.chain import Request
-from lightning_interp.rate.rewriting.records import RewriteResult, RewriterId, rewrite_key, text_sha
+from lightning_interp.rate.rewriting.records import Request, RewriteResult, RewriterId, rewrite_key, text_sha
 from lightning_interp.rate.rewriting.store import RewriteStore
 
 __all__ = ["CallableRewriter", "ReplayRewriter", "Rewriter", "ask", "identity_in", "rewriter_id"]

@@ -14,8 +14,7 @@ from lightning_interp.errors import DataError, ManifestError
 from lightning_interp.generation.keyed_store import KeyedStore, KeyedWriter
 from lightning_interp.rate.estimators.triples import RewriteTriples
 from lightning_interp.rate.rewriting.assembly import Identical, Missing, assemble
-from lightning_interp.rate.rewriting.chain import Request, chain
-from lightning_interp.rate.rewriting.records import RewriteRecord, RewriterId, Unit, check_units
+from lightning_interp.rate.rewriting.records import Request, RewriteRecord, RewriterId, Unit, chain, check_units
 
 __all__ = ["RewriteStore", "StoreWriter", "read_units"]
 
@@ -56,22 +55,6 @@ class RewriteStore(KeyedStore[RewriteRecord]):
             )
         self._units = read_units(path / _UNITS)
         super().__init__(path)
-
-    @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Self:
-        """Open a store that is there; its arguments and errors are those of the class.
-
-        Args:
-            folder: Its folder.
-
-        Returns:
-            The store.
-
-        Raises:
-            ManifestError: If there is no store in the folder.
-            DataError: If a file holds a line that cannot be used; names file and line.
-        """
-        return cls(folder)
 
     @classmethod
     def create(cls, folder: str | os.PathLike[str], units: Iterable[Unit], *, attr: str) -> Self:
@@ -144,7 +127,7 @@ class RewriteStore(KeyedStore[RewriteRecord]):
         """The record of a key.
 
         Args:
-            key: Of a request, such as :attr:`~lightning_interp.rate.rewriting.chain.Request.key`.
+            key: Of a request, such as :attr:`~lightning_interp.rate.rewriting.records.Request.key`.
 
         Returns:
             The record; None if there is none.
@@ -165,7 +148,7 @@ class RewriteStore(KeyedStore[RewriteRecord]):
     def chain(
         self, unit: Unit, attr: str, by: RewriterId, *, draw: int = 0, passes: int = 2
     ) -> Iterator[tuple[Request, RewriteRecord | None]]:
-        """A unit's passes as far as they are there; see :func:`~lightning_interp.rate.rewriting.chain.chain`."""
+        """A unit's passes as far as they are there; see :func:`~lightning_interp.rate.rewriting.records.chain`."""
         return chain(unit, attr, by, self.find, draw=draw, passes=passes)
 
     def triples(

@@ -9,12 +9,12 @@ from typing import Any, Literal, get_args
 
 from lightning_interp.core.storage.files import canonical_json
 from lightning_interp.errors import RecipeError
+from lightning_interp.generation.requests import fill
 
 __all__ = ["ATTRIBUTES", "Kind", "RewriteTemplate", "rewrite_template"]
 
 Kind = Literal["text", "chat", "question"]
 
-_PLACE = re.compile(r"\{(text|phrase|prompt)\}")
 _NAMES = re.compile(r"\{(\w*)\}")
 
 
@@ -60,7 +60,7 @@ class RewriteTemplate:
             )
 
     def render(self, text: str, *, w_target: int, prompt: str = "") -> str:
-        """Fill the template; braces in the text stay as they are.
+        """Fill the template.
 
         Args:
             text: The text to rewrite.
@@ -70,8 +70,7 @@ class RewriteTemplate:
         Returns:
             The message.
         """
-        values = {"text": text, "phrase": self.phrases[w_target], "prompt": prompt}
-        return _PLACE.sub(lambda match: values[match[1]], self.body)
+        return fill(self.body, text=text, phrase=self.phrases[w_target], prompt=prompt)
 
     @property
     def instruction(self) -> str:

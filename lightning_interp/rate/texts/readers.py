@@ -18,13 +18,13 @@ from lightning_interp.errors import DataError
 from lightning_interp.generation.batch_files import read_answers
 from lightning_interp.rate.estimators.triples import RewriteTriples
 from lightning_interp.rate.rewriting.assembly import Identical, Missing, assemble
-from lightning_interp.rate.rewriting.chain import Request
-from lightning_interp.rate.rewriting.chat_rewriters import as_result
 from lightning_interp.rate.rewriting.records import (
+    Request,
     RewriteRecord,
     RewriteResult,
     RewriterId,
     Unit,
+    as_result,
     check_units,
     shown_ids,
 )
