@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,7 +106,7 @@ def chosen_strength(rows: Sequence[Mapping[str, Any]], wanted: float) -> float:
         wanted: The value.
 
     Returns:
-        The strength; the candidate with the nearest mean where none reaches it.
+        The strength; the candidate with the nearest mean where none reaches it (see :func:`shortfall`).
 
     Raises:
         RecipeError: If there is no row.
@@ -122,6 +123,32 @@ def chosen_strength(rows: Sequence[Mapping[str, Any]], wanted: float) -> float:
         if p0 < wanted <= p1:
             return float(s0 + (s1 - s0) * (wanted - p0) / (p1 - p0))
     return float(min(curve, key=lambda point: abs(point[1] - wanted))[0])
+
+
+def shortfall(rows: Sequence[Mapping[str, Any]], strength: float, wanted: float) -> str:
+    """What to say if the mean ``P(W=1)`` at a strength, interpolated between the candidates', is not the wanted one.
+
+    Args:
+        rows: Of :func:`strength_effects`.
+        strength: Of :func:`chosen_strength`.
+        wanted: The value that was aimed at.
+
+    Returns:
+        A sentence; empty where the value is reached.
+
+    Example:
+        >>> rows = [{"strength": s, "target_prob": p, "pair_mass": 1, "kl": s} for s, p in ((0.0, 0.2), (2.0, 0.6))]
+        >>> shortfall(rows, 1.5, 0.5), shortfall(rows, 2.0, 0.9)[:43]
+        ('', 'No strength from 0 to 2 brings the mean P(W=')
+    """
+    curve = [(row["strength"], row["target_prob"].value) for row in summarised(rows)]
+    found = float(np.interp(strength, [s for s, _ in curve], [p for _, p in curve]))
+    if abs(found - wanted) <= 1e-6:
+        return ""
+    return (
+        f"No strength from {curve[0][0]:g} to {curve[-1][0]:g} brings the mean P(W=1) to {wanted:g}; the nearest "
+        f"candidate, {strength:g}, gives {found:.3g}. Try larger strengths, or another concept, method or layer."
+    )
 
 
 @in_house_style

@@ -15,7 +15,8 @@ class CalibrateSteering(Recipe):
     """Choose the KL budget of dual steering, or the strength of an added direction, by the concept's probability.
 
     Prompts are split in two. On the first half every candidate is tried, all strengths of a prompt in one forward pass;
-    the one whose mean P(W=1) is nearest to the wanted one is chosen by interpolation, and confirmed on the second half.
+    the one whose mean P(W=1) is the wanted one is found by interpolation, and confirmed on the second half. Where none
+    reaches it, the nearest is taken, and the run says so.
     """
 
     method: Literal["dual", "add"] = "dual"
@@ -65,7 +66,7 @@ class CalibrateSteering(Recipe):
         from lightning_interp.core.storage.files import atomic_write_text
         from lightning_interp.running.curves import write_scalars
 
-        from ._calibrate import chosen_strength, strength_effects
+        from ._calibrate import chosen_strength, shortfall, strength_effects
         from ._common import concept_direction, concept_pairs
 
         loaded = load_causal_lm(self.source)
@@ -84,16 +85,21 @@ class CalibrateSteering(Recipe):
             )  # fmt: skip
         probabilities = [sum(r["target_prob"] for r in rows if r["strength"] == s) / half for s in self.strengths]
         write_scalars(run.path / "tensorboard" / "sweep", "steering/target_prob", probabilities)
-        calibrated = {**settings, "strength": strength, "concept": self.concept, "wanted": self.wanted}
+        reached = not shortfall(rows, strength, self.wanted)
+        calibrated = {
+            **settings, "strength": strength, "concept": self.concept, "wanted": self.wanted, "reached": reached,
+        }  # fmt: skip
         atomic_write_text(folder / "calibrated.json", json.dumps(calibrated, indent=2) + "\n")
         return {"rows": rows, "test": test, "strength": strength, "label": loaded.label, "pairs": len(pairs)}
 
     def result(self, run: RunFolder, swept: dict[str, Any]) -> RecipeResult:
         """The curve, the choice and its confirmation."""
-        from ._calibrate import calibration_figure, summarised
+        from ._calibrate import calibration_figure, shortfall, summarised
 
         curve, test = summarised(swept["rows"]), summarised(swept["test"])
-        chosen = test[-1]
+        chosen, missed = test[-1], shortfall(swept["rows"], swept["strength"], self.wanted)
+        if missed:
+            print(missed)
         name = "KL budget (nats)" if self.method == "dual" else "strength"
         title = f"{swept['label']}, {self.concept}, {self.method}: {name} {swept['strength']:.3g}"
         table = [
@@ -104,7 +110,7 @@ class CalibrateSteering(Recipe):
         ]  # fmt: skip
         return RecipeResult(
             metrics={
-                "strength": swept["strength"], "wanted": self.wanted,
+                "strength": swept["strength"], "wanted": self.wanted, "reached": not missed,
                 "test": {key: chosen[key].to_dict() for key in ("target_prob", "kl", "pair_mass")},
             },
             tables={"strengths": table, "prompts": swept["rows"], "test": swept["test"]},
@@ -112,9 +118,9 @@ class CalibrateSteering(Recipe):
             artifacts={"calibrated": run.folder("sweep") / "calibrated.json"},
             question=f"How strong must steering be for the concept to reach P(W=1) = {self.wanted:g}?",
             caveats=[
+                *([missed] if missed else []),
                 f"Chosen on {curve[0]['kl'].n} prompts, confirmed on {chosen['kl'].n} others; intervals: prompts.",
-                "The mean over prompts is calibrated, not each prompt. If no candidate reaches the wanted value, the "
-                "nearest one is taken; the table shows it.",
+                "The mean over prompts is calibrated, not each prompt.",
                 f"P(W=1) at the last token alone. Numbers of {swept['label']}; {swept['pairs']} pairs.",
             ],
             summary="strengths",

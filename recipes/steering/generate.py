@@ -49,7 +49,7 @@ class SteeredGeneration(Recipe):
                 "budget > 0, at least 2 tokens and a temperature >= 0."
             )
         if self.smoke:
-            self.concept, self.new_tokens, self.gate = "letters", 6, "none"
+            self.concept, self.new_tokens, self.gate = "letters", 3, "none"
 
     def study(self, run: RunFolder) -> RecipeResult:
         """Write with each method, measure, report."""

@@ -21,7 +21,7 @@ def steering(**settings):
 
 class TestContract(CallbackContract):
     def make_callback(self):
-        return DualSteeringCallback(steering())
+        return DualSteeringCallback(steering(method="euclidean"))
 
 
 class Module(L.LightningModule):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from lightning_interp import All, ModelMap, Site, load_causal_lm
-from lightning_interp.steering import AddDirection, extract_vector
+from lightning_interp.steering import extract_vector
 from lightning_interp.testing import needs
 from lightning_interp_recipes.steering._contrasts import read_contrasts, split_contrasts
 from lightning_interp_recipes.steering._vectors import encode_items, preferences, score_sweep
@@ -22,34 +21,17 @@ def loaded():
 
 def made(loaded, behaviour):
     parts = split_contrasts(read_contrasts(behaviour), seed=0)
-    positive, negative = zip(*(item.texts for item in parts.train[:10]), strict=True)
+    positive, negative = zip(*(item.texts for item in parts.train[:8]), strict=True)
     site = Site("resid_post", LAYER)
     return parts, extract_vector(loaded.model, loaded.tokenizer, positive, negative, site=site, positions=All())
 
 
 @needs(bundled=True)
-@pytest.mark.parametrize("behaviour", ["mood", "formal", "past"])
+@pytest.mark.parametrize("behaviour", ["mood", "past"])
 def test_held_out_endings_become_likelier_with_the_strength(loaded, behaviour):
     parts, vector = made(loaded, behaviour)
-    texts = encode_items(loaded.tokenizer, parts.report[:6])
+    texts = encode_items(loaded.tokenizer, parts.report[:4])
     scores = score_sweep(ModelMap.build(loaded.model), vector, texts, layers=[LAYER], strengths=STRENGTHS)
     down, plain, up = preferences(scores)[0].mean(-1).tolist()
     assert down < plain - 0.05
     assert up > plain + 0.05
-
-
-@needs(bundled=True)
-def test_rows_of_many_strengths_are_runs_of_one(loaded):
-    _, vector = made(loaded, "mood")
-    ids = torch.tensor([loaded.tokenizer("The weekend at the lake")["input_ids"]])
-    strengths = [-4.0, 0.0, 1.0, 8.0]
-    with torch.no_grad():
-        plain = loaded.model(ids.repeat(4, 1)).logits
-        with AddDirection(vector, strength=strengths).attach(loaded.model):
-            together = loaded.model(ids.repeat(4, 1)).logits
-        assert torch.equal(together[1], plain[1])
-        for row, strength in enumerate(strengths):
-            with AddDirection(vector, strength=strength).attach(loaded.model):
-                alone = loaded.model(ids.repeat(4, 1)).logits[row]
-            scale = float(alone.abs().max())
-            torch.testing.assert_close(together[row] / scale, alone / scale, atol=1e-6, rtol=0)

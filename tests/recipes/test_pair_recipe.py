@@ -82,7 +82,12 @@ def test_two_folders(files, stream):
 
 
 def test_the_other_direction_is_the_swapped_pair(files):
-    assert pair(files, "--missing=drop", "--direction=pre2sft", "--head=follow", "--final_norm=follow") == 0
+    assert (
+        pair(
+            files, "--missing=drop", "--direction=pre2sft", "--experiments=[E1]", "--head=follow", "--final_norm=follow"
+        )
+        == 0
+    )
     recipient, donor = tiny_pair("llama")
     from lightning_interp import paper_plans
 

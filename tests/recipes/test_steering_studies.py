@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from lightning_interp import cli, load_causal_lm
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.steering import SoftmaxGeometry, dual_steer
 from lightning_interp_recipes.steering import _calibrate as calibrate
-from lightning_interp_recipes.steering._calibrate import chosen_strength, strength_effects, summarised
+from lightning_interp_recipes.steering._calibrate import chosen_strength, shortfall, strength_effects, summarised
 from lightning_interp_recipes.steering._common import concept_direction, concept_pairs, read_texts, sample_texts
 from lightning_interp_recipes.steering._dual_vs_euclidean import sides_of_texts, steered_paths
 from lightning_interp_recipes.steering._generate import PROMPTS, measured_generation
@@ -104,6 +105,10 @@ def test_the_choice_is_interpolated_or_the_nearest():
     ]
     assert chosen_strength(rows, 0.5) == pytest.approx(1.5)
     assert chosen_strength(rows, 0.9) == 2.0
+    assert [shortfall(rows, *found) for found in ((1.5, 0.5), (0.0, 0.1))] == ["", ""]
+    assert re.search(
+        r"No strength from 0 to 2 .* to 0.9; the nearest candidate, 2, gives 0.7", shortfall(rows, 2.0, 0.9)
+    )
     assert [row["strength"] for row in summarised(rows)] == [0.0, 1.0, 2.0]
     with pytest.raises(RecipeError, match="got no rows"):
         chosen_strength([], 0.5)
@@ -126,7 +131,7 @@ def test_both_methods_spend_the_budget(smoke_run):
     metrics = json.loads((folder / "metrics.json").read_text())
     for method in ("dual", "euclidean"):
         assert metrics["meters"][method]["kl"] == pytest.approx(0.3, rel=0.02)
-        assert metrics["meters"][method]["tokens"] == 6 * len(PROMPTS)
+        assert metrics["meters"][method]["tokens"] == 3 * len(PROMPTS)
     assert len(rows_of(folder / "tables/texts.csv")) == 3 * len(PROMPTS)
 
 
@@ -144,7 +149,8 @@ def test_a_stopped_run_goes_on_to_the_same_result(tmp_path, monkeypatch, smoke_r
     assert cli.main(["run", "steering/calibrate", "--smoke=true", f"--run_dir={parts}"]) == 0
     assert (whole / "metrics.json").read_bytes() == (parts / "metrics.json").read_bytes()
     settings = json.loads((parts / "phases/sweep/calibrated.json").read_text())
-    assert settings["strength"] == json.loads((parts / "metrics.json").read_text())["strength"]
+    metrics = json.loads((parts / "metrics.json").read_text())
+    assert (settings["strength"], settings["reached"]) == (metrics["strength"], metrics["reached"])
 
 
 @pytest.mark.parametrize(
@@ -159,8 +165,6 @@ def test_a_stopped_run_goes_on_to_the_same_result(tmp_path, monkeypatch, smoke_r
 )
 def test_settings_that_cannot_be_used(name, setting, text, tmp_path, capsys):
     assert cli.main(["run", f"steering/{name}", setting, f"--run_dir={tmp_path / 'run'}"]) != 0
-    import re
-
     assert re.search(text, capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
 

@@ -31,8 +31,7 @@ def direction(k=0, width=32):
 class _Contract(InterventionContract):
     """Every token, solved so far that padded and plain rows end at the same place."""
 
-    # One of each way to know positions, one with a biased stream and one whose experts see the whole batch.
-    families = ("llama", "bloom", "opt", "qwen2_moe")
+    families = ("qwen2_moe",)  # its experts see the whole batch
 
     def make(self, model):
         options = SolverOptions(rtol=1e-6)
@@ -52,7 +51,7 @@ class TestSoftcapped(InterventionContract):
 
 
 class TestEuclidean(_Contract):
-    families = ("llama", "gpt2")
+    families = ("gpt2",)
 
     def make(self, model):
         return DualSteering(direction(), positions=All(), method="euclidean", probe_delta=1.0)
@@ -76,10 +75,10 @@ def test_logits_are_those_of_the_steered_state():
 
 def generate(model, batch=None, **options):
     batch = {"input_ids": IDS} if batch is None else batch
-    return model.generate(**batch, max_new_tokens=5, do_sample=False, pad_token_id=0, **options)
+    return model.generate(**batch, max_new_tokens=4, do_sample=False, pad_token_id=0, **options)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["gpt2"])
 def test_no_step_generates_the_very_same_tokens(family):
     model = tiny_model(family)
     plain = generate(model)
@@ -106,7 +105,7 @@ def test_every_step_of_a_generation_spends_its_budget():
         again = generate(model, use_cache=False)
     assert torch.equal(out, again)
     measured = steering.meter.compute()
-    assert measured["tokens"] == 10
+    assert measured["tokens"] == 8
     assert measured["kl"] == pytest.approx(0.3, rel=0.01)
     assert measured["reached"] == measured["certified"] == 1.0
     assert measured["hvps_per_token"] > 0
@@ -115,7 +114,7 @@ def test_every_step_of_a_generation_spends_its_budget():
 
 def test_windows_gates_and_tokens_choose_where():
     model = tiny_model("llama")
-    for positions, tokens in ((GenerationSteps(0, 2), 2), (Generated(), 4), (~Last() & Last(), None)):
+    for positions, tokens in ((GenerationSteps(0, 2), 2), (Generated(), 3), (~Last() & Last(), None)):
         if tokens is None:
             with pytest.raises(PositionError, match="can never choose a token"):
                 DualSteering(direction(), t=1.0, positions=positions)
@@ -150,8 +149,8 @@ def test_beams_and_padding():
     alone = []
     for text, budget in (("red fox", 0.2), ("a red fox ran", 0.6)):
         with dual_steering(model, direction(), kl_budget=budget, alpha=0.5):
-            alone.append(generate(model, tokenizer([text], return_tensors="pt"), num_beams=2)[0, -5:])
-    assert torch.equal(beams[:, -5:], torch.stack(alone))
+            alone.append(generate(model, tokenizer([text], return_tensors="pt"), num_beams=2)[0, -4:])
+    assert torch.equal(beams[:, -4:], torch.stack(alone))
     with (
         dual_steering(model, direction(), kl_budget=torch.ones(3), alpha=0.5),
         pytest.raises(RecipeError, match="kl_budget has 3 values, but there are 2 rows"),
@@ -172,7 +171,6 @@ def test_an_exception_while_generating_leaves_nothing():
 
 def test_target_probability_is_met_at_the_models_own_logits():
     model = tiny_model("llama")
-    steer = DualSteering(direction(), target_prob=0.9, pairs=PAIRS, alpha=0.5)
     beta = model.lm_head.weight[PAIRS.target_ids].mean(0) - model.lm_head.weight[PAIRS.base_ids].mean(0)
     steer = DualSteering(beta.detach(), target_prob=0.9, pairs=PAIRS, alpha=0.5)
     with torch.no_grad(), steer.attach(model):
