@@ -108,17 +108,14 @@ class InterventionContract:
 
     def test_acts_while_attached_and_not_after(self, family: str) -> None:
         """Logits change (or not, for a reader) while attached, and are the plain model's again afterwards."""
-        model = self.model(family)
-        batch = _batch(model, self.texts)
-        plain, changed = _logits(model, batch), self._run(model, batch)
+        model, intervention, batch = self._case(family)
+        plain, changed = _logits(model, batch), self._run(model, batch, intervention)
         assert torch.equal(plain, changed) is not self.changes_output, "see changes_output"
         assert torch.equal(_logits(model, batch), plain), "the model still acts differently after remove()"
 
     def test_left_padding_changes_nothing(self, family: str) -> None:
         """Real tokens of a left-padded batch get the logits that they get alone."""
-        model = self.model(family)
-        intervention = self.make(model)
-        batch = _batch(model, self.texts)
+        model, intervention, batch = self._case(family)
         with self.attach(intervention, model):
             together = _logits(model, batch)
             for row, text in enumerate(self.texts):
@@ -139,19 +136,17 @@ class InterventionContract:
     def test_generation_with_and_without_cache_agree(self, family: str) -> None:
         """Greedy generation gives the same tokens with a cache and without."""
         self._needs_cache_consistency()
-        model = self.model(family)
-        batch = _batch(model, self.texts)
+        model, intervention, batch = self._case(family)
         settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
         ids = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        with self.attach(self.make(model), model):
+        with self.attach(intervention, model):
             cached, fresh = (model.generate(**ids, **settings, use_cache=use) for use in (True, False))
         assert torch.equal(cached, fresh), f"with a cache {cached.tolist()}, without {fresh.tolist()}"
 
     def test_runs_without_grad_and_in_inference_mode(self, family: str) -> None:
         """The grad mode does not change the numbers."""
-        model = self.model(family)
-        batch = _batch(model, self.texts)
-        with self.attach(self.make(model), model):
+        model, intervention, batch = self._case(family)
+        with self.attach(intervention, model):
             plain = model(**batch).logits.detach()
             with torch.no_grad():
                 _close(model(**batch).logits, plain, "under no_grad")
@@ -207,8 +202,7 @@ class InterventionContract:
 
     def test_exception_in_a_forward_pass_leaves_nothing(self, family: str) -> None:
         """Leaving the with block by an exception takes everything off."""
-        model = self.model(family)
-        intervention, batch = self.make(model), _batch(model, self.texts)
+        model, intervention, batch = self._case(family)
         plain, blocks = _logits(model, batch), ModelMap.build(model).blocks
         before = snapshot(model)
         handle = blocks[-1].register_forward_hook(_boom)
@@ -221,17 +215,16 @@ class InterventionContract:
 
     def test_copies_made_while_attached_are_plain(self, family: str) -> None:
         """A deep copy and an unpickled model act like the plain model, now and after remove()."""
-        model = self.model(family)
-        batch = _batch(model, self.texts)
+        model, intervention, batch = self._case(family)
         plain = _logits(model, batch)
-        with self.attach(self.make(model), model):
+        with self.attach(intervention, model):
             copies = {"deepcopy": copy.deepcopy(model), "pickle": pickle.loads(pickle.dumps(model))}  # noqa: S301
             changed = _logits(model, batch)
             for how, twin in copies.items():
                 assert torch.equal(_logits(twin, batch), plain), f"a {how} made while attached is still hooked"
         for how, twin in copies.items():
             assert torch.equal(_logits(twin, batch), plain), f"a {how} changed when the original was released"
-            assert torch.equal(self._run(twin, batch), changed), f"a {how} cannot be attached to"
+            assert torch.equal(self._run(twin, batch, self.make(twin)), changed), f"a {how} cannot be attached to"
 
     # What it lives with
 
@@ -251,9 +244,7 @@ class InterventionContract:
 
     def test_works_inside_another_module(self, family: str) -> None:
         """Attaching to a module that holds the model is attaching to the model."""
-        model = self.model(family)
-        batch = _batch(model, self.texts)
-        intervention = self.make(model)
+        model, intervention, batch = self._case(family)
         holder = nn.ModuleDict({"inner": nn.ModuleDict({"policy": model})})
         direct = self._run(model, batch, intervention)
         with self.attach(intervention, holder):
@@ -262,22 +253,19 @@ class InterventionContract:
     def test_refuses_compiled_models(self, family: str) -> None:
         """Hooks on a compiled model would be ignored, so there must be an error, and no trace."""
         model = self.model(family)
-        intervention = self.make(model)
-        wrapper: Any = torch.compile(model)
-        before = snapshot(model)
-        with pytest.raises(CompiledModelError, match="is compiled"):
-            self.attach(intervention, wrapper)
-        assert snapshot(model) == before, "a refused compiled wrapper left a trace"
-        model.compile()
-        before = snapshot(model)
-        with pytest.raises(CompiledModelError, match="is compiled"):
-            self.attach(intervention, model)
-        assert snapshot(model) == before, "a refused compiled model left a trace"
+        intervention: Intervention = self.make(model)
+        wrapper: Any = torch.compile(model, backend="eager")  # its default imports torch._inductor, for seconds
+        for compiled in (wrapper, model):
+            if compiled is model:
+                model.compile(backend="eager")
+            before = snapshot(model)
+            with pytest.raises(CompiledModelError, match="is compiled"):
+                self.attach(intervention, compiled)
+            assert snapshot(model) == before, "a refused compiled model left a trace"
 
     def test_two_attachments_compose_in_order(self, family: str) -> None:
         """The one attached first acts first; removing it leaves the other as if it had been alone."""
-        model = self.model(family)
-        intervention, batch = self.make(model), _batch(model, self.texts)
+        model, intervention, batch = self._case(family)
         other = _Affine(self._shared_site(intervention, model))
         alone = {part: self._run(model, batch, part) for part in (intervention, other)}
         for parts in ((intervention, other), (other, intervention)):
@@ -289,8 +277,12 @@ class InterventionContract:
 
     # Helpers
 
-    def _run(self, model: nn.Module, batch: Batch, intervention: Intervention | None = None) -> torch.Tensor:
-        with self.attach(intervention or self.make(model), model):
+    def _case(self, family: str) -> tuple[Any, Intervention, Batch]:
+        model = self.model(family)
+        return model, self.make(model), _batch(model, self.texts)
+
+    def _run(self, model: nn.Module, batch: Batch, intervention: Intervention) -> torch.Tensor:
+        with self.attach(intervention, model):
             return _logits(model, batch)
 
     def _train_step(self, model: Any, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:

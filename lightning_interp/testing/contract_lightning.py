@@ -21,11 +21,8 @@ from lightning_interp.testing.tiny import byte_tokenizer, tiny_model
 
 __all__ = ["CallbackContract"]
 
-_LIBRARIES = ("lightning.pytorch", "pytorch_lightning")
 _STAGES = ("train", "validate", "test", "predict")
 _ENTRIES = {"train": "fit", "validate": "validate", "test": "test", "predict": "predict"}
-
-libraries = pytest.mark.parametrize("library", _LIBRARIES)
 
 
 class CallbackContract:
@@ -35,6 +32,7 @@ class CallbackContract:
     tiny model for two training batches and one batch of the other stages.
 
     Attributes:
+        libraries: Packages whose Trainer runs them.
         alters_training: Whether trained weights may differ from those without it; by default if it acts in ``train``.
         texts: What the batches say; the module's ``tokenizer`` is the byte tokenizer.
         folder: An empty folder for this test.
@@ -47,6 +45,7 @@ class CallbackContract:
         >>> TestReading().test_pickles_and_copies()
     """
 
+    libraries: ClassVar[Sequence[str]] = ("lightning.pytorch", "pytorch_lightning")
     alters_training: ClassVar[bool | None] = None
     texts: ClassVar[Sequence[str]] = ("the red fox ran", "red fox")
     folder: Path = Path()
@@ -64,13 +63,17 @@ class CallbackContract:
         encoded = byte_tokenizer()(list(self.texts), return_tensors="pt", padding=True)
         return {"input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask}
 
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Run every test that starts a Trainer with every library."""
+        if "library" in metafunc.fixturenames:
+            metafunc.parametrize("library", self.libraries)
+
     @pytest.fixture(autouse=True)
     def _use_folder(self, tmp_path: Path) -> None:
         self.folder = tmp_path
 
     # Hooks come and go
 
-    @libraries
     @pytest.mark.parametrize("stage", _STAGES)
     def test_nothing_is_left_after_a_run(self, library: str, stage: str) -> None:
         """No hook, mode, weight or key differs after fit, validate, test or predict; training moves weights only."""
@@ -83,7 +86,6 @@ class CallbackContract:
         assert after == before, f"{_ENTRIES[stage]} left a trace: {_differences(before, after)}"
         assert not module.complaints, module.complaints[:3]
 
-    @libraries
     def test_is_attached_in_its_stages_only(self, library: str) -> None:
         """A callback with ``when`` hooks the model in these stages, and in no other, validation in fit included."""
         callback = self.make_callback()
@@ -98,7 +100,6 @@ class CallbackContract:
             expected = {name: name in when for name in during}
             assert module.hooked == expected, f"in {_ENTRIES[stage]}: hooks {module.hooked}, expected {expected}"
 
-    @libraries
     @pytest.mark.parametrize("stage", _STAGES)
     def test_nothing_is_left_after_an_exception(self, library: str, stage: str) -> None:
         """Lightning calls no teardown after an exception: the hooks are gone all the same, and it can run again."""
@@ -113,7 +114,6 @@ class CallbackContract:
         self._run(library, module, stage, callback)
         assert snapshot(module.model)["hooks"] == hooks, "hooks were left by the run after an exception"
 
-    @libraries
     def test_training_is_untouched(self, library: str) -> None:
         """Weights and random state after fit are those without the callback, to the bit."""
         callback = self.make_callback()
@@ -131,7 +131,6 @@ class CallbackContract:
 
     # State
 
-    @libraries
     def test_state_survives_a_checkpoint(self, library: str) -> None:
         """State is plain enough for ``weights_only=True``, and a new callback goes on from it."""
         module, callback = self.make_module(library), self.make_callback()
@@ -151,7 +150,6 @@ class CallbackContract:
         assert _plain(again.state_dict()) == _plain(state), "load_state_dict() does not restore state_dict()"
         self._run(library, self.make_module(library), "train", self.make_callback(), ckpt_path=path, max_epochs=2)
 
-    @libraries
     def test_two_in_one_trainer_work_or_say_why_not(self, library: str) -> None:
         """A second one is used beside the first, or refused by name; no hook is left either way."""
         module, pair = self.make_module(library), [self.make_callback(), self.make_callback()]
@@ -173,7 +171,6 @@ class CallbackContract:
             assert _plain(twin.state_dict()) == _plain(callback.state_dict())
             assert twin.state_key == callback.state_key
 
-    @libraries
     def test_pickled_after_a_run_it_runs_again(self, library: str) -> None:
         """What a run leaves in the callback does not keep it from travelling."""
         module, callback = self.make_module(library), self.make_callback()

@@ -50,30 +50,30 @@ class Module(new.LightningModule):
 
 
 def wrapped(model):
-    return torch.compile(model)
+    return torch.compile(model, backend="eager")
 
 
 def in_place(model):
-    model.compile()
+    model.compile(backend="eager")
     return model
 
 
 def one_block(model):
-    model.model.layers[2].compile()
+    model.model.layers[2].compile(backend="eager")
     return model
 
 
 def forward_method(model):
-    model.forward = torch.compile(model.forward)
+    model.forward = torch.compile(model.forward, backend="eager")
     return model
 
 
 def in_a_module(model):
-    return Module(torch.compile(model))
+    return Module(torch.compile(model, backend="eager"))
 
 
 def compiled_module(model):
-    return from_compiled(torch.compile(Module(model)))
+    return from_compiled(torch.compile(Module(model), backend="eager"))
 
 
 COMPILED = {

@@ -187,11 +187,16 @@ def test_parameters_outside_of_every_component(refused):
 
 def test_compiled_recipients(refused):
     recipient, donor = tiny_pair("llama")
-    refused(Graft(donor, LAST), torch.compile(recipient), CompiledModelError, "'OptimizedModule' is compiled")
+    refused(
+        Graft(donor, LAST),
+        torch.compile(recipient, backend="eager"),
+        CompiledModelError,
+        "'OptimizedModule' is compiled",
+    )
     inside = copy.deepcopy(recipient)
-    inside.model.layers[1].compile()
+    inside.model.layers[1].compile(backend="eager")
     refused(Graft(donor, LAST), inside, CompiledModelError, "'model.layers.1' is compiled")
-    recipient.compile()
+    recipient.compile(backend="eager")
     refused(Graft(donor, LAST), recipient, CompiledModelError, "'LlamaForCausalLM' is compiled")
 
 

@@ -20,6 +20,8 @@ def steering(**settings):
 
 
 class TestContract(CallbackContract):
+    libraries = ("lightning.pytorch",)
+
     def make_callback(self):
         return DualSteeringCallback(steering(method="euclidean"))
 

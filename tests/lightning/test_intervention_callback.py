@@ -221,7 +221,7 @@ def test_every_process_has_it(tmp_path):
 def test_a_compiled_module_is_refused(tmp_path):
     with pytest.raises(CompiledModelError, match="is compiled"):
         trainer(tmp_path, InterventionCallback(Double(), when=["test"])).test(
-            torch.compile(Module()), loader(), verbose=False
+            torch.compile(Module(), backend="eager"), loader(), verbose=False
         )
     trainer(tmp_path, InterventionCallback(Double(), when=["train"])).test(Module(), loader(), verbose=False)
 

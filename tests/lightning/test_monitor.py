@@ -102,6 +102,8 @@ class Norms(Monitor):
 
 
 class TestContract(CallbackContract):
+    libraries = ("pytorch_lightning",)
+
     def make_callback(self):
         return Norms(every=1, at_start=True, at_end=True, name="norm")
 

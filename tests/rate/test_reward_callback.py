@@ -96,12 +96,16 @@ def logged(run, name="marks"):
 
 
 class TestRewardAttributeEffect(CallbackContract):
+    libraries = ("lightning.pytorch",)
+
     def make_callback(self):
         path = self.folder / "store"
         return RewardAttributeEffect(path if path.exists() else finished(path, 4), score=mean_logit)
 
 
 class TestRewardAttributeEffectWithUnits(CallbackContract):
+    libraries = ("pytorch_lightning",)
+
     def make_callback(self):
         half = RewriteTriples(
             attr="loud", ids=["a", "b"], w=[1, 0], prompts=["", ""], original=["oh!", "ah"], rewrite=["oh", "ah!"],

@@ -231,7 +231,7 @@ class TestRefused:
 
     def test_a_compiled_model(self):
         model = tiny_model("llama")
-        model.compile()
+        model.compile(backend="eager")
         with pytest.raises(CompiledModelError, match="compiled"):
             DualSteering(direction(), kl_budget=0.1).attach(model)
 

@@ -157,7 +157,7 @@ def test_what_does_not_fit_the_model_is_refused_at_attach(model, make, error, me
 
 def test_a_compiled_model_is_refused():
     compiled = tiny_model("llama")
-    compiled.compile()
+    compiled.compile(backend="eager")
     with pytest.raises(CompiledModelError, match="is compiled"):
         AddDirection(vector(), site=SITE).attach(compiled)
 

@@ -48,6 +48,7 @@ def donor_of(model):
 
 
 class TestActivationCapture(InterventionContract):
+    families = ("gemma2",)
     changes_output = False
 
     def make(self, model):
@@ -59,6 +60,8 @@ class TestActivationCapture(InterventionContract):
 
 
 class TestAddVector(InterventionContract):
+    families = ("opt",)
+
     def make(self, model):
         return AddVector(Site("resid_post", 1), vector(), 2.0, Span(2, 4) | Substring("fox"))
 
@@ -67,16 +70,14 @@ class TestAddVector(InterventionContract):
 
 
 class TestAddVectorAtTheLastToken(InterventionContract):
-    families = ("llama", "gpt2")
+    families = ("gpt2",)
     cache_consistent = False
 
     def make(self, model):
         return AddVector(Site("resid_pre", -1), vector(1), 2.0, Last())
 
 
-class TestCompose(InterventionContract):
-    families = ("llama", "gpt_neox", "gemma2", "bloom")
-
+class TestCompose(InterventionContract):  # on every family
     def make(self, model):
         first = AddVector(Site("resid_post", 0), vector(), 1.0)
         return Compose(first, AddVector(Site("attn_in", 2), vector(1), -1.0), ActivationCapture([Site("logits")]))
@@ -86,6 +87,8 @@ class TestCompose(InterventionContract):
 
 
 class TestGraft(InterventionContract):
+    families = ("llama", "bloom", "qwen2_moe")
+
     def make(self, model):
         return Graft(donor_of(model), GraftPlan.at(Span(1, 4), components=("q", "v", "BLOCK"), layers="1-2"))
 

@@ -40,6 +40,8 @@ class TestInterventionCallback(CallbackContract):
 
 
 class TestInterventionCallbackInTraining(CallbackContract):
+    libraries = ("lightning.pytorch",)
+
     def make_callback(self):
         return InterventionCallback(Shift(FromBatch("chosen")), when=["train", "test"], name="shift")
 
@@ -49,17 +51,23 @@ class TestInterventionCallbackInTraining(CallbackContract):
 
 
 class TestGraftInACallback(CallbackContract):
+    libraries = ("pytorch_lightning",)
+
     def make_callback(self):
         graft = Graft(tiny_pair("llama")[1], GraftPlan.at(Last(), components="BLOCK"))
         return InterventionCallback(graft, when=["validate"])
 
 
 class TestCaptureCallback(CallbackContract):
+    libraries = ("lightning.pytorch",)
+
     def make_callback(self):
         return CaptureCallback([Site("resid_post", 1)], self.folder / "captures", when=["validate", "predict"])
 
 
 class TestGraftCallback(CallbackContract):
+    libraries = ("pytorch_lightning",)
+
     def make_callback(self):
         prompts = [GraftPrompt("the red fox", " ran", {"FE": "red"})]
         return GraftCallback(prompts, reference=tiny_pair("llama")[1])
