@@ -108,7 +108,7 @@ def test_gradients_of_an_added_vector_are_those_of_the_bias(family):
             close(parameter.grad, edited.get_parameter(key).grad, 1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_a_change_at_one_token_reaches_only_what_follows(family):
     model = tiny_model(family)
     plain = logits(model)

@@ -97,7 +97,7 @@ def test_against_the_definition(family, name, pairs, third, agree):
     second = third(family)
     plan = plan_of(family, PLANS[name])
     expected = Oracle(family, recipient, first, second).logits(IDS[0].tolist(), table_of(family, PLANS[name]))
-    for execution in ("auto", "overwrite", "partition", "dense"):
+    for execution in ("auto", "overwrite", "partition", "dense") if family == "llama" else ("auto", "dense"):
         with Graft({"a": first, "b": second}, plan, execution=execution).attach(recipient), torch.no_grad():
             actual = recipient(IDS).logits
         agree(actual[0], expected, f"adding rules, {family}")
