@@ -17,6 +17,7 @@ from lightning_interp.steering import (
     SolverOptions,
     dual_steer,
     euclidean_steer,
+    score_distributions,
     score_path,
 )
 
@@ -35,7 +36,7 @@ def sides_of_texts(
 ) -> tuple[Tensor, Tensor, int]:
     """States at which the model predicts the concept's base side, and those at which it predicts the target side.
 
-    A state is chosen if its ``top`` likeliest tokens are all of one side and hold at least ``mass`` together (the
+    A state is chosen if its ``top`` likeliest tokens are all of one side and hold more than ``mass`` together (the
     rule of arXiv 2602.15293, appendix B.1, with ``top=3`` and ``mass=0.7``).
 
     Args:
@@ -55,18 +56,14 @@ def sides_of_texts(
     capture, head = ActivationCapture([Site("unembed_in")]), Site("unembed_in")
     sides: tuple[list[Tensor], list[Tensor]] = ([], [])
     seen = 0
-    members = [torch.zeros(geometry.vocabulary, dtype=torch.bool) for _ in sides]
-    for member, ids in zip(members, (pairs.base_ids, pairs.target_ids), strict=True):
-        member[ids] = True
     with capture.attach(model), torch.no_grad():
         for text in texts:
             ids = tokenizer([text], return_tensors="pt", truncation=True, max_length=length).input_ids.to(model.device)
             model(input_ids=ids, use_cache=False)
             states = capture.activations[head][0].float().cpu()
-            best = geometry.log_probs(states).exp().topk(top, dim=-1)
-            for side, member in zip(sides, members, strict=True):
-                chosen = member[best.indices].all(-1) & (best.values.sum(-1) >= mass)
-                side.append(states[chosen])
+            labels = pairs.classify(geometry.log_probs(states), top_k=top, min_mass=mass)
+            for label, side in enumerate(sides):
+                side.append(states[labels == label])
             seen += len(states)
             advance(1)
     return torch.cat(sides[0]), torch.cat(sides[1]), seen
@@ -138,18 +135,10 @@ def _oracle(
     geometry: SoftmaxGeometry, pairs: CounterfactualPairs, start: Tensor, grid: Sequence[float]
 ) -> dict[str, Tensor]:
     """The bound of every method that only sees the output: pairs re-split, everything else untouched."""
-    p0 = geometry.log_probs(start).exp()
-    points = [p0, *(pairs.resplit(p0, w) for w in grid)]
-    z0 = pairs.regroup(p0)
-    return {
-        "target_prob": torch.stack([pairs.target_prob(p) for p in points]).double(),
-        "pair_mass": torch.stack([pairs.pair_mass(p) for p in points]).double(),
-        "off_target_kl": torch.stack([_kl(z0, pairs.regroup(p)) for p in points]).double(),
-        "rank_difference": torch.zeros(len(points), dtype=torch.float64),
-        "total_kl": torch.stack([_kl(p0, p) for p in points]).double(),
+    log_p0 = geometry.log_probs(start)
+    made = pairs.log_resplit(log_p0.expand(len(grid), -1), torch.tensor(grid))
+    scores = score_distributions(log_p0, torch.cat([log_p0[None], made]), pairs)
+    kept = {
+        name: scores[name].double().clamp_min(0) for name in ("target_prob", "pair_mass", "off_target_kl", "total_kl")
     }
-
-
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    kept = p > 0
-    return (p[kept] * (p[kept] / q[kept]).log()).sum().clamp_min(0)
+    return kept | {"rank_difference": torch.zeros(len(made) + 1, dtype=torch.float64)}

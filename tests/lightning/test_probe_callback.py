@@ -356,7 +356,7 @@ class TestErrors:
         with pytest.raises(DataError, match=r"classes 'concept' have the shape \[3, 5\], but the pass has 3 rows of 9"):
             self.predict(tmp_path, ProbeCallback("concept"), Wrong())
         rule = PredictedSide(PAIRS, min_mass=0.0)
-        with pytest.raises(DataError, match=r"ids 'index' are torch\.float64 \[3\]; expected an integer for each of 3"):
+        with pytest.raises(DataError, match=r"ids 'index' are torch\.float64 \[3\]; expected 3 integers"):
             self.predict(tmp_path, ProbeCallback(rule, ids="index"), Wrong())
 
     def test_a_class_that_is_none(self, tmp_path):

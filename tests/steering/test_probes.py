@@ -324,7 +324,7 @@ class TestErrors:
             ConceptProbe.fit(torch.tensor([[1.0], [torch.nan]]), torch.ones(2, 1), "primal_md")
 
     def test_dual_without_a_geometry(self):
-        with pytest.raises(RecipeError, match=r"dual_md probe of 4 \+ 3 states needs dual coordinates"):
+        with pytest.raises(RecipeError, match=r"dual_md probe of 4 \+ 3 states needs geometry="):
             ConceptProbe.fit(torch.ones(4, 2), torch.ones(3, 2))
 
     @pytest.mark.parametrize("kind", ["pca", "given"])

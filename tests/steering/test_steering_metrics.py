@@ -122,7 +122,7 @@ class TestRanks:
         torch.testing.assert_close(rank_difference(z0, z, keep=torch.ones(V, dtype=torch.bool)), rank_difference(z0, z))
 
     def test_another_vocabulary(self):
-        with pytest.raises(IncompatibleModelError, match=r"keep has the shape \[4\] for distributions of 30 tokens"):
+        with pytest.raises(IncompatibleModelError, match=r"keep has the shape \[4\] for 30 tokens"):
             rank_difference(logs(0), logs(1), keep=torch.ones(4, dtype=torch.bool))
 
     @pytest.mark.parametrize("mass", [0.3, 0.99, 0.999, 1.0])

@@ -137,10 +137,7 @@ def orthonormal(directions: Tensor, *, what: str) -> Tensor:
     left = r.diagonal().abs() if len(unit) <= unit.shape[1] else torch.zeros(len(unit))
     if bool((left < _DEPENDENT).any()):
         k = int((left < _DEPENDENT).nonzero()[0])
-        raise RecipeError(
-            f"{what}: direction {k} of {len(directions)} lies in the span of the others. Leave it out; it removes "
-            "nothing more."
-        )
+        raise RecipeError(f"{what}: direction {k} of {len(directions)} lies in the span of the others. Leave it out.")
     rows: Tensor = q.T
     return rows
 
@@ -233,8 +230,7 @@ def _parts(matrix: Any, bias: Any, what: str) -> tuple[Tensor, ...]:
     if len(factors) != 1 + low_rank or not fits or len(b) != width:
         shapes = " and ".join(str(list(factor.shape)) for factor in reversed(factors))
         raise RecipeError(
-            f"{what} got {shapes} with a bias {list(b.shape)}; expected [d, d], or a tuple of U [d, r] and V [r, d], "
-            "and a bias [d]."
+            f"{what} got {shapes} with a bias {list(b.shape)}; expected [d, d] or (U [d, r], V [r, d]), and [d]."
         )
     change = factors[1] @ factors[0] if low_rank else factors[0] - torch.eye(width).to(factors[0])
     if not bool(change.detach().any()) and not bool(b.detach().any()):

@@ -122,9 +122,8 @@ class PairMassGate(_HeadGate):
         made: Any = super().bound(attachment)
         if not 0 <= self.ids[0] <= self.ids[-1] < made.geometry.vocabulary:
             raise PositionError(
-                f"PairMassGate names the tokens {self.ids[0]} to {self.ids[-1]}, but "
-                f"{type(attachment.model_map.model).__name__} has {made.geometry.vocabulary} tokens. Use pairs of its "
-                "tokenizer."
+                f"PairMassGate names the tokens {self.ids[0]} to {self.ids[-1]}, but {made.geometry.name} has "
+                f"{made.geometry.vocabulary} rows. Use pairs of this model's tokenizer."
             )
         return made  # type: ignore[no-any-return]
 

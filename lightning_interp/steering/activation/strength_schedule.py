@@ -149,8 +149,7 @@ def factors(schedule: StrengthSchedule | Callable[[Tensor], Tensor], steps: Tens
     if not isinstance(found, Tensor) or found.shape != steps.shape:
         got = list(found.shape) if isinstance(found, Tensor) else repr(found)
         raise RecipeError(
-            f"The schedule {_name(schedule)} gave {got} for steps {list(steps.shape)}. Return one factor for each "
-            "step, as a tensor of that shape."
+            f"The schedule {_name(schedule)} gave {got} for steps {list(steps.shape)}. Return a tensor of that shape."
         )
     return found.to(device=steps.device, dtype=torch.float32)
 

@@ -62,8 +62,7 @@ class PredictedSide:
     def __post_init__(self) -> None:
         if self.top_k < 1 or not 0 <= self.min_mass < 1:
             raise RecipeError(
-                f"PredictedSide(top_k={self.top_k}, min_mass={self.min_mass}): expected top_k >= 1 and 0 <= min_mass < "
-                "1."
+                f"PredictedSide(top_k={self.top_k}, min_mass={self.min_mass}): expected top_k >= 1, 0 <= min_mass < 1."
             )
 
     def labels(self, geometry: SoftmaxGeometry, lam: Tensor) -> Tensor:
@@ -190,8 +189,7 @@ class ClassReader(Intervention):
         given = self._entry(step, self.ids or "")
         if given.shape != (step.batch_size,) or given.is_floating_point():
             raise DataError(
-                f"The ids {self.ids!r} are {given.dtype} {list(given.shape)}; expected an integer for each of "
-                f"{step.batch_size} rows."
+                f"The ids {self.ids!r} are {given.dtype} {list(given.shape)}; expected {step.batch_size} integers."
             )
         places = step.fit(step.positions, mask.shape[1])
         return (given.to(places).long()[:, None] * _SPREAD + places)[mask]
@@ -201,8 +199,7 @@ class ClassReader(Intervention):
         if key not in batch:
             held = ", ".join(map(str, batch)) or "nothing"
             raise DataError(
-                f"The batch has no entry {key!r}; it holds: {held}. Put one integer a row under that key, and give "
-                "batches that are mappings."
+                f"The batch has no entry {key!r}; it holds: {held}. Give mappings with an integer a row there."
             )
         return torch.as_tensor(batch[key])
 

@@ -154,8 +154,7 @@ class ClassMoments:
         if settled:
             raise DataError(
                 f"{len(settled)} states (the first has id {settled[0]}) were counted by two processes, and only the "
-                "last batch of each can be taken back. Give every process rows of its own: predict does, and so does a "
-                "sampler that does not shuffle."
+                "last batch of each can be taken back. Give each its own rows, as predict and unshuffled samplers do."
             )
         made = ClassMoments(
             self.width, dual=self.dual, scatter=self.scatter, fingerprint=self.fingerprint, site=self.site
@@ -278,8 +277,7 @@ class ClassMoments:
             )
         if len(lam) and self._named is (ids is None):
             raise RecipeError(
-                f"Ids came with some of the states only ({len(self._seen)} so far). Give them with every update, or "
-                "with none."
+                f"Ids came with some of the states only ({len(self._seen)} so far). Give them always or never."
             )
 
     def _check_same(self, other: ClassMoments) -> None:
@@ -287,8 +285,7 @@ class ClassMoments:
             ours, theirs = getattr(self, what), getattr(other, what)
             if ours != theirs:
                 raise IncompatibleModelError(
-                    f"Moments with {what}={ours} and {what}={theirs} cannot be added. Merge those of one model "
-                    "and site."
+                    f"Moments with {what}={ours} and {what}={theirs} cannot be added. Merge one site of one model."
                 )
         if {self._named, other._named} == {True, False}:
             raise IncompatibleModelError(
@@ -321,6 +318,5 @@ def _check_rows(rows: Tensor, labels: Tensor) -> None:
 def _check_class(name: int, label: int, before: int) -> None:
     if label != before:
         raise DataError(
-            f"State {name} is {CLASSES[label]} now and was {CLASSES[before]} before. An id must name one state, and a "
-            "state has one class."
+            f"State {name} is {CLASSES[label]} now and was {CLASSES[before]} before. An id is one state of one class."
         )

@@ -311,8 +311,7 @@ def _moments(
 ) -> ClassMoments:
     if kind == "dual_md" and geometry is None:
         raise RecipeError(
-            f"A dual_md probe of {len(base)} + {len(target)} states needs dual coordinates. Pass geometry= or "
-            "model=, or use kind='primal_md'."
+            f"A dual_md probe of {len(base)} + {len(target)} states needs geometry= or model=; or use kind='primal_md'."
         )
     if base.dim() != 2 or target.dim() != 2:
         raise IncompatibleModelError(

@@ -79,8 +79,7 @@ def rank_difference(log_z0: Tensor, log_z: Tensor, *, keep: Tensor | None = None
     if keep is not None:
         if keep.shape != log_z.shape[-1:]:
             raise IncompatibleModelError(
-                f"keep has the shape {list(keep.shape)} for distributions of {log_z.shape[-1]} tokens; expected one "
-                "bool a token, of the same P^Z."
+                f"keep has the shape {list(keep.shape)} for {log_z.shape[-1]} tokens; expected a bool for each."
             )
         log_z0, log_z = log_z0[..., keep].log_softmax(-1), log_z[..., keep]
     moved = (1 / ranks(log_z).to(log_z) - 1 / ranks(log_z0).to(log_z)).abs()
