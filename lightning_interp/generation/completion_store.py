@@ -48,9 +48,8 @@ class _Written(Pending):
 class CompletionStore(KeyedStore[_Written]):
     """Texts in append-only files, a line each, with what was asked for.
 
-    A text is found by a key of the writer's identity and the request, so nothing is written twice, and nobody's text is
-    taken for another's. ``completions.jsonl`` lies in the folder itself, or in one folder a process
-    (``shard-00003/``); ``writers.json`` beside it says what the digests of writers stand for.
+    A text is found by a key of the writer's identity and the request, so nothing is written twice. The folder, or one
+    folder a process (``shard-00003/``), holds ``completions.jsonl``, and ``writers.json``, which says who wrote.
 
     Args:
         folder: The folder; a missing one is an empty store.
@@ -62,11 +61,10 @@ class CompletionStore(KeyedStore[_Written]):
         >>> import tempfile
         >>> from lightning_interp.generation.replay import FunctionGenerator
         >>> shout, store = FunctionGenerator(lambda r: r.text.upper(), name="up"), CompletionStore(tempfile.mkdtemp())
-        >>> requests = [TextRequest(prompt="oh"), TextRequest(prompt="no")]
-        >>> write_all(shout, requests, store).calls, write_all(shout, requests, store).calls
-        (2, 0)
-        >>> [one.text for one in store.completions(shout, requests)]
-        ['OH', 'NO']
+        >>> write_all(shout, [TextRequest(prompt="oh")], store).calls
+        1
+        >>> store.completions(shout, [TextRequest(prompt="oh")])[0].text
+        'OH'
     """
 
     file = "completions.jsonl"
@@ -109,14 +107,14 @@ class CompletionStore(KeyedStore[_Written]):
             DataError: If one is missing.
         """
         writer = digest(generator.identity())
-        found = [self.find(completion_key(writer, request)) for request in requests]
-        missing = [request for request, one in zip(requests, found, strict=True) if one is None]
-        if missing:
+        found = [one for request in requests if (one := self.find(completion_key(writer, request)))]
+        if len(found) < len(requests):
+            first = next(one for one in requests if self.find(completion_key(writer, one)) is None)
             raise DataError(
-                f"The store {str(self.folder)!r} lacks {len(missing)} of {len(requests)} texts of this writer, such as "
-                f"that for {missing[0].to_dict()!r:.120}. Write them with write_all first."
+                f"The store {str(self.folder)!r} lacks {len(requests) - len(found)} of {len(requests)} texts of this "
+                f"writer, such as that for {first.to_dict()!r:.120}. Write them with write_all first."
             )
-        return [one for one in found if one is not None]
+        return found
 
     def pending(self, generator: TextGenerator, requests: Sequence[TextRequest]) -> list[Pending]:
         """What is still to be asked of a writer: requests without an answer or whose answer failed, equal ones once.
@@ -220,10 +218,8 @@ def write_all(
         ManifestError: If another process works on the store, or it cannot be written.
         RecipeError: If there is a ``max_cost`` without prices.
     """
-    estimate = getattr(generator, "estimate_tokens", None) or (lambda request: (0, 0))
-    budget = Budget[Pending](
-        max_calls=max_calls, max_cost=max_cost, prices=prices, estimate=lambda one: estimate(one.request)
-    )
+    estimate = getattr(generator, "estimate_tokens", lambda request: (0, 0))
+    budget = Budget[Pending](max_calls, max_cost, prices, lambda one: estimate(one.request))
     (rank, ranks), shard = share or (0, 1), None if share is None else share[0]
     mine, report = requests[rank::ranks], WorkReport()
     with store.writer(generator.identity(), shard=shard) as append:

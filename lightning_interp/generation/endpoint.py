@@ -24,18 +24,16 @@ _MOST_CANDIDATES = 20  # how many likely tokens the protocol tells
 
 
 class EndpointGenerator:
-    """Asks a model at an endpoint, one request a call, several calls at a time.
+    """Asks a model at an endpoint, one request a call, several calls at a time; needs the package ``openai``.
 
     Conversations go to chat completions, raw prompts to completions. Failures that may pass (429, 5xx, timeouts,
-    dropped connections) are tried again after an exponential wait with full jitter, or what the server asks for in
-    ``Retry-After``. Other refusals belong to their request and are kept as failures; a wrong key, model or address ends
-    the run. Needs the package ``openai``.
+    dropped connections) are tried again after a jittered exponential wait, or what ``Retry-After`` asks for. Other
+    refusals belong to their request and are kept as failures; a wrong key, model or address ends the run.
 
     Args:
         model: Name of the model.
         base_url: Address of the endpoint, such as ``http://localhost:8000/v1``; OpenAI's own if None.
-        api_key_env: Environment variable that holds the key; the only place a key is taken from. An endpoint with a
-            ``base_url`` may need none.
+        api_key_env: Environment variable that alone gives the key; an endpoint with a ``base_url`` may need none.
         send_seed: Send each request's own seed, for endpoints that take one.
         extra: Further fields of each call, such as ``{"reasoning_effort": "low"}``; part of the identity.
         name: What to call it; ``openai:<model>`` if None. The address is no part of the identity.
@@ -63,13 +61,8 @@ class EndpointGenerator:
         pace: Pace | None = None,
     ) -> None:
         pace = pace or Pace()
-        self.model, self.name, self.send_seed, self.extra = (
-            model,
-            name or f"openai:{model}",
-            send_seed,
-            dict(extra or {}),
-        )
-        self.concurrency, self.pace = pace.max_concurrency, pace
+        self.model, self.name, self.send_seed = model, name or f"openai:{model}", send_seed
+        self.extra, self.concurrency, self.pace = dict(extra or {}), pace.max_concurrency, pace
         self._base_url, self._key_name = base_url, api_key_env
         self._client: Any = None
         self._opening = threading.Lock()
@@ -81,8 +74,8 @@ class EndpointGenerator:
 
     def identity(self) -> dict[str, Any]:
         """Name, model, and what else is sent."""
-        what = {"name": self.name, "model": self.model, "extra": self.extra, "send_seed": self.send_seed}
-        return {"kind": "endpoint", **what}
+        name, model = self.name, self.model
+        return {"kind": "endpoint", "name": name, "model": model, "extra": self.extra, "send_seed": self.send_seed}
 
     def generate(self, requests: Sequence[TextRequest]) -> list[Completion]:
         """Ask for each request.
@@ -125,9 +118,7 @@ class EndpointGenerator:
         sent = {name: value for name, value in more.items() if value is not None}
         return {"model": self.model, **asked, "temperature": request.temperature, **sent, **self.extra}
 
-    def estimate_tokens(self, request: TextRequest) -> tuple[int, int]:
-        """Tokens that a call would read and write, roughly."""
-        return estimate_tokens(request)
+    estimate_tokens = staticmethod(estimate_tokens)
 
     def stop(self) -> None:
         """Let calls that wait for another attempt end now."""
@@ -161,11 +152,9 @@ class EndpointGenerator:
         for attempt in range(self.pace.max_retries + 1):
             self._wait(max(self._requests.take(1), self._tokens.take(estimate)), halt)
             answer, reason, again_after = self._attempt(body)
-            if isinstance(answer, tuple):
-                usage = _object(answer[0], "usage")
-                if usage.get("prompt_tokens") is not None:
-                    used = usage["prompt_tokens"] + (usage.get("completion_tokens") or 0)
-                    self._tokens.give_back(estimate - used)
+            usage = _object(answer[0], "usage") if isinstance(answer, tuple) else {}
+            if usage.get("prompt_tokens") is not None:
+                self._tokens.give_back(estimate - usage["prompt_tokens"] - (usage.get("completion_tokens") or 0))
             if answer is not None:
                 return answer
             if attempt < self.pace.max_retries:
@@ -214,10 +203,8 @@ class EndpointGenerator:
         return text.replace(key, "***") if key else text
 
     def _wait(self, seconds: float, halt: threading.Event) -> None:
-        if seconds > 0 and self.pace.sleep is not None:
-            self.pace.sleep(seconds)
-        elif seconds > 0:
-            halt.wait(seconds)
+        if seconds > 0:
+            (self.pace.sleep or halt.wait)(seconds)
         if halt.is_set():
             raise InterpError(f"The run was stopped while {self.name!r} waited to call again. Start it again.")
 

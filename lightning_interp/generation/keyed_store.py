@@ -6,39 +6,25 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from lightning_interp.core.storage.files import check_writable
 from lightning_interp.core.storage.jsonl import JsonlAppender, json_lines
 from lightning_interp.core.storage.run_lock import RunLock
 from lightning_interp.errors import DataError, ManifestError
 
-__all__ = ["Kept", "KeyedStore", "KeyedWriter"]
+__all__ = ["KeyedStore", "KeyedWriter"]
 
 
-class Kept(Protocol):
-    """An answer with what was asked, a line of a file."""
-
-    @property
-    def key(self) -> str: ...  # noqa: D102
-    @property
-    def told(self) -> tuple[str | None, str] | None:
-        """Text and status; None of an answer that another one replaces."""
-        ...
-
-    @property
-    def title(self) -> str:
-        """What it is, for messages."""
-        ...
-
-    def to_dict(self) -> dict[str, Any]: ...  # noqa: D102
-
-
-Item = TypeVar("Item", bound=Kept)
+Item = TypeVar("Item", bound=Any)
 
 
 class KeyedStore(Generic[Item]):
-    """Items by their keys, in a file of the folder itself or of one folder a process (``shard-00003/``)."""
+    """Items by their keys, in a file of the folder itself or of one folder a process (``shard-00003/``).
+
+    An item has its ``key``; text and status as ``told``, None of one that another replaces; a ``title`` for messages;
+    and ``to_dict`` for its line.
+    """
 
     file: str
 

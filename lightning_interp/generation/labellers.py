@@ -61,10 +61,7 @@ class LongerThan(_ByText):
 
     def label(self, text: str) -> int:
         """1 if the text is longer."""
-        return int(self._length(text) > self.limit)
-
-    def _length(self, text: str) -> int:
-        return len(text) if self.unit == "characters" else len(text.split())
+        return int(_length(text, self.unit) > self.limit)
 
     @classmethod
     def median(cls, texts: Iterable[str], unit: Literal["characters", "words"] = "characters") -> LongerThan:
@@ -80,10 +77,14 @@ class LongerThan(_ByText):
         Raises:
             DataError: If there is no text.
         """
-        lengths = [cls(0, unit)._length(text) for text in texts]
+        lengths = [_length(text, unit) for text in texts]
         if not lengths:
             raise DataError("LongerThan.median got no texts; expected at least one.")
         return cls(statistics.median(lengths), unit)
+
+
+def _length(text: str, unit: Literal["characters", "words"]) -> int:
+    return len(text) if unit == "characters" else len(text.split())
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class StartsWithVowel(_ByText):
 
     def label(self, text: str) -> int | None:
         """1 if the text begins with a vowel."""
-        first = text.strip().lstrip(self.skip + " ")[:1] if self.skip else text.strip()[:1]
+        first = text.strip().lstrip(self.skip + " ")[:1]
         return int(first in "aeiouAEIOU") if first.isalpha() else None
 
 
@@ -151,8 +152,7 @@ class Lexicon(_ByText):
 
     def label(self, text: str) -> int | None:
         """1 if more words speak for it."""
-        words = words_of(text)
-        balance = sum(word in self.one for word in words) - sum(word in self.zero for word in words)
+        balance = sum((word in self.one) - (word in self.zero) for word in words_of(text))
         return None if balance == 0 else int(balance > 0)
 
 
@@ -247,9 +247,8 @@ def compliance(
         >>> share.value, share.n, unknown
         (0.5, 2, 1)
     """
-    names = [str(i) for i in range(len(found))] if units is None else units
-    kept: dict[str, list[bool]] = {}
-    for name, label, asked in zip(names, found, wanted, strict=True):
+    kept: dict[Any, list[bool]] = {}
+    for name, label, asked in zip(range(len(found)) if units is None else units, found, wanted, strict=True):
         if label is not None:
             kept.setdefault(name, []).append(label == asked)
     if not kept:

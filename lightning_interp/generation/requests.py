@@ -36,16 +36,14 @@ class TextRequest:
     """One text to be written: an answer to a conversation, or what follows a raw text.
 
     Args:
-        messages: Turns with ``role`` and ``content``, put through the model's own chat template. Without a system turn
-            the template's own implicit system text stays; a system turn with ``""`` asks for an explicit empty one.
+        messages: Turns with ``role`` and ``content`` for the chat template; a system turn ``""`` asks for an empty one.
         prompt: Raw text, or token ids that are used as they are; instead of ``messages``.
         max_new_tokens: Tokens it may have; as many as fit if None.
         temperature: 0 takes the most likely token.
         top_p: Sample from the most likely tokens that have this share of the probability together.
         stop: The text ends before the first of these.
         seed: Root seed.
-        key: Names the random numbers: requests with one seed and key draw the same ones, whatever they ask. If empty,
-            the content of the request is the key.
+        key: Names the random numbers: one seed and key draw the same ones; the content of the request, if empty.
 
     Raises:
         RecipeError: If there are both or neither of ``messages`` and ``prompt``, or a value is wrong.
@@ -113,8 +111,7 @@ class TextRequest:
     @cached_property
     def row_seed(self) -> int:
         """Seed of this request's own random numbers."""
-        key = self.key or ("text", digest([self.messages, self.prompt]))
-        return derived_seed(self.seed, *key)
+        return derived_seed(self.seed, *(self.key or ("text", digest([self.messages, self.prompt]))))
 
     @property
     def text(self) -> str:
@@ -130,8 +127,7 @@ class Completion:
 
     Args:
         text: The text; None if there is none.
-        status: ``"complete"``; ``"truncated"`` if it ran into a limit without an end token or stop text; ``"refused"``
-            if the model or a filter says so; ``"failed"`` if there was no answer, so that it may be asked for again.
+        status: ``"complete"``; ``"truncated"`` by a limit; ``"refused"`` by model or filter; ``"failed"``, so no answer.
         token_ids: What a local model wrote, up to its end token: of a text that a stop text ended, that too.
         error: Why it is not complete.
         tokens_in: Tokens read, if known.
@@ -166,8 +162,8 @@ class Completion:
 class TextGenerator(Protocol):
     """Anything that writes texts.
 
-    It may also have ``batch_size`` and ``concurrency`` (how many requests it takes at once, and calls at the same time
-    from several threads; both are 1 if it does not say), and ``stop()``, called when a run breaks off.
+    It may also have ``batch_size`` and ``concurrency`` (requests at once, and calls at the same time from several
+    threads; 1 if it does not say), and ``stop()``, called when a run breaks off.
     """
 
     def generate(self, requests: Sequence[TextRequest]) -> Sequence[Completion]:

@@ -47,15 +47,13 @@ class LocalSampler:
     """Writes with a causal language model.
 
     Requests go through the model in batches of like length, padded on the left. Each has uniform numbers of its own,
-    one a token, so a text does not depend on its batch, up to the rounding of the model's own arithmetic. Whatever is
-    attached to the model acts; its mode, its settings and the random state are left as found, and what its own settings
-    say of sampling is not used.
+    one a token, so a text does not depend on its batch, up to the model's own rounding. Whatever is attached to the
+    model acts; its mode and the random state are left as found, and what its own settings say of sampling is not used.
 
     Args:
         model: Anything with the ``generate`` of transformers.
         tokenizer: Its tokenizer.
-        name: Part of :meth:`identity`, which knows the weights and the chat template by itself: give one where
-            something else decides what is written, such as an attached intervention.
+        name: What decides beside weights and chat template, such as an attached intervention; part of the identity.
         batch_size: Requests at once.
         token_budget: Most tokens of one batch, read and written, padding included; no limit if None.
         logits_processors: What forbids or favours tokens; needs a ``name``.
@@ -67,9 +65,8 @@ class LocalSampler:
     Example:
         >>> from lightning_interp.testing import byte_tokenizer, tiny_model
         >>> sampler = LocalSampler(tiny_model("llama"), byte_tokenizer())
-        >>> first, second = sampler.generate([TextRequest(prompt=text, max_new_tokens=4) for text in ("Oh", "No, ")])
-        >>> first.status, first.tokens_out, len(first.token_ids)
-        ('truncated', 4, 4)
+        >>> sampler.generate([TextRequest(prompt="Oh", max_new_tokens=4)])[0].tokens_out
+        4
     """
 
     def __init__(
@@ -95,14 +92,8 @@ class LocalSampler:
 
     def identity(self) -> dict[str, Any]:
         """The weights as they are now, the chat template, the name, and the version of the sampler."""
-        return {
-            "kind": "local",
-            "version": _VERSION,
-            "name": self.name,
-            "weights": weights_digest(self.model),
-            "template": digest(str(self.tokenizer.chat_template)),
-            "beams": self.beams,
-        }
+        decide = {"weights": weights_digest(self.model), "template": digest(str(self.tokenizer.chat_template))}
+        return {"kind": "local", "version": _VERSION, "name": self.name, **decide, "beams": self.beams}
 
     def generate(self, requests: Sequence[TextRequest]) -> list[Completion]:
         """Write one text a request.
@@ -180,19 +171,16 @@ class LocalSampler:
     def _too_long(self, row: _Row) -> Completion | None:
         if row.limit > 0:
             return None
-        error = f"the message has {len(row.ids)} tokens and the model takes {_places(self.model)}"
-        return Completion(
-            text=None, status="failed", error=error, tokens_in=0, tokens_out=0, request=row.request.digest
-        )
+        why = f"the message has {len(row.ids)} tokens and the model takes {_places(self.model)}"
+        return Completion(text=None, status="failed", error=why, tokens_in=0, tokens_out=0, request=row.request.digest)
 
     def _batches(self, rows: Sequence[_Row], numbers: Sequence[int]) -> list[list[int]]:
         """Numbers of rows that go together: of like length, and no more than the budget."""
         batches: list[list[int]] = []
         for i in sorted(numbers, key=lambda i: (len(rows[i].ids), rows[i].limit)):
-            limit = max([rows[j].limit for j in batches[-1]] if batches else [0])
-            size = (len(batches[-1]) + 1 if batches else 1) * (len(rows[i].ids) + max(limit, rows[i].limit))
-            full = not batches or len(batches[-1]) == self.batch_size
-            if full or (self.token_budget is not None and size > self.token_budget):
+            batch = [*batches[-1], i] if batches else [i]
+            size = len(batch) * (len(rows[i].ids) + max(rows[j].limit for j in batch))
+            if not batches or len(batch) > self.batch_size or (self.token_budget or size) < size:
                 batches.append([])
             batches[-1].append(i)
         return batches
@@ -216,8 +204,7 @@ class LocalSampler:
                 stopping_criteria=StoppingCriteriaList([] if self.beams > 1 else [stopping]),
             )
         new = written[:, width:].tolist()
-        pairs = zip(rows, new, strict=True)
-        return [self._completion(row, ids, stopping.stopped.get(i)) for i, (row, ids) in enumerate(pairs)]
+        return [self._completion(row, new[i], stopping.stopped.get(i)) for i, row in enumerate(rows)]
 
     def _chosen(self, rows: Sequence[_Row], width: int) -> LogitsProcessorList:
         if self.beams > 1:
@@ -275,10 +262,9 @@ class _Draws(LogitsProcessor):
         requests = [row.request for row in rows]
         self._padding = [width - len(row.ids) for row in rows]
         self._processors = processors
-        uniform = uniform_numbers([one.row_seed for one in requests], max(row.limit for row in rows))
+        self._uniform = uniform_numbers([one.row_seed for one in requests], max(row.limit for row in rows)).to(device)
         settings = torch.tensor([(one.temperature, one.top_p) for one in requests], dtype=torch.float64)
-        self._uniform, (self._temperature, self._top_p) = uniform.to(device), settings.T.to(device)
-        self._step = 0
+        (self._temperature, self._top_p), self._step = settings.T.to(device), 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits = scores

@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from lightning_interp.errors import InterpError, RecipeError
 
-__all__ = ["Answer", "Budget", "Keyed", "Prices", "WorkQueue", "WorkReport", "called", "one_each", "work_through"]
+__all__ = ["Budget", "Keyed", "Prices", "WorkQueue", "WorkReport", "called", "one_each", "work_through"]
 
 
 class Keyed(Protocol):
@@ -22,24 +22,9 @@ class Keyed(Protocol):
     def key(self) -> str: ...  # noqa: D102
 
 
-class Answer(Protocol):
-    """What comes back."""
-
-    @property
-    def status(self) -> str: ...  # noqa: D102
-    @property
-    def error(self) -> str | None: ...  # noqa: D102
-    @property
-    def failed(self) -> bool: ...  # noqa: D102
-    @property
-    def tokens_in(self) -> int | None: ...  # noqa: D102
-    @property
-    def tokens_out(self) -> int | None: ...  # noqa: D102
-
-
 Lane = TypeVar("Lane")
 Asked = TypeVar("Asked", bound=Keyed)
-Given = TypeVar("Given", bound=Answer)
+Given = TypeVar("Given")  # has status, error, failed, tokens_in and tokens_out
 Kind = TypeVar("Kind")
 
 
@@ -110,7 +95,7 @@ class WorkReport:
         """Whether nothing is left to ask for."""
         return self.missing == 0
 
-    def add(self, answers: Iterable[Answer]) -> None:
+    def add(self, answers: Iterable[Any]) -> None:
         """Count answers, in the order in which they came."""
         for answer in answers:
             self.calls += 1
@@ -129,11 +114,10 @@ class Budget(Generic[Asked]):
 
     def __init__(
         self,
-        *,
-        max_calls: int | None = None,
-        max_cost: float | None = None,
-        prices: Prices | None = None,
-        estimate: Callable[[Asked], tuple[int, int]] = lambda asked: (0, 0),
+        max_calls: int | None,
+        max_cost: float | None,
+        prices: Prices | None,
+        estimate: Callable[[Asked], tuple[int, int]],
     ) -> None:
         if max_cost is not None and prices is None:
             raise RecipeError(f"max_cost={max_cost} needs to know what tokens cost. Pass prices=Prices(read, written).")
@@ -155,7 +139,7 @@ class Budget(Generic[Asked]):
         self._reserved[request.key] = (price, aside)
         return None
 
-    def settle(self, request: Asked, result: Answer) -> None:
+    def settle(self, request: Asked, result: Any) -> None:
         """Replace what was set aside by what the answer cost, as far as it tells."""
         price, aside = self._reserved.pop(request.key, (0.0, 0.0))
         if self._prices is None:
@@ -219,7 +203,7 @@ class WorkQueue(Generic[Lane, Asked]):
                 batch.append(request)
         return batch
 
-    def answered(self, batch: Sequence[Asked], results: Sequence[Answer]) -> None:
+    def answered(self, batch: Sequence[Asked], results: Sequence[Any]) -> None:
         """Count the answers to a batch, and let the lanes that waited for them go on."""
         self._report.add(results)
         free: list[Lane] = []

@@ -38,8 +38,7 @@ class TemplateRewriter:
         template: How it is asked.
         name: What to call it; part of the key of each rewrite.
         seed: Root seed; each text, prompt, target and draw has random numbers of its own.
-        system_prompt: System text; None keeps the template's own implicit text, the empty string asks for an explicit
-            empty one.
+        system_prompt: System text; None keeps the template's own implicit text, ``""`` asks for an empty one.
         **sampling: ``temperature`` (0.7, the paper's), ``top_p`` and ``max_new_tokens`` of each request.
 
     Example:
@@ -62,8 +61,7 @@ class TemplateRewriter:
     ) -> None:
         self.template, self.name, self.seed, self.system_prompt = template, name, seed, system_prompt
         self.changes_length, self.instruction = template.changes_length, template.instruction
-        self.sampling = {"temperature": 0.7, "max_new_tokens": None, **sampling}
-        self._generator: Any = generator
+        self.sampling, self._generator = {"temperature": 0.7, "max_new_tokens": None, **sampling}, generator
         self.params: dict[str, Any] = {**self.sampling, "seed": seed, "system_prompt": system_prompt}
         if generator is not None:
             self.params["writer"] = dict(generator.identity())
@@ -120,8 +118,7 @@ class TemplateRewriter:
 
     def stop(self) -> None:
         """Let calls that wait end now."""
-        if callable(halt := getattr(self._generator, "stop", None)):
-            halt()
+        getattr(self._generator, "stop", lambda: None)()
 
     def _writer(self) -> Any:
         return self._generator
@@ -130,24 +127,20 @@ class TemplateRewriter:
 class LocalRewriter(TemplateRewriter):
     """Asks a causal language model with a chat template on this machine.
 
-    A :class:`~lightning_interp.generation.sampler.LocalSampler` writes. Random numbers are keyed by seed, text, prompt,
-    target and draw, so an answer does not depend on the batch it is in, up to the rounding of the model's own
-    arithmetic. A store that an earlier version filled with these settings is continued under its keys.
+    A :class:`~lightning_interp.generation.sampler.LocalSampler` writes, so an answer does not depend on its batch. A
+    store that an earlier version filled with these settings is continued under its keys.
 
     Args:
-        model: A source for :func:`~lightning_interp.models.load_causal_lm`, loaded when it is first needed; or a
-            loaded model.
+        model: A loaded model, or a source for :func:`~lightning_interp.models.load_causal_lm`, loaded when needed.
         template: How it is asked.
         tokenizer: The tokenizer of a loaded model; taken from the source if that is a name.
         name: What to call it; ``local:<source>`` if None. The name is part of the key, so a loaded model needs one.
         temperature: Of the sampling; 0 takes the most likely token. 0.7 is the paper's.
         top_p: Sample from the most likely tokens that have this share of the probability together.
-        max_new_tokens: Tokens an answer may have; twice those of the text and 64 more if None. An answer that is
-            longer is ``truncated``.
+        max_new_tokens: Tokens before an answer is ``truncated``; twice those of the text and 64 more if None.
         batch_size: Texts at once.
         seed: Root seed.
-        system_prompt: System text; None keeps the template's own implicit text, the empty string asks for an explicit
-            empty one.
+        system_prompt: System text; None keeps the template's own implicit text, ``""`` asks for an empty one.
         dtype: Type of a named source's weights.
         quantization: Quantise a named source with bitsandbytes.
         device: Where a named source is put; the GPU if there is one, if None.
@@ -198,11 +191,11 @@ class LocalRewriter(TemplateRewriter):
 
     def request(self, text: str, *, w_target: int, prompt: str = "", draw: int = 0) -> TextRequest:
         """What is asked for one text; see :class:`TemplateRewriter`."""
-        limit = self.sampling["max_new_tokens"]
-        if limit is None:
-            limit = 2 * len(self._writer().tokenizer(text, add_special_tokens=False).input_ids) + 64
         asked = super().request(text, w_target=w_target, prompt=prompt, draw=draw)
-        return replace(asked, max_new_tokens=limit)
+        if asked.max_new_tokens is not None:
+            return asked
+        tokens = self._writer().tokenizer(text, add_special_tokens=False).input_ids
+        return replace(asked, max_new_tokens=2 * len(tokens) + 64)
 
     def _writer(self) -> Any:
         if self._generator is not None:
@@ -230,16 +223,14 @@ class OpenAICompatibleRewriter(TemplateRewriter):
         model: Name of the model.
         template: How it is asked.
         base_url: Address of the endpoint, such as ``http://localhost:8000/v1``; OpenAI's own if None.
-        api_key_env: Environment variable that holds the key; the only place a key is taken from. An endpoint with a
-            ``base_url`` may need none.
+        api_key_env: Environment variable that alone gives the key; an endpoint with a ``base_url`` may need none.
         temperature: Of the sampling; 0.7 is the paper's.
         max_tokens: Tokens of an answer; the endpoint's own limit if None.
         seed: Root seed; each text and draw gets its own, for endpoints that take one. None sends none.
         system_prompt: System text; none is sent if None.
         extra: Further fields of the request, such as ``{"max_completion_tokens": 512}``; part of the key.
         name: What to call it; ``openai:<model>`` if None. The address is no part of the key.
-        **pace: How fast it is called: fields of :class:`~lightning_interp.generation.pacing.Pace`, such as
-            ``max_concurrency=8``, ``requests_per_minute``, ``max_retries`` and ``timeout``.
+        **pace: How fast it is called: fields of :class:`~lightning_interp.generation.pacing.Pace`.
 
     Raises:
         RecipeError: If an argument has a wrong value, the package is missing, or the key is not in the environment.
@@ -268,27 +259,12 @@ class OpenAICompatibleRewriter(TemplateRewriter):
     ) -> None:
         check_sampling(temperature=temperature)
         how = Pace(**{"backoff": Backoff(seed=seed or 0), **pace})
-        self.endpoint = EndpointGenerator(
-            model,
-            base_url=base_url,
-            api_key_env=api_key_env,
-            send_seed=seed is not None,
-            extra=extra,
-            name=name,
-            pace=how,
-        )
-        super().__init__(
-            self.endpoint, template, name=self.endpoint.name, seed=seed or 0, system_prompt=system_prompt,
-            temperature=temperature, max_new_tokens=max_tokens,
-        )  # fmt: skip
-        self.params = {
-            "model": model,
-            "temperature": temperature,
-            "max_tokens": max_tokens,
-            "seed": seed,
-            "system_prompt": system_prompt,
-            "extra": dict(extra or {}),
-        }
+        where: dict[str, Any] = {"base_url": base_url, "api_key_env": api_key_env}
+        self.endpoint = EndpointGenerator(model, send_seed=seed is not None, extra=extra, name=name, pace=how, **where)
+        asked: dict[str, Any] = {"temperature": temperature, "system_prompt": system_prompt}
+        named = self.endpoint.name
+        super().__init__(self.endpoint, template, name=named, seed=seed or 0, max_new_tokens=max_tokens, **asked)
+        self.params = {"model": model, **asked, "max_tokens": max_tokens, "seed": seed, "extra": dict(extra or {})}
 
     def body(self, text: str, *, w_target: int, prompt: str = "", draw: int = 0) -> dict[str, Any]:
         """The request for one text, as the chat-completions protocol has it.
