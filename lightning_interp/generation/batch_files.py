@@ -67,8 +67,7 @@ def import_completions(
         How many texts were added.
 
     Raises:
-        DataError: If a file holds a line that is no answer, one request has two answers, or an answer belongs to no
-            request.
+        DataError: If a line is no answer, one request has two answers, or an answer belongs to no request.
     """
     answers = answers_to({request.digest for request in requests}, *paths)
     with store.writer(generator.identity()) as append:

@@ -127,7 +127,7 @@ class Completion:
 
     Args:
         text: The text; None if there is none.
-        status: ``"complete"``; ``"truncated"`` by a limit; ``"refused"`` by model or filter; ``"failed"``, so no answer.
+        status: ``"complete"``; ``"truncated"`` by a limit; ``"refused"`` by model or filter; ``"failed"``: no answer.
         token_ids: What a local model wrote, up to its end token: of a text that a stop text ended, that too.
         error: Why it is not complete.
         tokens_in: Tokens read, if known.

@@ -33,8 +33,7 @@ _CIRCUMSTANCES = ("t", "id", "pass")
 def export_records(store: RewriteStore, path: str | os.PathLike[str], *, attr: str | None = None) -> Path:
     """Write the records that count to JSONL, ordered by key and without the circumstances under which they came.
 
-    Stores with the same rewrites give the same bytes: one that was filled in one go, and one that was interrupted,
-    filled from several threads, or asked again after errors.
+    Stores with the same rewrites give the same bytes, whatever interruptions, threads or errors they came through.
 
     Args:
         store: The store.
@@ -44,11 +43,10 @@ def export_records(store: RewriteStore, path: str | os.PathLike[str], *, attr: s
     Returns:
         ``path``.
     """
-    rows = sorted((record.attr, record.key, record.to_dict()) for record in store.records(attr))
     with atomic_writer(path) as out:
-        for _, key, row in rows:
-            content = {name: value for name, value in row.items() if name not in _CIRCUMSTANCES}
-            out.write(canonical_json({"key": key, **content}).encode() + b"\n")
+        for record in sorted(store.records(attr), key=lambda record: (record.attr, record.key)):
+            content = {name: value for name, value in record.to_dict().items() if name not in _CIRCUMSTANCES}
+            out.write(canonical_json({"key": record.key, **content}).encode() + b"\n")
     return Path(path)
 
 
@@ -124,8 +122,7 @@ def export_batch(
     """Write what a run would ask for now.
 
     Args:
-        run: The run; its rewriter is an ``OpenAICompatibleRewriter``, which is
-            not called. Its ``max_calls`` and ``max_cost`` hold for a batch, the latter by estimates.
+        run: The run of an ``OpenAICompatibleRewriter``; its ``max_calls`` and ``max_cost`` (by estimates) hold.
         path: The file. If there is too much for one, the others get ``-2``, ``-3``, ... before the suffix.
         max_requests: Lines a file.
         max_bytes: Size a file; both defaults are the limits of OpenAI's Batch API.
@@ -163,8 +160,7 @@ def import_batch(run: RewriteRun, *paths: str | os.PathLike[str]) -> RewriteRepo
         What was written.
 
     Raises:
-        DataError: If a file holds a line that is no answer, one request has two answers, or an answer belongs to no
-            request of this run; names file and line, or the first ids.
+        DataError: If a line is no answer, one request has two answers, or an answer belongs to none of this run.
     """
     pending = {request.key: request for request in run.pending()}
     answers = answers_to({*pending, *(record.key for record in run.store.records())}, *paths)

@@ -20,18 +20,15 @@ __all__ = ["CallableRewriter", "ReplayRewriter", "Rewriter", "ask", "identity_in
 class Rewriter(Protocol):
     """Anything that writes a text again with another value of the attribute.
 
-    ``name`` and ``rewrite`` are all it needs. It may also have:
+    ``name`` and ``rewrite`` are all it needs; answers must not depend on which texts are asked together. It may have:
 
     - ``params``: its settings as plain values, all that change what it writes (never a key or a password);
     - ``instruction``: how it is asked, as one text;
-    - ``batch_size`` and ``concurrency``: how many texts it takes at once, and how many calls at the same time (from
-      several threads); both are 1 if it does not say;
+    - ``batch_size``, ``concurrency``: texts at once, and calls at the same time, from several threads (both 1);
     - ``changes_length``: the attribute is the length, so a change of length is no flaw;
-    - ``estimate_tokens(text, prompt, w_target) -> (read, written)``: for a plan of costs; nothing if it does not say;
+    - ``estimate_tokens(text, prompt, w_target) -> (read, written)``: for a plan of costs;
     - ``stop()``: called when a run breaks off, so that waiting calls end;
     - a further argument ``draws`` of ``rewrite``: which draw of each text is asked for.
-
-    Its answers must not depend on which texts it is asked together.
     """
 
     @property
@@ -110,8 +107,7 @@ class CallableRewriter(_OneByOne):
     asked for again when the run is started anew. Returning anything but a text or a result raises a ``RecipeError``.
 
     Args:
-        function: Takes a text, its prompt and the target; returns the new text or a :class:`RewriteResult`. A fourth
-            argument called ``draw`` is passed if the function has one.
+        function: Takes a text, its prompt, the target and perhaps ``draw``; returns a text or a :class:`RewriteResult`.
         name: What to call it; the name is part of the key, so change it when the function changes.
         params: Its settings, as plain values.
         instruction: How it asks, as one text.
@@ -137,8 +133,7 @@ class CallableRewriter(_OneByOne):
         self._draw = "draw" in inspect.signature(function).parameters
 
     def _one(self, text: str, prompt: str, target: int, draw: int) -> RewriteResult:
-        more = {"draw": draw} if self._draw else {}
-        call = partial(self._function, text, prompt, target, **more)
+        call = partial(self._function, text, prompt, target, **({"draw": draw} if self._draw else {}))
         found: RewriteResult = called(call, f"rewriter {self.name!r}", text, RewriteResult, failed="error")
         return found
 
@@ -160,8 +155,7 @@ class ReplayRewriter(_OneByOne):
         >>> import tempfile
         >>> from lightning_interp.rate import RewriteRun, Unit
         >>> store = RewriteStore.create(tempfile.mkdtemp(), [Unit(id="a", text="Oh", w=1)], attr="loud")
-        >>> shout = CallableRewriter(lambda text, prompt, w: text.upper() if w else text.lower(), name="shout")
-        >>> _ = RewriteRun(store, shout, attr="loud").run()
+        >>> _ = RewriteRun(store, CallableRewriter(lambda text, prompt, w: text.lower(), name="x"), attr="loud").run()
         >>> ReplayRewriter(store, attr="loud").rewrite(["Oh"], [""], [0])[0].text
         'oh'
     """

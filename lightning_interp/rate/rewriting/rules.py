@@ -1,14 +1,13 @@
 """Rewriters that follow rules: deterministic, free, and with errors that are known.
 
-A rule that sets the attribute (a toggle) is joined with rules that are applied whichever way the attribute goes: they
-are the off-target changes that every rewriter makes, such as repaired typos.
+A toggle sets the attribute; rules that are applied whichever way it goes are the off-target changes of a rewriter.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -32,8 +31,7 @@ class RuleRewriter:
     Args:
         toggle: Gives a text the value of the attribute that is asked for.
         always: Rules that are applied first, whatever is asked for.
-        name: What to call it. Rules that are dataclasses are part of the key; change the name when the code of another
-            kind of rule changes.
+        name: What to call it; change it when the code of a rule changes (dataclasses are part of the key).
         changes_length: The attribute is the length.
 
     Example:
@@ -47,8 +45,7 @@ class RuleRewriter:
     def __init__(
         self, toggle: Toggle, *, always: Sequence[Rule] = (), name: str = "rules", changes_length: bool = False
     ) -> None:
-        self.toggle, self.always = toggle, tuple(always)
-        self.name, self.changes_length = name, changes_length
+        self.toggle, self.always, self.name, self.changes_length = toggle, tuple(always), name, changes_length
         self.params = {"toggle": _described(toggle), "always": [_described(rule) for rule in self.always]}
 
     def rewrite(self, texts: Sequence[str], prompts: Sequence[str], w_target: Sequence[int]) -> list[RewriteResult]:
@@ -72,11 +69,10 @@ class RuleRewriter:
 
 @dataclass(frozen=True)
 class OpenerToggle:
-    r"""Opens a text with one of two phrases, in place of either that is there.
+    r"""Opens a text with one of two phrases, in place of either that is there, so that rewrites differ in it alone.
 
-    So both rewrites of a text open alike but for the phrase. With ``OpenerToggle("Well,", "Also,")`` a text that has
-    the attribute begins with a vowel; with ``OpenerToggle("", "Thanks!", strip=r"(thanks|thank you)\b\W*")`` it opens
-    with thanks.
+    With ``OpenerToggle("Well,", "Also,")`` a text that has the attribute begins with a vowel; with ``OpenerToggle("",
+    "Thanks!", strip=r"(thanks|thank you)\b\W*")`` it opens with thanks.
 
     Args:
         zero: Phrase for 0; none if empty.
@@ -203,9 +199,9 @@ class Drop:
 
 @dataclass(frozen=True)
 class RepairTranspositions:
-    """Puts two swapped letters back where that makes a known word of an unknown one.
+    """Puts two swapped letters back where that makes a known word, the most frequent, of an unknown one.
 
-    Of several words the most frequent is taken. Words of one or two letters stay, and words that are known as they are.
+    Words of one or two letters stay, and words that are known as they are.
 
     Args:
         counts: Frequency of each known word, in lower case; see :func:`~lightning_interp.rate.texts.words.word_counts`.
@@ -225,7 +221,8 @@ class RepairTranspositions:
         lower = word.lower()
         if lower in self.counts:
             return word
-        known = [other for other in _neighbours(lower) if other in self.counts]
+        swapped = (lower[:at] + lower[at + 1] + lower[at] + lower[at + 2 :] for at in range(len(lower) - 1))
+        known = [other for other in swapped if other in self.counts]
         if not known:
             return word
         best = min(known, key=lambda other: (-self.counts[other], other))
@@ -235,11 +232,10 @@ class RepairTranspositions:
 
 
 def swap_letters(text: str, percent: float, *, seed: int, key: object) -> str:
-    """Misspell a share of the words by swapping two neighbouring letters in each.
+    """Misspell a share of the words by swapping two neighbouring letters in each (Reber et al., arXiv 2410.11348).
 
-    Of ``n`` words ``floor(n * percent / 100)`` are chosen; words of one or two characters stay, and so does a word
-    whose chosen neighbours are not both letters (the typos of Reber et al., arXiv 2410.11348). A higher share
-    misspells the same words and more.
+    Of ``n`` words ``floor(n * percent / 100)`` are chosen; those of one or two characters stay, and those whose chosen
+    neighbours are not both letters. A higher share misspells the same words and more.
 
     Args:
         text: The text.
@@ -259,11 +255,10 @@ def swap_letters(text: str, percent: float, *, seed: int, key: object) -> str:
     """
     if not 0 <= percent <= 100:
         raise RecipeError(f"percent={percent!r}; expected a share of the words from 0 to 100.")
-    words = list(re.finditer(r"\S+", text))
+    words, letters = list(re.finditer(r"\S+", text)), list(text)
     draws = random.Random(derived_seed(seed, "typos", key))  # noqa: S311 - typos, no secrets
     order = draws.sample(range(len(words)), len(words))
     places = [draws.random() for _ in words]
-    letters = list(text)
     for index in order[: int(len(words) * percent / 100)]:
         start, length = words[index].start(), len(words[index][0])
         if length > 2:
@@ -273,20 +268,13 @@ def swap_letters(text: str, percent: float, *, seed: int, key: object) -> str:
     return "".join(letters)
 
 
-def _neighbours(word: str) -> Iterator[str]:
-    """All words that differ by one swap of neighbouring letters."""
-    for at in range(len(word) - 1):
-        if word[at] != word[at + 1]:
-            yield word[:at] + word[at + 1] + word[at] + word[at + 2 :]
-
-
 def _described(rule: Any) -> dict[str, Any]:
     """What a rule is, as plain values: what the key of a rewrite is made of."""
     if not is_dataclass(rule) or isinstance(rule, type):
         return {"rule": getattr(rule, "__qualname__", type(rule).__qualname__)}
-    values = {one.name: getattr(rule, one.name) for one in fields(rule)}
-    large = {name for name, value in values.items() if isinstance(value, Mapping) and len(value) > _LARGE}
-    return {
-        "rule": type(rule).__qualname__,
-        **{name: f"sha256:{digest(value)}" if name in large else value for name, value in values.items()},
-    }
+    found = {"rule": type(rule).__qualname__}
+    for one in fields(rule):
+        value = getattr(rule, one.name)
+        large = isinstance(value, Mapping) and len(value) > _LARGE
+        found[one.name] = f"sha256:{digest(value)}" if large else value
+    return found

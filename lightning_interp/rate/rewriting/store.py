@@ -22,12 +22,11 @@ _UNITS, _REWRITERS = "units.jsonl", "rewriters.json"
 
 
 class RewriteStore(KeyedStore[RewriteRecord]):
-    """A folder with the units of one or more attributes and their rewrites.
+    """A folder with the units of one or more attributes (``units.jsonl``) and their rewrites (``rewrites.jsonl``).
 
-    ``units.jsonl`` holds the originals with their labels. ``rewrites.jsonl`` is only ever appended to, a line a
-    rewrite, and a rewrite is found by a key of its content: source, prompt, target, draw, rewriter, its settings and
-    its instruction. So nothing is asked for twice, and another instruction or another first rewrite never meets an
-    old answer. Reading changes nothing; :meth:`writer` takes the folder for one process.
+    Rewrites are only ever appended, and found by a key of their content: source, prompt, target, draw, rewriter, its
+    settings and its instruction. So nothing is asked for twice, and another instruction or another first rewrite never
+    meets an old answer. Reading changes nothing; :meth:`writer` takes the folder for one process.
 
     Args:
         folder: A folder that :meth:`create` made.
@@ -78,8 +77,8 @@ class RewriteStore(KeyedStore[RewriteRecord]):
             there = read_units(path / _UNITS) if (path / _UNITS).exists() else {}
             merged = _merged(there.get(attr, {}), new, attr, path)
             if merged != there.get(attr, {}):
-                groups = {**there, attr: merged}
-                rows = ({"attr": name, **unit.to_dict()} for name, group in groups.items() for unit in group.values())
+                groups = {**there, attr: merged}.items()
+                rows = ({"attr": name, **unit.to_dict()} for name, group in groups for unit in group.values())
                 write_json_lines(path / _UNITS, rows)
         return cls(path)
 
@@ -175,8 +174,7 @@ class RewriteStore(KeyedStore[RewriteRecord]):
             One row a unit and draw, in the order of the units.
 
         Raises:
-            DataError: If units are incomplete and ``missing="raise"``, the attribute is unknown, or several rewriters
-                wrote and ``rewriter`` names none of them.
+            DataError: If units are incomplete, the attribute is unknown, or ``rewriter`` names none of several.
             RecipeError: If an argument has a wrong value.
         """
         units, by = self.units(attr), self.rewriter_id(attr, rewriter)
@@ -219,7 +217,7 @@ class RewriteStore(KeyedStore[RewriteRecord]):
         return chosen[0]
 
     def writer(self) -> StoreWriter:
-        """Take the store for writing; use it in a ``with`` block.
+        """Take the store for writing, in a ``with`` block.
 
         Returns:
             The writer.
