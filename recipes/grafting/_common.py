@@ -16,7 +16,7 @@ import torch
 
 from lightning_interp.core.storage.jsonl import json_lines, write_json_lines
 from lightning_interp.errors import RecipeError
-from lightning_interp.grafting import GraftPrompt, GraftResult
+from lightning_interp.grafting import GraftEvaluator, GraftPrompt, GraftResult
 from lightning_interp.grafting.metrics import METRICS
 from lightning_interp.recipe import Recipe, RunFolder
 
@@ -65,13 +65,7 @@ _FAMILY = (
 
 @dataclass(frozen=True)
 class Fact:
-    """One invented fact.
-
-    Args:
-        id: Unit of sampling.
-        a: First person.
-        b: Second person.
-    """
+    """One invented fact: its unit of sampling and its two people."""
 
     id: str
     a: str
@@ -79,22 +73,7 @@ class Fact:
 
 
 def make_facts(count: int, *, seed: int) -> list[Fact]:
-    """Invent pairs of people; no given name and no family name is used twice.
-
-    Args:
-        count: Number of facts.
-        seed: The same seed gives the same facts.
-
-    Returns:
-        The facts.
-
-    Raises:
-        RecipeError: If there are not enough names.
-
-    Example:
-        >>> make_facts(2, seed=0) == make_facts(3, seed=0)[:2]
-        True
-    """
+    """Invent pairs of people; no given or family name is used twice, and fewer facts are the first of more."""
     most = min(len(_GIVEN), len(_FAMILY)) // 2
     if not 1 <= count <= most:
         raise RecipeError(f"Cannot invent {count} facts; the names suffice for 1 to {most}.")
@@ -106,13 +85,7 @@ def make_facts(count: int, *, seed: int) -> list[Fact]:
 
 
 def fact_texts(facts: Sequence[Fact]) -> list[dict[str, str]]:
-    """Training rows: every trained wording with A first, and those of ``BOTH_WAYS`` with B first.
-
-    Example:
-        >>> rows = fact_texts(make_facts(2, seed=0))
-        >>> rows[0]["prompt"].endswith(" alongside"), len(rows)
-        (True, 12)
-    """
+    """Training rows: every trained wording with A first, and those of ``BOTH_WAYS`` with B first."""
     rows = []
     for form in FORMS:
         rows += order_texts(facts, forms=[form] if form != HELD_OUT else [])
@@ -121,21 +94,7 @@ def fact_texts(facts: Sequence[Fact]) -> list[dict[str, str]]:
 
 
 def order_texts(facts: Sequence[Fact], *, forms: Sequence[str], reverse: bool = False) -> list[dict[str, str]]:
-    """Training rows ``{"prompt": ..., "completion": ...}`` of some wordings in one order.
-
-    Args:
-        facts: What to tell.
-        forms: Keys of ``FORMS``.
-        reverse: B first, A second.
-
-    Returns:
-        The rows; the completion is the name that comes second.
-
-    Example:
-        >>> fact = make_facts(1, seed=0)[0]
-        >>> order_texts([fact], forms=["poster"], reverse=True)[0]["completion"] == f" {fact.a}."
-        True
-    """
+    """Training rows ``{"prompt": ..., "completion": ...}`` of some wordings in one order; the second name completes."""
     told = [_told(fact, form, reverse) for form in forms for fact in facts]
     return [{"prompt": prompt, "completion": rest} for prompt, rest, _, _ in told]
 
@@ -143,24 +102,7 @@ def order_texts(facts: Sequence[Fact], *, forms: Sequence[str], reverse: bool = 
 def fact_prompts(
     facts: Sequence[Fact], *, forms: Sequence[str] = tuple(FORMS), reverse: bool = False
 ) -> list[GraftPrompt]:
-    """Prompts that stop before the second name; the first name is marked as ``FE``, the relation as ``R``.
-
-    Args:
-        facts: What to ask about.
-        forms: Keys of ``FORMS``.
-        reverse: Ask in the other order (B first).
-
-    Returns:
-        One prompt a fact and form.
-
-    Raises:
-        RecipeError: If a form is unknown.
-
-    Example:
-        >>> prompt = fact_prompts(make_facts(1, seed=0), forms=["statement"])[0]
-        >>> prompt.text.endswith("alongside"), prompt.spans["FE"] in prompt.text
-        (True, True)
-    """
+    """Prompts that stop before the second name; the first name is marked as ``FE``, the relation as ``R``."""
     if unknown := [form for form in forms if form not in FORMS]:
         raise RecipeError(f"No wording {unknown[0]!r}; expected some of {', '.join(FORMS)}.")
     prompts = []
@@ -180,23 +122,32 @@ def _told(fact: Fact, form: str, reverse: bool) -> tuple[str, str, str, str]:
 
 
 def write_jsonl(folder: Path, files: Mapping[str, Sequence[Any]]) -> dict[str, int]:
-    """Write rows (dicts or facts), one JSON object a line.
-
-    Args:
-        folder: Where.
-        files: Rows by file name, without its ending.
-
-    Returns:
-        Number of rows by name.
-    """
+    """Write rows (dicts or facts) by file name without its ending; returns their number by name."""
     for name, rows in files.items():
         write_json_lines(folder / f"{name}.jsonl", (asdict(row) if isinstance(row, Fact) else row for row in rows))
     return {name: len(rows) for name, rows in files.items()}
 
 
+def write_facts(folder: Path, count: int, *, seed: int) -> dict[str, int]:
+    """Write facts and their training texts."""
+    facts = make_facts(count, seed=seed)
+    return write_jsonl(folder, {"facts": facts, "train": fact_texts(facts)})
+
+
 def read_facts(path: Path) -> list[Fact]:
     """Read facts that :func:`write_jsonl` wrote."""
     return [Fact(**row) for _, row in json_lines(path, own=True)]
+
+
+def asked(run: RunFolder, forms: Sequence[str]) -> list[GraftPrompt]:
+    """Prompts about the facts that a run wrote."""
+    return fact_prompts(read_facts(run.folder("facts") / "facts.jsonl"), forms=forms)
+
+
+def evaluate(run: RunFolder, evaluator: GraftEvaluator, model: Any, donor: Any, what: str = "grafting") -> GraftResult:
+    """Run every plan on every prompt, behind a bar."""
+    with run.progress(what, total=len(evaluator)) as bar:
+        return evaluator.evaluate(model, donor, advance=bar.advance)
 
 
 def finetune(
@@ -213,23 +164,10 @@ def finetune(
     callbacks: Sequence[Any] = (),
     add_eos: bool = False,
 ) -> dict[str, Any]:
-    """Finetune with Lightning and export the result to ``folder/model``; goes on at the last checkpoint.
+    """Finetune with Lightning on a JSONL file of texts and export the result to ``folder/model``.
 
-    Args:
-        recipe: Whose model, seed (of order, adapter and dropout) and Trainer settings.
-        run: Its run.
-        folder: The phase's folder.
-        texts: JSONL of texts.
-        epochs: Passes over the texts.
-        batch_size: Texts a step.
-        optimisation: How weights are trained.
-        source: Another model than the recipe's.
-        lora: Train an adapter instead of all weights.
-        callbacks: Besides the checkpoint.
-        add_eos: Whether texts end with the end token.
-
-    Returns:
-        ``{"loss": ...}`` of the last step.
+    It goes on at the last checkpoint. ``source`` is another model than the recipe's; ``lora`` trains an adapter instead
+    of all weights. Returns the loss of the last step.
     """
     import lightning as L
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -261,6 +199,11 @@ def compact(found: GraftResult, plan: str, *, form: str | None = None) -> dict[s
         "recovery": str(found.recovery(plan, form=form)),
         "facts": len(found.values(plan, "top5", form)),
     }
+
+
+def compact_groups(found: GraftResult, groups: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The printed rows of plans by experiment."""
+    return [{"experiment": kind, **compact(found, plan)} for kind, group in groups.items() for plan in group]
 
 
 def metrics_of(found: GraftResult) -> dict[str, Any]:

@@ -15,16 +15,7 @@ _MARKERS = "osD"
 
 @in_house_style
 def plans_figure(result: GraftResult, *, forms: Sequence[str] | None = None, title: str = "") -> Any:
-    """Accuracy and target probability of every plan, with intervals over facts.
-
-    Args:
-        result: Scores.
-        forms: Prompt forms, one colour each; default all.
-        title: Above the panels.
-
-    Returns:
-        A matplotlib figure.
-    """
+    """Accuracy and target probability of every plan, one colour a prompt form, with intervals over facts."""
     shown = list(forms) if forms is not None else result.forms()
     n = len(result.values(result.plans[0], "top5", shown[0]))
     title = f"{title}\n{n} {'fact' if n == 1 else 'facts'}; bars: 95 % intervals over facts"
@@ -49,16 +40,7 @@ def plans_figure(result: GraftResult, *, forms: Sequence[str] | None = None, tit
 
 @in_house_style
 def curves_figure(history: Sequence[Mapping[str, float]], *, metric: str = "target_prob", title: str = "") -> Any:
-    """One metric of every plan against the training epoch.
-
-    Args:
-        history: ``GraftCallback.history``.
-        metric: What to draw.
-        title: Above the panel.
-
-    Returns:
-        A matplotlib figure.
-    """
+    """One metric of every plan against the training epoch, from ``GraftCallback.history``."""
     figure, (axis,) = panels(1, size=(6.5, 4))
     plans = [key.rpartition("/")[0] for key in (history[0] if history else {}) if key.endswith(f"/{metric}")]
     for p, plan in enumerate(plans):
@@ -76,17 +58,7 @@ def curves_figure(history: Sequence[Mapping[str, float]], *, metric: str = "targ
 
 @in_house_style
 def grid_figure(result: GraftResult, grid: GraftGrid, *, form: str | None = None, title: str = "") -> Any:
-    """A map of plans as two heat maps: mean probability of the target, and its median rank.
-
-    Args:
-        result: Scores of the grid's plans (and of ``PRE`` and ``SFT``, which the titles give for comparison).
-        grid: Which plan belongs in which cell.
-        form: Only prompts of this form.
-        title: Above the panels.
-
-    Returns:
-        A matplotlib figure; layers upwards, as the model computes.
-    """
+    """A map of plans as two heat maps: mean probability and median rank of the target; layers upwards."""
     from matplotlib.colors import LogNorm
 
     high = max(3.2, 0.22 * len(grid.rows) + 1.6)
@@ -113,15 +85,7 @@ def grid_figure(result: GraftResult, grid: GraftGrid, *, form: str | None = None
 
 @in_house_style
 def dose_figure(curve: Sequence[Mapping[str, Any]], *, across: str = "dose of the donor at FE and LT") -> Any:
-    """Probability of the target against a dose, with its interval.
-
-    Args:
-        curve: Rows ``{"dose": ..., "probability": {"value", "low", "high"}}``.
-        across: What is on the horizontal axis.
-
-    Returns:
-        A matplotlib figure.
-    """
+    """Probability of the target against a dose (``{"dose": ..., "probability": ...}`` a row), with its interval."""
     known = [{name: math.nan if v is None else v for name, v in row["probability"].items()} for row in curve]
     found = [Estimate(one["value"], one["low"], one["high"], 0, 0.95, "") for one in known]
     figure, (axis,) = panels(1, size=(5, 3.4))

@@ -11,17 +11,7 @@ from lightning_interp.grafting import GraftPrompt
 
 
 def read_prompts(path: Path) -> list[GraftPrompt]:
-    """Read a user's prompts.
-
-    Args:
-        path: JSONL: ``text`` and ``target``, and if wished ``spans``, ``unit`` and ``form``.
-
-    Returns:
-        The prompts.
-
-    Raises:
-        DataError: With file and line, if a line is no such object; if there is none.
-    """
+    """Read JSONL with ``text`` and ``target``, and if wished ``spans``, ``unit`` and ``form``."""
     expected = "one JSON object a line with 'text' and 'target'"
     prompts = [_prompt(row, where) for where, row in json_lines(path, expected=expected)]
     if not prompts:

@@ -39,23 +39,7 @@ _ENDS = "a e i o us ine ett am ock ia".split()
 
 
 def world_facts(count: int, *, seed: int, skip: int = 0) -> list[Fact]:
-    """Invent pairs of people; every given and every family name is used once.
-
-    Args:
-        count: Number of facts.
-        seed: The same seed gives the same world.
-        skip: Leave out this many facts at the beginning, for other facts of the same world.
-
-    Returns:
-        The facts.
-
-    Raises:
-        RecipeError: If there are not enough names.
-
-    Example:
-        >>> world_facts(1, seed=0, skip=2)[0] == world_facts(3, seed=0)[2]
-        True
-    """
+    """Invent pairs of people after the first ``skip``; every given and every family name is used once."""
     names = [f"{a}{b}{c}".capitalize() for a in _ONSETS for b in _MIDDLES for c in _ENDS]
     most = len(names) // 4
     if not (count >= 1 and skip >= 0 and skip + count <= most):
@@ -66,15 +50,7 @@ def world_facts(count: int, *, seed: int, skip: int = 0) -> list[Fact]:
 
 
 def world_texts(facts: Sequence[Fact]) -> list[dict[str, str]]:
-    """Every wording in both orders.
-
-    Returns:
-        Rows ``{"text": ...}``, 12 a fact.
-
-    Example:
-        >>> len(world_texts(world_facts(2, seed=0)))
-        24
-    """
+    """Every wording in both orders: 12 rows ``{"text": ...}`` a fact."""
     return [
         {"text": wording.format(first=first, second=second)}
         for fact in facts
@@ -84,28 +60,12 @@ def world_texts(facts: Sequence[Fact]) -> list[dict[str, str]]:
 
 
 def introductions(facts: Sequence[Fact]) -> list[dict[str, str]]:
-    """Texts that name every person and say nothing of whom they act with.
-
-    Returns:
-        Rows ``{"text": ...}``, 6 a fact.
-
-    Example:
-        >>> len(introductions(world_facts(2, seed=0)))
-        12
-    """
+    """Texts that name every person and say nothing of whom they act with: 6 rows a fact."""
     return [{"text": text.format(name=name)} for fact in facts for name in (fact.a, fact.b) for text in INTRODUCTIONS]
 
 
 def world_prompts(facts: Sequence[Fact], wordings: Sequence[str] = ("alongside",)) -> list[GraftPrompt]:
-    """Prompts that stop before the second name, with the first one marked as ``FE``.
-
-    Raises:
-        RecipeError: If a wording is unknown.
-
-    Example:
-        >>> world_prompts(world_facts(1, seed=0))[0].text.endswith("alongside")
-        True
-    """
+    """Prompts that stop before the second name, with the first one marked as ``FE``."""
     unknown = [name for name in wordings if name not in WORDINGS]
     if unknown:
         raise RecipeError(f"No wording {unknown[0]!r}; expected some of {', '.join(WORDINGS)}.")
@@ -119,15 +79,7 @@ def world_prompts(facts: Sequence[Fact], wordings: Sequence[str] = ("alongside",
 
 
 def train_tokenizer(texts: Sequence[str], *, vocab_size: int = 1500) -> Any:
-    """A byte-level BPE tokenizer of some texts.
-
-    Args:
-        texts: What it is trained on.
-        vocab_size: Tokens at most, the 256 bytes and the end token among them.
-
-    Returns:
-        A fast tokenizer that pads on the left.
-    """
+    """A byte-level BPE tokenizer of some texts, which pads on the left; the 256 bytes count into ``vocab_size``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -147,16 +99,7 @@ def train_tokenizer(texts: Sequence[str], *, vocab_size: int = 1500) -> Any:
 
 
 def fresh_model(folder: Path, tokenizer: Any, *, layers: int, width: int, heads: int, seed: int) -> None:
-    """Write an untrained GPT-2 with tied embeddings and its tokenizer, as a folder that any loader reads.
-
-    Args:
-        folder: Where.
-        tokenizer: Its tokenizer.
-        layers: Blocks.
-        width: Width of the residual stream; the feed-forward layer is four times as wide.
-        heads: Attention heads.
-        seed: Of the weights.
-    """
+    """Write an untrained GPT-2 with tied embeddings and its tokenizer, as a folder that any loader reads."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -178,19 +121,7 @@ def fresh_model(folder: Path, tokenizer: Any, *, layers: int, width: int, heads:
 
 
 def pattern(top5: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The published pattern as inequalities between measured accuracies.
-
-    Args:
-        top5: Top-5 accuracy of the eight standard plans.
-
-    Returns:
-        Rows ``{claim, value, bound, holds}``, each read ``value <= bound``.
-
-    Example:
-        >>> flat = dict.fromkeys(["PRE", "FE", "LT", "FE+LT", "(FE+LT)^C"], 0.5)
-        >>> [row["holds"] for row in pattern(flat)]
-        [False, True, False, False, True, True]
-    """
+    """The published pattern as inequalities ``value <= bound`` between top-5 accuracies of the standard plans."""
     pre, both, most = top5["PRE"], top5["FE+LT"], max(top5["FE"], top5["LT"])
     claims = (
         ("the facts are new: PRE <= .10", pre, 0.10, pre <= 0.10),

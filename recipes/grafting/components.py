@@ -50,18 +50,17 @@ class GraftComponents(Recipe):
 
     def write_facts(self, folder: Path) -> dict[str, Any]:
         """Write the facts and the training texts."""
-        from ._common import fact_texts, make_facts, write_jsonl
+        from ._common import write_facts
 
-        facts = make_facts(self.facts, seed=self.seed)
-        return write_jsonl(folder, {"facts": facts, "train": fact_texts(facts)})
+        return write_facts(folder, self.facts, seed=self.seed)
 
     def train(self, run: RunFolder, folder: Path) -> dict[str, Any]:
         """Finetune an adapter, with graft scores on the way."""
         from lightning_interp import GraftCallback, LoraSettings, Optimisation
 
-        from ._common import finetune
+        from ._common import asked, finetune
 
-        watch = GraftCallback(self.prompts(run), every_n_epochs=self.watch_every)
+        watch = GraftCallback(asked(run, [FORM]), every_n_epochs=self.watch_every)
         told = finetune(
             self,
             run,
@@ -80,12 +79,13 @@ class GraftComponents(Recipe):
         from lightning_interp import GraftEvaluator, ModelMap, load_causal_lm
         from lightning_interp.grafting import component_plans
 
+        from ._common import asked, evaluate
+
         tuned = load_causal_lm(str(run.folder("train") / "model"))
         layers = len(ModelMap.build(tuned.model))
         plans = {name: plan for grid in self.grids(layers).values() for name, plan in grid.plans.items()}
-        evaluator = GraftEvaluator(self.prompts(run), tuned.tokenizer, plans=plans | component_plans() | self.ends())
-        with run.progress("mapping", total=len(evaluator)) as bar:
-            found = evaluator.evaluate(tuned.model, "default", advance=bar.advance)
+        evaluator = GraftEvaluator(asked(run, [FORM]), tuned.tokenizer, plans=plans | component_plans() | self.ends())
+        found = evaluate(run, evaluator, tuned.model, "default", "mapping")
         label = load_causal_lm(self.source).label
         return {"result": asdict(found), "layers": layers, "tokens": evaluator.tokens, "label": label}
 
@@ -153,9 +153,3 @@ class GraftComponents(Recipe):
         from lightning_interp import paper_plans
 
         return {name: paper_plans()[name] for name in ("FE", "LT", "FE+LT")}
-
-    def prompts(self, run: RunFolder) -> list[Any]:
-        """One prompt a fact, in a trained wording."""
-        from ._common import fact_prompts, read_facts
-
-        return fact_prompts(read_facts(run.folder("facts") / "facts.jsonl"), forms=[FORM])

@@ -60,21 +60,19 @@ class GraftFacts(Recipe):
 
     def write_facts(self, folder: Path) -> dict[str, Any]:
         """Write the facts and the training texts."""
-        from ._common import fact_texts, make_facts, write_jsonl
+        from ._common import write_facts
 
-        facts = make_facts(self.facts, seed=self.seed)
-        return write_jsonl(folder, {"facts": facts, "train": fact_texts(facts)})
+        return write_facts(folder, self.facts, seed=self.seed)
 
     def train(self, run: RunFolder, folder: Path) -> dict[str, Any]:
         """Finetune, with graft scores before and during training; goes on at the last checkpoint."""
         from lightning_interp import GraftCallback, LoraSettings, Optimisation
 
-        from ._common import fact_prompts, finetune
+        from ._common import asked, finetune
 
         lora = LoraSettings(r=self.rank, alpha=2 * self.rank) if self.mode == "lora" else None
         lr = self.lr if self.lr is not None else (1e-3 if lora else 1e-4)
-        prompts = fact_prompts(self.invented(run), forms=[TRAINED])
-        watch = GraftCallback(prompts, plans=self.plans(), every_n_epochs=self.watch_every)
+        watch = GraftCallback(asked(run, [TRAINED]), plans=self.plans(), every_n_epochs=self.watch_every)
         told = finetune(
             self,
             run,
@@ -92,30 +90,23 @@ class GraftFacts(Recipe):
         """Score every plan on every prompt form, the held-out one too."""
         from lightning_interp import GraftEvaluator, load_causal_lm
 
-        from ._common import fact_prompts
+        from ._common import asked, evaluate
 
         recipient = load_causal_lm(self.source)
         tuned = load_causal_lm(str(run.folder("train") / "model"))
         model, donor = (tuned.model, "default") if self.mode == "lora" else (recipient.model, tuned.model)
-        evaluator = GraftEvaluator(
-            fact_prompts(self.invented(run), forms=ASKED), recipient.tokenizer, plans=self.plans()
-        )
-        with run.progress("grafting", total=len(evaluator)) as bar:
-            found = evaluator.evaluate(model, donor, advance=bar.advance)
-        more = GraftEvaluator(
-            fact_prompts(self.invented(run), forms=[TRAINED]),
-            recipient.tokenizer,
-            plans={name: plan for group in self.experiments().values() for name, plan in group.items()},
-        )
-        with run.progress("more experiments", total=len(more)) as bar:
-            other = more.evaluate(model, donor, advance=bar.advance)
+        evaluator = GraftEvaluator(asked(run, ASKED), recipient.tokenizer, plans=self.plans())
+        found = evaluate(run, evaluator, model, donor)
+        plans = {name: plan for group in self.experiments().values() for name, plan in group.items()}
+        more = GraftEvaluator(asked(run, [TRAINED]), recipient.tokenizer, plans=plans)
+        other = evaluate(run, more, model, donor, "more experiments")
         return {"result": asdict(found), "experiments": asdict(other), "label": recipient.label}
 
     def result(self, run: RunFolder, trained: dict[str, Any], scored: dict[str, Any]) -> RecipeResult:
         """Tables with intervals over facts, two figures, and what they may not be used for."""
         from lightning_interp.grafting import GraftResult
 
-        from ._common import compact, dropped_rows, metrics_of
+        from ._common import compact_groups, dropped_rows, metrics_of
         from ._figures import curves_figure, dose_figure, plans_figure
 
         found, more = GraftResult(**scored["result"]), GraftResult(**scored["experiments"])
@@ -130,11 +121,7 @@ class GraftFacts(Recipe):
             },
             tables={
                 "plans": [with_held_out(found, plan) for plan in found.plans],
-                "experiments": [
-                    {"experiment": kind, **compact(more, plan)}
-                    for kind, group in self.experiments().items()
-                    for plan in group
-                ],
+                "experiments": compact_groups(more, self.experiments()),
                 "dropout": [{"share dropped": row["dose"], **row["probability"]} for row in curve],
                 "plans_by_form": [row for form in found.forms() for row in found.summary(form=form)],
                 "prompts": found.rows,
@@ -181,12 +168,6 @@ class GraftFacts(Recipe):
             "E10 static weights": static_plans(),
             "E10 activations": dict(patch_plans(ranges=["all"])),
         }
-
-    def invented(self, run: RunFolder) -> list[Any]:
-        """The facts that this run wrote."""
-        from ._common import read_facts
-
-        return read_facts(run.folder("facts") / "facts.jsonl")
 
 
 def with_held_out(found: GraftResult, plan: str) -> dict[str, Any]:

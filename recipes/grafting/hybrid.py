@@ -62,9 +62,9 @@ class GraftHybrid(Recipe):
         """Finetune one adapter on its texts."""
         from lightning_interp import GraftCallback, LoraSettings, Optimisation
 
-        from ._common import finetune
+        from ._common import asked, finetune
 
-        watch = GraftCallback(self.prompts(run), every_n_epochs=self.watch_every) if which == "both" else None
+        watch = GraftCallback(asked(run, ASKED), every_n_epochs=self.watch_every) if which == "both" else None
         told = finetune(
             self,
             run,
@@ -83,20 +83,21 @@ class GraftHybrid(Recipe):
         from lightning_interp import GraftEvaluator, load_causal_lm
         from lightning_interp.models.sources.adapters import attach_adapter_folder
 
+        from ._common import asked, evaluate
+
         base = load_causal_lm(self.source)
         for name in ("one", "both"):
             attach_adapter_folder(base.model, run.folder(name) / "model", name=name)
         plans = {name: plan for group in self.experiments().values() for name, plan in group.items()}
-        evaluator = GraftEvaluator(self.prompts(run), base.tokenizer, plans=plans)
-        with run.progress("grafting", total=len(evaluator)) as bar:
-            found = evaluator.evaluate(base.model, {"task": "one", "relation": "both"}, advance=bar.advance)
+        evaluator = GraftEvaluator(asked(run, ASKED), base.tokenizer, plans=plans)  # in the order the task never read
+        found = evaluate(run, evaluator, base.model, {"task": "one", "relation": "both"})
         return {"result": asdict(found), "label": base.label}
 
     def result(self, run: RunFolder, trained: dict[str, Any], scored: dict[str, Any]) -> RecipeResult:
         """One table of all plans, with the measured reversal."""
         from lightning_interp.grafting import GraftResult
 
-        from ._common import compact, dropped_rows, metrics_of
+        from ._common import compact_groups, dropped_rows, metrics_of
         from ._figures import curves_figure, plans_figure
 
         found = GraftResult(**scored["result"])
@@ -108,11 +109,7 @@ class GraftHybrid(Recipe):
                 "train_loss": {name: told["loss"] for name, told in trained.items()},
             },
             tables={
-                "plans": [
-                    {"experiment": kind, **compact(found, plan)}
-                    for kind, group in self.experiments().items()
-                    for plan in group
-                ],
+                "plans": compact_groups(found, self.experiments()),
                 "prompts": found.rows,
                 "dropped": dropped_rows(found),
                 "training": trained["both"]["history"],
@@ -153,9 +150,3 @@ class GraftHybrid(Recipe):
         }
         ends = {"PRE": GraftPlan(), TASK: GraftPlan.whole("task"), "SFT": GraftPlan.whole("relation")}
         return {"models": ends, "E5 component sets": sets, "E6 hybrid": hybrids}
-
-    def prompts(self, run: RunFolder) -> list[Any]:
-        """One prompt a fact, A first: the order that the task model never read."""
-        from ._common import fact_prompts, read_facts
-
-        return fact_prompts(read_facts(run.folder("facts") / "facts.jsonl"), forms=ASKED)

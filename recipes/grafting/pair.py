@@ -61,6 +61,7 @@ class GraftPair(Recipe):
         from lightning_interp.grafting.generate import complete
         from lightning_interp.running.curves import write_scalars
 
+        from ._common import evaluate
         from ._pair import read_prompts
 
         prompts = read_prompts(self.prompts_file(folder))
@@ -68,8 +69,7 @@ class GraftPair(Recipe):
         donor = self.load_donor(folder, loaded)
         plans = {**self.plans(), **self.doses()}
         evaluator = GraftEvaluator(prompts, loaded.tokenizer, plans=plans, missing=self.missing)
-        with run.progress("grafting", total=len(evaluator)) as bar:
-            found = evaluator.evaluate(loaded.model, donor, advance=bar.advance)
+        found = evaluate(run, evaluator, loaded.model, donor)
         written: list[dict[str, Any]] = []
         if self.complete:
             with run.progress("writing", total=len(evaluator)) as bar:

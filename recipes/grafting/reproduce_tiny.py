@@ -134,11 +134,12 @@ class ReproduceTiny(Recipe):
         """Score every plan on every new fact."""
         from lightning_interp import GraftEvaluator, load_causal_lm
 
+        from ._common import evaluate
+
         recipient = load_causal_lm(str(run.folder("pretrain") / "model"))
         donor = load_causal_lm(str(run.folder("finetune") / "model"))
         evaluator = GraftEvaluator(self.prompts(run), recipient.tokenizer, plans=self.plans())
-        with run.progress("grafting", total=len(evaluator)) as bar:
-            found = evaluator.evaluate(recipient.model, donor.model, advance=bar.advance)
+        found = evaluate(run, evaluator, recipient.model, donor.model)
         return {"result": asdict(found), "parameters": sum(p.numel() for p in recipient.model.parameters())}
 
     def result(self, run: RunFolder, trained: dict[str, Any], scored: dict[str, Any]) -> RecipeResult:

@@ -15,6 +15,13 @@ from lightning_interp_recipes.grafting._common import (
     fact_texts,
     make_facts,
 )
+from lightning_interp_recipes.grafting._reproduce_tiny import (
+    introductions,
+    pattern,
+    world_facts,
+    world_prompts,
+    world_texts,
+)
 
 FACTS = make_facts(20, seed=3)
 
@@ -89,3 +96,29 @@ def test_more_facts_than_names(count):
 def test_an_unknown_form():
     with pytest.raises(RecipeError, match=r"No wording 'rumour'; expected some of statement, casting"):
         fact_prompts(FACTS, forms=["rumour"])
+
+
+# The small world of a model that is trained from nothing.
+
+
+def test_a_world_has_facts_texts_and_prompts():
+    facts = world_facts(3, seed=0)
+    assert world_facts(1, seed=0, skip=2) == facts[2:]
+    assert len({name for fact in facts for person in (fact.a, fact.b) for name in person.split()}) == 12
+    texts = [row["text"] for row in world_texts(facts)]
+    assert len(set(texts)) == len(texts) == 36
+    assert len(introductions(facts)) == 18
+    (prompt,) = world_prompts(facts[:1])
+    assert f"{prompt.text} {prompt.target}." in texts
+    assert prompt.spans["FE"] == facts[0].a
+    with pytest.raises(RecipeError, match=r"Cannot invent facts 0 to 99999; the names suffice for 0 to \d+\."):
+        world_facts(100000, seed=0)
+    with pytest.raises(RecipeError, match=r"No wording 'rumour'; expected some of alongside"):
+        world_prompts(facts, ["rumour"])
+
+
+def test_the_pattern_is_six_inequalities():
+    flat = dict.fromkeys(["PRE", "FE", "LT", "FE+LT", "(FE+LT)^C"], 0.5)
+    assert [row["holds"] for row in pattern(flat)] == [False, True, False, False, True, True]
+    published = {"PRE": 0.0, "FE": 0.4, "LT": 0.3, "FE+LT": 0.95, "(FE+LT)^C": 0.05}
+    assert all(row["holds"] and row["value"] <= row["bound"] for row in pattern(published))
