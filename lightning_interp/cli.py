@@ -128,7 +128,7 @@ def _run(parsed: argparse.Namespace) -> int:
             return 0
         recipe = _configured(parsed.recipe, parsed.overrides)
     try:
-        with _terminable(), _phase_lines(), _without_advertisements():
+        with _terminable(), _phase_lines():
             recipe.run()
     except KeyboardInterrupt:
         return _stopped("Ctrl-C", parsed.command_line, CTRL_C)
@@ -141,11 +141,11 @@ def _run(parsed: argparse.Namespace) -> int:
 
 def _configured(name: str, overrides: Sequence[str]) -> Recipe:
     """Build the recipe from its YAML file and the command line, and check all that can be checked before it runs."""
-    from lightning_interp.running.settings import load_settings, named_on_command_line
+    from lightning_interp.running.settings import load_settings, option_key
 
     cls, source = _found(name)
     recipe = load_settings(cls, source, overrides)
-    if recipe.smoke and not named_on_command_line("model", overrides):
+    if recipe.smoke and "model" not in map(option_key, overrides):
         recipe = dataclasses.replace(recipe, model=recipe.smoke_model)
     if recipe.run_dir is None and not source.named:
         recipe = dataclasses.replace(recipe, run_dir=f"runs/{source.title}{'-smoke' if recipe.smoke else ''}")
@@ -281,31 +281,22 @@ def _terminable() -> Iterator[None]:
 
 @contextmanager
 def _phase_lines() -> Iterator[None]:
-    """Print one line when a phase begins and ends."""
+    """Print a line when a phase begins and ends, and neither Lightning's tips nor a warning of torch's about it."""
     from lightning_interp.core.storage.distributed import is_rank_zero
 
     logger, handler = logging.getLogger("lightning_interp"), logging.StreamHandler()
-    level = logger.level
+    lightning, level = logging.getLogger("lightning.pytorch.utilities.rank_zero"), logger.level
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     handler.addFilter(lambda record: is_rank_zero())
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-
-
-@contextmanager
-def _without_advertisements() -> Iterator[None]:
-    """Drop Lightning's tips to install other products, and a warning of torch's about Lightning, from the output."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(keep := lambda record: "Tip: For seamless" not in str(record.msg))
+    lightning.addFilter(no_tip := lambda record: "Tip: For seamless" not in str(record.msg))
     try:
         with warnings.catch_warnings():
             # 2026-11: Lightning 2.6 with torch 2.13, on every fit and validate.
             warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
             yield
     finally:
-        logger.removeFilter(keep)
+        lightning.removeFilter(no_tip)
+        logger.removeHandler(handler)
+        logger.setLevel(level)

@@ -118,9 +118,7 @@ class Recipe(ABC):
 
     @abstractmethod
     def study(self, run: RunFolder) -> RecipeResult:
-        """Do the work, in phases, and return what was found.
-
-        Under DDP every rank calls this; phases see to it that each piece of work is done once, or in step.
+        """Do the work, in phases, and return what was found; under DDP every rank calls this.
 
         Args:
             run: The run's folder, phases and progress bars.
@@ -177,8 +175,7 @@ class Recipe(ABC):
     def trainer_kwargs(self, run: RunFolder, **defaults: Any) -> dict[str, Any]:
         """Return arguments for a Trainer of the running phase: ours, then the recipe's, then the user's on top.
 
-        Each phase gets a root folder of its own, so that no phase ever resumes from another's checkpoint, and a
-        TensorBoard run of its own. Callbacks are joined, not replaced.
+        Each phase gets a root folder and a TensorBoard run of its own. Callbacks are joined, not replaced.
 
         Args:
             run: The run.
@@ -310,11 +307,7 @@ def _versions() -> dict[str, str]:
     from lightning_interp import __version__
 
     found = {"lightning_interp": __version__, "python": platform.python_version()}
-    for package in ("torch", "lightning", "transformers", "peft"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
+    found |= {package: metadata.version(package) for package in ("torch", "lightning", "transformers", "peft")}
     return found | {"machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"}
 
 
@@ -338,12 +331,9 @@ def _plain(value: Any) -> Any:
 
 
 def _listed(callbacks: Any) -> list[Any]:
-    if callbacks is None:
-        return []
-    return list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+    return list(callbacks or ()) if isinstance(callbacks, list | tuple | None) else [callbacks]
 
 
 def _relative(path: Path, run_dir: Path) -> str:
-    absolute = Path(path).resolve()
-    root = run_dir.resolve()
+    absolute, root = Path(path).resolve(), run_dir.resolve()
     return absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else str(absolute)

@@ -16,7 +16,7 @@ from lightning_interp.running.catalog import RecipeSource, header, nearest, yaml
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-__all__ = ["literal", "load_settings", "named_on_command_line", "print_help", "trainer_arguments"]
+__all__ = ["literal", "load_settings", "option_key", "print_help", "trainer_arguments"]
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ def load_settings(cls: type[T], source: RecipeSource, overrides: Sequence[str] =
     parser = _parser(cls, source)
     known = _fields(parser.get_defaults())
     places = {} if source.settings is None else _checked_keys(source.settings, known)
-    for key in filter(None, map(_option_key, overrides)):
+    for key in filter(None, map(option_key, overrides)):
         if not _exists(key, known):
             raise RecipeError(f"Recipe {source.title!r} has no field '--{key}'. {nearest(key, known)}")
         places[key] = f"--{key}"
@@ -49,11 +49,6 @@ def print_help(cls: type[Any], source: RecipeSource) -> None:
     for key in _fields(parser.get_defaults()):
         parser.set_defaults({key: operator.attrgetter(key)(values)})
     parser.print_help()
-
-
-def named_on_command_line(key: str, overrides: Sequence[str]) -> bool:
-    """Return whether an override names ``key``."""
-    return any(_option_key(argument) == key for argument in overrides)
 
 
 def literal(value: Any) -> Any:
@@ -157,7 +152,8 @@ def _exists(key: str, known: Sequence[str]) -> bool:
     return any(key == name or name.startswith(f"{key}.") or key.startswith(f"{name}.") for name in known)
 
 
-def _option_key(argument: str) -> str | None:
+def option_key(argument: str) -> str | None:
+    """Return the field that a command-line argument names."""
     match = re.match(r"--([A-Za-z_][\w.\-]*)\+?(=|$)", argument)
     return match[1] if match else None
 

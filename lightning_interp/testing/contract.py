@@ -54,8 +54,7 @@ class InterventionContract:
         families: Tiny models on which every test runs.
         texts: Prompts of the test batch, of different lengths, so that padding matters.
         changes_output: Whether :meth:`make` gives something that changes the logits (a capture does not).
-        cache_consistent: Whether decoding with a cache must equal one pass over the whole sequence. False for
-            positions that move as the sequence grows, such as ``Last()``.
+        cache_consistent: Whether decoding with a cache must equal one pass; not with positions such as ``Last()``.
 
     Example:
         >>> from lightning_interp import ActivationCapture
@@ -82,7 +81,7 @@ class InterventionContract:
 
     def model(self, family: str, dtype: torch.dtype = torch.float32) -> Any:
         """The model of one test; a fresh one each time."""
-        return copy.deepcopy(_pristine(family, dtype))
+        return copy.deepcopy(_pristine(family, dtype=dtype))
 
     def attach(self, intervention: Intervention, model: nn.Module) -> Attachment:
         """Put it on; override to pass more than a tokenizer."""
@@ -196,7 +195,7 @@ class InterventionContract:
         with _counted_registrations() as count:
             self.attach(intervention, model).remove()
         for at in sorted({0, 1, count() // 2, count() - 1}):
-            with _counted_registrations(fail_at=at), pytest.raises(_InstallError):
+            with _counted_registrations(fail_at=at), pytest.raises(_BoomError):
                 self.attach(intervention, model)
             assert snapshot(model) == before, f"hooks were left when registration {at} failed"
 
@@ -303,18 +302,7 @@ class InterventionContract:
             pytest.skip(f"{type(self).__name__} follows the growing sequence")
 
 
-@cache
-def _pristine(family: str, dtype: torch.dtype) -> Any:
-    return tiny_model(family, dtype=dtype)
-
-
-@cache
-def _tokenizer() -> Any:
-    return byte_tokenizer()
-
-
-class _InstallError(Exception):
-    pass
+_pristine, _tokenizer = cache(tiny_model), cache(byte_tokenizer)
 
 
 class _BoomError(Exception):
@@ -335,7 +323,7 @@ def _counted_registrations(fail_at: int | None = None) -> Iterator[Callable[[], 
 
         def register(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if len(done) == fail_at:
-                raise _InstallError
+                raise _BoomError
             done.append(name)
             return original(self, *args, **kwargs)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -185,22 +185,10 @@ class CallbackContract:
 
     def make_trainer(self, library: str, callbacks: Sequence[Any], **settings: Any) -> Any:
         """A Trainer for two training batches and one batch of the other stages."""
-        trainer = import_module(library).Trainer
-        return trainer(
-            **{
-                "accelerator": "cpu",
-                "devices": 1,
-                "max_epochs": 1,
-                "logger": False,
-                "enable_checkpointing": False,
-                "enable_progress_bar": False,
-                "enable_model_summary": False,
-                "num_sanity_val_steps": 1,
-                "default_root_dir": self.folder,
-                "callbacks": list(callbacks),
-                **settings,
-            }
-        )
+        ours: dict[str, Any] = {"default_root_dir": self.folder, "callbacks": list(callbacks), "logger": False}
+        ours |= {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "num_sanity_val_steps": 1}
+        ours |= dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        return import_module(library).Trainer(**ours | settings)
 
     def _run(
         self, library: str, module: Any, stage: str, *callbacks: Any, ckpt_path: Any = None, **settings: Any
@@ -234,38 +222,30 @@ def _watched_module(library: Any, tokenizer: Any) -> Any:
             self.complaints: list[str] = []
             self._as_made = _shape_of(self.model)
 
-        def training_step(self, batch: dict[str, Any], batch_idx: int) -> Any:
-            return _watch(self, "train", batch)
-
-        def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-            _watch(self, "validate", batch)
-
-        def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-            _watch(self, "test", batch)
-
-        def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Any:
-            return _watch(self, "predict", batch)
+        training_step = _step("train")
+        validation_step = _step("validate")
+        test_step = _step("test")
+        predict_step = _step("predict")
 
         def configure_optimizers(self) -> Any:
-            _complain_of_early_hooks(self)
+            if _is_hooked(self.model):
+                self.complaints.append("hooks were put on before the run began; attach in on_*_start, never in setup")
             return torch.optim.SGD(self.parameters(), lr=0.05)
 
     return Watched()
 
 
-def _watch(module: Any, stage: str, batch: dict[str, Any]) -> Any:
-    output = module.model(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["input_ids"])
-    module.hooked[stage] = module.hooked.get(stage, False) or _is_hooked(module.model)
-    if _shape_of(module.model) != module._as_made:
-        module.complaints.append(f"in {stage}, keys, requires_grad or mode of the model changed")
-    if module.fail is not None and module.fail[0] == stage:
-        raise module.fail[1]
-    return output.loss
+def _step(stage: str) -> Callable[[Any, dict[str, Any], int], Any]:
+    def step(self: Any, batch: dict[str, Any], batch_idx: int) -> Any:
+        output = self.model(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["input_ids"])
+        self.hooked[stage] = self.hooked.get(stage, False) or _is_hooked(self.model)
+        if _shape_of(self.model) != self._as_made:
+            self.complaints.append(f"in {stage}, keys, requires_grad or mode of the model changed")
+        if self.fail is not None and self.fail[0] == stage:
+            raise self.fail[1]
+        return output.loss
 
-
-def _complain_of_early_hooks(module: Any) -> None:
-    if _is_hooked(module.model):
-        module.complaints.append("hooks were put on before the run began; attach in on_*_start, never in setup")
+    return step
 
 
 def _is_hooked(model: nn.Module) -> bool:

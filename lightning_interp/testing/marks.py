@@ -35,13 +35,9 @@ def needs(*, cuda: int = 0, bnb: bool = False, bundled: bool = False) -> Callabl
     """
     no_bnb = bnb and find_spec("bitsandbytes") is None
     lacking = [_lacking_cuda(cuda), "needs bitsandbytes, which is not installed" if no_bnb else None]
-    marks = []
-    if cuda:
-        marks.append(pytest.mark.gpu)
-    if bundled:
-        marks.append(pytest.mark.bundled)
-        if os.environ.get("CI", "").lower() != "true":
-            lacking.append(missing_bundled())
+    marks = [pytest.mark.gpu] * bool(cuda) + [pytest.mark.bundled] * bundled
+    if bundled and os.environ.get("CI", "").lower() != "true":
+        lacking.append(missing_bundled())
     reason = "; ".join(text for text in lacking if text)
     marks.append(pytest.mark.skipif(bool(reason), reason=reason or "this machine has what the test needs"))
 

@@ -10,7 +10,7 @@ from lightning_interp.running.catalog import RecipeSource
 from lightning_interp.running.settings import (
     literal,
     load_settings,
-    named_on_command_line,
+    option_key,
     print_help,
     trainer_arguments,
 )
@@ -140,9 +140,9 @@ def test_text_that_looks_like_an_interpolation_reads_back_from_written_settings(
 
 
 def test_what_the_user_named():
-    assert named_on_command_line("model", ["--model", "x"])
-    assert named_on_command_line("words", ["--words+=x"])
-    assert not named_on_command_line("model", ["--modeling=x", "model", "--seed=--model"])
+    assert option_key("--model") == "model"
+    assert option_key("--words+=x") == "words"
+    assert "model" not in map(option_key, ["--modeling=x", "model", "--seed=--model"])
 
 
 class TestTrainer:

@@ -36,13 +36,11 @@ class TextDataModule(L.LightningDataModule):
 
     - ``{"text": ...}``: every token is scored;
     - ``{"prompt": ..., "completion": ...}``: the completion is scored. The prompt keeps exactly the ids that it has
-      alone, as a model sees it when asked; a space between the two is yours to write;
-    - ``{"messages": [{"role": ..., "content": ...}, ...]}``: goes through the tokenizer's chat template, and the
-      assistant's turns are scored.
+      alone; a space between the two is yours to write;
+    - ``{"messages": [{"role": ..., "content": ...}, ...]}``: in the chat template, the assistant's turns scored.
 
-    The order of training rows depends on seed and epoch alone, so a resumed run sees the batches that an
-    uninterrupted one sees, also from the middle of an epoch; with several processes the batches together are those
-    of one process with a larger batch.
+    The order of training rows depends on seed and epoch alone, so a resumed run sees the batches of an uninterrupted
+    one, and several processes see together those of one process with a larger batch.
 
     Args:
         train: A JSONL file, a folder of ``datasets``' ``save_to_disk``, a list of rows, or a ``datasets.Dataset``.
@@ -137,8 +135,7 @@ class TextDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Number of training batches that are done in this epoch.
 
-        Lightning keeps the loader's own state too, but does not restore it when the loader was needed early (to count
-        the steps of a learning rate schedule).
+        Lightning does not restore the loader's own state when it was needed early, to count the steps of a schedule.
         """
         return {} if self._train_loader is None else dict(self._train_loader.state_dict())
 

@@ -21,8 +21,8 @@ from lightning_interp.errors import DataError, IncompatibleModelError, RecipeErr
 from lightning_interp.models.scoring.reward_text import Prompt, RewardEncoder, Scores, score_rows
 from lightning_interp.models.scoring.text_scorer import Scorer, ScoresTexts
 from lightning_interp.models.sources.folders import atomic_folder, check_weight_files
+from lightning_interp.models.training.finetuning import Optimised
 from lightning_interp.models.training.optimisation import Optimisation, no_more, plain, settings_of
-from lightning_interp.models.training.optimised import Optimised
 from lightning_interp.models.training.reward_metric import PairScores, PointScores, log_scores, pair_losses
 
 __all__ = ["BagOfWords"]

@@ -67,8 +67,7 @@ def load_causal_lm(
             - ``tiny:<family>``: a tiny random model, see :func:`~lightning_interp.testing.tiny_model`, for smoke runs;
             - ``smollm2-135m-instruct`` or ``gemma-3-270m``: a model that a Python package carries, dequantised once
               into a cache folder (Gemma is under Google's Gemma Terms of Use);
-            - a folder in Hugging Face format with safetensors weights, or a PEFT adapter folder (its base is
-              loaded and the adapter injected);
+            - a folder with safetensors weights, or a PEFT adapter folder (its base is loaded, the adapter injected);
             - a ``.gguf`` file, dequantised at each load (see :func:`convert_gguf`);
             - a Hugging Face id.
         dtype: Type of the weights.

@@ -1,9 +1,8 @@
 """Tiny random language models of many families and a byte tokenizer, made locally and without a network.
 
-Every parameter is drawn so that it matters: norm weights spread around their neutral value, biases are not
-zero, and different inputs give clearly different logits. So a test on such a model cannot pass because a
-parameter happened to be neutral. The one exception is arithmetic: a key bias without rotary embeddings shifts
-all scores of a query alike, and softmax removes it (``opt``; in ``gpt2`` and ``bloom`` a third of a bias).
+Every parameter is drawn so that it matters (norm weights spread around their neutral value, biases are not zero), so
+a test cannot pass because one happened to be neutral. The one exception is arithmetic: a key bias without rotary
+embeddings shifts all scores of a query alike, and softmax removes it (``opt``; a third of it in ``gpt2``, ``bloom``).
 """
 
 from __future__ import annotations
@@ -16,13 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from lightning_interp.core.measure.seeding import seeded_rng
@@ -79,8 +72,7 @@ def tiny_config(family: str = "llama", **overrides: Any) -> PreTrainedConfig:
 
     Args:
         family: One of ``FAMILIES`` or ``EXTRA_FAMILIES``.
-        **overrides: Fields of the family's transformers configuration; the common names (``hidden_size``,
-            ``num_hidden_layers``, ``num_attention_heads``) work for every family.
+        **overrides: Fields of its transformers configuration; ``hidden_size`` and the like work for every family.
 
     Returns:
         The configuration, with the byte tokenizer's pad, bos and eos ids.
@@ -130,8 +122,7 @@ def tiny_model(
 ) -> PreTrainedModel:
     """A tiny random causal language model in evaluation mode, in which every parameter matters.
 
-    The weights depend only on the seed, the family, each parameter's name and its shape. The global random
-    state is left as found.
+    The weights depend only on the seed, the family, each parameter's name and its shape.
 
     Args:
         family: One of ``FAMILIES`` or ``EXTRA_FAMILIES``.
@@ -156,24 +147,17 @@ def tiny_model(
     with torch.no_grad():
         for module_name, module in model.named_modules():
             for leaf, parameter in module.named_parameters(recurse=False):
-                name = f"{module_name}.{leaf}"
-                noise = _noise(parameter, f"{seed}/tiny_model/{family}/{name}")
+                noise = _noise(parameter, f"{seed}/tiny_model/{family}/{module_name}.{leaf}")
                 parameter.copy_(_draw(module, parameter, noise))
     return _cast(model, dtype).eval()
 
 
 def tiny_pair(
-    family: str = "llama",
-    *,
-    seed: int = 0,
-    scale: float = 0.5,
-    dtype: torch.dtype = torch.float32,
-    **overrides: Any,
+    family: str = "llama", *, seed: int = 0, scale: float = 0.5, dtype: torch.dtype = torch.float32, **overrides: Any
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A recipient and a donor of one configuration; the donor is the recipient with every parameter moved.
+    """A recipient, and a donor that is the recipient with every parameter moved, as if it had been finetuned.
 
-    Each parameter moves by seeded noise whose standard deviation is ``scale`` times the parameter's own (tied
-    weights stay tied), as if the donor had been finetuned from the recipient.
+    Each moves by seeded noise whose standard deviation is ``scale`` times its own; tied weights stay tied.
 
     Args:
         family: One of ``FAMILIES`` or ``EXTRA_FAMILIES``.
@@ -208,8 +192,7 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _noise(parameter: Tensor, key: str) -> Tensor:
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1)
     return torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
@@ -224,11 +207,10 @@ def _draw(module: nn.Module, parameter: Tensor, noise: Tensor) -> Tensor:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    r"""A tokenizer with one token a byte, five special tokens and a chat template.
+    r"""A tokenizer with one token a byte, five special tokens and a chat template without implicit system text.
 
-    Built locally. ``decode(encode(text))`` gives the text back, character offsets are available, and padding
-    is on the left, as generation needs it. Encoding adds no special tokens; those written out in the text
-    (the chat template does so) become one token each. The template has no implicit system text.
+    ``decode(encode(text))`` gives the text back, and padding is on the left, as generation needs it. Encoding adds no
+    special tokens; those written out in the text (the chat template does so) become one token each.
 
     Returns:
         The tokenizer; 261 tokens: ``<pad> <bos> <eos> <|im_start|> <|im_end|>``, then the 256 bytes.

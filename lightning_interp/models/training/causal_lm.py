@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
 from lightning_interp.errors import DataError
 from lightning_interp.models.sources.loading import load_causal_lm
 from lightning_interp.models.sources.pretrained import Quantization
@@ -26,17 +25,14 @@ class CausalLM(Finetuned):
     """Finetunes a causal language model on batches with ``input_ids``, ``attention_mask`` and ``labels``.
 
     The loss is the mean cross entropy of the batch's labelled tokens (-100 marks the others; see
-    :class:`TextDataModule`). With an adapter only its weights are trained, saved in checkpoints and restored from
-    them; the base is loaded anew. Without one all weights are trained, as float32 master weights: reduced precision
-    comes from ``Trainer(precision="bf16-mixed")``. Dropout draws from a generator keyed by seed, step and rank, so a
-    resumed run equals an uninterrupted one, and ranks draw different masks.
+    :class:`TextDataModule`). With an adapter only its weights are trained, saved and restored; the base is loaded
+    anew. Without one all weights are trained, as float32 master weights: reduced precision comes from
+    ``Trainer(precision="bf16-mixed")``. Dropout is keyed by seed, step and rank, so a resumed run equals another.
 
-    Logs ``train/loss``, ``val/loss`` and ``val/perplexity`` (``test/...`` likewise). In validation every labelled
-    token weighs the same, across batches and processes.
+    Logs ``train/loss``, ``val/loss`` and ``val/perplexity`` (``test/...`` likewise); every token weighs the same.
 
     Args:
-        model: A source for :func:`load_causal_lm`, or a loaded model, which is changed in place. A model that carries
-            an adapter goes on training that adapter.
+        model: A source for :func:`load_causal_lm`, or a loaded model, which is changed in place; trains its adapter.
         tokenizer: Exported beside the model; taken from the source if that is a name.
         lora: Put in an adapter and train it: settings, or the same as a dict.
         optimisation: How its weights are trained: settings, or some of them as a dict.
@@ -110,28 +106,14 @@ class CausalLM(Finetuned):
         Raises:
             DataError: If the batch has no ``labels``, or no labelled token.
         """
-        key = derived_seed(self.seed, "dropout", self.global_step, batch_idx, self.global_rank)
-        with seeded_rng(key, self.device):
+        with self._own_dropout(batch_idx):
             total, tokens = self._loss(batch, batch_idx, trim=True)
         loss = total / tokens
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Add a batch to the validation loss."""
-        self.val_loss.update(*self._loss(batch, batch_idx, trim=False))
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Add a batch to the test loss."""
-        self.test_loss.update(*self._loss(batch, batch_idx, trim=False))
-
-    def on_validation_epoch_end(self) -> None:
-        """Log ``val/loss`` and ``val/perplexity``."""
-        self._log_epoch("val", self.val_loss)
-
-    def on_test_epoch_end(self) -> None:
-        """Log ``test/loss`` and ``test/perplexity``."""
-        self._log_epoch("test", self.test_loss)
+    def _measure(self, stage: str, batch: dict[str, Tensor], batch_idx: int) -> None:
+        getattr(self, f"{stage}_loss").update(*self._loss(batch, batch_idx, trim=False))
 
     def _loss(self, batch: dict[str, Tensor], batch_idx: int, *, trim: bool) -> tuple[Tensor, Tensor]:
         """Sum of the cross entropy of the labelled tokens, and their number."""
@@ -156,7 +138,8 @@ class CausalLM(Finetuned):
         logits = self(batch["input_ids"], batch.get("attention_mask"), **more).logits
         return completion_loss(logits, labels)
 
-    def _log_epoch(self, stage: str, metric: TokenLoss) -> None:
+    def _log_epoch(self, stage: str) -> None:
+        metric: TokenLoss = getattr(self, f"{stage}_loss")
         loss = metric.compute()
         metric.reset()
         self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=True)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_interp.core.hooks.checks import check_strategy, check_weights, quantized_modules
+from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.errors import IncompatibleModelError, QuantizedModelError, UnsupportedStrategyError
 from lightning_interp.models.sources.adapters import adapter_base, has_adapter, is_adapter_folder, save_adapter
@@ -18,10 +23,9 @@ from lightning_interp.models.sources.bundled import ALIASES
 from lightning_interp.models.sources.folders import atomic_folder
 from lightning_interp.models.sources.pretrained import quiet_bars
 from lightning_interp.models.training.lora import LoraSettings, adapter_parameters, inject_lora, train_adapter
-from lightning_interp.models.training.optimisation import Optimisation, plain, settings_of
-from lightning_interp.models.training.optimised import Optimised
+from lightning_interp.models.training.optimisation import Optimisation, adamw, plain, schedule_of, settings_of
 
-__all__ = ["FINETUNING", "SETTINGS", "Finetuned", "base_source"]
+__all__ = ["FINETUNING", "SETTINGS", "Finetuned", "Optimised", "base_source"]
 
 FINETUNING = Optimisation(lr=1e-4)
 
@@ -29,6 +33,31 @@ SETTINGS = ["model", "tokenizer", "text", "lora", "optimisation", "betas"]
 """Arguments that no checkpoint holds as they are given: it holds plain values, and settings under their own names."""
 
 _MODEL = "model."
+
+
+class Optimised(L.LightningModule):
+    """A module whose trained parameters AdamW moves."""
+
+    optimisation: Optimisation
+
+    @property
+    def lr(self) -> float:
+        """Learning rate after warm-up, under the name that Lightning's learning rate finder sets."""
+        return self.optimisation.lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self.optimisation = replace(self.optimisation, lr=value)
+
+    def configure_optimizers(self) -> Any:
+        """Make AdamW over everything that is trained, and its schedule."""
+        settings = self.optimisation
+        optimizer = adamw(self.parameters(), settings)
+        steps = float("inf") if settings.schedule == "constant" else self.trainer.estimated_stepping_batches
+        scheduler = schedule_of(optimizer, settings, total_steps=steps)
+        if scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 class Finetuned(Optimised):
@@ -94,6 +123,33 @@ class Finetuned(Optimised):
         for block in ModelMap.build(self.model).blocks:
             fully_shard(block, mesh=mesh["data_parallel"])
         fully_shard(self.model, mesh=mesh["data_parallel"])
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Add a batch to what the validation measures."""
+        self._measure("val", batch, batch_idx)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Add a batch to what the test measures."""
+        self._measure("test", batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what the validation measured."""
+        self._log_epoch("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log what the test measured."""
+        self._log_epoch("test")
+
+    def _measure(self, stage: str, batch: dict[str, Tensor], batch_idx: int) -> None:
+        raise NotImplementedError
+
+    def _log_epoch(self, stage: str) -> None:
+        raise NotImplementedError
+
+    def _own_dropout(self, batch_idx: int) -> AbstractContextManager[None]:
+        """Random numbers of this step and process alone."""
+        key = derived_seed(self.seed, "dropout", self.global_step, batch_idx, self.global_rank)
+        return seeded_rng(key, self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the frozen base out of a checkpoint, but for two kinds that are read back whole or not at all.

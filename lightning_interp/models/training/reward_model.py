@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
 from lightning_interp.errors import IncompatibleModelError, RecipeError
 from lightning_interp.models.scoring.reward_sources import LoadedReward, complete_folder, load_reward_model
 from lightning_interp.models.scoring.reward_text import ANY_TEXT, RewardEncoder, RewardText
@@ -28,13 +27,11 @@ class RewardModel(ScoresTexts, Finetuned):
     """Trains a model that scores texts, and scores texts with it.
 
     Batches come from :class:`PreferenceDataModule`. On pairs the loss is that of Bradley and Terry (with a margin
-    where the data has one), on rated texts the squared error. A decoder is read at its last real token, so a score
-    does not depend on padding, nor on what else is in a batch. With an adapter, its weights and the score head are
-    trained, saved and restored; the rest is as in :class:`CausalLM`.
+    where the data has one), on rated texts the squared error. A decoder is read at its last real token. With an
+    adapter, its weights and the score head are trained, saved and restored; the rest is as in :class:`CausalLM`.
 
-    Logs ``train/loss``, ``train/accuracy`` (pairs), and after validation ``val/loss``, ``val/accuracy`` and
-    ``val/pairs``, the number of pairs behind the accuracy (for ratings ``val/loss`` and ``val/texts``); ``test/...``
-    likewise. Every pair weighs the same, across batches and processes.
+    Logs ``train/loss``, ``train/accuracy`` (pairs), ``val/loss``, ``val/accuracy`` and ``val/pairs``, their number
+    (``val/texts`` for ratings); ``test/...`` likewise. Every pair weighs the same, across batches and processes.
 
     Args:
         model: A source for :func:`load_reward_model`, or a loaded model, which is changed in place. A language model
@@ -142,8 +139,7 @@ class RewardModel(ScoresTexts, Finetuned):
         Raises:
             DataError: If the batch holds neither pairs nor ratings.
         """
-        key = derived_seed(self.seed, "dropout", self.global_step, batch_idx, self.global_rank)
-        with seeded_rng(key, self.device):
+        with self._own_dropout(batch_idx):
             rewards = self(batch["input_ids"], batch["attention_mask"])
         losses = self._losses(rewards, batch, batch_idx)
         loss = losses.mean()
@@ -153,21 +149,8 @@ class RewardModel(ScoresTexts, Finetuned):
             self.log("train/accuracy", (chosen > rejected).float().mean(), batch_size=len(losses))
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Add a batch to the validation scores."""
-        self._measure(batch, batch_idx, self.val_pairs, self.val_points)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Add a batch to the test scores."""
-        self._measure(batch, batch_idx, self.test_pairs, self.test_points)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log ``val/loss``, ``val/accuracy`` and ``val/pairs`` (for ratings ``val/loss`` and ``val/texts``)."""
-        log_scores(self, "val", self.val_pairs, self.val_points)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the same of the test."""
-        log_scores(self, "test", self.test_pairs, self.test_points)
+    def _log_epoch(self, stage: str) -> None:
+        log_scores(self, stage, getattr(self, f"{stage}_pairs"), getattr(self, f"{stage}_points"))
 
     def _prepare(self, settings: LoraSettings | None) -> None:
         decoder = isinstance(self.model, DecoderWithScore)
@@ -185,14 +168,14 @@ class RewardModel(ScoresTexts, Finetuned):
         losses = pair_losses(rewards, batch, batch_idx)
         return (rewards - batch["reward"]) ** 2 if losses is None else losses
 
-    def _measure(self, batch: dict[str, Tensor], batch_idx: int, pairs: PairScores, points: PointScores) -> None:
+    def _measure(self, stage: str, batch: dict[str, Tensor], batch_idx: int) -> None:
         rewards = self(batch["input_ids"], batch["attention_mask"])
         losses = self._losses(rewards, batch, batch_idx)
         if "margin" in batch:
             chosen, rejected = rewards.chunk(2)
-            pairs.update(chosen, rejected, losses, batch.get("real"))
+            getattr(self, f"{stage}_pairs").update(chosen, rejected, losses, batch.get("real"))
         else:
-            points.update(losses, batch.get("real"))
+            getattr(self, f"{stage}_points").update(losses, batch.get("real"))
 
     def _complete(self, folder: Path) -> None:
         complete_folder(folder, self.model, text=self._text, tokenizer=self.tokenizer, adapter=self.has_adapter)
