@@ -214,10 +214,8 @@ class ChatJudge:
     Args:
         generator: Who judges.
         question: How it is asked, with ``{text}``, and ``{prompt}`` if it is to see that; it asks for a number.
-        lowest: Least mark.
-        highest: Greatest mark; at most 9, so that a mark is one token.
-        least_mass: Share of the probability that digits must have together; with less, the judge would say something
-            else than a number, and the text counts as refused.
+        lowest, highest: Least and greatest mark; at most 9, so that a mark is one token.
+        least_mass: Least probability of all digits together; with less, the text counts as refused.
 
     Raises:
         RecipeError: If the question has no ``{text}``, or the marks are no digits.

@@ -101,8 +101,7 @@ class Pace:
         max_retries: Further attempts after a failure that may pass.
         timeout: Seconds that one attempt may take.
         backoff: When to try again.
-        sleep: Waits; for tests.
-        clock: Seconds that never go back; for tests.
+        sleep, clock: How to wait, and seconds that never go back; for tests.
 
     Raises:
         RecipeError: If a number is too small.
@@ -118,10 +117,9 @@ class Pace:
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
-        if self.max_concurrency < 1:
-            raise RecipeError(f"max_concurrency={self.max_concurrency!r}; expected at least 1.")
-        if self.max_retries < 0:
-            raise RecipeError(f"max_retries={self.max_retries!r}; expected at least 0.")
+        for name, least in (("max_concurrency", 1), ("max_retries", 0)):
+            if getattr(self, name) < least:
+                raise RecipeError(f"{name}={getattr(self, name)!r}; expected at least {least}.")
         if not self.timeout > 0:
             raise RecipeError(f"timeout={self.timeout!r}; expected seconds, more than 0.")
 

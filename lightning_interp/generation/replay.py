@@ -18,8 +18,7 @@ __all__ = ["FunctionGenerator", "ReplayGenerator"]
 class FunctionGenerator:
     """A Python function as a writer.
 
-    An error that the function raises belongs to its request: it is kept as a failure, and asked for again when the run
-    is started anew.
+    An error that it raises belongs to its request: it is kept as a failure, and asked for again in the next run.
 
     Args:
         function: Takes a request; returns a text or a :class:`~lightning_interp.generation.requests.Completion`.

@@ -116,9 +116,8 @@ class TextRequest:
     @property
     def text(self) -> str:
         """All that is to be read, as one text; empty for token ids."""
-        return "\n".join(turn["content"] for turn in self.messages) or (
-            self.prompt if isinstance(self.prompt, str) else ""
-        )
+        prompt = self.prompt if isinstance(self.prompt, str) else ""
+        return "\n".join(turn["content"] for turn in self.messages) or prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,8 +129,7 @@ class Completion:
         status: ``"complete"``; ``"truncated"`` by a limit; ``"refused"`` by model or filter; ``"failed"``: no answer.
         token_ids: What a local model wrote, up to its end token: of a text that a stop text ended, that too.
         error: Why it is not complete.
-        tokens_in: Tokens read, if known.
-        tokens_out: Tokens written, if known.
+        tokens_in, tokens_out: Tokens read and written, if known.
         request: Digest of the request.
 
     Raises:
@@ -203,7 +201,7 @@ def tokens_of_characters(text: str) -> int:
     return -(-len(text) // _CHARACTERS_A_TOKEN)
 
 
-def check_sampling(*, temperature: float, top_p: float = 1.0, **counts: int | None) -> None:
+def check_sampling(*, temperature: float = 0.0, top_p: float = 1.0, **counts: int | None) -> None:
     """Refuse settings of sampling that mean nothing; counts are at least 1, or None."""
     if not temperature >= 0:
         raise RecipeError(f"temperature={temperature!r}; expected at least 0.")

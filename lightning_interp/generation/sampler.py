@@ -22,7 +22,7 @@ from lightning_interp.core.model.fingerprint import weights_digest
 from lightning_interp.core.storage.files import digest
 from lightning_interp.core.tokens.batches import padded
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.generation.requests import Completion, TextRequest
+from lightning_interp.generation.requests import Completion, TextRequest, check_sampling
 from lightning_interp.generation.sampling import draw_tokens, uniform_numbers
 
 __all__ = ["LocalSampler", "Processors", "end_tokens", "request_ids"]
@@ -80,9 +80,7 @@ class LocalSampler:
         logits_processors: Processors | None = None,
         beams: int = 1,
     ) -> None:
-        for what, value in (("batch_size", batch_size), ("token_budget", token_budget), ("beams", beams)):
-            if value is not None and value < 1:
-                raise RecipeError(f"LocalSampler({what}={value!r}): expected at least 1.")
+        check_sampling(batch_size=batch_size, token_budget=token_budget, beams=beams)
         if logits_processors is not None and name is None:
             raise RecipeError(
                 "LocalSampler(logits_processors=...) needs a name: it says what they do, and is part of the key."
@@ -227,23 +225,22 @@ class LocalSampler:
         text = self._text(row, kept)
         cuts = [at for at in (text.find(stop) for stop in row.request.stop) if at >= 0]
         complete = end is not None or bool(cuts)
+        counts = {"tokens_in": len(row.ids), "tokens_out": len(kept)}
         return Completion(
-            text=text[: min(cuts)] if cuts else text,
+            text=text[: min(cuts, default=None)],
             status="complete" if complete else "truncated",
             error=None if complete else f"ran into the limit of {row.limit} tokens",
             token_ids=tuple(kept),
-            tokens_in=len(row.ids),
-            tokens_out=len(kept),
             request=row.request.digest,
+            **counts,
         )
 
     def _text(self, row: _Row, ids: Sequence[int]) -> str:
         """What new tokens spell: after a raw prompt also the space that a tokenizer drops where a text begins."""
         before = [] if row.request.messages else row.ids[-_CONTEXT:]
         context, whole = (str(self.tokenizer.decode(x, skip_special_tokens=True)) for x in (before, [*before, *ids]))
-        if whole.startswith(context):
-            return whole[len(context) :]
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        whole_follows = whole.startswith(context)
+        return whole[len(context) :] if whole_follows else str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _ends(self) -> set[int]:
         return end_tokens(self.model, self.tokenizer)

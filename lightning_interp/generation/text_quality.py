@@ -20,8 +20,7 @@ _LOOPS = 3
 def perplexity(logits: Tensor, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     """Perplexity of each text: ``exp`` of the mean negative log-probability of its scored tokens.
 
-    Score generated text with the model that was not steered: under its own distribution a steered model is always
-    fluent.
+    Score generated text with the model that was not steered: by its own distribution a steered one is always fluent.
 
     Args:
         logits: ``[B, T, V]``; those at one token predict the next.
@@ -128,24 +127,19 @@ def repetition(texts: Sequence[Sequence[int]], *, level: float = 0.95) -> dict[s
         level: Confidence level.
 
     Returns:
-        ``distinct_1`` and ``distinct_2`` (within each text, mean), ``repeated_4`` (mean of :func:`repeated_share`) and
-        ``looping`` (share of texts that end in a loop). Texts that are too short for one are left out of its ``n``.
+        Means of ``distinct_1``, ``distinct_2`` and ``repeated_4`` of each text, and the share ``looping`` at its end;
+        texts that are too short for one are left out of its ``n``.
 
     Example:
         >>> found = repetition([[1, 2, 3, 4, 5, 6], [7, 7, 7, 7, 7, 7]])
         >>> {name: round(estimate.value, 3) for name, estimate in found.items()}
         {'distinct_1': 0.583, 'distinct_2': 0.6, 'repeated_4': 0.333, 'looping': 0.5}
     """
-    columns = {
-        "distinct_1": [distinct_n([text], 1) for text in texts],
-        "distinct_2": [distinct_n([text], 2) for text in texts],
-        "repeated_4": [repeated_share(text, 4) for text in texts],
-    }
-    found = {
-        name: mean_interval([value for value in values if not math.isnan(value)], level=level)
-        for name, values in columns.items()
-    }
+    columns = {f"distinct_{n}": [distinct_n([text], n) for text in texts] for n in (1, 2)}
+    columns["repeated_4"] = [repeated_share(text, 4) for text in texts]
+    kept = {name: [value for value in values if not math.isnan(value)] for name, values in columns.items()}
     loops = [float(loop_period(text) > 0) for text in texts if len(text) >= _LOOPS]
+    found = {name: mean_interval(values, level=level) for name, values in kept.items()}
     return {**found, "looping": proportion_interval(loops, level=level)}
 
 

@@ -71,8 +71,7 @@ class WorkReport:
     Args:
         calls: Texts that were asked for.
         statuses: Answers by status.
-        tokens_in: Tokens read, as far as the writer told.
-        tokens_out: Tokens written, likewise.
+        tokens_in, tokens_out: Tokens read and written, as far as the writer told.
         cost: Price of them; None without prices.
         stopped: What ended the run early: ``"max_calls"``, ``"max_cost"``, ``"errors"`` or ``"asked"``; or None.
         missing: Texts that can be asked for now; after a run that did not stop, those that failed.

@@ -275,9 +275,9 @@ class TestIdentity:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"batch_size": 0}, r"batch_size=0\): expected at least 1"),
-            ({"token_budget": 0}, r"token_budget=0\): expected"),
-            ({"beams": 0}, r"beams=0\): expected"),
+            ({"batch_size": 0}, r"batch_size=0; expected at least 1"),
+            ({"token_budget": 0}, r"token_budget=0; expected"),
+            ({"beams": 0}, r"beams=0; expected"),
             ({"logits_processors": []}, "needs a name"),
         ],
     )

@@ -141,9 +141,7 @@ class LocalRewriter(TemplateRewriter):
         batch_size: Texts at once.
         seed: Root seed.
         system_prompt: System text; None keeps the template's own implicit text, ``""`` asks for an empty one.
-        dtype: Type of a named source's weights.
-        quantization: Quantise a named source with bitsandbytes.
-        device: Where a named source is put; the GPU if there is one, if None.
+        dtype, quantization, device: Of a named source: its weights, by bitsandbytes, and where (a GPU if there is).
 
     Raises:
         RecipeError: If an argument has a wrong value.
@@ -151,9 +149,8 @@ class LocalRewriter(TemplateRewriter):
     Example:
         >>> from lightning_interp.rate import rewrite_template
         >>> rewriter = LocalRewriter("tiny:llama", rewrite_template("sentiment"), max_new_tokens=4)
-        >>> result, = rewriter.rewrite(["A fine film."], [""], [0])
-        >>> result.status, result.tokens_out
-        ('truncated', 4)
+        >>> rewriter.rewrite(["A fine film."], [""], [0])[0].tokens_out
+        4
     """
 
     def __init__(
@@ -180,10 +177,8 @@ class LocalRewriter(TemplateRewriter):
                 f"LocalRewriter got a loaded {type(model).__name__} with tokenizer={tokenizer!r:.40} and name={name!r}."
                 " Give both: the name says which weights wrote a text, and is part of the key."
             )
-        super().__init__(
-            None, template, name=name or f"local:{model}", seed=seed, system_prompt=system_prompt, **sampling
-        )
-        self.batch_size = batch_size
+        name, self.batch_size = name or f"local:{model}", batch_size
+        super().__init__(None, template, name=name, seed=seed, system_prompt=system_prompt, **sampling)
         self.earlier_params = {**self.params, "dtype": str(dtype), "quantization": quantization}
         self.params = {**self.earlier_params, "sampler": 2}  # 1 drew a number for each token of the vocabulary
         self._model, self._tokenizer = model, tokenizer

@@ -46,8 +46,7 @@ class RewritePlan:
         there: Rewrites that are in the store and need no call, by pass.
         calls: Rewrites to ask for, by pass.
         blocked: Units that cannot become complete, because an answer is final and cannot be used, by status.
-        tokens_in: Estimate of the tokens to be read.
-        tokens_out: Estimate of the tokens to be written.
+        tokens_in, tokens_out: Estimates of the tokens to be read and written.
         cost: Estimate of the price; None without prices.
     """
 
@@ -86,9 +85,8 @@ class RewriteRun:
     """One attribute of a store and the rewriter that fills it.
 
     Each unit is rewritten to the other value, that text back again, and once more if three passes are asked for. Only
-    what the store lacks is asked for, equal texts once; a unit's second pass begins when its first is there. Answers
-    are on disk before more is asked, so a run that was killed goes on where it was: start it again. Final answers that
-    cannot be used (refused, empty, truncated) are not asked for again; errors are, in the next run.
+    what the store lacks is asked for, equal texts once. Answers are on disk before more is asked: start a killed run
+    again. Final answers that cannot be used (refused, empty, truncated) are not asked for again; errors are, next time.
 
     Args:
         store: The store, with the units.
@@ -99,8 +97,7 @@ class RewriteRun:
         retry_final: Ask once more for refused, empty and truncated answers too.
         prices: What tokens cost.
         max_calls: Texts to ask for at most, in one run.
-        max_cost: What a run may cost; needs prices. A call is made only if its estimate fits in as well, so no more
-            is spent than that, and what the answers under way cost beyond their estimates.
+        max_cost: What a run may cost, but for what the answers under way cost beyond their estimates; needs prices.
         give_up_after: End the run after so many errors in a row; None never.
 
     Raises:

@@ -83,8 +83,7 @@ class RewriteResult:
         text: The rewrite; None if there is none.
         status: ``"ok"``; or why it cannot be used. A text that is blank becomes ``"empty"`` by itself.
         error: What went wrong.
-        tokens_in: Tokens read, if known.
-        tokens_out: Tokens written, if known.
+        tokens_in, tokens_out: Tokens read and written, if known.
 
     Raises:
         DataError: If the status is unknown, or ``"ok"`` comes without a text.
@@ -118,13 +117,9 @@ class RewriteResult:
 
 def as_result(completion: Completion) -> RewriteResult:
     """What a writer gave back, as a rewrite: without white space around it, ``empty`` if nothing is left."""
-    return RewriteResult(
-        text=None if completion.text is None else completion.text.strip(),
-        status=_STATUS.get(completion.status, completion.status),  # type: ignore[arg-type]
-        error=completion.error,
-        tokens_in=completion.tokens_in,
-        tokens_out=completion.tokens_out,
-    )
+    same: dict[str, Any] = {name: getattr(completion, name) for name in ("error", "tokens_in", "tokens_out")}
+    text, status = completion.text, _STATUS.get(completion.status, completion.status)
+    return RewriteResult(text=text and text.strip(), status=status, **same)  # type: ignore[arg-type]
 
 
 class RewriterId(NamedTuple):

@@ -103,8 +103,8 @@ class _OneByOne:
 class CallableRewriter(_OneByOne):
     """A Python function as a rewriter.
 
-    An error that the function raises belongs to its text: it is kept as a result with the status ``"error"``, which is
-    asked for again when the run is started anew. Returning anything but a text or a result raises a ``RecipeError``.
+    An error that it raises belongs to its text: it is kept with the status ``"error"``, and asked for again in the next
+    run. Returning anything but a text or a result raises a ``RecipeError``.
 
     Args:
         function: Takes a text, its prompt, the target and perhaps ``draw``; returns a text or a :class:`RewriteResult`.

@@ -20,7 +20,7 @@ _NAMES = re.compile(r"\{(\w*)\}")
 
 @dataclass(frozen=True, kw_only=True)
 class RewriteTemplate:
-    r"""How a language model is asked for a rewrite; both directions differ in one phrase only.
+    """How a language model is asked for a rewrite; both directions differ in one phrase only.
 
     Args:
         name: Name of the template.
@@ -33,10 +33,9 @@ class RewriteTemplate:
         RecipeError: If the body lacks a place or has an unknown one, or both phrases are the same.
 
     Example:
-        >>> template = RewriteTemplate(name="mood", version=1, body="{text}\n\nMake it {phrase}.",
-        ...     phrases=("sad", "glad"))
-        >>> template.render("It rains.", w_target=1)
-        'It rains.\n\nMake it glad.'
+        >>> mood = RewriteTemplate(name="mood", version=1, body="{text} Make it {phrase}.", phrases=("sad", "glad"))
+        >>> mood.render("It rains.", w_target=1)
+        'It rains. Make it glad.'
     """
 
     name: str
@@ -132,10 +131,5 @@ def rewrite_template(attribute: str, kind: Kind = "text") -> RewriteTemplate:
     if kind not in get_args(Kind):
         raise RecipeError(f"There is no kind {kind!r} of template; choose one of {', '.join(get_args(Kind))}.")
     body = _BODIES[kind].replace(_KEEP, _KEEP + _REPAIR) if attribute == "vowel" else _BODIES[kind]
-    return RewriteTemplate(
-        name=f"{attribute}/{kind}",
-        version=1,
-        body=body,
-        phrases=_PHRASES[attribute],
-        changes_length=attribute == "length",
-    )
+    name, longer = f"{attribute}/{kind}", attribute == "length"
+    return RewriteTemplate(name=name, version=1, body=body, phrases=_PHRASES[attribute], changes_length=longer)
