@@ -7,6 +7,7 @@ effect of the opening is what adding or removing it does to each reward.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ ATTRIBUTES: Mapping[str, Any] = {
 _ALWAYS = (Drop.mentions(), Drop.links())
 
 
+@functools.cache
 def tweet_rewriter(attribute: str) -> RuleRewriter:
     """A rewriter that sets one of the :data:`ATTRIBUTES`, and drops mentions and links whichever way it goes.
 

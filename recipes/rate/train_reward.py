@@ -57,6 +57,8 @@ class TrainReward(Recipe):
         from lightning_interp.errors import RecipeError
 
         super().__post_init__()
+        self._studies: dict[str, Any] = {}
+        self._triples: dict[str, Any] = {}
         if self.smoke:
             self.count, self.epochs, self.validations = min(self.count or 200, 200), min(self.epochs, 2), 2
             self.batch_size = min(self.batch_size, 16)
@@ -303,8 +305,10 @@ class TrainReward(Recipe):
         """The rewritten units of an attribute, or the first of them."""
         from lightning_interp.rate import RewriteStore
 
-        store = RewriteStore.open(run.folder("rewrite") / "store")
-        return store.triples(name, missing="drop").first(count)
+        if name not in self._triples:
+            store = RewriteStore.open(run.folder("rewrite") / "store")
+            self._triples[name] = store.triples(name, missing="drop")
+        return self._triples[name].first(count)
 
     def studied(self, run: RunFolder, name: str) -> Any:
         """Effects of an attribute with all checks."""
@@ -313,9 +317,11 @@ class TrainReward(Recipe):
 
         from ._train_reward import THANKS
 
-        labeller = {"exclamation": Contains("!"), "thanks": Contains(THANKS)}[name]
-        scores = self.scores(run, name)["rewritten"]
-        return study_effects(self.triples(run, name), scores, labeller=labeller, seed=self.seed)
+        if name not in self._studies:
+            labeller = {"exclamation": Contains("!"), "thanks": Contains(THANKS)}[name]
+            triples, scores = self.triples(run, name), self.scores(run, name)["rewritten"]
+            self._studies[name] = study_effects(triples, scores, labeller=labeller, seed=self.seed)
+        return self._studies[name]
 
     def scores(self, run: RunFolder, name: str) -> dict[str, Any]:
         """The rewards that the audit found, by kind of texts."""

