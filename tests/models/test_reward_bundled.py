@@ -11,7 +11,6 @@ from lightning_interp.testing import needs
 TEXTS = [
     "Paris.",
     "I think that it is Paris, but let me explain at some length why people might doubt it. " * 3,
-    "No.",
     "Berlin is a fine answer!",
     "",
 ]
@@ -27,17 +26,16 @@ def test_scores_do_not_depend_on_the_batch_or_on_padding(module):
     prompts = ["What is the capital of France?"] * len(TEXTS)
     together, truncated = module.scores(prompts, TEXTS)
     encoded = module.encoder.encode_texts(prompts, TEXTS)
-    assert truncated.tolist() == [False, True, False, False, False]
-    longest = max(len(text.ids) for text in encoded)
+    assert truncated.tolist() == [False, True, False, False]
     module.eval()
     for row, text in enumerate(encoded):
-        padding = [module.encoder.pad_id] * (longest - len(text.ids))
-        mask = [0] * len(padding) + [1] * len(text.ids)
         with torch.no_grad():
             alone = module(torch.tensor([text.ids]))
-            left = module(torch.tensor([padding + text.ids]), torch.tensor([mask]))
         torch.testing.assert_close(alone, together[row : row + 1], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(left, alone, rtol=1e-4, atol=1e-4)
+    padding, ids = [module.encoder.pad_id] * 5, encoded[-1].ids
+    with torch.no_grad():
+        left = module(torch.tensor([padding + ids]), torch.tensor([[0] * 5 + [1] * len(ids)]))
+    torch.testing.assert_close(left, alone, rtol=1e-4, atol=1e-4)
     assert float(together.std()) > 0.01
 
 

@@ -12,14 +12,14 @@ from lightning_interp.rate import rate_effects, third_rewrite_check
 
 pytestmark = pytest.mark.kernels
 
-RUNS = 1000
+RUNS = 400  # so that a share of 95 % has a standard error of 1.1 %, and four of those are allowed
 TRUTH = {"ate": 0.64, "att": 1.0, "atu": 0.4}
-CLOSE = 0.003  # at a million units
+CLOSE = 0.006  # at a quarter of a million units, five standard errors or more
 
 
 @pytest.fixture(scope="module")
 def runs():
-    """A thousand samples of two hundred units: paired, stratified and unpaired results of each."""
+    """Samples of two hundred units: paired, stratified and unpaired results of each."""
     rng = np.random.default_rng(2024)
     samples = [heterogeneous(200, rng) for _ in range(RUNS)]
     return {
@@ -36,22 +36,22 @@ def coverage(results, estimand="ate", estimator="rate", truth=None):
 class TestCoverage:
     @pytest.mark.parametrize("estimand", ["ate", "att", "atu"])
     def test_paired_intervals_hold_what_they_promise(self, runs, estimand):
-        assert 0.93 <= coverage(runs["paired"], estimand) <= 0.97
+        assert 0.906 <= coverage(runs["paired"], estimand) <= 0.994
 
     def test_errors_that_fix_the_arms_are_too_narrow_where_the_arms_are_random(self, runs):
-        found = coverage(runs["stratified"])
-        assert 0.88 <= found <= 0.945
-        assert found < coverage(runs["paired"])
+        assert coverage(runs["stratified"]) < coverage(runs["paired"])
+        errors = [np.mean([result.rate.ate.se for result in runs[kind]]) for kind in ("stratified", "paired")]
+        assert errors[0] / errors[1] == pytest.approx(0.917, abs=0.01)
 
     def test_unpaired_errors_are_far_too_wide(self, runs):
-        assert coverage(runs["unpaired"]) > 0.998
+        assert coverage(runs["unpaired"]) > 0.99
         widths = [np.mean([r.rate.ate.se for r in runs[kind]]) for kind in ("unpaired", "paired")]
         assert widths[0] > 2 * widths[1]
 
     def test_the_other_estimators_miss(self, runs):
-        assert coverage(runs["paired"], estimator="single") < 0.42
+        assert coverage(runs["paired"], estimator="single") < 0.5
         naive = [result.naive for result in runs["paired"]]
-        assert np.mean([effect.low <= TRUTH["ate"] <= effect.high for effect in naive]) < 0.01
+        assert np.mean([effect.low <= TRUTH["ate"] <= effect.high for effect in naive]) < 0.02
 
     def test_expectations(self, runs):
         results = runs["paired"]
@@ -68,22 +68,22 @@ class TestCoverage:
         for estimand in ("ate", "att", "atu"):
             effects = [getattr(result.rate, estimand) for result in runs["paired"]]
             spread = np.std([effect.value for effect in effects], ddof=1)
-            assert np.mean([effect.se for effect in effects]) == pytest.approx(spread, rel=0.1)
+            assert np.mean([effect.se for effect in effects]) == pytest.approx(spread, rel=0.15)
 
     def test_small_samples_with_students_t(self):
         rng = np.random.default_rng(5)
         results = [rate_effects(*heterogeneous(50, rng)) for _ in range(RUNS)]
-        assert 0.93 <= coverage(results) <= 0.97
+        assert 0.906 <= coverage(results) <= 0.994
 
     def test_percentile_bootstrap(self):
         rng = np.random.default_rng(6)
-        results = [rate_effects(*heterogeneous(60, rng), ci="bootstrap", n_boot=1000, seed=i) for i in range(500)]
-        assert 0.915 <= coverage(results) <= 0.97
+        results = [rate_effects(*heterogeneous(60, rng), ci="bootstrap", n_boot=1000, seed=i) for i in range(200)]
+        assert 0.87 <= coverage(results) <= 0.995
 
     def test_clustered_units_need_clustered_errors(self):
         rng = np.random.default_rng(7)
         held = {"paired": [], "cluster": []}
-        for _ in range(400):
+        for _ in range(150):
             prompts = np.repeat(np.arange(60), 5)
             w = rng.random(300) < 0.5
             shift = np.repeat(rng.normal(size=60), 5)  # of the effect, shared by the texts of one prompt
@@ -93,14 +93,14 @@ class TestCoverage:
             for kind, cluster in (("paired", None), ("cluster", prompts)):
                 effect = rate_effects(w, None, r_rw, r_rw2, se=kind, cluster=cluster).rate.ate
                 held[kind].append(effect.low <= 0.5 <= effect.high)
-        assert np.mean(held["cluster"]) > 0.915
-        assert np.mean(held["paired"]) < 0.7
+        assert np.mean(held["cluster"]) > 0.87
+        assert np.mean(held["paired"]) < 0.75
 
 
 # Mean estimates of a third party's simulation over 300 seeds (course project on arXiv 2410.11348): RATE does not depend
 # on the confounding, its bias is linear in the asymmetry of the rewriter. Their variance over seeds is 0.0011.
 THEIRS = {-0.4: 1.2006, -0.2: 1.1003, 0.0: 1.0002, 0.2: 0.9007, 0.4: 0.8008}
-SEEDS = 100
+SEEDS = 60
 
 
 def asymmetric_means(difference, asymmetry):
@@ -114,13 +114,12 @@ def asymmetric_means(difference, asymmetry):
     return {name: (np.mean(column), np.var(column, ddof=1)) for name, column in columns.items()}
 
 
-@pytest.mark.parametrize("asymmetry", THEIRS)
-@pytest.mark.parametrize("difference", [0.0, 0.3])
+@pytest.mark.parametrize(("difference", "asymmetry"), [(0.3, -0.4), (0.0, -0.2), (0.3, 0.0), (0.0, 0.2), (0.3, 0.4)])
 def test_asymmetric_rewrites(difference, asymmetry):
     found = asymmetric_means(difference, asymmetry)
     mean, variance = found["rate"]
     assert abs(mean - THEIRS[asymmetry]) < 4 * math.sqrt(variance / SEEDS + 0.0011 / 300)
-    assert variance == pytest.approx(0.0011, rel=0.5)
+    assert variance == pytest.approx(0.0011, rel=0.75)
     expected = {
         "rate": 1 - 0.5 * asymmetry,
         "single": 1 - 0.25 * (difference + asymmetry),
@@ -139,7 +138,7 @@ def test_the_other_estimators_of_the_third_party(estimator, difference, asymmetr
     assert abs(mean - theirs) < 4 * math.sqrt(variance / SEEDS * (1 + SEEDS / 300))
 
 
-N = 1_000_000
+N = 250_000
 
 
 def test_an_off_target_shift_of_every_rewrite_cancels():
