@@ -164,10 +164,12 @@ class EndpointGenerator:
     def _attempt(self, body: Mapping[str, Any]) -> tuple[tuple[Any] | Completion | None, str, float]:
         """One call: what came of it; or None, what failed and how long the server wants to be left alone."""
         openai, client = _openai(), self._opened()
-        way = client.chat.completions if "messages" in body else client.completions
+        way, asked = (client.chat.completions, "messages") if "messages" in body else (client.completions, "prompt")
+        more = {key: value for key, value in body.items() if key not in ("model", asked)}
+        call = {"model": body["model"], asked: body[asked], "extra_body": more}
         try:
             with self._slots:
-                return (way.with_raw_response.create(**_split(body)).http_response.json(),), "", 0.0
+                return (way.with_raw_response.create(**call).http_response.json(),), "", 0.0
         except openai.APIStatusError as error:
             status, reason = error.status_code, self._redacted(f"{error.status_code}: {error.message}")
             if status in _SETUP_IS_WRONG:
@@ -233,13 +235,6 @@ def parse_answer(body: Any) -> Completion:
 def _object(row: Any, key: str) -> Mapping[str, Any]:
     value = row.get(key) if isinstance(row, Mapping) else None
     return value if isinstance(value, Mapping) else {}
-
-
-def _split(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Named arguments of the client, and whatever else is sent as it is."""
-    named = ("model", "messages", "prompt", "temperature", "max_tokens", "seed")
-    rest = {key: value for key, value in body.items() if key not in named}
-    return {**{key: body[key] for key in named if key in body}, **({"extra_body": rest} if rest else {})}
 
 
 def _openai() -> Any:

@@ -8,22 +8,15 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from lightning_interp.errors import InterpError, RecipeError
 
-__all__ = ["Budget", "Keyed", "Prices", "WorkQueue", "WorkReport", "called", "one_each", "work_through"]
-
-
-class Keyed(Protocol):
-    """What is asked for: found again by its key."""
-
-    @property
-    def key(self) -> str: ...  # noqa: D102
+__all__ = ["Budget", "Prices", "WorkQueue", "WorkReport", "called", "one_each", "work_through"]
 
 
 Lane = TypeVar("Lane")
-Asked = TypeVar("Asked", bound=Keyed)
+Asked = TypeVar("Asked", bound=Any)  # has a key
 Given = TypeVar("Given")  # has status, error, failed, tokens_in and tokens_out
 Kind = TypeVar("Kind")
 

@@ -25,12 +25,13 @@ from lightning_interp.generation.sampler import LocalSampler
 from lightning_interp.models.sources.loading import load_causal_lm
 from lightning_interp.models.sources.pretrained import Quantization
 from lightning_interp.rate.rewriting.records import RewriteResult, as_result, text_sha
+from lightning_interp.rate.rewriting.rewriters import RowRewriter
 from lightning_interp.rate.rewriting.templates import RewriteTemplate
 
 __all__ = ["LocalRewriter", "OpenAICompatibleRewriter", "TemplateRewriter"]
 
 
-class TemplateRewriter:
+class TemplateRewriter(RowRewriter):
     """Asks any writer of texts for rewrites, in the words of a template.
 
     Args:
@@ -68,18 +69,9 @@ class TemplateRewriter:
             self.batch_size = int(getattr(generator, "batch_size", 1))
             self.concurrency = int(getattr(generator, "concurrency", 1))
 
-    def rewrite(
-        self,
-        texts: Sequence[str],
-        prompts: Sequence[str],
-        w_target: Sequence[int],
-        draws: Sequence[int] | None = None,
-    ) -> list[RewriteResult]:
-        """Ask for each text; see :class:`~lightning_interp.rate.rewriting.rewriters.Rewriter`."""
-        generator = self._writer()
-        rows = zip(texts, prompts, w_target, draws or [0] * len(texts), strict=True)
+    def _rewrite(self, rows: Sequence[tuple[str, str, int, int]]) -> list[RewriteResult]:
         requests = [self.request(text, w_target=w, prompt=prompt, draw=draw) for text, prompt, w, draw in rows]
-        return [as_result(one) for one in ask(generator, requests)]
+        return [as_result(one) for one in ask(self._writer(), requests)]
 
     def request(self, text: str, *, w_target: int, prompt: str = "", draw: int = 0) -> TextRequest:
         """What is asked for one text.

@@ -13,7 +13,7 @@ from lightning_interp.generation.work import called, one_each
 from lightning_interp.rate.rewriting.records import Request, RewriteResult, RewriterId, rewrite_key, text_sha
 from lightning_interp.rate.rewriting.store import RewriteStore
 
-__all__ = ["CallableRewriter", "ReplayRewriter", "Rewriter", "ask", "identity_in", "rewriter_id"]
+__all__ = ["CallableRewriter", "ReplayRewriter", "Rewriter", "RowRewriter", "ask", "identity_in", "rewriter_id"]
 
 
 @runtime_checkable
@@ -82,8 +82,8 @@ def ask(rewriter: Rewriter, requests: Sequence[Request]) -> list[RewriteResult]:
     return one_each(f"Rewriter {rewriter.name!r}", found, len(requests), RewriteResult)
 
 
-class _OneByOne:
-    """Rewrites each text on its own."""
+class RowRewriter:
+    """Rewrites rows of a text, its prompt, the target and the draw."""
 
     def rewrite(
         self,
@@ -93,14 +93,15 @@ class _OneByOne:
         draws: Sequence[int] | None = None,
     ) -> list[RewriteResult]:
         """Write each text again; see :class:`Rewriter`."""
-        rows = zip(texts, prompts, w_target, draws or [0] * len(texts), strict=True)
+        return self._rewrite(list(zip(texts, prompts, w_target, draws or [0] * len(texts), strict=True)))
+
+    def _rewrite(self, rows: Sequence[tuple[str, str, int, int]]) -> list[RewriteResult]:
         return [self._one(*row) for row in rows]
 
-    def _one(self, text: str, prompt: str, target: int, draw: int) -> RewriteResult:
-        raise NotImplementedError
+    _one: Callable[[str, str, int, int], RewriteResult]
 
 
-class CallableRewriter(_OneByOne):
+class CallableRewriter(RowRewriter):
     """A Python function as a rewriter.
 
     An error that it raises belongs to its text: it is kept with the status ``"error"``, and asked for again in the next
@@ -138,7 +139,7 @@ class CallableRewriter(_OneByOne):
         return found
 
 
-class ReplayRewriter(_OneByOne):
+class ReplayRewriter(RowRewriter):
     """Answers from a store, and never from anywhere else: a ``DataError`` is raised for what it has not.
 
     Its identity is that of the rewriter who wrote the store, so what it answers is found again under the same keys.
