@@ -8,8 +8,6 @@ from lightning_interp.steering.activation.callback import SteeringCallback as St
 from lightning_interp.steering.activation.family import AffineMap as AffineMap
 from lightning_interp.steering.activation.family import ClampDirection as ClampDirection
 from lightning_interp.steering.activation.family import ProjectOut as ProjectOut
-from lightning_interp.steering.activation.head_gates import EntropyGate as EntropyGate
-from lightning_interp.steering.activation.head_gates import PairMassGate as PairMassGate
 from lightning_interp.steering.activation.intervention import AddDirection as AddDirection
 from lightning_interp.steering.activation.intervention import Steering as Steering
 from lightning_interp.steering.activation.intervention import SteeringMeter as SteeringMeter
@@ -20,7 +18,9 @@ from lightning_interp.steering.activation.strength_schedule import Schedule as S
 from lightning_interp.steering.activation.strength_schedule import StepFactors as StepFactors
 from lightning_interp.steering.activation.strength_schedule import StrengthSchedule as StrengthSchedule
 from lightning_interp.steering.activation.strength_schedule import WarmUp as WarmUp
+from lightning_interp.steering.activation.where import EntropyGate as EntropyGate
 from lightning_interp.steering.activation.where import Gate as Gate
+from lightning_interp.steering.activation.where import PairMassGate as PairMassGate
 from lightning_interp.steering.activation.where import ProbeGate as ProbeGate
 from lightning_interp.steering.concepts.class_reader import ClassReader as ClassReader
 from lightning_interp.steering.concepts.class_reader import PredictedSide as PredictedSide

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lightning_interp.errors import IncompatibleModelError
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
-from lightning_interp.steering.softmax.linear_solvers import conjugate_gradient, solve_dense
+from lightning_interp.steering.softmax.newton import conjugate_gradient, solve_dense
 
 pytestmark = pytest.mark.kernels
 

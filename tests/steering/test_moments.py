@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 
 from lightning_interp.core.model.sites import Site
 from lightning_interp.errors import DataError, IncompatibleModelError, ManifestError, RecipeError
-from lightning_interp.steering.concepts.moments import ClassMoments
-from lightning_interp.steering.concepts.streamed_sums import StreamedSums
+from lightning_interp.steering.concepts.moments import ClassMoments, StreamedSums
 
 pytestmark = pytest.mark.kernels
 

@@ -7,7 +7,7 @@ import torch
 
 from lightning_interp.steering import SoftmaxGeometry, dual_steer
 from lightning_interp.steering.softmax import newton
-from lightning_interp.steering.softmax.linear_solvers import conjugate_gradient, likely_inverse
+from lightning_interp.steering.softmax.newton import conjugate_gradient, likely_inverse
 
 pytestmark = pytest.mark.kernels
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_interp.core.model.sites import Site
 from lightning_interp.errors import RecipeError
 from lightning_interp.steering.activation.intervention import Dose, Steering
-from lightning_interp.steering.activation.placement import Sites, as_sites, place
+from lightning_interp.steering.activation.selectors import Sites, as_sites, place
 from lightning_interp.steering.vectors.reading import as_direction, check_finite, frozen, numbers_of
 
 __all__ = ["AffineMap", "ClampDirection", "ProjectOut", "orthonormal"]

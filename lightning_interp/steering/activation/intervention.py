@@ -25,11 +25,14 @@ from lightning_interp.core.storage.files import jsonable
 from lightning_interp.core.tokens.positions import All, Positions
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import IncompatibleModelError, RecipeError, SiteError
-from lightning_interp.steering.activation.placement import CheckModel, Sites, check_vector_model, place
 from lightning_interp.steering.activation.selectors import (
+    CheckModel,
+    Sites,
     bind_positions,
     check_positions,
+    check_vector_model,
     describe_positions,
+    place,
     same_at_every_site,
 )
 from lightning_interp.steering.activation.strength_schedule import (

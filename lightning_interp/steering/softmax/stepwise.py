@@ -17,7 +17,7 @@ from lightning_interp.errors import RecipeError
 from lightning_interp.steering.concepts.pairs import CounterfactualPairs
 from lightning_interp.steering.softmax.arithmetic import centred, exact_arithmetic, working_dtype
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
-from lightning_interp.steering.softmax.linear_solvers import conjugate_gradient, solve_dense
+from lightning_interp.steering.softmax.newton import conjugate_gradient, solve_dense
 from lightning_interp.steering.softmax.support import restrict
 
 __all__ = ["StepwisePath", "algorithm1"]

@@ -23,10 +23,9 @@ from lightning_interp.core.tokens.batches import packed, padded
 from lightning_interp.core.tokens.positions import Last, Positions
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import DataError, PositionError, RecipeError
-from lightning_interp.steering.activation.placement import Sites, as_sites
-from lightning_interp.steering.activation.selectors import check_positions
+from lightning_interp.steering.activation.selectors import Sites, as_sites, check_positions
+from lightning_interp.steering.concepts.moments import StreamedSums
 from lightning_interp.steering.concepts.probe_regression import fit_logistic
-from lightning_interp.steering.concepts.streamed_sums import StreamedSums
 from lightning_interp.steering.vectors.steering_vectors import SteeringVector
 
 __all__ = ["METHODS", "Method", "TextFeatures", "direction_between", "encode_texts", "extract_vector", "text_features"]
