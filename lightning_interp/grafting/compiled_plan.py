@@ -103,10 +103,6 @@ class CompiledPlans:
         inside = [column for (name, _), column in self._tables.items() if name not in _SWITCHED]
         return _alike(inside), _alike(list(self._tables.values()))
 
-    def start(self, rows: Sequence[int], device: torch.device) -> torch.Tensor:
-        """First code of each row's plan, ``[B, 1]``."""
-        return torch.tensor([self.offsets[p] for p in rows], device=device)[:, None]
-
     def codes(self, step: StepContext, rows: Sequence[int]) -> torch.Tensor:
         """Codes ``[B, T]`` of rows whose plans are ``rows``; padding has the code of its row's first real token."""
         of_plan: dict[int, list[int]] = {}
@@ -188,9 +184,7 @@ class _States:
         )
 
 
-@lru_cache(maxsize=256)
-def _states(kinds: tuple[tuple[bool, bool], ...]) -> _States:
-    return _States(kinds)
+_states = lru_cache(maxsize=256)(_States)
 
 
 def without_padding(codes: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

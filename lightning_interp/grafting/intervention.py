@@ -206,7 +206,7 @@ class _Codes:
         """Codes of generated tokens, as the decode policy says."""
         chosen = self.graft.decode
         policy = chosen(step) if callable(chosen) else chosen
-        start = self.compiled.start(rows, step.device)
+        start = torch.tensor([self.compiled.offsets[p] for p in rows], device=step.device)[:, None]
         if isinstance(policy, torch.Tensor):
             if policy.dtype != torch.bool or tuple(policy.shape) != (step.batch_size, step.length):
                 raise PositionError(

@@ -98,10 +98,10 @@ DROPPING = {"use_rslora": True, "lora_dropout": 0.4}
     [("auto", DROPPING), ("overwrite", {}), ("partition", {"use_dora": True}), ("dense", DROPPING)],
 )
 def test_a_batch_of_adapters_is_each_row_with_its_adapter_alone(execution, options):
-    model, ids, codes = with_adapters(**options).train(), prompts(5), [2, 1, 0, 2, 1]
+    model, ids, codes = with_adapters(**options).train(), prompts(4), [2, 1, 0, 2]
     before, state, random = run(model.eval(), ids), state_of(model), torch.get_rng_state()
     model.train()
-    weight = torch.randn(5, T, 1, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(4, T, 1, dtype=torch.double, generator=torch.Generator().manual_seed(1))
     rows = RowWeights({n: n for n in RANKS}, torch.tensor(codes), execution=execution)
     with rows.attach(model):
         logits = run(model, ids)
@@ -233,7 +233,8 @@ def test_each_holder_can_leave_first(model):
         activate(model, name)
         alone[name] = held(model, parts()[name], ids=ids)
     activate(model, "first")
-    for order in permutations(RANKS):
+    names = [*RANKS]
+    for order in (names[i:] + names[:i] for i in range(3)):  # each of them first, second and last
         attachments = attach_all()
         for name in order[:2]:
             attachments[name].remove()
