@@ -1,10 +1,8 @@
 """Rewrite-based attribute treatment effects: how much a reward changes because of one attribute of a text.
 
 A text is rewritten twice, to flip the attribute and to flip it back, and the two rewrites are compared: what the
-rewriter does in either direction cancels. ``estimators`` turns three rewards a unit into effects with intervals
-(``bootstrap`` and ``result`` are its parts), ``diagnostics``, ``placebo`` and ``off_target`` ask
-whether the assumptions hold, ``metric`` gathers rewards over batches and processes, and ``figures`` draws what was
-found. ``scoring`` asks for rewards, ``reward`` does so in bulk (``rewards`` is its file), and ``callback`` watches the
+rewriter does in either direction cancels. ``estimators`` makes effects of three rewards a unit, ``checks`` asks whether
+the assumptions hold, ``report`` writes studies and figures, ``scoring`` asks for rewards, and ``callback`` watches the
 effect while a reward model trains.
 
 The name is that of Reber et al., "RATE: Causal Explainability of Reward Models with Imperfect Counterfactuals",

@@ -33,9 +33,8 @@ class RewardAttributeEffect(Monitor):
     """Every few validation epochs, score a finished store of rewrites and log the effect of its attribute.
 
     Logs ``rate/<attribute>/<name>`` with ``ate``, ``att``, ``atu``, ``ate_se`` (the double rewrite of Reber et al.,
-    arXiv 2410.11348), ``naive`` and ``single`` (the ATE of the single rewrite), in units of the reward. No rewriter is
-    called. Each process scores its share of the texts; a text that occurs several times is scored once. The trained
-    model is called, never changed; see :class:`~lightning_interp.core.callbacks.monitor.Monitor`.
+    arXiv 2410.11348), ``naive`` and ``single`` (the ATE of the single rewrite), in units of the reward. Each process
+    scores its share of the texts, each text once; see :class:`~lightning_interp.core.callbacks.monitor.Monitor`.
 
     Args:
         store: A folder of rewrites, an open store, or complete units.

@@ -36,14 +36,13 @@ _TOKEN_BUDGET = 1 << 18  # ids of one scored batch
 class BagOfWords(ScoresTexts, Optimised):
     """A reward that is a sum over the different words of a text, with prompt, and an intercept.
 
-    How often a word occurs and where does not matter, nor does anything else that the tokenizer does not see: texts of
-    the same words have the same reward to the bit, so some effects on the reward are known without measuring them. It
-    is trained on the batches of :class:`~lightning_interp.models.PreferenceDataModule`, made with its ``encoder``: on
-    pairs by the loss of Bradley and Terry, on rated texts by logistic regression (ratings from 0 to 1) or the squared
-    error. All weights begin at zero, so nothing is drawn at random but the order of the data.
+    How often a word occurs and where does not matter: texts of the same words have the same reward to the bit, so some
+    effects on the reward are known without measuring them. It is trained on the batches of
+    :class:`~lightning_interp.models.PreferenceDataModule`, made with its ``encoder``: on pairs by the loss of Bradley
+    and Terry, on rated texts by logistic regression (ratings from 0 to 1) or the squared error. All weights begin at 0.
 
-    Logs ``train/loss``, and after validation ``val/loss``, ``val/accuracy`` (of pairs, or of ratings on the right side
-    of a half; not with the squared error) and the number of ``val/pairs`` or ``val/texts``.
+    Logs ``train/loss``, and after validation ``val/loss``, ``val/accuracy`` (of pairs, or of ratings on their side of a
+    half; not with the squared error) and the number of ``val/pairs`` or ``val/texts``.
 
     Args:
         tokenizer: Of :func:`~lightning_interp.models.word_tokenizer`, or another with an end token, the intercept's.

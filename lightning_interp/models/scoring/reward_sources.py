@@ -76,8 +76,7 @@ def load_reward_model(
     """Load a reward model, any other sequence classifier, or a language model with a fresh score head.
 
     Args:
-        source: What :func:`~lightning_interp.models.load_causal_lm` takes, and beside that a folder or Hugging Face id
-            of a sequence classifier, and a PEFT adapter folder of one.
+        source: What ``load_causal_lm`` takes, or a folder or id of a sequence classifier, or a PEFT adapter of one.
         dtype: Type of the weights.
         quantization: Quantise the linear maps with bitsandbytes: ``"4bit"`` (NF4) or ``"8bit"``.
         revision: Branch, tag or commit of a Hugging Face id.

@@ -75,9 +75,8 @@ class RewardEncoder(Encoder):
     """Writes a prompt and a text as a reward model reads them, in training as in scoring.
 
     As a chat, they are a user's and an assistant's turn of the tokenizer's own template, which writes every special
-    token itself: none is added, so none is doubled. Otherwise the text follows the prompt directly (a space between
-    them is yours to write), with the special tokens that the tokenizer puts around a text, and the end token if
-    ``add_eos``.
+    token itself. Otherwise the text follows the prompt directly (a space between them is yours to write), with the
+    special tokens that the tokenizer puts around a text, and the end token if ``add_eos``.
 
     Attributes:
         max_length: Most tokens of a text; longer ones are cut where the tokenizer's ``truncation_side`` says.

@@ -33,8 +33,7 @@ __all__ = ["Scorer", "ScoresTexts", "TextScorer", "read_scores", "settle_text"]
 class Scorer(ABC):
     """Gives rewards of texts.
 
-    A reward depends on its prompt and text alone, not on the texts that are scored with it nor on the order; whoever
-    is asked is left as found (modes, random states, gradients).
+    A reward depends on its prompt and text alone; whoever is asked is left as found (modes, random states, gradients).
 
     Attributes:
         name: What to call it in tables and files.
@@ -108,9 +107,8 @@ class TextScorer(Scorer):
         >>> from lightning_interp.models.scoring.score_head import scoring_model
         >>> from lightning_interp.testing import byte_tokenizer, tiny_model
         >>> scorer = TextScorer(scoring_model(tiny_model("llama"), seed=0), byte_tokenizer(), max_length=64)
-        >>> reward, truncated = scorer.scores(["2+2=", "2+2="], ["4", "five" * 20])
-        >>> reward.shape, truncated.tolist()
-        (torch.Size([2]), [False, True])
+        >>> scorer.scores(["2+2=", "2+2="], ["4", "five" * 20]).truncated.tolist()
+        [False, True]
     """
 
     def __init__(
@@ -148,9 +146,8 @@ class TextScorer(Scorer):
             source: A folder or Hugging Face id; see :func:`load_reward_model`.
             device: Where it goes; left where it is loaded if None.
             name: What to call it; its label in tables if None.
-            **settings: ``dtype``, ``quantization``, ``revision`` or ``trust_remote_code`` of
-                :func:`load_reward_model`, and further arguments of the class; what the folder says is taken where they
-                are None.
+            **settings: Of :func:`load_reward_model` (``dtype``, ``quantization``, ``revision``, ``trust_remote_code``),
+                and further arguments of the class; what the folder says is taken where they are None.
 
         Returns:
             The scorer.

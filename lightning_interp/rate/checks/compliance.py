@@ -87,8 +87,8 @@ def compliance_rates(triples: RewriteTriples, labeller: Labeller) -> list[Compli
     Example:
         >>> from lightning_interp.generation.labellers import Contains
         >>> row = {"id": "a", "w": 1, "original": "oh!", "rewrite": "oh!", "rewrite2": "oh!"}
-        >>> triples = RewriteTriples.from_rows([row])
-        >>> [(row.stage, row.target, row.share.value) for row in compliance_rates(triples, Contains("!"))]
+        >>> found = compliance_rates(RewriteTriples.from_rows([row]), Contains("!"))
+        >>> [(row.stage, row.target, row.share.value) for row in found]
         [('rewrite', 0, 0.0), ('rewrite2', 1, 1.0)]
     """
     rows = []

@@ -39,9 +39,8 @@ class PermutationCheck(Finding):
 def permutation_check(result: RateResult, *, resamples: int = 9999, seed: int = 0) -> PermutationCheck:
     """How often effects as large come up if each unit's two rewrites are exchanged at random.
 
-    If the attribute had no effect on any unit and rewrites did not depend on their direction, the two rewards of a unit
-    could have come in either order; exchanging them flips the sign of its contrast. Clusters are exchanged whole where
-    the result has clustered errors.
+    Without any effect, and without rewrites that depend on their direction, the two rewards of a unit could have come
+    in either order; exchanging them flips the sign of its contrast. With clustered errors clusters are exchanged whole.
 
     Args:
         result: The effects.
@@ -96,9 +95,8 @@ class DummyOutcome(Finding):
 def dummy_outcome_check(result: RateResult, *, repeats: int = 200, seed: int = 0) -> DummyOutcome:
     """Estimate effects on rewards that are drawn at random from all rewards of the result.
 
-    The arms, the clusters and the kind of error stay as they are, so this shows whether intervals of this kind hold
-    what they promise for a sample of this size and for rewards with these tails. Bootstrap intervals are replaced by
-    those of ``ci="auto"``.
+    Arms, clusters and the kind of error stay, so this shows whether such intervals hold what they promise for this
+    sample's size and tails. Bootstrap intervals are replaced by those of ``ci="auto"``.
 
     Args:
         result: The effects; both arms need at least two units.

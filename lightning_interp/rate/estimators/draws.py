@@ -35,9 +35,8 @@ class UnitRewards(NamedTuple):
 def combine_draws(ids: Any, w: Any, r_orig: Any, r_rw: Any, r_rw2: Any, *, cluster: Any = None) -> UnitRewards:
     """Average several draws of a unit's rewrites.
 
-    The mean over draws of the contrasts is the contrast of the means, and the error of an effect then counts units:
-    further draws of a text make it less noisy, they are no further texts. A draw that lacks a reward makes its unit
-    incomplete; leaving out single draws would select among rewrites.
+    The error of an effect then counts units: further draws of a text make it less noisy, they are no further texts. A
+    draw that lacks a reward makes its unit incomplete; leaving out single draws would select among rewrites.
 
     Args:
         ids: Integers or strings, one a draw as everything here; the draws of a unit share its id.

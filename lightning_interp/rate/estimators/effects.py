@@ -1,10 +1,9 @@
 """Rewrite-based effects of an attribute on a reward: naive, single-rewrite and double-rewrite estimators.
 
 Reber et al., "RATE: Causal Explainability of Reward Models with Imperfect Counterfactuals", arXiv 2410.11348,
-Algorithm 1: a text is rewritten to flip the attribute, the rewrite is rewritten to flip it back, and the two rewrites
-are compared. Both have been through the rewriter, so what it does in either direction cancels. The estimate is for the
-intervention that the rewriting instruction describes, and for texts as they look after the rewriter. It says neither
-whether the dependence is right nor how accurate the reward is.
+Algorithm 1. Both rewrites that are compared have been through the rewriter, so what it does in either direction
+cancels. The estimate is for the intervention that the rewriting instruction describes, and for texts as they look after
+the rewriter. It says neither whether the dependence is right nor how accurate the reward is.
 """
 
 from __future__ import annotations
@@ -130,10 +129,8 @@ def rate_effects(
     Example:
         >>> w = [1, 1, 1, 0, 0, 0, 0]
         >>> result = rate_effects(w, [3, 2, 4, 1, 0, 2, 1], [1, 0.5, 2, 2, 1.5, 2, 3], [2.5, 1, 3.5, 1.5, 0.5, 2.5, 1])
-        >>> print(result.rate.ate, round(result.rate.ate.se, 4))
-        0.93 [0.15, 1.70] 0.3168
-        >>> round(result.single.ate.value, 4), result.naive.value
-        (1.4286, 2.0)
+        >>> print(result.rate.ate, result.naive.value)
+        0.93 [0.15, 1.70] 2.0
     """
     settings = Settings(**options)
     beside = {"ids": ids, "cluster": cluster, "texts": texts, "labels": labels, "incomplete": incomplete}

@@ -45,9 +45,8 @@ class RewriteTriples:
 
     Example:
         >>> row = {"id": "a", "w": 1, "original": "oh!", "rewrite": "oh", "rewrite2": "oh!"}
-        >>> triples = RewriteTriples.from_rows([row])
-        >>> len(triples), triples.texts("rewrite2")
-        (1, ['oh!'])
+        >>> RewriteTriples.from_rows([row]).texts("rewrite2")
+        ['oh!']
     """
 
     attr: str
@@ -143,8 +142,7 @@ class RewriteTriples:
         """The same units with rewards of their texts.
 
         Args:
-            reward: For each stage one number a row, such as the ``reward`` of
-                :class:`~lightning_interp.rate.TripleScores`.
+            reward: For each stage one number a row, such as ``TripleScores.reward``.
 
         Returns:
             The units; ``TripleScores.of`` takes the rewards out again.
@@ -157,11 +155,7 @@ class RewriteTriples:
         return replace(self, reward={stage: [float(value) for value in values] for stage, values in reward.items()})
 
     def rows(self) -> list[dict[str, Any]]:
-        """One plain dict a row: ``id, attr, draw, w, cluster, prompt``, a text and, if scored, a reward for each stage.
-
-        ``read_own`` reads files of such rows too; the rewards are ``reward``, ``reward_rewrite`` and
-        ``reward_rewrite2``.
-        """
+        """One dict a row: ``id, attr, draw, w, cluster, prompt``, each stage's text and reward (``reward_rewrite``)."""
         columns: dict[str, Sequence[Any]] = {
             "id": self.ids, "attr": [self.attr] * len(self), "draw": self.draw, "w": self.w,
             "cluster": self.cluster or [None] * len(self), "prompt": self.prompts,
@@ -228,8 +222,7 @@ class RewriteTriples:
         """Count rewrites that say the same as what they were made from.
 
         Returns:
-            For each stage after the original, counts by arm: ``{"rewrite": {"w1": ..., "w0": ...}, ...}``. In arm
-            ``w1`` the first rewrite goes from 1 to 0 and the second from 0 to 1.
+            For each stage after the original, counts by arm: ``{"rewrite": {"w1": ..., "w0": ...}, ...}``.
         """
         counts = {stage: {"w1": 0, "w0": 0} for stage in self.stages[1:]}
         for before, stage in pairwise(self.stages):

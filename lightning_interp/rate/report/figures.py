@@ -163,8 +163,7 @@ def trend_figure(
         across: What the number is.
         estimand: ``"ate"``, ``"att"`` or ``"atu"`` for the two rewrite estimators.
         standardized: In standard deviations of the original rewards.
-        truth: The true effect in reward units, where it is known; in standard deviations it is drawn in those of the
-            first number.
+        truth: The true effect in reward units, where it is known; standardised it is drawn by the first number's unit.
         title: Above the panel.
 
     Returns:

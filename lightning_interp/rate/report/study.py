@@ -184,10 +184,9 @@ def study_effects(
         >>> texts = {"a": ("oh!", "oh"), "b": ("ah", "ah!"), "c": ("oh! oh!", "oh oh"), "d": ("ah ah", "ah ah!")}
         >>> triples = RewriteTriples.from_rows({"id": name, "w": name in "ac", "original": text, "rewrite": other,
         ...     "rewrite2": text} for name, (text, other) in texts.items())
-        >>> marks = score_triples(lambda prompts, texts: [text.count("!") for text in texts], triples)
-        >>> study = study_effects(triples, marks)
-        >>> study.result.rate.ate.value, sorted(study.tables("loud_"))[:2]
-        (1.25, ['loud_checks', 'loud_effects'])
+        >>> scores = score_triples(lambda prompts, texts: [text.count("!") for text in texts], triples)
+        >>> study_effects(triples, scores).result.rate.ate.value
+        1.25
     """
     if not len(triples):
         raise DataError(

@@ -94,10 +94,8 @@ def read_triples(path: str | os.PathLike[str]) -> RewriteTriples:
         >>> import tempfile
         >>> row = {"id": "a", "w": 1, "original": "oh!", "rewrite": "oh", "rewrite2": "oh!"}
         >>> triples = RewriteTriples.from_rows([row])
-        >>> folder = tempfile.mkdtemp()
-        >>> [read_triples(write_triples(folder, triples, name=f"a{kind}")) == triples
-        ...     for kind in ("", ".jsonl", ".csv", ".parquet")]
-        [True, True, True, True]
+        >>> read_triples(write_triples(tempfile.mkdtemp(), triples, name="a.parquet")) == triples
+        True
     """
     file = Path(path)
     if file.suffix == ".jsonl":

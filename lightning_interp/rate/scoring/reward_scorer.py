@@ -40,9 +40,9 @@ class Steps:
 class RewardScorer(L.LightningModule):
     """Scores all texts of complete units by ``Trainer.predict``, and writes the rewards to a file.
 
-    Each process scores its share, longest texts first, and writes part files; at the end they are merged into one
-    file with one line a text and unit. A text that occurs several times is scored once. One that already has a reward
-    of this scorer there, from this run or an earlier one, is not scored again; a changed text or scorer is.
+    Each process scores its share, longest texts first, and writes part files, merged at the end into one file with a
+    line a text and unit. A text that occurs several times is scored once, and one that has a reward of this scorer
+    there not again; a changed text or scorer is.
 
     Args:
         scorer: Anything that :func:`~lightning_interp.rate.scoring.scores.as_scorer` takes.

@@ -32,8 +32,7 @@ class CallableScorer(Scorer):
     does not give the same text the same reward is not found out.
 
     Args:
-        function: Called with prompts and texts, and gives one number each; with ``each=True`` it is called with one
-            text and gives its number.
+        function: Called with prompts and texts, and gives one number each; with ``each=True`` called with one text.
         name: What to call it; stored rewards are known by it, so change it when the function changes.
         each: Whether it takes one text at a time, without the prompt.
 
@@ -88,8 +87,7 @@ def as_scorer(scorer: Any, *, name: str | None = None) -> Scorer:
     """Make a scorer of whatever can score texts.
 
     Args:
-        scorer: A scorer; a :class:`~lightning_interp.models.RewardModel`; a folder or Hugging Face id of a reward
-            model; or a function of prompts and texts.
+        scorer: A scorer; a ``RewardModel``; a folder or Hugging Face id of one; or a function of prompts and texts.
         name: What to call it, if it has no name of its own.
 
     Returns:
@@ -121,8 +119,7 @@ def as_scorer(scorer: Any, *, name: str | None = None) -> Scorer:
 def checked_rewards(found: Any, count: int, who: str) -> Tensor:
     """One reward a text, ``[n]`` on the CPU, of what a scorer gave: a tensor, array or list of ``[n]`` or ``[n, 1]``.
 
-    Float32 if a float32 (or shorter) tensor was given, else float64. NaN and infinity are let through: the estimator
-    says what becomes of them.
+    Float32 if a float32 (or shorter) tensor was given, else float64. NaN and infinity are let through.
     """
     try:
         tensor = found.detach() if isinstance(found, Tensor) else torch.as_tensor(found, dtype=torch.float64)
@@ -272,12 +269,10 @@ def score_triples(scorer: Any, triples: RewriteTriples) -> TripleScores:
         Rewards by stage.
 
     Example:
-        >>> rows = [{"id": "a", "w": 1, "original": "oh!", "rewrite": "oh", "rewrite2": "oh!"},
-        ...     {"id": "b", "w": 0, "original": "ah", "rewrite": "ah!", "rewrite2": "ah"}]
-        >>> triples = RewriteTriples.from_rows(rows)
-        >>> scores = score_triples(lambda prompts, texts: [text.count("!") for text in texts], triples)
-        >>> scores.effects(triples).rate.ate.value
-        1.0
+        >>> row = {"id": "a", "w": 1, "original": "oh!", "rewrite": "oh", "rewrite2": "oh!"}
+        >>> marks = lambda prompts, texts: [text.count("!") for text in texts]
+        >>> score_triples(marks, RewriteTriples.from_rows([row])).reward["original"].tolist()
+        [1.0]
     """
     known = as_scorer(scorer)
     texts = [text for stage in triples.stages for text in triples.texts(stage)]

