@@ -14,7 +14,7 @@ from lightning_interp.rate.checks.diagnostics import third_rewrite_check as thir
 from lightning_interp.rate.checks.off_target import text_changes as text_changes
 from lightning_interp.rate.checks.placebo import dummy_outcome_check as dummy_outcome_check
 from lightning_interp.rate.checks.placebo import permutation_check as permutation_check
-from lightning_interp.rate.estimators.draws import combine_draws as combine_draws
+from lightning_interp.rate.estimators.columns import combine_draws as combine_draws
 from lightning_interp.rate.estimators.effects import rate_effects as rate_effects
 from lightning_interp.rate.estimators.metric import RewriteTreatmentEffect as RewriteTreatmentEffect
 from lightning_interp.rate.estimators.result import Effect as Effect

@@ -39,13 +39,11 @@ class RewardAttributeEffect(Monitor):
     Args:
         store: A folder of rewrites, an open store, or complete units.
         attribute: Which attribute of the store; the only one if None.
-        score: Called with the LightningModule, prompts and texts, and gives one reward a text. None takes the
-            module's own ``score(prompts, texts)``, which :class:`~lightning_interp.models.RewardModel` has.
-        every_n_validations: How often; the first validation counts.
-        batch_size: Texts of one call of ``score``; those of like length come together.
+        score: Gives one reward a text of the LightningModule, prompts and texts; None takes the module's own
+            ``score(prompts, texts)``, which :class:`~lightning_interp.models.RewardModel` has.
+        every_n_validations, batch_size: How often, from the first validation on; texts of one call of ``score``.
         missing: What to do, before training, with units that lack a text: ``"raise"`` or ``"drop"``.
-        nonfinite: What to do with units of which a reward is NaN or infinite: ``"drop"`` them from all estimates,
-            with a warning and counted, or ``"raise"``, which ends the training.
+        nonfinite: ``"drop"`` units of which a reward is not finite, with a warning, or ``"raise"``, which ends the run.
         se: Kind of standard error; see :func:`~lightning_interp.rate.estimators.effects.rate_effects`.
         name: Between ``rate/`` and the estimate in what is logged, and in the state key; the attribute if None.
 

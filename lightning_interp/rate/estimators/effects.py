@@ -30,11 +30,18 @@ from lightning_interp.core.measure.resampling import interval_ends
 from lightning_interp.errors import RecipeError
 from lightning_interp.rate.estimators.bootstrap import Replicates, bootstrap_effects
 from lightning_interp.rate.estimators.result import Counts, Effect, Effects, EffectTable, RateResult, Units
-from lightning_interp.rate.estimators.unit_table import UnitTable, check_choice
+from lightning_interp.rate.estimators.unit_table import UnitTable
 
 __all__ = ["Settings", "effects_of_units", "rate_effects"]
 
 MIN_BOOT = 1000
+_CHOICES = {
+    "se": ("paired", "stratified", "unpaired", "cluster"),
+    "ci": ("auto", "normal", "t", "bootstrap"),
+    "boot": ("percentile", "basic"),
+    "missing": ("raise", "drop"),
+    "identical": ("keep", "drop", "raise"),
+}
 
 
 @dataclass(frozen=True)
@@ -53,11 +60,9 @@ class Settings:
     identical: str = "keep"
 
     def __post_init__(self) -> None:
-        check_choice("se", self.se, ("paired", "stratified", "unpaired", "cluster"))
-        check_choice("ci", self.ci, ("auto", "normal", "t", "bootstrap"))
-        check_choice("boot", self.boot, ("percentile", "basic"))
-        check_choice("missing", self.missing, ("raise", "drop"))
-        check_choice("identical", self.identical, ("keep", "drop", "raise"))
+        for name, known in _CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise RecipeError(f"{name}={value!r} is unknown; expected one of {', '.join(map(repr, known))}.")
         if not 0 < self.alpha < 1:
             raise RecipeError(f"alpha={self.alpha!r} is not between 0 and 1; a 95 % interval is alpha=0.05.")
         if self.ci == "bootstrap" and self.n_boot < MIN_BOOT:

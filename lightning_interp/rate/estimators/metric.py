@@ -43,11 +43,7 @@ class RewriteTreatmentEffect(Metric):
     2410.11348). ``compute`` returns plain numbers; ``result`` holds everything.
 
     Args:
-        se: Kind of standard error; see :func:`~lightning_interp.rate.estimators.effects.rate_effects`.
-        ci: Kind of interval of ``result``.
-        alpha: One minus the confidence level.
-        n_boot: Resamples of a bootstrap.
-        seed: Of the bootstrap.
+        se, ci, alpha, n_boot, seed: See :func:`~lightning_interp.rate.estimators.effects.rate_effects`.
         missing: ``"raise"`` or ``"drop"`` for units of which a reward has not arrived.
         tolerance: How far repeated rewards of one text may lie apart, in standard deviations of all rewards.
 

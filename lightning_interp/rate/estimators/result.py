@@ -150,12 +150,9 @@ class RateResult:
         raw: Effects in the unit of the reward.
         standardized: The same divided by ``reward_std``; None if not asked for or without original rewards.
         reward_std: Pooled standard deviation of the original rewards; None without them.
-        rewrite_effect_w1: What a round trip does to the reward where w = 1: mean of ``r_rw2 - r_orig``.
-        rewrite_effect_w0: The same where w = 0.
-        counts: Units used and left out.
-        units: The used units themselves.
-        settings: How the errors and intervals were made.
-        warnings: What was warned of.
+        rewrite_effect_w1, rewrite_effect_w0: What a round trip does to the reward by arm: mean of ``r_rw2 - r_orig``.
+        counts, units: Units used and left out, and the used ones themselves.
+        settings, warnings: How the errors and intervals were made, and what was warned of.
 
     Example:
         >>> from lightning_interp.rate import rate_effects

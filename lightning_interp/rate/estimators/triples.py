@@ -27,18 +27,13 @@ class RewriteTriples:
 
     Args:
         attr: Name of the attribute.
-        ids: Unit of each row; several draws of a unit are several rows with one id.
-        w: Value of the attribute in the original.
-        prompts: What the texts answer.
-        original: Texts as they were found.
-        rewrite: Originals with the attribute flipped.
-        rewrite2: Rewrites with the attribute flipped back.
-        draw: Number of the draw.
+        ids, draw: Unit and number of the draw of each row; several draws of a unit are several rows with one id.
+        w, prompts: Value of the attribute in the original, and what the texts answer.
+        original, rewrite, rewrite2: Texts as they were found, with the attribute flipped, and flipped back.
         cluster: What units that are not independent share; None if the store knows of none.
         rewrite3: Flipped once more; None if that was not asked for.
         reward: Rewards of the texts by stage, see :meth:`with_scores`; None if they are not scored.
-        dropped: Units that are left out, by reason and then by arm (``"w1"``, ``"w0"``, or ``"none"`` without a label).
-        dropped_ids: Their ids by reason.
+        dropped, dropped_ids: What is left out: counts by reason and arm (``"none"`` without a label), ids by reason.
 
     Raises:
         DataError: If a column is shorter or longer than ``ids``, or holds something else; names column and row.

@@ -12,31 +12,17 @@ from numpy.typing import NDArray
 
 from lightning_interp.core.measure.clustered import Mask, Vector
 from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.rate.estimators import columns as checked
 from lightning_interp.rate.estimators import triples
-from lightning_interp.rate.estimators.columns import (
-    check_lengths,
-    codes,
-    label_column,
-    number_column,
-    shown,
-    sort_key,
-    unit_ids,
-)
 from lightning_interp.rate.estimators.result import Counts, Units
 
-__all__ = ["STAGES", "UnitTable", "check_choice"]
+__all__ = ["STAGES", "UnitTable"]
 
 STAGES = triples.STAGES[:3]
 """The texts of a unit that the effects are made of."""
 
 LARGE_SHARE, LARGE_GAP = 0.05, 0.02
 _REWARDS = ("r_orig", "r_rw", "r_rw2")
-
-
-def check_choice(name: str, value: object, known: Sequence[str]) -> None:
-    """Refuse a value that is none of the known ones."""
-    if value not in known:
-        raise RecipeError(f"{name}={value!r} is unknown; expected one of {', '.join(map(repr, known))}.")
 
 
 @dataclass(eq=False)
@@ -74,20 +60,22 @@ class UnitTable:
         incomplete: Sequence[str | None] | None = None,
     ) -> UnitTable:
         """Check the arguments of ``rate_effects`` that hold one value a unit, which say what each of them is."""
-        label, unlabelled = label_column("w", w)
+        label, unlabelled = checked.label_column("w", w)
         if not (n := label.size):
             raise DataError("w is empty; expected one label a unit, with its three rewards.")
         given = {"r_orig": r_orig, "r_rw": r_rw, "r_rw2": r_rw2}
-        columns = {name: number_column(name, x) for name, x in given.items() if name != "r_orig" or x is not None}
+        columns = {
+            name: checked.number_column(name, x) for name, x in given.items() if name != "r_orig" or x is not None
+        }
         lists = [("ids", ids), ("cluster", cluster), ("incomplete", incomplete)]
         lists += [*_each("texts", texts, 3), *_each("labels", labels, 2)]
-        check_lengths("w", n, [*((name, column) for name, (column, _) in columns.items()), *lists])
+        checked.check_lengths("w", n, [*((name, column) for name, (column, _) in columns.items()), *lists])
         table = cls(
             w=label,
             unlabelled=unlabelled,
-            ids=unit_ids(ids, n),
+            ids=checked.unit_ids(ids, n),
             by_id=ids is not None,
-            cluster=None if cluster is None else codes("cluster", cluster)[1],
+            cluster=None if cluster is None else checked.codes("cluster", cluster)[1],
             reasons=np.full(n, None, dtype=object),
             identical=None if texts is None else [_same(texts[0], texts[1]), _same(texts[1], texts[2])],
             non_compliant=None if labels is None else _non_compliant(labels, label),
@@ -153,13 +141,13 @@ class UnitTable:
 
     def _refuse(self, where: Mask, what: str, instead: str) -> None:
         if wrong := [self.ids[i] for i in np.flatnonzero(where)]:
-            raise DataError(f"{len(wrong)} of {self.w.size} units {what}: {shown(wrong)}. {instead}")
+            raise DataError(f"{len(wrong)} of {self.w.size} units {what}: {checked.shown(wrong)}. {instead}")
 
     def units(self) -> Units:
         """The units that can be used, sorted by id (without ids by their values)."""
         where = np.flatnonzero(self.keep)
         if self.by_id:
-            where = np.array(sorted(where, key=lambda i: sort_key(self.ids[i])))
+            where = np.array(sorted(where, key=lambda i: checked.sort_key(self.ids[i])))
         else:  # the last counts most
             columns = (self.cluster, self.r_orig, self.r_rw2, self.r_rw, self.w)
             where = where[np.lexsort([column[where] for column in columns if column is not None])]
@@ -233,7 +221,7 @@ def _same(sources: Sequence[str | None], texts: Sequence[str | None]) -> Mask:
 
 def _non_compliant(labels: Sequence[Any], w: Mask) -> list[Mask]:
     """Where pass 1 does not carry 1 - w, and where pass 2 does not carry w; an unlabelled rewrite is not counted."""
-    found = (label_column(f"labels[{place}]", values) for place, values in enumerate(labels))
+    found = (checked.label_column(f"labels[{place}]", values) for place, values in enumerate(labels))
     return [~absent & (label != target) for (label, absent), target in zip(found, (~w, w), strict=True)]
 
 

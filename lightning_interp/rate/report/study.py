@@ -10,18 +10,11 @@ import numpy as np
 
 from lightning_interp.errors import DataError
 from lightning_interp.generation.labellers import Labeller, labels
+from lightning_interp.rate.checks import diagnostics
 from lightning_interp.rate.checks.compliance import Compliance, compliance_rates
-from lightning_interp.rate.checks.diagnostics import (
-    Attenuation,
-    SensitivityLine,
-    ThirdRewrite,
-    asymmetry_line,
-    attenuation_hint,
-    third_rewrite_check,
-)
 from lightning_interp.rate.checks.off_target import MEASURES, TextChange, text_changes
 from lightning_interp.rate.checks.placebo import DummyOutcome, PermutationCheck, dummy_outcome_check, permutation_check
-from lightning_interp.rate.estimators.draws import combine_draws
+from lightning_interp.rate.estimators.columns import combine_draws
 from lightning_interp.rate.estimators.result import RateResult, plain
 from lightning_interp.rate.estimators.triples import RewriteTriples
 from lightning_interp.rate.report import study_tables
@@ -38,15 +31,13 @@ class EffectStudy:
     """Effects of an attribute on a reward with every check that its texts and rewards allow.
 
     Args:
-        triples: The texts.
-        scores: Their rewards.
-        result: The effects.
-        compliance: How often rewrites have the value that was asked for; empty without a labeller.
-        attenuation: What failed rewrites would do to the effects; None without a labeller.
+        triples, scores, result: The texts, their rewards, and the effects.
+        compliance, attenuation: How often rewrites have the value that was asked for, and what failed ones would do to
+            the effects; empty and None without a labeller.
         changes: What rewrites change besides, by pass and direction.
         third: The effect once more from third rewrites; None if there are none.
-        permutation: How often effects as large come up by chance.
-        dummy: What the estimators make of rewards without meaning; None for an arm of one unit, or if all are equal.
+        permutation, dummy: How often effects as large come up by chance, and what the estimators make of rewards
+            without meaning; None for an arm of one unit, or if all rewards are equal.
         line: What an asymmetry of the rewriter would do; None without a finite standardised effect.
         changes_length: The attribute is the length.
     """
@@ -55,12 +46,12 @@ class EffectStudy:
     scores: TripleScores
     result: RateResult
     compliance: Sequence[Compliance]
-    attenuation: Attenuation | None
+    attenuation: diagnostics.Attenuation | None
     changes: Sequence[TextChange]
-    third: ThirdRewrite | None
+    third: diagnostics.ThirdRewrite | None
     permutation: PermutationCheck
     dummy: DummyOutcome | None
-    line: SensitivityLine | None
+    line: diagnostics.SensitivityLine | None
     changes_length: bool = False
 
     def metrics(self) -> dict[str, Any]:
@@ -202,7 +193,7 @@ def study_effects(
         scores=scores,
         result=result,
         compliance=[] if labeller is None else compliance_rates(triples, labeller),
-        attenuation=attenuation_hint(triples.w, *found) if found else None,
+        attenuation=diagnostics.attenuation_hint(triples.w, *found) if found else None,
         changes=text_changes(triples.w, *map(triples.texts, stages), measures=measures),
         third=_third(triples, scores, result),
         permutation=permutation_check(result, seed=seed),
@@ -212,7 +203,7 @@ def study_effects(
     )
 
 
-def _third(triples: RewriteTriples, scores: TripleScores, result: RateResult) -> ThirdRewrite | None:
+def _third(triples: RewriteTriples, scores: TripleScores, result: RateResult) -> diagnostics.ThirdRewrite | None:
     if triples.rewrite3 is None:
         return None
     used, settings = set(result.ids), result.settings
@@ -223,7 +214,7 @@ def _third(triples: RewriteTriples, scores: TripleScores, result: RateResult) ->
     given = {"alpha": settings["alpha"], "missing": settings["missing"], "ids": units.ids}
     cluster = units.cluster if settings["se"] == "cluster" else None
     # r_orig are the first of the three rewards handed in: those of the first rewrites.
-    return third_rewrite_check(units.w, units.r_orig, units.r_rw, units.r_rw2, cluster=cluster, **given)
+    return diagnostics.third_rewrite_check(units.w, units.r_orig, units.r_rw, units.r_rw2, cluster=cluster, **given)
 
 
 def _dummy(result: RateResult, seed: int) -> DummyOutcome | None:
@@ -233,6 +224,6 @@ def _dummy(result: RateResult, seed: int) -> DummyOutcome | None:
     return dummy_outcome_check(result, seed=seed) if enough else None
 
 
-def _line(result: RateResult, beta: float) -> SensitivityLine | None:
+def _line(result: RateResult, beta: float) -> diagnostics.SensitivityLine | None:
     known = result.standardized is not None and np.isfinite(result.standardized.rate.ate.value)
-    return asymmetry_line(result, beta, standardized=True) if known else None
+    return diagnostics.asymmetry_line(result, beta, standardized=True) if known else None

@@ -127,19 +127,6 @@ class RewardScorer(L.LightningModule):
         self.trainer.strategy.barrier()
         self._writer = JsonlWriter(self.path, self.trainer.global_rank, self.trainer.world_size)
 
-    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
-        """Leave texts as they are.
-
-        Args:
-            batch: Rows.
-            device: Where tensors would go.
-            dataloader_idx: Which loader.
-
-        Returns:
-            ``batch``.
-        """
-        return batch
-
     def predict_step(self, batch: Step, batch_idx: int) -> dict[str, Any]:
         """Score some texts and write their rewards.
 

@@ -16,7 +16,7 @@ from lightning_interp.errors import DataError
 from lightning_interp.generation.labellers import vader_labeller
 from lightning_interp.models.scoring.reward_text import Scores
 from lightning_interp.models.scoring.text_scorer import Scorer, TextScorer
-from lightning_interp.rate.estimators.draws import combine_draws
+from lightning_interp.rate.estimators.columns import combine_draws
 from lightning_interp.rate.estimators.effects import rate_effects
 from lightning_interp.rate.estimators.result import RateResult
 from lightning_interp.rate.estimators.triples import RewriteTriples
