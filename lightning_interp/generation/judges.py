@@ -271,15 +271,14 @@ class ChatJudge:
         return torch.where(mass >= self.least_mass, probs @ values / mass, torch.nan)
 
     def _numbers(self, asked: list[TextRequest], counts: dict[str, int]) -> Tensor:
-        marks = []
-        for answer in ask(self.generator, asked):
-            number = _NUMBER.search(answer.text or "") if answer.status != "refused" else None
-            mark = float(number[0]) if number else torch.nan
-            fits = self.lowest <= mark <= self.highest
-            counts["failed"] += answer.failed
-            counts["refused"] += not fits and not answer.failed
-            marks.append(mark if fits else torch.nan)
-        return torch.tensor(marks, dtype=torch.float64)
+        answers = ask(self.generator, asked)
+        found = [_NUMBER.search(one.text or "") if one.status != "refused" else None for one in answers]
+        marks = torch.tensor([float(number[0]) if number else torch.nan for number in found], dtype=torch.float64)
+        fits = (marks >= self.lowest) & (marks <= self.highest)
+        failed = torch.tensor([one.failed for one in answers])
+        counts["failed"] += int(failed.sum())
+        counts["refused"] += int((~fits & ~failed).sum())
+        return marks.where(fits, torch.nan)
 
 
 def _scored(

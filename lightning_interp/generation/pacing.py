@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -126,15 +127,10 @@ class Pace:
 
 def retry_after(headers: Mapping[str, str], *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> float:
     """Seconds that a server asks to wait, in either form of its ``Retry-After`` header; 0 if none can be read."""
-    milliseconds, asked = headers.get("retry-after-ms"), headers.get("retry-after")
-    try:
-        if milliseconds is not None:
-            return max(0.0, float(milliseconds) / 1000)
-        return max(0.0, float(asked or 0))
-    except ValueError:
-        pass
-    try:
-        when = parsedate_to_datetime(asked or "")
-    except ValueError:
-        return 0.0
-    return max(0.0, (when - now()).total_seconds()) if when.tzinfo else 0.0
+    milliseconds, asked = headers.get("retry-after-ms"), headers.get("retry-after") or "0"
+    with suppress(ValueError):
+        return max(0.0, float(asked) if milliseconds is None else float(milliseconds) / 1000)
+    with suppress(ValueError):
+        when = parsedate_to_datetime(asked)
+        return max(0.0, (when - now()).total_seconds()) if when.tzinfo else 0.0
+    return 0.0

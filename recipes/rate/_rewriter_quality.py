@@ -15,7 +15,7 @@ from lightning_interp.figures import BLUE, GREY, ORANGE, in_house_style, label, 
 from lightning_interp.generation.labellers import Labeller, labels
 from lightning_interp.rate import EffectStudy, RateResult, RewriteStore, RewriteTriples, TripleScores
 from lightning_interp.rate.checks.diagnostics import ThirdRewrite
-from lightning_interp.rate.rewriting.flags import FLAGS
+from lightning_interp.rate.rewriting.assembly import FLAGS
 from lightning_interp.rate.rewriting.records import Request, RewriteRecord, RewriterId
 
 _STATUSES = ("truncated", "empty", "refused", "error")

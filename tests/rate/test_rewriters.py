@@ -6,8 +6,8 @@ import pytest
 from rewriting import ATTR, Counting, rewritten, store_of
 
 from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.rate.rewriting.assembly import FLAGS, rewrite_flags
 from lightning_interp.rate.rewriting.driver import RewriteRun
-from lightning_interp.rate.rewriting.flags import FLAGS, rewrite_flags
 from lightning_interp.rate.rewriting.records import Request, RewriteResult, RewriterId, Unit
 from lightning_interp.rate.rewriting.rewriters import CallableRewriter, ReplayRewriter, Rewriter, ask, rewriter_id
 from lightning_interp.rate.rewriting.rules import OpenerToggle, RuleRewriter

@@ -15,7 +15,7 @@ from lightning_interp.rate.checks.diagnostics import Attenuation, SensitivityLin
 from lightning_interp.rate.checks.placebo import DummyOutcome, PermutationCheck
 from lightning_interp.rate.estimators.result import Effect, RateResult
 from lightning_interp.rate.estimators.triples import RewriteTriples
-from lightning_interp.rate.rewriting.flags import FLAGS, rewrite_flags
+from lightning_interp.rate.rewriting.assembly import FLAGS, rewrite_flags
 from lightning_interp.rate.scoring.scores import TripleScores
 
 __all__ = ["check_rows", "effects_rows", "example_rows", "flag_rows", "used_rows"]

@@ -11,7 +11,7 @@ from itertools import takewhile
 
 from lightning_interp.errors import RecipeError
 from lightning_interp.generation.work import Budget, Prices, WorkQueue, WorkReport, work_through
-from lightning_interp.rate.rewriting.flags import rewrite_flags
+from lightning_interp.rate.rewriting.assembly import rewrite_flags
 from lightning_interp.rate.rewriting.records import Request, RewriteRecord, RewriteResult, Unit
 from lightning_interp.rate.rewriting.rewriters import Rewriter, ask, identity_in
 from lightning_interp.rate.rewriting.store import RewriteStore, StoreWriter
@@ -26,7 +26,7 @@ class RewriteReport(WorkReport):
     """What a run did.
 
     Args:
-        flags: What looked wrong, by flag; see :data:`~lightning_interp.rate.rewriting.flags.FLAGS`.
+        flags: What looked wrong, by flag; see :data:`~lightning_interp.rate.rewriting.assembly.FLAGS`.
     """
 
     flags: Counter[str] = field(default_factory=Counter)
@@ -151,21 +151,19 @@ class RewriteRun:
         Returns:
             The plan.
         """
-        there, calls, blocked = Counter[int](), Counter[int](), Counter[str]()
-        read, written, keys = 0, 0, set[str]()
-        for unit, draw in self._lanes():
-            walk = list(self._chain(unit, draw))
-            there.update(request.number for request, record in walk if record is not None and record.usable)
-            request = self._following((unit, draw), set())
+        there, blocked, ahead, keys = Counter[int](), Counter[str](), list[Request](), set[str]()
+        for lane in self._lanes():
+            walk = [(request.number, record) for request, record in self._chain(*lane) if record is not None]
+            there.update(number for number, record in walk if record.usable)
+            request = self._following(lane, set())
             if request is None:
-                blocked.update(record.result.status for _, record in walk if record is not None and not record.usable)
+                blocked.update(record.result.status for _, record in walk if not record.usable)
                 continue
-            for ahead in range(self.passes + 1 - request.number):
-                if ahead or request.key not in keys:
-                    calls[request.number + ahead] += 1
-                    tokens = self._estimate(replace(request, w_target=(request.w_target + ahead) % 2))
-                    read, written = read + tokens[0], written + tokens[1]
+            for more in range(request.key in keys, self.passes + 1 - request.number):
+                ahead.append(replace(request, number=request.number + more, w_target=(request.w_target + more) % 2))
             keys.add(request.key)
+        calls, tokens = Counter(request.number for request in ahead), [self._estimate(request) for request in ahead]
+        read, written = sum(one for one, _ in tokens), sum(one for _, one in tokens)
         labels = [unit.w for unit in self.store.units(self.attr)]
         return RewritePlan(
             attr=self.attr,
