@@ -167,12 +167,7 @@ def yaml_keys(path: Path) -> dict[str, tuple[int, Any]]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return a sentence that names what ``word`` may have meant, or all that there is.
-
-    Example:
-        >>> nearest("lerning_rate", ["learning_rate", "epochs"]), nearest("zzz", ["learning_rate", "epochs"])
-        ("Did you mean 'learning_rate'?", 'It has learning_rate, epochs.')
-    """
+    """Return a sentence that names what ``word`` may have meant, or all that there is."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if not close:  # the last part alone: --rank for --lora.rank, facts for grafting/facts

@@ -216,7 +216,9 @@ class Recipe(ABC):
             KeyboardInterrupt: After Ctrl-C; the run can go on.
         """
         from lightning_interp.core.storage.manifest import RunManifest
+        from lightning_interp.running.report import write_report
         from lightning_interp.running.results import OUTPUTS
+        from lightning_interp.running.terminal import print_table
 
         self.trainer_options()  # a wrong one is said before anything is done
         opened = RunManifest.open(
@@ -236,7 +238,10 @@ class Recipe(ABC):
             if run.writes:
                 self._write_results(manifest, result)
         if run.writes:
-            self._tell(result)
+            report = write_report(self.run_path)
+            if result.summary:
+                print_table(f"{self.name}: {result.summary}", result.tables[result.summary])
+            print(f"report: {report}")
         return result
 
     def _study_seeded(self, run: RunFolder) -> RecipeResult:
@@ -292,15 +297,6 @@ class Recipe(ABC):
                 "source": self.source,
             }
         )
-
-    def _tell(self, result: RecipeResult) -> None:
-        from lightning_interp.running.report import write_report
-        from lightning_interp.running.terminal import print_table
-
-        report = write_report(self.run_path)
-        if result.summary:
-            print_table(f"{self.name}: {result.summary}", result.tables[result.summary])
-        print(f"report: {report}")
 
 
 def _versions() -> dict[str, str]:

@@ -126,15 +126,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """Read rows back from CSV, numbers as numbers.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "t.csv"
-        >>> write_table(path, [{"plan": "FE", "top5": 0.25, "n": 3}, {"plan": "007", "top5": None}])
-        >>> read_table(path)
-        [{'plan': 'FE', 'top5': 0.25, 'n': 3}, {'plan': '007', 'top5': None, 'n': None}]
-    """
+    """Read rows back from CSV, numbers as numbers."""
     csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # a cell may hold a whole generated text
     try:
         with open(path, encoding="utf-8", newline="") as file:

@@ -52,12 +52,7 @@ def print_help(cls: type[Any], source: RecipeSource) -> None:
 
 
 def literal(value: Any) -> Any:
-    r"""Return plain values with ``${`` in texts escaped, so that reading them from YAML takes none for a key's value.
-
-    Example:
-        >>> print(literal("Pay ${amount}."))
-        Pay \${amount}.
-    """
+    """Return plain values with ``${`` in texts escaped, so that reading them from YAML takes none for a key's value."""
     if isinstance(value, str):
         return value.replace("${", "\\${")
     if isinstance(value, Mapping):
@@ -70,14 +65,6 @@ def trainer_arguments(trainer: Mapping[str, Any]) -> Callable[[], dict[str, Any]
 
     Callbacks, loggers and plugins may be objects, or mappings with ``class_path`` and ``init_args`` as on Lightning's
     own command line.
-
-    Example:
-        >>> trainer_arguments({"max_epochs": 3, "precision": "bf16-mixed"})()
-        {'max_epochs': 3, 'precision': 'bf16-mixed'}
-        >>> trainer_arguments({"max_epoch": 3})
-        Traceback (most recent call last):
-        ...
-        lightning_interp.errors.RecipeError: The Trainer has no argument 'max_epoch'. Did you mean 'max_epochs'?
     """
     if not trainer:
         return dict

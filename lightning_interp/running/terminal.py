@@ -54,10 +54,6 @@ def shown_column(values: Sequence[Any]) -> list[str]:
     """Return the cells of one column, numbers with equally many decimals so that they can be compared at a glance.
 
     A number that would read as zero without being it keeps its own digits.
-
-    Example:
-        >>> shown_column([0.25, 1.0, 0.0, 2e-7, None]), shown_column([0.0021, 0.896]), shown_column([1.0, 12.0])
-        (['0.25', '1.00', '0.00', '2e-07', '-'], ['0.002', '0.896'], ['1', '12'])
     """
     numbers = [value for value in values if isinstance(value, float) and math.isfinite(value)]
     largest = max(map(abs, numbers), default=0.0)

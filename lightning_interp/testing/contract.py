@@ -22,7 +22,8 @@ from lightning_interp.core.model.sites import Site
 from lightning_interp.core.tokens.kv_cache import cache_argument, cache_of
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import CompiledModelError
-from lightning_interp.testing.snapshot import Snapshot, snapshot
+from lightning_interp.models.sources.pretrained import checkpoint_blocks
+from lightning_interp.testing.snapshot import snapshot, without
 from lightning_interp.testing.tiny import FAMILIES, byte_tokenizer, tiny_model
 
 __all__ = ["InterventionContract"]
@@ -166,7 +167,7 @@ class InterventionContract:
         model = self.model(family).train()
         batches = [_batch(model, self.texts), _batch(model, self.texts[1:])]
         plain = self._train_step(model, batches)
-        _checkpoint_blocks(model)
+        checkpoint_blocks(model)
         replayed = self._train_step(model, batches)
         assert plain.keys() == replayed.keys(), "other parameters got gradients"
         for name, value in plain.items():
@@ -181,7 +182,7 @@ class InterventionContract:
         before = snapshot(model)
         attachment = self.attach(intervention, model)
         _logits(model, _batch(model, self.texts))
-        assert _without_hooks(snapshot(model)) == _without_hooks(before), "something besides hooks changed"
+        assert without(snapshot(model), "hooks") == without(before, "hooks"), "something besides hooks changed"
         for _ in range(2):
             attachment.remove()
             assert not attachment.active, "still active after remove()"
@@ -364,16 +365,6 @@ def _decode(model: nn.Module, batch: Batch, *, prompt: int) -> torch.Tensor:
     return torch.cat(logits, dim=1)
 
 
-def _checkpoint_blocks(model: Any) -> None:
-    """Turn gradient checkpointing on; transformers renamed the method in 5.23."""
-    turn_on = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    turn_on({"use_reentrant": False})
-
-
 def _close(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
     scale = max(1.0, float(expected.detach().abs().max()))
     torch.testing.assert_close(found, expected, atol=1e-5 * scale, rtol=1e-5, msg=lambda text: f"{what}: {text}")
-
-
-def _without_hooks(state: Snapshot) -> Snapshot:
-    return {name: value for name, value in state.items() if name != "hooks"}

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_interp.core.measure.seeding import seeded_rng
 from lightning_interp.errors import InterpError
-from lightning_interp.testing.snapshot import Snapshot, snapshot
+from lightning_interp.testing.snapshot import Snapshot, snapshot, without
 from lightning_interp.testing.tiny import byte_tokenizer, tiny_model
 
 __all__ = ["CallbackContract"]
@@ -82,7 +82,7 @@ class CallbackContract:
         self._run(library, module, stage, self.make_callback())
         after = snapshot(module.model)
         moves = ("random", "weights") if stage == "train" else ("random",)  # a DataLoader draws a seed
-        before, after = (_without(state, *moves) for state in (before, after))
+        before, after = (without(state, *moves) for state in (before, after))
         assert after == before, f"{_ENTRIES[stage]} left a trace: {_differences(before, after)}"
         assert not module.complaints, module.complaints[:3]
 
@@ -255,10 +255,6 @@ def _is_hooked(model: nn.Module) -> bool:
 def _shape_of(model: nn.Module) -> tuple[Any, ...]:
     modes = {module.training for module in model.modules()}
     return tuple(model.state_dict()), [p.requires_grad for p in model.parameters()], modes
-
-
-def _without(state: Snapshot, *names: str) -> Snapshot:
-    return {name: value for name, value in state.items() if name not in names}
 
 
 def _differences(one: Snapshot, other: Snapshot) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Snapshot", "snapshot"]
+__all__ = ["Snapshot", "snapshot", "without"]
 
 Snapshot = dict[str, Any]
 
@@ -28,11 +28,7 @@ _HOOKS = (
 
 
 def snapshot(model: nn.Module) -> Snapshot:
-    """Everything about a model and the process that an intervention must leave as it was.
-
-    Returns:
-        Plain values, comparable with ``==``: hooks, attributes and mode of every module, the state dict's keys and
-        contents, ``requires_grad``, the global random state, default dtype and grad mode.
+    """Everything about a model and the process that an intervention must leave as it was, comparable with ``==``.
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -51,6 +47,11 @@ def snapshot(model: nn.Module) -> Snapshot:
         "random": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
         "torch": (torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
     }
+
+
+def without(state: Snapshot, *names: str) -> Snapshot:
+    """The rest of a snapshot."""
+    return {name: value for name, value in state.items() if name not in names}
 
 
 def _digest(tensor: Any) -> tuple[str, ...]:

@@ -42,13 +42,7 @@ def _unscored(row: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def token_batch(rows: Sequence[tuple[Tensor, Tensor]], *, pad_id: int) -> dict[str, Tensor]:
-    """Rows padded on the right; what is padding is told by the mask alone, so ``pad_id`` may be the end token's.
-
-    Example:
-        >>> rows = [(torch.tensor([5, 6]), torch.tensor([False, True])), (torch.tensor([7]), torch.tensor([True]))]
-        >>> {name: tensor.tolist() for name, tensor in token_batch(rows, pad_id=0).items()}
-        {'input_ids': [[5, 6], [7, 0]], 'attention_mask': [[1, 1], [1, 0]], 'labels': [[-100, 6], [7, -100]]}
-    """
+    """Rows padded on the right; what is padding is told by the mask alone, so ``pad_id`` may be the end token's."""
     input_ids, attention_mask = padded([ids for ids, _ in rows], pad_id)
     labels, _ = padded([torch.where(scored, ids.long(), IGNORED) for ids, scored in rows], IGNORED)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

@@ -41,12 +41,7 @@ class Judged(NamedTuple):
 
 
 def read_judged(source: Any, *, name: str) -> list[JudgedRow]:
-    """Read and check all rows of a source, which are all pairs or all rated texts.
-
-    Example:
-        >>> read_judged([{"prompt": "2+2=", "chosen": "4", "rejected": "5"}], name="train")
-        [JudgedRow(where='train[0]', prompt='2+2=', texts=('4', '5'), value=0.0)]
-    """
+    """Read and check all rows of a source, which are all pairs or all rated texts."""
     rows = [_checked(row, where) for where, row in raw_rows(source, name=name, expected=_EXPECTED)]
     other = next((row for row in rows if len(row.texts) != len(rows[0].texts)), None)
     if other is not None:
@@ -84,13 +79,7 @@ def _not_real(row: Judged) -> Judged:
 
 
 def judged_batch(rows: Sequence[Judged], *, pad_id: int) -> dict[str, Tensor]:
-    """Texts padded on the right, those of one place in the rows one after the other.
-
-    Example:
-        >>> batch = judged_batch([Judged(([5, 6], [7]), 0.5), Judged(([8], [9]), 0.0)], pad_id=0)
-        >>> batch["input_ids"].tolist(), batch["margin"].tolist()
-        ([[5, 6], [8, 0], [7, 0], [9, 0]], [0.5, 0.0])
-    """
+    """Texts padded on the right, those of one place in the rows one after the other."""
     texts = [row.ids[place] for place in range(len(rows[0].ids)) for row in rows]
     ids, mask = padded(texts, pad_id)
     value = torch.tensor([row.value for row in rows], dtype=torch.float32)

@@ -26,12 +26,7 @@ class Row(NamedTuple):
 
 
 def read_rows(source: Any, *, name: str) -> list[Row]:
-    """Read and check all rows of a source (see :func:`raw_rows`).
-
-    Example:
-        >>> read_rows([{"prompt": "2+2=", "completion": "4", "id": 7}], name="train")
-        [Row(where='train[0]', form='prompt', content={'prompt': '2+2=', 'completion': '4'})]
-    """
+    """Read and check all rows of a source (see :func:`raw_rows`)."""
     return [_checked(row, where) for where, row in raw_rows(source, name=name, expected=_EXPECTED)]
 
 

@@ -22,7 +22,7 @@ from lightning_interp.models.sources.folders import check_weight_files, short
 
 __all__ = [
     "LoadOptions",
-    "Quantization",
+    "checkpoint_blocks",
     "load_folder",
     "load_model",
     "load_tokenizer_files",
@@ -87,7 +87,16 @@ def quiet_bars() -> Iterator[None]:
 
 def load_folder(folder: Path, options: LoadOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer of a folder in Hugging Face format."""
-    _check_config(folder / "config.json")
+    path = folder / "config.json"
+    if not path.exists():
+        raise DataError(
+            f"{folder} is no model folder: it has no config.json, only {_listed(folder)}. Expected a folder "
+            "written by save_pretrained, or a PEFT adapter folder with an adapter_config.json."
+        )
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({short(error)}). Copy or download it again.") from error
     check_weight_files(folder)
     tokenizer = load_tokenizer_files(folder, options)
     return load_model(folder, options), tokenizer
@@ -162,18 +171,6 @@ def load_tokenizer_files(where: str | Path, options: LoadOptions) -> PreTrainedT
         ) from error
 
 
-def _check_config(path: Path) -> None:
-    if not path.exists():
-        raise DataError(
-            f"{path.parent} is no model folder: it has no config.json, only {_listed(path.parent)}. Expected a folder "
-            "written by save_pretrained, or a PEFT adapter folder with an adapter_config.json."
-        )
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON ({short(error)}). Copy or download it again.") from error
-
-
 def _listed(folder: Path) -> str:
     return ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
 
@@ -185,3 +182,9 @@ def _bitsandbytes(options: LoadOptions) -> Any:
         return BitsAndBytesConfig(load_in_8bit=True)
     how = {"quant_type": "nf4", "use_double_quant": True, "compute_dtype": options.dtype}
     return BitsAndBytesConfig(load_in_4bit=True, **{f"bnb_4bit_{name}": value for name, value in how.items()})
+
+
+def checkpoint_blocks(model: Any) -> None:
+    """Turn gradient checkpointing on; transformers renamed the method in 5.23."""
+    turn_on = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    turn_on({"use_reentrant": False})  # the other kind marks parameters ready twice under DDP

@@ -21,7 +21,7 @@ from lightning_interp.errors import IncompatibleModelError, QuantizedModelError,
 from lightning_interp.models.sources.adapters import adapter_base, has_adapter, is_adapter_folder, save_adapter
 from lightning_interp.models.sources.bundled import ALIASES
 from lightning_interp.models.sources.folders import atomic_folder
-from lightning_interp.models.sources.pretrained import quiet_bars
+from lightning_interp.models.sources.pretrained import checkpoint_blocks, quiet_bars
 from lightning_interp.models.training.lora import LoraSettings, adapter_parameters, inject_lora, train_adapter
 from lightning_interp.models.training.optimisation import Optimisation, adamw, plain, schedule_of, settings_of
 
@@ -224,7 +224,7 @@ class Finetuned(Optimised):
                 train_adapter(self.model)
             self.strict_loading = False
         if self.optimisation.gradient_checkpointing:
-            _enable_checkpointing(self.model)
+            checkpoint_blocks(self.model)
 
     def _saved_names(self, state: Mapping[str, Any]) -> set[str]:
         """All names, or with an adapter those of what is trained, and of what lies beside the model."""
@@ -266,12 +266,3 @@ def base_source(model: PreTrainedModel, source: str) -> str:
 
 def _is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
-
-
-def _enable_checkpointing(model: Any) -> None:
-    # Reentrant checkpointing marks parameters ready twice under DDP, and needs inputs that require gradients.
-    kwargs = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # its name in newer transformers
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)

@@ -83,7 +83,12 @@ def inject_lora(model: PreTrainedModel, settings: LoraSettings, *, seed: int, ta
             f"{type(model).__name__} carries the adapter {next(iter(model.peft_config))!r} already, so no new "
             "one is put in. Leave lora out to go on training it, or merge it into the base first."
         )
-    _check_layers(model, settings)
+    total = getattr(model.config, "num_hidden_layers", None)
+    for layer in settings.layers or ():
+        if total is not None and not 0 <= layer < total:
+            raise IncompatibleModelError(
+                f"LoRA cannot adapt layer {layer} of {type(model).__name__}: it has the layers 0 to {total - 1}."
+            )
     target, layers = settings.target_modules, settings.layers
     config = LoraConfig(
         r=settings.r,
@@ -127,15 +132,6 @@ def train_adapter(model: PreTrainedModel) -> None:
 def adapter_parameters(model: nn.Module) -> frozenset[str]:
     """Names of the parameters of the injected adapter."""
     return frozenset(name for name, _ in model.named_parameters() if f".{ADAPTER}" in name)
-
-
-def _check_layers(model: PreTrainedModel, settings: LoraSettings) -> None:
-    total = getattr(model.config, "num_hidden_layers", None)
-    for layer in settings.layers or ():
-        if total is not None and not 0 <= layer < total:
-            raise IncompatibleModelError(
-                f"LoRA cannot adapt layer {layer} of {type(model).__name__}: it has the layers 0 to {total - 1}."
-            )
 
 
 def _linear_names(model: nn.Module) -> list[str]:

@@ -20,12 +20,6 @@ def completion_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     The logits ``[batch, kept, vocabulary]`` of the last ``kept`` positions (or of all) predict the token at the next;
     labels are ``[batch, time]``, -100 where nothing is scored. Summed in float32, inside autocast too.
-
-    Example:
-        >>> logits = torch.zeros(1, 3, 8)
-        >>> total, tokens = completion_loss(logits, torch.tensor([[5, -100, 2]]))
-        >>> round(float(total), 4), int(tokens)  # only the last token has both a label and a predecessor
-        (2.0794, 1)
     """
     kept = logits.shape[1]
     targets = labels[:, labels.shape[1] - kept :][:, 1:]

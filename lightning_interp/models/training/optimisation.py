@@ -72,12 +72,6 @@ def settings_of(default: _Settings, given: _Settings | Mapping[str, Any], flat: 
 
     ``given`` is taken as it is, or fills up ``default`` if it is a mapping; ``default`` itself stands for nothing. The
     dataclass's names are taken out of ``flat``; all of them beside ``given``, as a checkpoint holds them, do not count.
-
-    Example:
-        >>> flat = {"schedule": "linear", "seed": 1}
-        >>> default = Optimisation(lr=0.1)
-        >>> settings_of(default, default, flat).schedule, flat
-        ('linear', {'seed': 1})
     """
     base: Any = default
     names = {field.name for field in fields(base)}

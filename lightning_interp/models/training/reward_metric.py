@@ -88,12 +88,6 @@ class PairScores(PointScores):
     """Mean loss and share of pairs in the right order; every pair weighs the same, whatever batch it was in.
 
     Two equal rewards are half right.
-
-    Example:
-        >>> scores = PairScores()
-        >>> scores.update(torch.tensor([2.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 3.0]), torch.tensor([0.5, 0.5, 2.0]))
-        >>> {name: float(value) for name, value in scores.compute().items()}
-        {'loss': 1.0, 'accuracy': 0.5, 'pairs': 3.0}
     """
 
     counted = "pairs"
