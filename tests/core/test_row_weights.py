@@ -25,6 +25,7 @@ from lightning_interp.testing.tiny import tiny_model, tiny_pair
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 RANKS = {"first": 2, "second": 4, "third": 1}
 T = 7
+TWO = {"num_hidden_layers": 2}
 
 
 def with_adapters(names=tuple(RANKS), **options):
@@ -33,7 +34,7 @@ def with_adapters(names=tuple(RANKS), **options):
 
 @lru_cache
 def built(names, options):
-    model = tiny_model("llama")
+    model = tiny_model("llama", **TWO)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for name in names:
@@ -43,8 +44,8 @@ def built(names, options):
     return model.double().eval()
 
 
-def doubles(family):
-    return [model.double() for model in tiny_pair(family)]
+def doubles(family, **options):
+    return [model.double() for model in tiny_pair(family, **options)]
 
 
 def close(actual, expected, tolerance=1e-10):
@@ -203,8 +204,8 @@ def test_disjoint_holders_are_one_holder_in_any_order(model, codes, order):
 @pytest.mark.parametrize("execution", ["auto", "partition", "dense"])
 def test_models_and_adapters_side_by_side(execution):
     """A model's rows, an adapter's rows, and neither's, against one holder of both."""
-    base, model = tiny_model("llama").double(), with_adapters(("first",))
-    _, donor = doubles("llama")
+    base, model = tiny_model("llama", **TWO).double(), with_adapters(("first",))
+    _, donor = doubles("llama", **TWO)
     codes, ids = torch.arange(2 * T).view(2, T) % 3, prompts(2)
     adapter = RowWeights("first", (codes == 1).long(), execution=execution)
     other = RowWeights(donor, (codes == 2).long())
@@ -293,7 +294,7 @@ def test_one_row_for_two_sources(model):
 
 def test_one_row_for_equal_sources(model):
     ids, codes = prompts(2), torch.arange(2 * T).view(2, T) % 2
-    _, donor = doubles("llama")
+    _, donor = doubles("llama", **TWO)
     for source in ("first", donor):
         alone = held(model, RowWeights(source, codes), ids=ids)
         twice = held(model, RowWeights(source, codes), RowWeights(source, codes), ids=ids)
@@ -342,7 +343,7 @@ def test_fused_maps_have_groups_of_features():
 
 
 def test_sources_are_equal_where_they_are_the_same():
-    _, donor = doubles("llama")
+    _, donor = doubles("llama", **TWO)
     assert ModelSource(donor) == ModelSource(donor) != ModelSource(copy.deepcopy(donor))
     assert len({AdapterSource("a"), AdapterSource("a"), AdapterSource("b")}) == 2
     assert make_sources({"x": "a"})["x"] == AdapterSource("a")

@@ -22,7 +22,8 @@ from lightning_interp.errors import (
 )
 from lightning_interp.grafting import GraftCallback, GraftEvaluator, GraftPrompt
 from lightning_interp.models import CausalLM, LoraSettings, TextDataModule
-from lightning_interp.testing import byte_tokenizer, tiny_model
+from lightning_interp.testing import byte_tokenizer
+from lightning_interp.testing import tiny_model as tiny_model_of_four
 
 TOKENIZER = byte_tokenizer()
 LORA = LoraSettings(r=4, alpha=8)
@@ -35,6 +36,11 @@ PROMPTS = [
 PLANS = ["PRE", "SFT", "FE", "LT", "FE+LT", "(FE+LT)^C", "FE^C", "LT^C"]
 LOGGED = ["top1", "top5", "target_prob", "target_logprob", "target_rank", "kl_to_donor"]
 MODES = pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+
+
+def tiny_model(family, **options):
+    """Two blocks: what is scored does not depend on how many there are."""
+    return tiny_model_of_four(family, num_hidden_layers=2, **options)
 
 
 def module(lora=LORA, family="gpt2", **options):
