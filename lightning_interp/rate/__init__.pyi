@@ -63,13 +63,13 @@ from lightning_interp.rate.scoring.scores import TripleScores as TripleScores
 from lightning_interp.rate.scoring.scores import as_scorer as as_scorer
 from lightning_interp.rate.scoring.scores import score_triples as score_triples
 from lightning_interp.rate.scoring.scores import vader_scorer as vader_scorer
-from lightning_interp.rate.texts.own_files import read_own as read_own
 from lightning_interp.rate.texts.package_texts import Review as Review
 from lightning_interp.rate.texts.package_texts import Tweet as Tweet
 from lightning_interp.rate.texts.package_texts import read_reviews as read_reviews
 from lightning_interp.rate.texts.package_texts import read_tweets as read_tweets
 from lightning_interp.rate.texts.readers import read_batch as read_batch
 from lightning_interp.rate.texts.readers import read_effects as read_effects
+from lightning_interp.rate.texts.readers import read_own as read_own
 from lightning_interp.rate.texts.readers import read_rewrites as read_rewrites
 from lightning_interp.rate.texts.words import Fluency as Fluency
 from lightning_interp.rate.texts.words import fluency_scorer as fluency_scorer

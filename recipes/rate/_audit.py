@@ -16,8 +16,7 @@ from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.generation.labellers import Labeller, labels
 from lightning_interp.rate.estimators.result import RateResult
 from lightning_interp.rate.rewriting.driver import RewriteReport, RewriteRun
-from lightning_interp.rate.texts.own_files import read_own
-from lightning_interp.rate.texts.readers import ForeignRewrites, read_rewrites
+from lightning_interp.rate.texts.readers import ForeignRewrites, read_own, read_rewrites
 
 
 def read_any(path: str | os.PathLike[str]) -> ForeignRewrites:

@@ -25,8 +25,8 @@ from lightning_interp.rate.rewriting.records import Unit
 from lightning_interp.rate.rewriting.rules import MarkToggle, OpenerToggle, RuleRewriter
 from lightning_interp.rate.rewriting.store import RewriteStore
 from lightning_interp.rate.rewriting.templates import RewriteTemplate, rewrite_template
-from lightning_interp.rate.texts.own_files import read_own
 from lightning_interp.rate.texts.package_texts import Review
+from lightning_interp.rate.texts.readers import read_own
 
 KNOWN = ("sentiment", "length", "exclamation", "vowel")
 """Attributes that :func:`read_attribute` knows by name."""

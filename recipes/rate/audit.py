@@ -171,7 +171,7 @@ class RateAudit(Recipe):
     def finished(self, triples: Any) -> dict[str, list[float]] | None:
         """Rewards that are in the file, if those are asked for."""
         from lightning_interp.errors import DataError
-        from lightning_interp.rate.texts.own_files import OWN_REWARDS
+        from lightning_interp.rate.texts.readers import OWN_REWARDS
 
         if self.example or self.rewriter:
             if self.reward == OWN_REWARDS:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lightning_interp.errors import DataError
-from lightning_interp.rate.texts.own_files import OWN_REWARDS, read_own
+from lightning_interp.rate.texts.readers import OWN_REWARDS, read_own
 
 
 def write(path, *rows):

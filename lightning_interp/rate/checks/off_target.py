@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_interp.core.measure.clustered import Mask, Vector, mean
+from lightning_interp.core.measure.clustered import mean
 from lightning_interp.errors import RecipeError
 from lightning_interp.rate.estimators.columns import check_lengths, label_column
 from lightning_interp.rate.estimators.result import Effect, mean_effect, plain
@@ -103,14 +103,7 @@ def text_changes(
             down = arm if stage == "rewrite" else ~arm
             for direction, where in (("1->0", down & ~unlabelled), ("0->1", ~down & ~unlabelled)):
                 if where.any():
-                    rows.append(_change(measure, stage, direction, (before, after), where, alpha))
+                    known = where & np.isfinite(before) & np.isfinite(after)
+                    change = mean_effect((after - before)[known], "paired", alpha=alpha)
+                    rows.append(TextChange(measure, stage, direction, mean(before[known]), change))
     return rows
-
-
-def _change(
-    measure: str, stage: str, direction: str, values: tuple[Vector, Vector], where: Mask, alpha: float
-) -> TextChange:
-    before, after = values
-    known = where & np.isfinite(before) & np.isfinite(after)
-    change = mean_effect((after - before)[known], "paired", alpha=alpha)
-    return TextChange(measure, stage, direction, mean(before[known]), change)

@@ -37,9 +37,9 @@ def bootstrap_effects(
 
     A unit goes with its three rewards, so the two sides of a contrast are never drawn apart.
     """
-    blocks = _cluster_block(units) if clusters and units.cluster is not None else _arm_blocks(units)
+    blocks, width = _blocks(units, clusters)
     together = [blocks] if not within_arms else [[block] for block in blocks]
-    sums = np.zeros((n_boot, 2 * len(_columns(units))))
+    sums = np.zeros((n_boot, width))
     for number, drawn in enumerate(together):
         generator = np.random.default_rng(derived_seed(seed, "rewrite-based bootstrap", number))
         start = 0
@@ -52,27 +52,21 @@ def bootstrap_effects(
     return _statistics(sums, original=units.r_orig is not None)
 
 
-def _columns(units: Units) -> list[Vector]:
-    """Per unit what the statistics are sums of: one, its contrasts, and its reward and the square of that."""
+def _blocks(units: Units, clusters: bool) -> tuple[list[Block], int]:
+    """What is drawn: clusters, with sums in both halves of the columns, or the units of each arm, with sums in one.
+
+    The statistics are sums of one, of a unit's contrasts, and of its original reward and the square of that.
+    """
     columns = [np.ones(units.w.size), units.delta]
     if units.r_orig is not None and units.sigma is not None:
         centred = units.r_orig - units.r_orig.mean()  # squares of rewards far from zero would cancel
         columns += [units.sigma, centred, np.square(centred)]
-    return columns
-
-
-def _arm_blocks(units: Units) -> list[Block]:
-    """The units of each arm: their sums take up one half of the columns each."""
-    table = np.stack(_columns(units), axis=1)
-    width = table.shape[1]
-    return [(slice(0, width), table[units.w]), (slice(width, 2 * width), table[~units.w])]
-
-
-def _cluster_block(units: Units) -> list[Block]:
-    """The clusters: each has sums in both halves of the columns."""
-    groups = np.unique(np.asarray(units.cluster), return_inverse=True)[1]
-    halves = [column * arm for arm in (units.w, ~units.w) for column in _columns(units)]
-    return [(slice(0, len(halves)), np.stack([np.bincount(groups, weights=half) for half in halves], axis=1))]
+    table, width = np.stack(columns, axis=1), len(columns)
+    if not clusters or units.cluster is None:
+        return [(slice(0, width), table[units.w]), (slice(width, 2 * width), table[~units.w])], 2 * width
+    groups = np.unique(units.cluster, return_inverse=True)[1]
+    sums = [np.bincount(groups, weights=column * arm) for arm in (units.w, ~units.w) for column in columns]
+    return [(slice(0, 2 * width), np.stack(sums, axis=1))], 2 * width
 
 
 def _statistics(sums: NDArray[np.float64], *, original: bool) -> Replicates:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -79,21 +79,14 @@ def used_rows(triples: RewriteTriples, result: RateResult) -> list[Row]:
 def flag_rows(triples: RewriteTriples, *, changes_length: bool = False) -> list[Row]:
     """How many rewrites of each pass and direction look wrong, by what looks wrong."""
     rows = []
-    for stage, target, pairs in _passes(triples):
-        flags = Counter(flag for pair in pairs for flag in rewrite_flags(*pair, changes_length=changes_length))
-        shown = {flag: flags[flag] for flag in FLAGS if flag != "empty"}
-        rows.append({"stage": stage, "direction": f"{1 - target}->{target}", "rewrites": len(pairs), **shown})
-    return rows
-
-
-def _passes(triples: RewriteTriples) -> Iterator[tuple[str, int, list[tuple[str, str]]]]:
-    """(stage, target, [(source, rewrite)]) of each pass and direction that occurs."""
     for before, stage in pairwise(triples.stages):
-        pairs = list(zip(triples.targets(stage), triples.texts(before), triples.texts(stage), strict=True))
+        asked = list(zip(triples.targets(stage), triples.texts(before), triples.texts(stage), strict=True))
         for target in (0, 1):
-            found = [(source, text) for wanted, source, text in pairs if wanted == target]
-            if found:
-                yield stage, target, found
+            if pairs := [pair for wanted, *pair in asked if wanted == target]:
+                flags = Counter(flag for pair in pairs for flag in rewrite_flags(*pair, changes_length=changes_length))
+                shown = {flag: flags[flag] for flag in FLAGS if flag != "empty"}
+                rows.append({"stage": stage, "direction": f"{1 - target}->{target}", "rewrites": len(pairs), **shown})
+    return rows
 
 
 def check_rows(
@@ -145,12 +138,8 @@ def example_rows(triples: RewriteTriples, scores: TripleScores, *, each: int = 1
     known = [index for index in range(len(triples)) if math.isfinite(delta[index])]
     middle = sum(delta[index] for index in known) / len(known) if known else 0.0
     far = sorted(known, key=lambda index: -abs(delta[index] - middle))[:each]
-    return [*_examples("at random", drawn, triples, scores), *_examples("largest contrast", far, triples, scores)]
-
-
-def _examples(chosen: str, rows: Sequence[int], triples: RewriteTriples, scores: TripleScores) -> list[Row]:
     found = []
-    for index in rows:
+    for chosen, index in [*(("at random", index) for index in drawn), *(("largest contrast", index) for index in far)]:
         row: Row = {"chosen": chosen, "id": triples.ids[index], "w": triples.w[index]}
         for stage in triples.stages:
             row |= {stage: triples.texts(stage)[index], f"reward of {stage}": float(scores.reward[stage][index])}

@@ -1,10 +1,11 @@
-"""Readers for the files of the paper's authors: rewrites, scored rewrites, batches, and effects.
+"""Readers for texts of the user's own, and for files of the paper's authors: rewrites, rewards, batches, effects.
 
 Reber et al., "RATE: Causal Explainability of Reward Models with Imperfect Counterfactuals", arXiv 2410.11348.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,12 +32,19 @@ from lightning_interp.rate.rewriting.records import (
 from lightning_interp.rate.rewriting.store import RewriteStore
 from lightning_interp.rate.scoring.rewards import MissingRewardError
 
-__all__ = ["ForeignRewrites", "read_batch", "read_effects", "read_rewrites"]
+__all__ = ["COLUMNS", "OWN_REWARDS", "ForeignRewrites", "read_batch", "read_effects", "read_own", "read_rewrites"]
 
 _TEXTS = {"original": "original", "rewrite": "rewrite", "rewrite2": "rewritten rewrite"}  # our stage -> their key
 _KNOWN = {"w_original", "completions", "reward_question"}
 _ESTIMANDS = ("ATE", "ATT", "ATU")
 _EFFECTS = ("naive_effect", *(f"{a}_{b}" for b in ("single_rewrite", "rewritten_rewrite") for a in _ESTIMANDS))
+
+OWN_REWARDS = "columns"
+"""Name under which the rewards of the file are found."""
+
+_OWN = {"original": "reward", "rewrite": "reward_rewrite", "rewrite2": "reward_rewrite2"}
+COLUMNS = ("text", "original", "prompt", "w", "id", "cluster", "rewrite", "rewrite2", *_OWN.values())
+"""Keys that are looked at: ``text`` (or ``original``) is needed, the others are not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,18 +66,7 @@ class ForeignRewrites:
         return assemble(attr, self.units, walk, missing=missing, identical=identical)
 
     def scores(self, model: str, triples: RewriteTriples) -> dict[str, list[float]]:
-        """Rewards of one model for complete units.
-
-        Args:
-            model: Name of the reward model.
-            triples: From :meth:`triples`.
-
-        Returns:
-            For each stage one reward a row.
-
-        Raises:
-            MissingRewardError: If the file has no such model, or the model lacks a reward of a unit; names both.
-        """
+        """Rewards of one model for complete units: for each stage one a row."""
         if model not in self.rewards:
             raise MissingRewardError(
                 f"{self.source} has no rewards of {model!r}; it has those of {', '.join(self.rewards) or 'no model'}. "
@@ -77,8 +74,7 @@ class ForeignRewrites:
             )
         found = self.rewards[model]
         for name in triples.ids:
-            lacking = [stage for stage in _TEXTS if stage not in found.get(name, {})]
-            if lacking:
+            if lacking := [stage for stage in _TEXTS if stage not in found.get(name, {})]:
                 raise MissingRewardError(
                     f"{self.source}: {model!r} has no reward of unit {name!r} for {', '.join(lacking)}. Score it, or "
                     "leave the unit out."
@@ -86,13 +82,7 @@ class ForeignRewrites:
         return {stage: [found[name][stage] for name in triples.ids] for stage in _TEXTS}
 
     def to_store(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        attr: str,
-        rewriter: str,
-        params: Mapping[str, Any] | None = None,
-        instruction: str = "",
+        self, folder: str | os.PathLike[str], *, attr: str, rewriter: str, params: Any = None, instruction: str = ""
     ) -> RewriteStore:
         """Write the units and rewrites to a store; doing it again adds nothing."""
         store = RewriteStore.create(folder, self.units, attr=attr)
@@ -126,9 +116,9 @@ class ForeignRewrites:
 def read_rewrites(path: str | os.PathLike[str]) -> ForeignRewrites:
     """Read the authors' file of rewrites, scored or not.
 
-    A JSON object by id, or JSONL with one record a line, of which the ids are lost: the number of the line (from 1)
-    takes their place. A record has ``w_original``, ``completions`` (``original``, ``rewrite``, ``rewritten rewrite``),
-    ``reward_question`` (the prompt), and for each reward model a key with the rewards of the three texts.
+    A JSON object by id, or JSONL with one record a line, whose number (from 1) is its id. A record has ``w_original``,
+    ``completions`` (``original``, ``rewrite``, ``rewritten rewrite``), ``reward_question`` (the prompt), and for each
+    reward model a key with the rewards of the three texts.
 
     Args:
         path: A ``.json`` or ``.jsonl`` file.
@@ -289,3 +279,57 @@ def read_effects(path: str | os.PathLike[str]) -> dict[str, Any]:
         "n1": int(row["Y1_count"]),
         "n0": int(row["Y0_count"]),
     }
+
+
+def read_own(path: str | os.PathLike[str]) -> ForeignRewrites:
+    r"""Read a file of the user's own.
+
+    A line holds ``text`` (or ``original``), and may hold ``prompt``, ``w`` (0, 1 or null), ``id`` (the number of the
+    line if there is none) and ``cluster``; ``rewrite`` and ``rewrite2``, if the texts are rewritten already; and
+    ``reward``, ``reward_rewrite`` and ``reward_rewrite2``, if they are scored. Other keys are not looked at, unless one
+    is nearly the name of a known one.
+
+    Args:
+        path: A JSONL file.
+
+    Returns:
+        Units, texts and rewards; the rewards as those of the model :data:`OWN_REWARDS`.
+
+    Raises:
+        DataError: If the file cannot be read or a line cannot be used; names file and line.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "mine.jsonl"
+        >>> _ = file.write_text('{"text": "A fine film!", "w": 1, "prompt": "Review it."}')
+        >>> read_own(file).units[0].prompt
+        'Review it.'
+    """
+    return collected(path, (_own_given(row, where) for where, row in json_lines(path)))
+
+
+def _own_given(row: Mapping[str, Any], where: str) -> Given:
+    for name in row:
+        near = difflib.get_close_matches(name, [one for one in COLUMNS if one not in row], n=1, cutoff=0.85)
+        if name not in COLUMNS and near:
+            raise DataError(f"{where}: there is a key {name!r}; is {near[0]!r} meant? Rename one or the other.")
+    given = [name for name in ("text", "original") if name in row]
+    if len(given) != 1:
+        raise DataError(
+            f"{where}: the keys are {', '.join(row) or 'none'}; expected 'text' or 'original', and not both."
+        )
+    text, first, second = (text_of(where, repr(key), row.get(key)) for key in (*given, "rewrite", "rewrite2"))
+    if text is None or not text.strip():
+        raise DataError(f"{where}: {given[0]!r} is {text!r}; expected a text. Delete the line.")
+    name, cluster = row.get("id", where.rpartition(" ")[2]), row.get("cluster")
+    unit = unit_of(
+        where,
+        id=str(name) if isinstance(name, int) and not isinstance(name, bool) else name,
+        text=text,
+        w=row.get("w"),
+        prompt=row.get("prompt") or "",
+        cluster=str(cluster) if isinstance(cluster, int) else cluster,
+    )
+    scored = {stage: key for stage, key in _OWN.items() if row.get(key) is not None}
+    scores = {stage: number_of(where, repr(key), row[key]) for stage, key in scored.items()}
+    return unit, (first, second), {OWN_REWARDS: scores} if scores else {}
