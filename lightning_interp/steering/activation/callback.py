@@ -20,15 +20,13 @@ __all__ = ["SteeringCallback"]
 class SteeringCallback(MeteredCallback):
     """Steer in the stages that you name; what was done stays with the run.
 
-    The description of the steering (what, where, how much, of which vector) goes into checkpoints and, once a run, to
-    every logger.
+    What, where, how much and of which vector goes into checkpoints and, once a run, to every logger.
 
     Args:
         steering: One intervention of the steering family, or several, which act in this order.
         when: Any of ``train``, ``validate``, ``test``, ``predict``.
         log: Any of ``share`` (real tokens whose activation changed) and ``shift`` (how far these moved, relative to
-            their length), logged as ``<name>/<stage>/<measure>`` at each epoch's end; in ``predict`` kept in
-            :attr:`measured`.
+            their length), logged as ``<name>/<stage>/<measure>``; in ``predict`` only in :attr:`measured`.
         target: Dotted path of the Hugging Face model below the LightningModule, where there are several.
         tokenizer: For selectors that read text; default is the module's or data module's ``tokenizer``.
         name: Prefix of what is logged; tells several callbacks apart.

@@ -321,8 +321,7 @@ MEASURES = ("share", "shift")
 class SteeringMeter(Sums):
     """Share of real tokens whose activation changed, and how far the changed ones moved relative to their length.
 
-    Put ``update`` into ``steering.observe``. Each site counts by itself, so with several sites the share is the mean
-    over them.
+    Put ``update`` into ``steering.observe``. With several sites the share is the mean over them.
 
     Example:
         >>> meter, x = SteeringMeter(), torch.ones(1, 2, 4)

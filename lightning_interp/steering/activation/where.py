@@ -1,8 +1,7 @@
 """Gates: selectors that look at what the model holds before they choose a token.
 
-They are ``Positions`` like any other, so ``Generated() & ProbeGate(...)`` is one *where*. A gate is asked at a site,
-reads that site's activation (or, with ``site=``, that of an earlier one), and chooses the tokens whose value lies above
-or below a threshold.
+They are ``Positions`` like any other (``Generated() & ProbeGate(...)``). A gate reads the activation of the site at
+which it is asked, or of an earlier one, and chooses the tokens whose value lies above or below a threshold.
 """
 
 from __future__ import annotations
@@ -118,8 +117,8 @@ class ProbeGate(Gate):
     the prompt's last token for the whole row, as in conditional activation steering (Lee et al., arXiv 2409.05907).
 
     Args:
-        probe: A direction ``[d]``; a ``ConceptProbe``, whose bias plays no part; a vector of one site (or of several,
-            with ``site``); or a file of one.
+        probe: A direction ``[d]``; a ``ConceptProbe``, its bias plays no part; a vector of one site, or of several with
+            ``site``; or a file.
         offset: Added to the value.
         site: Where to read; by default the site that is steered.
         hold: Decide once a row, at the prompt's last token; needs ``site``.
@@ -293,8 +292,7 @@ class EntropyGate(_HeadGate):
 class PairMassGate(_HeadGate):
     """Tokens at which the pairs' words, base and target together, have a probability above or below a threshold.
 
-    Steering a state at which the concept is irrelevant only changes what it should not (arXiv 2602.15293, appendix
-    B.1).
+    Elsewhere steering only changes what it should not (arXiv 2602.15293, appendix B.1).
 
     Args:
         pairs: Token ids ``(base, target)``, or counterfactual pairs.

@@ -76,8 +76,7 @@ class ClassReader(Intervention):
 
     Args:
         classes: Key of a batch entry with the class of each row ``[B]`` or token ``[B, T]`` (0 base, 1 target, -1
-            neither); or the pairs of a concept (or a :class:`PredictedSide`), whereby the model's own prediction tells
-            it.
+            neither); or a concept's pairs or a :class:`PredictedSide`: the model's own prediction tells it.
         site: Where states are read.
         positions: Which tokens; every real one by default.
         ids: Key of a batch entry that names each row by an integer ``[B]``: a token that comes again counts once.

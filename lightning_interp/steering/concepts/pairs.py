@@ -87,8 +87,7 @@ class CounterfactualPairs:
             pairs: Base to target, as text with its leading space (``" run"``) or as the vocabulary has it (``"Ġrun"``).
             tokenizer: Of the model.
             name: What the concept is called.
-            missing: About a string that is not one token: ``raise``, or ``drop`` its pair and count it under
-                ``missing``.
+            missing: Where a string is not one token: ``raise``, or ``drop`` its pair and count it.
 
         Returns:
             The pairs.

@@ -18,8 +18,7 @@ class DualSteeringCallback(MeteredCallback):
 
     At the end of each epoch that steered something,
     ``<name>/<stage>/{kl,probe_change,hvps_per_token,reached,certified}`` are logged, means over the steered tokens of
-    all processes; in ``predict`` they are in :attr:`measured` alone. In training gradients flow through the steered
-    states, at the step that was found.
+    all processes; in ``predict`` they are in :attr:`measured` alone. In training gradients flow through.
 
     Args:
         steering: The intervention.

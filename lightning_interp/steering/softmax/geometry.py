@@ -1,8 +1,8 @@
 """The information geometry of the softmax: dual coordinates, Hessian-vector products, divergences, geodesics.
 
-At the last hidden state ``lam`` a language model's next-token distribution is an exponential family, ``p(y) = exp(lam .
-g_y - A(lam))``. Everything here follows from its log-normaliser ``A`` (Park, Nief, Choe, Veitch, *The Information
-Geometry of Softmax*, arXiv 2602.15293, sections 1 and 2).
+At the last hidden state ``lam`` a language model's next-token distribution is an exponential family,
+``p(y) = exp(lam . g_y - A(lam))``. Everything here follows from its log-normaliser ``A`` (Park, Nief, Choe, Veitch,
+*The Information Geometry of Softmax*, arXiv 2602.15293, sections 1 and 2).
 """
 
 from __future__ import annotations
@@ -124,8 +124,7 @@ class SoftmaxGeometry:
         """A number for ``alpha="auto"``: ``kappa`` times :attr:`spread`.
 
         ``alpha`` is not scale free: multiplying the unembedding by ``s`` asks for ``s^2 alpha``. ``kappa`` is this
-        package's choice, not the paper's: with a tenth of it, SmolLM2-135M meets a probe value along directions that no
-        likely token feels.
+        package's choice, not the paper's: a tenth of it lets SmolLM2-135M move in what no likely token feels.
 
         Raises:
             IncompatibleModelError: If all rows of the unembedding are equal.
@@ -236,8 +235,7 @@ class SoftmaxGeometry:
     ) -> Tensor:
         """The state whose dual coordinate ``dual(lam, alpha=alpha)`` is ``y``, ``[..., d]``.
 
-        With ``alpha > 0`` there is exactly one for every ``y``, with 0 only inside the convex hull of the unembedding's
-        rows.
+        With ``alpha > 0`` each ``y`` has exactly one, with 0 only inside the convex hull of the unembedding's rows.
 
         Args:
             y: Regularised dual coordinates ``[..., d]``.

@@ -155,8 +155,7 @@ def minimise(
 ) -> NewtonResult:
     """Minimise a potential from ``start`` ``[B, d]``; a row that does not converge has its best point and the reason.
 
-    ``tolerance`` is the norm of the allowed gradient ``[B]`` at which a row is done, or a function of the whole
-    gradient.
+    ``tolerance`` is the norm of the allowed gradient ``[B]`` at which a row is done, or a function of the gradient.
     """
     with exact_arithmetic(start.device):
         return _Descent(potential, start, tolerance, (max_newton, cg_max, hvp_budget)).run()

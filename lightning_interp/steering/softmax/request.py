@@ -190,8 +190,7 @@ class SteerResult:
 
     Args:
         lam: Steered states ``[B, d]``, in the working dtype.
-        t: Step along the direction as it was given ``[B]``: of the dual coordinate, or of the state in Euclidean
-            steering.
+        t: Step along the direction as given ``[B]``: of the dual coordinate, or of the state in Euclidean steering.
         reached: Whether the solve converged and these states meet the target (:func:`ends_there`), bool ``[B]``.
         reason: Why each row stopped, ``converged`` exactly where it reached the target. A solve of a point: ``stalled``
             (rounding), ``max_iter``, ``budget`` (of products). A search for a step: ``unreachable`` (no step brings the

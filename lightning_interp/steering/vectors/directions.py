@@ -59,8 +59,7 @@ def extract_vector(
         positive: Texts that show the concept.
         negative: Texts that do not; for the ``pca`` methods ``negative[i]`` belongs to ``positive[i]``.
         method: ``mean_difference``; ``pca``, the first principal component of the paired differences about 0;
-            ``pca_centred``, about their mean, as repeng makes it; or ``logistic``, an L2-penalised regression's
-            weights.
+            ``pca_centred``, about their mean, as repeng makes it; or ``logistic``, a regression's weights.
         site: Where; by default the output of every block.
         positions: Which tokens of a text are read (their mean); by default the last one.
         concept: What the direction stands for, for the record.
