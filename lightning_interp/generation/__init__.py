@@ -1,9 +1,9 @@
 """Text that models write, for every method: one request, one answer, one store, whoever writes.
 
 ``requests`` says what is asked for and what comes back. ``sampler`` (a model on this machine), ``endpoint`` (a server
-that speaks OpenAI's protocol) and ``replay`` (any function, or answers that are there) write. ``work`` and
-``completion_store`` fill a folder that a killed run goes on with, ``batch_files`` sends requests away in files.
-``judges`` and ``labellers`` say what a text is like, ``text_quality`` whether it repeats itself.
+that speaks OpenAI's protocol) and any function write. ``work`` and ``completion_store`` fill a folder that a killed run
+goes on with, ``batch_files`` sends requests away in files. ``judges`` and ``labellers`` say what a text is like,
+``text_quality`` whether it repeats itself.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 from lightning_interp.generation.batch_files import export_requests as export_requests
 from lightning_interp.generation.batch_files import import_completions as import_completions
 from lightning_interp.generation.completion_store import CompletionStore as CompletionStore
+from lightning_interp.generation.completion_store import ReplayGenerator as ReplayGenerator
 from lightning_interp.generation.completion_store import write_all as write_all
 from lightning_interp.generation.endpoint import EndpointGenerator as EndpointGenerator
 from lightning_interp.generation.judges import ChatJudge as ChatJudge
@@ -12,9 +13,8 @@ from lightning_interp.generation.judges import WordShare as WordShare
 from lightning_interp.generation.labellers import compliance as compliance
 from lightning_interp.generation.pacing import Backoff as Backoff
 from lightning_interp.generation.pacing import Pace as Pace
-from lightning_interp.generation.replay import FunctionGenerator as FunctionGenerator
-from lightning_interp.generation.replay import ReplayGenerator as ReplayGenerator
 from lightning_interp.generation.requests import Completion as Completion
+from lightning_interp.generation.requests import FunctionGenerator as FunctionGenerator
 from lightning_interp.generation.requests import TextGenerator as TextGenerator
 from lightning_interp.generation.requests import TextRequest as TextRequest
 from lightning_interp.generation.sampler import LocalSampler as LocalSampler

@@ -14,7 +14,7 @@ from lightning_interp.generation.keyed_store import KeyedStore, KeyedWriter
 from lightning_interp.generation.requests import Completion, TextGenerator, TextRequest, ask, completion_key
 from lightning_interp.generation.work import Budget, Prices, WorkQueue, WorkReport, work_through
 
-__all__ = ["CompletionStore", "Pending", "write_all"]
+__all__ = ["CompletionStore", "Pending", "ReplayGenerator", "write_all"]
 
 FORMAT = 1
 _WRITERS = "writers.json"
@@ -59,7 +59,7 @@ class CompletionStore(KeyedStore[_Written]):
 
     Example:
         >>> import tempfile
-        >>> from lightning_interp.generation.replay import FunctionGenerator
+        >>> from lightning_interp.generation.requests import FunctionGenerator
         >>> shout, store = FunctionGenerator(lambda r: r.text.upper(), name="up"), CompletionStore(tempfile.mkdtemp())
         >>> write_all(shout, [TextRequest(prompt="oh")], store).calls
         1
@@ -234,3 +234,57 @@ def write_all(
         work_through(queue, generator, lambda asked: ask(generator, [one.request for one in asked]), append, progress)
     queue.finish(len(store.pending(generator, mine)))
     return report
+
+
+class ReplayGenerator:
+    """Answers from a store or a table, and never from anywhere else.
+
+    Args:
+        answers: A store; or texts by what was asked (see :attr:`TextRequest.text`).
+        writer: Digest of whose texts a store is to give; needed only if several wrote.
+
+    Raises:
+        DataError: If a store has no texts, or those of several writers and ``writer`` names none of them.
+
+    Example:
+        >>> ReplayGenerator({"2+2=": "4"}).generate([TextRequest(prompt="2+2=")])[0].text
+        '4'
+    """
+
+    batch_size = 1024
+
+    def __init__(self, answers: CompletionStore | Mapping[str, str], *, writer: str | None = None) -> None:
+        self._find: Callable[[TextRequest], Completion | None]
+        if isinstance(answers, CompletionStore):
+            there = answers.writers()
+            name = next(iter(there)) if writer is None and len(there) == 1 else writer
+            if name not in there:
+                raise DataError(
+                    f"{writer!r} is no writer of the store {str(answers.folder)!r}; it has "
+                    f"{', '.join(there) or 'none'}. Pass writer= one of store.writers()."
+                )
+            self._identity = there[name]
+            self._find = lambda request: answers.find(completion_key(name, request))
+        else:
+            self._identity = {"kind": "table", "answers": digest(dict(answers))}
+            self._find = lambda request: (
+                Completion(text=answers[request.text], request=request.digest) if request.text in answers else None
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """That of who wrote the store, so that what it answers is found again under the same keys."""
+        return self._identity
+
+    def generate(self, requests: Sequence[TextRequest]) -> list[Completion]:
+        """Look each request up.
+
+        Raises:
+            DataError: If there is no answer to one.
+        """
+        found = [one for request in requests if (one := self._find(request))]
+        if len(found) < len(requests):
+            lacking = next(request for request in requests if self._find(request) is None)
+            raise DataError(
+                f"There is no answer to {lacking.to_dict()!r:.120} to replay. Replay only what was asked, or ask first."
+            )
+        return found

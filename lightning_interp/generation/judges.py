@@ -221,7 +221,7 @@ class ChatJudge:
         RecipeError: If the question has no ``{text}``, or the marks are no digits.
 
     Example:
-        >>> from lightning_interp.generation.replay import FunctionGenerator
+        >>> from lightning_interp.generation.requests import FunctionGenerator
         >>> five = FunctionGenerator(lambda request: "I give it a 5.", name="five")
         >>> ChatJudge(five, "From 0 to 9, how kind is this? {text}").marks(["Oh", ""])
         Marks(score=tensor([5., nan], dtype=torch.float64), refused=0, failed=0)

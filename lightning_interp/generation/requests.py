@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, Protocol, Self, get_args, runtime_checkable
 
 from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.core.storage.files import digest
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.generation.work import one_each
+from lightning_interp.generation.work import called, one_each
 
 __all__ = [
     "Completion",
+    "FunctionGenerator",
     "Status",
     "TextGenerator",
     "TextRequest",
@@ -171,6 +172,49 @@ class TextGenerator(Protocol):
     def identity(self) -> Mapping[str, Any]:
         """What decides, beside the request, what is written: plain values, the same for the same writer."""
         ...
+
+
+class FunctionGenerator:
+    """A Python function as a writer.
+
+    An error that it raises belongs to its request: it is kept as a failure, and asked for again in the next run.
+
+    Args:
+        function: Takes a request; returns a text or a :class:`Completion`.
+        name: What to call it; part of the key, so change it when the function changes.
+        params: Its settings, as plain values.
+        concurrency: How many threads may call it at the same time.
+
+    Example:
+        >>> shout = FunctionGenerator(lambda request: request.text.upper(), name="shout")
+        >>> shout.generate([TextRequest.chat("oh")])[0].text
+        'OH'
+    """
+
+    def __init__(
+        self,
+        function: Callable[[TextRequest], str | Completion],
+        *,
+        name: str,
+        params: Mapping[str, Any] | None = None,
+        concurrency: int = 1,
+    ) -> None:
+        self.name, self.params, self.concurrency, self._function = name, dict(params or {}), concurrency, function
+
+    def identity(self) -> dict[str, Any]:
+        """Its name and settings."""
+        return {"kind": "function", "name": self.name, "params": self.params}
+
+    def generate(self, requests: Sequence[TextRequest]) -> list[Completion]:
+        """Call the function for each request.
+
+        Raises:
+            RecipeError: If it returns anything but a text or a completion.
+        """
+        return [
+            called(partial(self._function, one), repr(self.name), one.text, Completion, "failed", request=one.digest)
+            for one in requests
+        ]
 
 
 def ask(generator: TextGenerator, requests: Sequence[TextRequest]) -> list[Completion]:
