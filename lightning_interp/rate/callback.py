@@ -48,9 +48,8 @@ class RewardAttributeEffect(Monitor):
         name: Between ``rate/`` and the estimate in what is logged, and in the state key; the attribute if None.
 
     Attributes:
-        history: One entry a scoring: ``epoch``, ``step``, what is logged, ``att_se``, ``atu_se``, ``naive_se``,
-            ``single_se``, ``reward_std`` of the original rewards, ``n``, ``dropped``, and ``truncated``, the share of
-            texts that were cut (if the module says so, as a RewardModel does). Saved in checkpoints.
+        history: One entry a scoring, saved in checkpoints: ``epoch``, ``step``, what is logged, the other ``_se``,
+            ``reward_std`` of the original rewards, ``n``, ``dropped``, and ``truncated``, the share of cut texts.
         result: Everything about the last scoring; None before the first.
 
     Raises:

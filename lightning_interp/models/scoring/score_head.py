@@ -23,9 +23,8 @@ _CLASSIFIER = "ForSequenceClassification"
 class DecoderWithScore(PreTrainedModel):
     """A decoder and a linear map ``score`` that reads its last real token.
 
-    The classes of transformers look for the last token that is not the padding token, so a text that ends with the
-    token that also pads is read too early, and a model without a padding token takes no batches. Here the attention
-    mask alone says what is padding. Names of weights are those of transformers' classes for sequence classification.
+    The classes of transformers look for the last token that is not the padding token, so a text that ends with that
+    token is read too early. Here the attention mask alone says what is padding. Names of weights are those of theirs.
     """
 
     supports_gradient_checkpointing = True
@@ -60,10 +59,7 @@ class DecoderWithScore(PreTrainedModel):
 
 
 def align_left(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Move the padding of every row to its end; a batch that is so already is given back as it is.
-
-    A causal model then cannot see padding at all, so scores do not depend on the side that the caller padded.
-    """
+    """Move the padding of every row to its end, where a causal model cannot see it."""
     if attention_mask is None:
         return input_ids, torch.ones_like(input_ids)
     input_ids, real = aligned_left(input_ids, attention_mask)

@@ -14,16 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_interp.core.measure.undisturbed import undisturbed
 from lightning_interp.core.model.fingerprint import weights_digest
 from lightning_interp.errors import IncompatibleModelError
+from lightning_interp.models.scoring import reward_text
 from lightning_interp.models.scoring.reward_sources import load_reward_model
-from lightning_interp.models.scoring.reward_text import (
-    ANY_TEXT,
-    Prompt,
-    RewardEncoder,
-    RewardText,
-    Scores,
-    length_limit,
-    score_rows,
-)
+from lightning_interp.models.scoring.reward_text import ANY_TEXT, Prompt, RewardEncoder, RewardText, Scores
 from lightning_interp.models.scoring.score_head import DecoderWithScore, label_index, needs_score_head, scoring_model
 from lightning_interp.models.training.optimisation import no_more, plain, settings_of
 
@@ -178,7 +171,7 @@ class TextScorer(Scorer):
         """
         encoded = self.encoder.encode_texts(prompts, texts)
         with undisturbed(self.model):
-            reward = score_rows(
+            reward = reward_text.score_rows(
                 lambda ids, mask: read_scores(self.model, ids, mask, self.label),
                 [text.ids for text in encoded],
                 pad_id=self.encoder.pad_id,
@@ -213,7 +206,7 @@ def settle_text(
         defaults = {
             "chat": bool(tokenizer.chat_template),
             "add_eos": fresh and tokenizer.eos_token_id is not None,
-            "max_length": length_limit(model, tokenizer),
+            "max_length": reward_text.length_limit(model, tokenizer),
         }
         text |= {name: value for name, value in defaults.items() if text[name] is None}
     return {**text, "label": label_index(model, text["label"])}

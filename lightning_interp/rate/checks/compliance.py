@@ -53,10 +53,7 @@ def label_units(
 
 @dataclass(frozen=True, kw_only=True)
 class Compliance:
-    """How often rewrites of one pass have the value of one direction, ``target``; ``unknown`` ones are not counted.
-
-    ``share`` has Wilson's interval; of several draws of a unit it takes the mean.
-    """
+    """How often rewrites of one pass have the value asked for, of draws the mean; ``unknown`` are not counted."""
 
     stage: str
     target: int

@@ -1,8 +1,7 @@
 """Do the assumptions hold? Third rewrites, failed rewrites, and what an asymmetry would do.
 
 The double rewrite is unbiased if what a rewrite changes besides the attribute does not depend on its direction, and
-adds to the reward (Reber et al., arXiv 2410.11348, Theorem 4.1). Rewards alone cannot show that this holds; they, a
-labeller, or a third rewrite can show that it does not.
+adds to the reward (Reber et al., arXiv 2410.11348, Theorem 4.1). Rewards alone can at best show that this fails.
 """
 
 from __future__ import annotations
@@ -46,16 +45,7 @@ class ThirdRewrite(Finding):
 
 
 def third_rewrite_check(
-    w: Any,
-    r_rw: Any,
-    r_rw2: Any,
-    r_rw3: Any,
-    *,
-    ids: Any = None,
-    cluster: Any = None,
-    ci: str = "auto",
-    alpha: float = 0.05,
-    missing: str = "raise",
+    w: Any, r_rw: Any, r_rw2: Any, r_rw3: Any, *, ids: Any = None, cluster: Any = None, **options: Any
 ) -> ThirdRewrite:
     """Estimate the effect once more from a third rewrite, which flips the attribute again.
 
@@ -66,9 +56,8 @@ def third_rewrite_check(
         r_rw3: Rewards of the third rewrites, ``[n]``.
         ids: Integers or strings, one a unit.
         cluster: One a unit, for errors of independent clusters; None for independent units.
-        ci: ``"auto"``, ``"normal"`` or ``"t"``.
-        alpha: One minus the confidence level.
-        missing: ``"raise"`` or ``"drop"`` for units without one of the three rewards.
+        **options: ``ci`` (but ``"bootstrap"``), ``alpha`` and ``missing`` of
+            :func:`~lightning_interp.rate.estimators.effects.rate_effects`.
 
     Returns:
         Both effects and their difference, of which an interval without zero speaks against the assumptions.
@@ -82,8 +71,8 @@ def third_rewrite_check(
         >>> found.ate.value, found.ate_third.value, found.difference.value
         (1.0, 1.0, 0.0)
     """
-    settings = Settings(se="paired" if cluster is None else "cluster", ci=ci, alpha=alpha, missing=missing)
-    if ci == "bootstrap":
+    settings = Settings(se="paired" if cluster is None else "cluster", **options)
+    if settings.ci == "bootstrap":
         raise RecipeError("third_rewrite_check() has ci='bootstrap'; expected 'auto', 'normal' or 't'.")
     third, absent = number_column("r_rw3", r_rw3)
     kinds = zip(absent, np.isfinite(third), strict=True)
@@ -91,12 +80,12 @@ def third_rewrite_check(
     check_lengths("w", len(w), [("r_rw3", third)])
     held = np.where(np.isfinite(third), third, 0.0)  # carried in the place of the originals, which are not needed
     table = UnitTable.read(w, held, r_rw, r_rw2, ids=ids, cluster=cluster, incomplete=lacking)
-    units = table.usable(missing=missing).units()
+    units = table.usable(missing=settings.missing).units()
     last: Any = units.r_orig
     later = np.where(units.w, units.r_rw2 - last, last - units.r_rw2)
     gap = np.where(units.w, last - units.r_rw, units.r_rw - last)
-    contrasts = (units.delta, later, gap)
-    return ThirdRewrite(*(mean_effect(x, settings.se, cluster=units.cluster, ci=ci, alpha=alpha) for x in contrasts))
+    how: dict[str, Any] = {"cluster": units.cluster, "ci": settings.ci, "alpha": settings.alpha}
+    return ThirdRewrite(*(mean_effect(contrast, settings.se, **how) for contrast in (units.delta, later, gap)))
 
 
 @dataclass(frozen=True)
@@ -163,8 +152,7 @@ class SensitivityLine(Finding):
     """What the effect would be if rewrites had an off-target side effect that depends on their direction.
 
     The feature is worth ``beta``; ``asymmetry`` are values of ``D``, the share of rewrites to 1 minus that of rewrites
-    to 0 which show it; ``effect`` is the estimate minus ``beta * D``, with its interval. The estimate is zero at the
-    ``D`` ``zero``, and the ends of its interval at ``zero_low`` and ``zero_high``.
+    to 0 which show it; ``effect`` is the estimate minus ``beta * D``, zero at ``zero`` (its ends: ``zero_low, _high``).
     """
 
     beta: float

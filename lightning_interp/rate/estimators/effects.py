@@ -16,16 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_interp.core.measure.clustered import (
-    Mask,
-    Point,
-    Vector,
-    difference_point,
-    mean_point,
-    point_interval,
-    squares,
-    variance,
-)
+from lightning_interp.core.measure import clustered
+from lightning_interp.core.measure.clustered import Mask, Point, Vector, mean_point
 from lightning_interp.core.measure.resampling import interval_ends
 from lightning_interp.errors import RecipeError
 from lightning_interp.rate.estimators.bootstrap import Replicates, bootstrap_effects
@@ -196,7 +188,7 @@ def _points(units: Units, se: str) -> dict[str, Point]:
         found = {name: point._replace(se=_unpaired_error(units, point, arm)) for (name, point), arm in pairs}
     if units.r_orig is not None and units.sigma is not None:
         trip = units.r_rw2 - units.r_orig
-        found |= {**means("single", units.sigma), "naive": difference_point(units.r_orig, w, cluster)}
+        found |= {**means("single", units.sigma), "naive": clustered.difference_point(units.r_orig, w, cluster)}
         found |= {"b1": mean_of(trip, w), "b0": mean_of(trip, ~w)}
     return found
 
@@ -206,12 +198,12 @@ def _unpaired_error(units: Units, point: Point, arm: Mask) -> float:
     if point.n < 2 or math.isnan(point.value):
         return math.nan
     with_w, without = np.where(units.w, units.r_rw2, units.r_rw), np.where(units.w, units.r_rw, units.r_rw2)
-    return math.sqrt((variance(with_w[arm]) + variance(without[arm])) / point.n)
+    return math.sqrt((clustered.variance(with_w[arm]) + clustered.variance(without[arm])) / point.n)
 
 
 def _effect(name: str, point: Point, settings: Settings, replicates: Replicates | None) -> Effect:
     if replicates is None:
-        low, high, how = point_interval(point, ci=settings.ci, alpha=settings.alpha)
+        low, high, how = clustered.point_interval(point, ci=settings.ci, alpha=settings.alpha)
     else:
         low, high = interval_ends(point.value, replicates.values[name], alpha=settings.alpha, kind=settings.boot)
         drawn = {"cluster": "clusters", "stratified": "units within arms"}.get(settings.se, "units")
@@ -272,4 +264,4 @@ def _pooled_sd(r_orig: Vector, w: Mask) -> float:
     """Pooled standard deviation of the original rewards within the two arms: the unit of standardised effects."""
     if w.all() or not w.any() or w.size < 3:
         return math.nan
-    return math.sqrt((squares(r_orig[w]) + squares(r_orig[~w])) / (w.size - 2))
+    return math.sqrt((clustered.squares(r_orig[w]) + clustered.squares(r_orig[~w])) / (w.size - 2))

@@ -126,9 +126,8 @@ class Units:
 class Counts(Finding):
     """How many units there were: ``given``, and ``n`` used, of which ``n1`` have the attribute and ``n0`` have not.
 
-    ``dropped`` says why units were left out, ``dropped_by_arm`` the same for labelled ones, as ``{"w1": {...}, "w0":
-    {...}}``. ``identical`` counts used units with a rewrite that is the text it was made from, ``non_compliant`` those
-    with one that lacks its target value, as ``{"rewrite": {"w1", "w0"}, "rewrite2": {...}}``; None where unknown.
+    ``dropped`` counts those left out by reason, ``identical`` and ``non_compliant`` used ones, by pass and arm, whose
+    rewrite is the text it was made from, or lacks its target value; None where that is unknown.
     """
 
     given: int
@@ -233,10 +232,7 @@ class RateResult:
         return found
 
     def numbers(self) -> dict[str, float]:
-        """Raw ``ate``, ``att``, ``atu``, ``naive`` and ``single`` (an ATE), their ``_se``, and ``n``, to be logged.
-
-        Without original rewards there is no ``naive``, no ``single`` and no ``reward_std``.
-        """
+        """Raw ``ate``, ``att``, ``atu``, ``naive`` and ``single`` (an ATE), their ``_se``, ``reward_std`` and ``n``."""
         effects = self.rate._asdict()
         if self.naive is not None and self.single is not None:
             effects |= {"naive": self.naive, "single": self.single.ate}

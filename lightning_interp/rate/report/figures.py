@@ -45,11 +45,9 @@ def effects_figure(
     count = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
     title = f"{title}\n{estimand.upper()}, {count} units; lines: {heading}"
     figure, (axis,) = panels(1, size=(max(4.2, 1.6 + 1.5 * len(named)), 4.2), title=title)
-    for place, estimator in enumerate(COLOURS):
-        at = [g + 0.27 * (place - 1) for g, one in enumerate(effects) if estimator in one]
-        if at:
-            drawn = [one[estimator] for one in effects if estimator in one]
-            bars(axis, at, drawn, COLOURS[estimator], LABELS[estimator], width=0.25)
+    for place, (estimator, colour) in enumerate(COLOURS.items()):
+        if drawn := {g + 0.27 * (place - 1): one[estimator] for g, one in enumerate(effects) if estimator in one}:
+            bars(axis, list(drawn), list(drawn.values()), colour, LABELS[estimator], width=0.25)
     label(axis, up=_UNITS[standardized], zero=True)
     axis.set_xticks(range(len(named)) if any(named) else [], list(named) if any(named) else [])
     axis.grid(False, axis="x")
@@ -178,10 +176,9 @@ def trend_figure(
     )
     figure, (axis,) = panels(1, size=(6.4, 4.4), title=f"{title}\n{estimand.upper()}; bands: {heading}")
     for estimator, colour in COLOURS.items():
-        line = [(place, table[estimator]) for place, table in zip(places, tables, strict=True) if estimator in table]
+        line = {place: table[estimator] for place, table in zip(places, tables, strict=True) if estimator in table}
         if line:
-            at, effects = zip(*line, strict=True)
-            band(axis, at, effects, colour, LABELS[estimator])
+            band(axis, list(line), list(line.values()), colour, LABELS[estimator])
     label(axis, across, _UNITS[standardized], zero=True)
     if truth is not None:
         unit = (results[places[0]].reward_std or math.nan) if standardized else 1.0

@@ -23,8 +23,6 @@ from lightning_interp.rate.scoring.scores import TripleScores
 
 __all__ = ["EffectStudy", "study_effects"]
 
-_LOW_COMPLIANCE = 0.95
-
 
 @dataclass(frozen=True, kw_only=True)
 class EffectStudy:
@@ -122,7 +120,7 @@ class EffectStudy:
             "The effect is one on texts as they look after the rewriter. It says neither whether the dependence is "
             "right nor how accurate the reward is.",
         ]
-        low = [row for row in self.compliance if row.share.value < _LOW_COMPLIANCE]
+        low = [row for row in self.compliance if row.share.value < 0.95]
         if low:
             shares = ", ".join(f"{row.share} to {row.target} in {row.stage}" for row in low)
             hint = float("nan") if self.attenuation is None else self.attenuation.factor["ate"]

@@ -1,8 +1,8 @@
 """The experiment with a known answer: typos in the texts with the attribute, which every rewrite repairs.
 
-Reber et al., arXiv 2410.11348: the attribute is that a review starts with a vowel, which should mean nothing to a
-reward. Only such reviews are misspelt. The rewriter changes the first word and repairs typos on its way. The naive
-difference and the single rewrite then blame the vowel for the typos; the double rewrite should not.
+Reber et al., arXiv 2410.11348: only reviews that start with a vowel, which should mean nothing to a reward, are
+misspelt; the rewriter changes the first word and repairs typos on its way. The naive difference and the single rewrite
+then blame the vowel for the typos; the double rewrite should not.
 """
 
 from __future__ import annotations
@@ -41,11 +41,7 @@ def made_up_reviews() -> list[Review]:
 def misspelt_units(
     reviews: Sequence[Review], percent: float, *, seed: int, count: int | None = None, clusters: bool = True
 ) -> list[Unit]:
-    """Units of the experiment at one rate of typos.
-
-    Only reviews that start with a vowel are misspelt. Their first word is left alone, so that no label changes. The
-    same words are misspelt, and more, at a higher rate.
-    """
+    """Units of the experiment at one rate of typos; the first word is left alone, so that no label changes."""
     chosen = [review for review in reviews if review.text[:1].isalpha()][:count]
     films = [review.movie for review in chosen] if clusters else None
     units = label_units([review.text for review in chosen], StartsWithVowel(), clusters=films)

@@ -77,10 +77,7 @@ def reward_record(row: ScoreRow, reward: float, truncated: bool, *, scorer: str,
     finite = math.isfinite(reward)
     return {
         "index": row.key(sha),
-        "id": row.id,
-        "attr": row.attr,
-        "stage": row.stage,
-        "draw": row.draw,
+        **dict(zip(("id", "attr", "stage", "draw"), row, strict=False)),
         "scorer": scorer,
         "scorer_sha": sha,
         "reward": reward if finite else None,

@@ -103,8 +103,7 @@ def as_scorer(scorer: Any, *, name: str | None = None) -> Scorer:
     """
     if isinstance(scorer, Scorer):
         return scorer
-    own = getattr(scorer, "scorer", None)
-    if isinstance(own, Scorer):
+    if isinstance(own := getattr(scorer, "scorer", None), Scorer):
         return own
     if isinstance(scorer, str | os.PathLike):
         return TextScorer.load(scorer, name=name)
@@ -203,8 +202,7 @@ class TripleScores:
             DataError: If something else is given.
 
         Example:
-            >>> scores = TripleScores.from_dict({"scorer": "mine", "reward": {"original": [1.0, 2.0]}})
-            >>> scores.truncation()
+            >>> TripleScores.from_dict({"scorer": "mine", "reward": {"original": [1.0, 2.0]}}).truncation()
             {'original': 0.0}
         """
         try:
@@ -212,9 +210,8 @@ class TripleScores:
             cut = found.get("truncated") or {name: [False] * len(row) for name, row in reward.items()}
             return cls(found["scorer"], reward, {name: torch.tensor(row) for name, row in cut.items()})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(
-                f"{found!r:.80} holds no rewards ({error!r}). Expected scorer, and reward by stage."
-            ) from error
+            expected = "Expected scorer, and reward by stage."
+            raise DataError(f"{found!r:.80} holds no rewards ({error!r}). {expected}") from error
 
     def truncation(self) -> dict[str, float]:
         """Share of cut texts by stage: an effect on cut texts is one on their beginnings."""

