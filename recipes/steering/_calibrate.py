@@ -138,8 +138,8 @@ def shortfall(rows: Sequence[Mapping[str, Any]], strength: float, wanted: float)
 
     Example:
         >>> rows = [{"strength": s, "target_prob": p, "pair_mass": 1, "kl": s} for s, p in ((0.0, 0.2), (2.0, 0.6))]
-        >>> shortfall(rows, 1.5, 0.5), shortfall(rows, 2.0, 0.9)[:43]
-        ('', 'No strength from 0 to 2 brings the mean P(W=')
+        >>> shortfall(rows, 1.5, 0.5), shortfall(rows, 2.0, 0.9)[:23]
+        ('', 'No strength from 0 to 2')
     """
     curve = [(row["strength"], row["target_prob"].value) for row in summarised(rows)]
     found = float(np.interp(strength, [s for s, _ in curve], [p for _, p in curve]))
