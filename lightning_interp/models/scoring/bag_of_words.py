@@ -166,8 +166,7 @@ class BagOfWords(ScoresTexts, Optimised):
 
     def _losses(self, rewards: Tensor, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """The loss of each pair or rated text, ``[n]``."""
-        losses = pair_losses(rewards, batch, batch_idx)
-        if losses is not None:
+        if (losses := pair_losses(rewards, batch, batch_idx)) is not None:
             return losses
         rating = batch["reward"]
         if self.loss == "squared":

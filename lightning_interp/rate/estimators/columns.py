@@ -207,22 +207,19 @@ def _mean(unit: NDArray[np.int64], column: Vector, n: int) -> Vector:
     """Mean of each unit's values; the order of the rows has no part in the rounding."""
     order = np.lexsort((column, unit))
     sums = np.bincount(unit[order], weights=column[order], minlength=n)
-    means: Vector = sums / np.bincount(unit, minlength=n)
-    return means
+    return np.asarray(sums / np.bincount(unit, minlength=n))
 
 
 def _shared(name: str, names: Sequence[int | str], unit: NDArray[np.int64], values: NDArray[np.int64]) -> list[int]:
     """The one value that all draws of each unit have."""
     first = np.zeros(len(names), dtype=np.int64)
     first[unit[::-1]] = values[::-1]
-    wrong = sorted({int(number) for number in unit[values != first[unit]]})
-    if wrong:
+    if wrong := sorted({int(number) for number in unit[values != first[unit]]}):
         raise DataError(
             f"{name} differs between the draws of {shown(names[number] for number in wrong)}; a unit has one {name}. "
             "Give all draws of a unit the value of its original."
         )
-    shared: list[int] = first.tolist()
-    return shared
+    return [int(value) for value in first]
 
 
 def _incomplete(unit: NDArray[np.int64], columns: dict[str, tuple[Vector, Mask]], n: int) -> list[str | None]:

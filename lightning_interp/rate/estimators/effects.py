@@ -84,17 +84,14 @@ def rate_effects(
     float64 on the CPU over units in the order of their ids, so the order of the rows changes nothing.
 
     Args:
-        w: Whether the original has the attribute, ``[n]``: list, array or tensor of bools or of 0 and 1. None is an
-            unlabelled unit: it is left out and counted.
+        w: Whether the original has the attribute, ``[n]``: bools, or 0 and 1; None is left out and counted.
         r_orig: Rewards of the originals, ``[n]``; None for the double rewrite alone, without a standard deviation.
         r_rw: Rewards of the rewrites that flip the attribute, ``[n]``. An element that is None is missing.
         r_rw2: Rewards of the rewrites of the rewrites, ``[n]``.
         ids: Integers or strings, one a unit; row numbers if None.
         cluster: Integers or strings, one a unit, such as the prompt, for ``se="cluster"``.
-        texts: The originals, rewrites and rewrites of the rewrites, ``3 x [n]``: an empty one makes its unit
-            incomplete, and identical ones are counted.
-        labels: Measured attribute of the rewrites and of the rewrites of the rewrites, ``2 x [n]``, to count those that
-            do not carry their target value; nothing is corrected.
+        texts: The three texts, ``3 x [n]``: an empty one makes its unit incomplete, identical ones are counted.
+        labels: Measured attribute of both rewrites, ``2 x [n]``, to count those that lack their target value.
         incomplete: Why a unit cannot be used, such as ``"refused"``, or None, ``[n]``.
         **options: How errors and intervals are made:
             ``se``: ``"paired"`` (default) for independent units; ``"stratified"`` where the arms' sizes were fixed by
@@ -103,8 +100,7 @@ def rate_effects(
             ``ci``: ``"auto"`` (default), the normal interval, or Student's t below 100 units; ``"normal"``; ``"t"``;
             ``"bootstrap"``, which draws units, whole clusters with ``se="cluster"``, units within arms if stratified.
             ``alpha`` (0.05): one minus the confidence level.
-            ``n_boot`` (2000): resamples, at least 1000, and ``seed`` (0) of the resampling.
-            ``boot``: ``"percentile"`` (default) or ``"basic"``.
+            ``n_boot`` (2000, at least 1000), ``seed`` (0) and ``boot`` (``"percentile"`` or ``"basic"``): resampling.
             ``standardize`` (True): also divide by the pooled standard deviation of the originals' rewards within arms.
             ``standardize_inside`` (False): work it out anew in each resample, instead of holding it fixed.
             ``missing``: ``"raise"`` (default), or ``"drop"`` to leave incomplete units out of every estimator.
@@ -120,8 +116,7 @@ def rate_effects(
         RecipeError: If an option is unknown or lacks what it needs.
 
     Warns:
-        UserWarning: If an arm is empty or has one unit, the standard deviation is zero, more than 5 % of the units are
-            left out or more of one arm, more than 5 % of a pass are identical, or clusters go unused.
+        UserWarning: If an arm is thin, the deviation is zero, 5 % are left out or identical, or clusters go unused.
 
     Example:
         >>> w = [1, 1, 1, 0, 0, 0, 0]

@@ -284,10 +284,9 @@ def read_effects(path: str | os.PathLike[str]) -> dict[str, Any]:
 def read_own(path: str | os.PathLike[str]) -> ForeignRewrites:
     r"""Read a file of the user's own.
 
-    A line holds ``text`` (or ``original``), and may hold ``prompt``, ``w`` (0, 1 or null), ``id`` (the number of the
-    line if there is none) and ``cluster``; ``rewrite`` and ``rewrite2``, if the texts are rewritten already; and
-    ``reward``, ``reward_rewrite`` and ``reward_rewrite2``, if they are scored. Other keys are not looked at, unless one
-    is nearly the name of a known one.
+    A line holds ``text`` (or ``original``), and may hold ``prompt``, ``w`` (0, 1 or null), ``id`` (else the line's
+    number), ``cluster``, ``rewrite`` and ``rewrite2``, ``reward``, ``reward_rewrite`` and ``reward_rewrite2``. Other
+    keys are not looked at, unless one is nearly the name of a known one.
 
     Args:
         path: A JSONL file.
@@ -322,14 +321,9 @@ def _own_given(row: Mapping[str, Any], where: str) -> Given:
     if text is None or not text.strip():
         raise DataError(f"{where}: {given[0]!r} is {text!r}; expected a text. Delete the line.")
     name, cluster = row.get("id", where.rpartition(" ")[2]), row.get("cluster")
-    unit = unit_of(
-        where,
-        id=str(name) if isinstance(name, int) and not isinstance(name, bool) else name,
-        text=text,
-        w=row.get("w"),
-        prompt=row.get("prompt") or "",
-        cluster=str(cluster) if isinstance(cluster, int) else cluster,
-    )
+    name = str(name) if isinstance(name, int) and not isinstance(name, bool) else name
+    cluster = str(cluster) if isinstance(cluster, int) else cluster
+    unit = unit_of(where, id=name, text=text, w=row.get("w"), prompt=row.get("prompt") or "", cluster=cluster)
     scored = {stage: key for stage, key in _OWN.items() if row.get(key) is not None}
     scores = {stage: number_of(where, repr(key), row[key]) for stage, key in scored.items()}
     return unit, (first, second), {OWN_REWARDS: scores} if scores else {}

@@ -55,8 +55,7 @@ def word_counts(path: str | os.PathLike[str] | None = None) -> dict[str, int]:
 class Fluency:
     """How common the words of a text are: the mean logarithm of their counts, 0 for a text without words.
 
-    A misspelt word is mostly an unknown one, so typos cost. Each word counts alike and the mean goes by the number of
-    words, so a change of one word adds the same to any text of that length.
+    A misspelt word is mostly an unknown one, so typos cost. A change of one word adds the same to any text that long.
 
     Args:
         counts: Of known words, in lower case; see :func:`word_counts`.
