@@ -74,7 +74,7 @@ def permutation_check(result: RateResult, *, resamples: int = 9999, seed: int = 
         signs = generator.integers(0, 2, size=(min(rows, resamples - start), len(columns)), dtype=np.int8)
         above += (np.abs((2.0 * signs - 1.0) @ columns) >= reach).sum(axis=0)
     there = (units.w.any() and not units.w.all(), units.w.any(), not units.w.all())
-    ate, att, atu = np.where(there, (above + 1) / (resamples + 1), np.nan).tolist()
+    ate, att, atu = np.where(np.array(there), (above + 1) / (resamples + 1), np.nan).tolist()
     return PermutationCheck(ate, att, atu, resamples, "clusters" if clustered else "units")
 
 
