@@ -14,6 +14,8 @@ os.environ.update(
     }
 )
 
+import contextlib
+import itertools
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -96,12 +98,22 @@ def _environment_of_the_module() -> Iterator[None]:
     os.environ.update(before)
 
 
+_numbers = itertools.count(os.getpid())
+
+
+def _free_port() -> int:
+    """A port that this test process alone gives away, below those that the system hands to whoever connects."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 10
+    while True:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", 20_000 + 1_000 * worker + next(_numbers) % 1_000))
+            return free.getsockname()[1]
+
+
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
     """Give the test a free port; put the environment back afterwards and fail a test that changed it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    os.environ["MASTER_PORT"] = str(_free_port())
     before = dict(os.environ)
     yield
     after = dict(os.environ)

@@ -131,6 +131,8 @@ def side(_, log_p):
 class TestContract(CallbackContract):
     """Where the model's prediction at one site tells the class of a state at another."""
 
+    libraries = ("pytorch_lightning",)
+
     def make_callback(self):
         return ProbeCallback(RULE, self.folder / "probes", site=Site("resid_post", 1))
 

@@ -45,6 +45,8 @@ def batch():
 class TestContract(CallbackContract):
     """In every stage, with two interventions, a gate, and all that can be logged."""
 
+    libraries = ("lightning.pytorch",)
+
     def make_callback(self):
         parts = [steering(positions=ProbeGate(vector(3), above=0.0)), ProjectOut(vector(1), site="resid_post.2")]
         return SteeringCallback(parts, when=STAGES, log=["share", "shift"])
