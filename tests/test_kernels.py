@@ -42,7 +42,7 @@ sys.exit(pytest.main([*options, "-k", {names!r}, "-m", "kernels and not slow", *
 @pytest.mark.skipif(len(known()) < 2, reason="this processor has one kernel set")
 def test_a_sample_on_the_other_end_of_what_the_processor_has():
     other = next(name for name in known() if name != os.environ.get("ATEN_CPU_CAPABILITY", known()[-1]))
-    assert run(other, *SAMPLE, profile="few", names=CHOSEN) > 40
+    assert run(other, *SAMPLE, profile="few", names=CHOSEN) > 30
 
 
 @pytest.mark.slow

@@ -221,13 +221,15 @@ def _module_at(code: Path) -> ModuleType:
     parts = code.relative_to(recipes_dir().resolve()).with_suffix("").parts if own else (code.stem.replace(".", "_"),)
     root = MODULES if own else f"{MODULES}_{hashlib.sha256(str(code).encode()).hexdigest()[:8]}"
     name = ".".join((root, *parts))
+    recipe = "/".join(parts) if own else None
     if name in sys.modules:
+        vars(sys.modules[name]).setdefault("__recipe__", recipe)  # imported by its name, as recipes import each other
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, code)
     if spec is None or spec.loader is None:
         raise RecipeError(f"{str(code)!r} cannot be imported as Python. Give a .py file.")
     module = importlib.util.module_from_spec(spec)
-    vars(module)["__recipe__"] = "/".join(parts) if own else None
+    vars(module)["__recipe__"] = recipe
     _register_parents(name, code)
     sys.modules[name] = module  # before it runs: dataclasses look their module up
     try:

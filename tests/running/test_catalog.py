@@ -97,6 +97,14 @@ def test_recipes_import_what_lies_beside_them_and_not_each_others_helpers(tmp_pa
     assert "_common" not in sys.modules
 
 
+def test_a_recipe_that_python_imported_first_has_its_own_name():
+    source = find_recipe("method/small")
+    cls = load_class(source, Recipe)
+    del vars(sys.modules[cls.__module__])["__recipe__"]  # as an ordinary import leaves it
+    assert cls().name == "Small"
+    assert load_class(source, Recipe)().name == "method/small"
+
+
 def test_the_files_of_a_recipe_are_its_code_and_the_helpers_that_it_reaches(tmp_path):
     atomic_write_text(tmp_path / "_b.py", "def f():\n    from ._c import x\n")
     atomic_write_text(tmp_path / "_c.py", "from . import _b\nimport json\n")
