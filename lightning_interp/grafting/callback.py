@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_interp.core.callbacks.intervention_callback import tokenizer_of
 from lightning_interp.core.callbacks.monitor import Monitor
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.weights.fitting import adapted_layers
@@ -102,8 +103,7 @@ class GraftCallback(Monitor):
         self._snapshot = copy.deepcopy(model).requires_grad_(False).eval()
 
     def _make_evaluator(self, trainer: Any, pl_module: Any) -> GraftEvaluator:
-        tokenizer = self.tokenizer or getattr(pl_module, "tokenizer", None)
-        tokenizer = tokenizer or getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        tokenizer = tokenizer_of(self, pl_module, getattr(trainer, "datamodule", None))
         if tokenizer is None:
             raise RecipeError(f"GraftCallback({self.name!r}) found no tokenizer. Pass GraftCallback(tokenizer=...).")
         return GraftEvaluator(

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_interp.core.storage.child_place import child_folders
 from lightning_interp.core.storage.files import atomic_write_bytes, atomic_write_json, atomic_write_text, jsonable
 from lightning_interp.core.storage.manifest_file import read_manifest
 from lightning_interp.core.storage.phase_results import phase_result
-from lightning_interp.core.storage.run_lock import is_in_use
+from lightning_interp.core.storage.run_lock import child_folders, is_in_use
 from lightning_interp.errors import ManifestError, RecipeError
 from lightning_interp.figures import png
 from lightning_interp.running.terminal import columns
@@ -28,6 +27,7 @@ __all__ = [
     "read_table",
     "write_figure",
     "write_results",
+    "write_scalars",
     "write_table",
 ]
 
@@ -199,3 +199,12 @@ def _value(text: str | None) -> Any:
     if match is None:
         return text
     return float(text) if match["fraction"] or match["exponent"] else int(text)
+
+
+def write_scalars(folder: Path, tag: str, values: Sequence[float]) -> None:
+    """Write a curve for TensorBoard that no Trainer logs."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as writer:
+        for step, value in enumerate(values):
+            writer.add_scalar(tag, value, step)

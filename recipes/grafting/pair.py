@@ -59,7 +59,7 @@ class GraftPair(Recipe):
         """Load both models and score every plan."""
         from lightning_interp import GraftEvaluator, load_causal_lm
         from lightning_interp.grafting.generate import complete
-        from lightning_interp.running.curves import write_scalars
+        from lightning_interp.running.results import write_scalars
 
         from ._common import evaluate
         from ._pair import read_prompts

@@ -232,7 +232,7 @@ class RateAudit(Recipe):
     def result(self, run: RunFolder, texts: dict[str, Any], scored: dict[str, Any]) -> RecipeResult:
         """Tables, figures, and what speaks against the numbers."""
         from lightning_interp.rate.report.study_files import write_effects
-        from lightning_interp.running.curves import write_scalars
+        from lightning_interp.running.results import write_scalars
 
         from ._audit import running_estimates
 

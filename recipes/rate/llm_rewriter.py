@@ -107,7 +107,7 @@ class LanguageModelRewriter(Recipe):
         """Say what it will cost, then ask for what is missing; the rules rewrite the same texts."""
         from lightning_interp.errors import RecipeError
         from lightning_interp.rate import Prices, RewriteRun, RewriteStore
-        from lightning_interp.running.curves import write_scalars
+        from lightning_interp.running.results import write_scalars
 
         units = self.units(run)
         tried = self.tried([unit.text for unit in units])

@@ -166,7 +166,7 @@ class RateTypos(Recipe):
     def result(self, run: RunFolder, scored: dict[str, Any]) -> RecipeResult:
         """Effects by rate, their slopes, and the checks at the highest rate."""
         from lightning_interp.rate import effects_figure, effects_rows, trend_figure, write_effects
-        from lightning_interp.running.curves import write_scalars
+        from lightning_interp.running.results import write_scalars
 
         from ._typos import slope_rows
 

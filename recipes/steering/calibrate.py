@@ -64,7 +64,7 @@ class CalibrateSteering(Recipe):
         """Every strength on the validation half, the chosen one on the other half."""
         from lightning_interp import load_causal_lm
         from lightning_interp.core.storage.files import atomic_write_text
-        from lightning_interp.running.curves import write_scalars
+        from lightning_interp.running.results import write_scalars
 
         from ._calibrate import chosen_strength, shortfall, strength_effects
         from ._common import concept_direction, concept_pairs

@@ -68,7 +68,7 @@ class DualVersusEuclidean(Recipe):
     def paths(self, run: RunFolder, folder: Path, texts: list[str]) -> dict[str, Any]:
         """Contexts, probes, paths and the sensitivity to alpha."""
         from lightning_interp import load_causal_lm
-        from lightning_interp.running.curves import write_scalars
+        from lightning_interp.running.results import write_scalars
         from lightning_interp.steering import ConceptProbe, SoftmaxGeometry
 
         from ._common import concept_pairs

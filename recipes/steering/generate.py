@@ -59,7 +59,7 @@ class SteeredGeneration(Recipe):
     def write(self, run: RunFolder, method: Method, folder: Path) -> dict[str, Any]:
         """Generate with one method and measure what was written."""
         from lightning_interp import load_causal_lm
-        from lightning_interp.running.curves import write_scalars
+        from lightning_interp.running.results import write_scalars
 
         from ._common import concept_direction, concept_pairs, read_texts
         from ._generate import PROMPTS, measured_generation

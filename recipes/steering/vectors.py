@@ -80,7 +80,7 @@ class SteeringVectors(Recipe):
         import torch
 
         from lightning_interp import ModelMap, load_causal_lm
-        from lightning_interp.running.curves import write_scalars
+        from lightning_interp.running.results import write_scalars
         from lightning_interp.steering.vectors.directions import encode_texts
 
         from ._contrasts import NEUTRAL

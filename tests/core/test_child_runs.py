@@ -9,9 +9,9 @@ import pytest
 from test_manifest_processes import run_script
 
 from lightning_interp.core.storage import manifest_follower
-from lightning_interp.core.storage.child_place import child_folders
 from lightning_interp.core.storage.manifest import RunManifest
 from lightning_interp.core.storage.manifest_file import read_manifest
+from lightning_interp.core.storage.run_lock import child_folders
 from lightning_interp.errors import ManifestError
 
 

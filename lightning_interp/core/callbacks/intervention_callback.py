@@ -14,7 +14,7 @@ from lightning_interp.errors import RecipeError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["InterventionCallback", "Stage"]
+__all__ = ["InterventionCallback", "Stage", "tokenizer_of"]
 
 Stage = Literal["train", "validate", "test", "predict"]
 _STAGES = ("train", "validate", "test", "predict")
@@ -83,8 +83,7 @@ class InterventionCallback(L.Callback):
         self.release()
         if stage in self.when:
             check_hookable(pl_module)
-            tokenizer = self.tokenizer or getattr(pl_module, "tokenizer", None)
-            tokenizer = tokenizer or getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+            tokenizer = tokenizer_of(self, pl_module, getattr(trainer, "datamodule", None))
             self._attachment = self.intervention.attach(pl_module, tokenizer=tokenizer, target=self.target)
             self._stage = stage
 
@@ -177,3 +176,8 @@ class InterventionCallback(L.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_attachment": None, "_stage": None, "_suspended": None}
+
+
+def tokenizer_of(*owners: Any) -> Any:
+    """The first tokenizer that one of these has, such as a callback, a module and a data module."""
+    return next((owner.tokenizer for owner in owners if getattr(owner, "tokenizer", None)), None)

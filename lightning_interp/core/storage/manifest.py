@@ -10,7 +10,6 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Self
 
-from lightning_interp.core.storage.child_place import CHILDREN, ChildPlace, check_parents_free, child_names
 from lightning_interp.core.storage.content import (
     RESULT,
     delete_folder,
@@ -43,7 +42,7 @@ from lightning_interp.core.storage.phase_results import (
     result_digest,
     write_result,
 )
-from lightning_interp.core.storage.run_lock import RunLock
+from lightning_interp.core.storage.run_lock import CHILDREN, ChildPlace, RunLock, check_parents_free, child_names
 from lightning_interp.errors import ManifestError
 
 __all__ = ["RunManifest", "check_name"]

@@ -12,10 +12,10 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_interp.core.storage.child_place import ChildPlace
 from lightning_interp.core.storage.manifest import RunManifest
 from lightning_interp.core.storage.manifest_file import NOT_IDENTITY, check_same_run, read_manifest
 from lightning_interp.core.storage.phase_results import Token, phase_result
+from lightning_interp.core.storage.run_lock import ChildPlace
 from lightning_interp.errors import ManifestError
 
 __all__ = ["FollowerManifest"]
