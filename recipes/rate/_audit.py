@@ -107,8 +107,8 @@ def rewrite_all(run: RewriteRun, advance: Callable[[int], object] | None = None)
         why = limit or f"too many errors, the last of them {report.last_error!r}"
         raise RecipeError(
             f"The rewriting ended at {why} after {report.calls} calls; {report.missing} texts can be asked for now. "
-            f"All answers are in {str(run.store.folder)!r}: start the same command again to go on, or a new run with "
-            "--store and that folder to change the budget."
+            f"All answers are in {str(run.store.folder)!r}: start the same command again to go on, "
+            "with another budget if you like."
         )
     return report
 

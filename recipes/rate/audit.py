@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning_interp.recipe import Recipe, RecipeResult, RunFolder
 
@@ -17,6 +17,8 @@ class RateAudit(Recipe):
     `rewrite` and `rewrite2`, if they are rewritten already; `reward`, `reward_rewrite` and `reward_rewrite2`, if they
     are scored. The layouts of the paper's authors are read too. Without texts an example with a known answer is run.
     """
+
+    not_identity: ClassVar[tuple[str, ...]] = ("requests_per_minute", "max_calls", "max_cost")
 
     model: str = "smollm2-135m-instruct"
     """The language model that rewrites: a source for rewriter=local, its name at the endpoint for rewriter=endpoint."""

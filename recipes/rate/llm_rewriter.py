@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning_interp.recipe import Recipe, RecipeResult, RunFolder
 
@@ -19,6 +19,10 @@ class LanguageModelRewriter(Recipe):
     can set the attribute, they rewrite the same texts for comparison. Effects are estimated over all complete units,
     and over those on which both rewrites complied, which is a selection and is called one.
     """
+
+    not_identity: ClassVar[tuple[str, ...]] = (
+        "api_key_env", "max_concurrency", "requests_per_minute", "max_calls", "max_cost",
+    )  # fmt: skip
 
     rewriter: Literal["local", "endpoint", "rules"] = "local"
     """The model field's language model, an OpenAI-compatible endpoint, or the rules alone."""

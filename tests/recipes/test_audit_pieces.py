@@ -107,7 +107,7 @@ class TestBudget:
 
     def test_a_stop_is_an_error_that_says_how_to_go_on(self, tmp_path):
         store = store_of(tmp_path / "s")
-        with pytest.raises(RecipeError, match=r"ended at max_calls=5 after 5 calls; .* --store"):
+        with pytest.raises(RecipeError, match=r"ended at max_calls=5 after 5 calls; .* another budget"):
             rewrite_all(RewriteRun(store, Counting(), attr=ATTR, max_calls=5))
         counting = Counting()
         assert rewrite_all(RewriteRun(store, counting, attr=ATTR)).calls == 7

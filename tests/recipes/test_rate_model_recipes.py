@@ -266,12 +266,12 @@ class TestLanguageModelRewriter:
         assert "left no complete unit" in metrics["verdict"][-1]
         assert {path.stem for path in (tmp_path / "figures").glob("*.png")} == {"rewrites"}
 
-    def test_a_budget_ends_a_go_and_the_next_goes_on(self, tmp_path, capsys):
-        settings = ("--smoke=true", "--max_calls=5", "--max_new_tokens=1")
-        run("llm_rewriter", tmp_path, *settings, code=1)
+    def test_a_budget_ends_a_go_and_another_goes_on(self, tmp_path, capsys):
+        settings = ("--smoke=true", "--max_new_tokens=1")
+        run("llm_rewriter", tmp_path, *settings, "--max_calls=5", code=1)
         said = capsys.readouterr().err.splitlines()[-1]
         assert "'local:tiny:llama' is not finished: 3 rewrites can be asked for (max_calls). All 5 answers" in said
-        metrics = run("llm_rewriter", tmp_path, *settings)
+        metrics = run("llm_rewriter", tmp_path, *settings, "--max_calls=50")
         assert sum(one["asked"] for one in metrics["rewriters"]["local:tiny:llama"]["passes"]) == 8
 
     def test_an_endpoint(self, tmp_path):
