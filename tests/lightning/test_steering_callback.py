@@ -236,6 +236,16 @@ def test_share_and_shift_by_hand(tmp_path):
     assert callback.measured["predict"]["share"] == pytest.approx(share)
 
 
+def test_all_of_several_interventions_are_measured(tmp_path):
+    shares = []
+    for parts in ([steering()], [steering(positions=Last())], [steering(), steering(positions=Last())]):
+        callback = SteeringCallback(parts, when="validate", log=["share"])
+        trainer(tmp_path, callback).validate(Module(), loader(), verbose=False)
+        shares.append(callback.measured["validate"]["share"])
+    assert shares[0] != shares[1]
+    assert shares[2] == pytest.approx((shares[0] + shares[1]) / 2)
+
+
 def test_a_gate_that_never_opens_measures_nothing(tmp_path):
     callback = SteeringCallback(steering(positions=ProbeGate(vector(), above=1e9)), log=["share", "shift"])
     trainer(tmp_path, callback).validate(Module(), loader(), verbose=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lightning_interp.core.callbacks.intervention_callback import Stage
@@ -100,8 +101,8 @@ class SteeringCallback(MeteredCallback):
 
     def meter_on(self, meter: Any) -> None:
         """Feed it, if something is to be logged."""
-        for part in self.parts if self.log_measures else ():
-            part.observe = meter.update
+        for number, part in enumerate(self.parts if self.log_measures else ()):
+            part.observe = partial(meter.update, part=number)
 
     def kept(self, found: Mapping[str, float]) -> dict[str, float]:
         """What was asked for."""

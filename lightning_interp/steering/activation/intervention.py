@@ -321,7 +321,7 @@ MEASURES = ("share", "shift")
 class SteeringMeter(Sums):
     """Share of real tokens whose activation changed, and how far the changed ones moved relative to their length.
 
-    Put ``update`` into ``steering.observe``. With several sites the share is the mean over them.
+    Put ``update`` into ``steering.observe``. With several sites or parts the share is the mean over them.
 
     Example:
         >>> meter, x = SteeringMeter(), torch.ones(1, 2, 4)
@@ -333,11 +333,11 @@ class SteeringMeter(Sums):
     def __init__(self) -> None:
         super().__init__("tokens", "changed", "moved")
 
-    def update(self, site: Site, x: Tensor, new: Tensor, step: StepContext) -> None:
-        """Count the tokens of one site in one pass; a replay by gradient checkpointing does not count again."""
-        if (id(self), site) in step.cache:
+    def update(self, site: Site, x: Tensor, new: Tensor, step: StepContext, part: int = 0) -> None:
+        """Count one site of one part in one pass; a replay by gradient checkpointing does not count again."""
+        if (id(self), site, part) in step.cache:
             return
-        step.cache[id(self), site] = True
+        step.cache[id(self), site, part] = True
         valid = step.fit(step.valid, x.shape[1]).to(x.device)
         moved = (new != x).any(dim=-1) & valid
         before = x.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
