@@ -15,9 +15,11 @@ os.environ.update(
 )
 
 import contextlib
+import inspect
 import itertools
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,6 +124,18 @@ def _environment() -> Iterator[None]:
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     if leaked := sorted(changed - _MAY_CHANGE):
         pytest.fail(f"the test changed environment variables and left them so: {', '.join(leaked)}", pytrace=False)
+
+
+def _stack(context: int = 0) -> list[inspect.FrameInfo]:
+    frames = traceback.walk_stack(sys._getframe(1))
+    return [inspect.FrameInfo(f, f.f_code.co_filename, line, f.f_code.co_name, None, None) for f, line in frames]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _stack_without_sources() -> Iterator[None]:
+    """Lightning walks the stack at each load_from_checkpoint; to read the sources of all frames takes 0.3 s."""
+    with mock.patch.object(inspect, "stack", _stack):
+        yield
 
 
 @pytest.fixture(autouse=True)
