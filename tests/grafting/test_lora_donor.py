@@ -137,10 +137,10 @@ def test_the_ends_are_the_base_and_the_adapted_model(family, kind, cases):
 def test_mixed_masks_follow_the_sequential_definition(family, kind, agree, cases):
     base, model, dense = cases(family, kind)
     oracle = Oracle(family, base, dense)
-    draws = [draw(family, ("lora", i)) for i in range(4)]
+    draws = [draw(family, ("lora", i)) for i in range(3)]
     ids, masks = torch.tensor([made.ids for made in draws]), batch_masks(draws)
     expected = torch.stack([oracle.logits(made.ids, made.table) for made in draws])
-    for execution in EXECUTIONS if family == "llama" else ("auto", "partition"):
+    for execution in EXECUTIONS if (family, kind) == ("llama", "lora") else ("auto", "partition"):
         plans = [made.plan for made in draws]
         actual = grafted(model, "default", plans, ids, masks=masks, execution=execution)
         agree(actual, expected, f"lora {kind}, {family}")
@@ -189,7 +189,7 @@ def test_embeddings_head_and_saved_modules(agree):
         assert torch.equal(grafted(model, "default", GraftPlan(), ids), run(base, ids))
         assert torch.equal(grafted(model, "default", GraftPlan.whole(), ids), run(model, ids))
         oracle = Oracle("llama", base, merged(model))
-        for i in range(4):
+        for i in range(2):
             made = draw("llama", ("saved", i))
             actual = grafted(model, "default", made.plan, torch.tensor([made.ids]), masks=batch_masks([made]))
             agree(actual[0], oracle.logits(made.ids, made.table), "lora saved modules, llama")
@@ -200,7 +200,7 @@ def test_an_adapter_and_a_model_as_two_donors(family, agree, cases):
     base, model, dense = cases(family, "lora")
     other = tiny_pair(family)[1]
     oracle = Oracle(family, base, dense, other)
-    draws = [draw(family, ("both", i), sources={"adapter": 1, "model": 2}) for i in range(4)]
+    draws = [draw(family, ("both", i), sources={"adapter": 1, "model": 2}) for i in range(3)]
     ids, masks = torch.tensor([made.ids for made in draws]), batch_masks(draws)
     expected = torch.stack([oracle.logits(made.ids, made.table) for made in draws])
     donors = {"adapter": "default", "model": other}
@@ -387,7 +387,7 @@ def test_an_adapter_on_a_four_bit_base(kind, quantised, agree):
         assert torch.equal(grafted(model, "default", GraftPlan.whole(), ids, execution=execution), run(model, ids))
     assert (run(model, ids) - run(base, ids)).abs().max() > 0.1
     oracle = ByToggling("llama", model)
-    draws = [draw("llama", ("4bit", i), length=8) for i in range(3)]
+    draws = [draw("llama", ("4bit", i), length=6) for i in range(2)]
     expected = torch.stack([oracle.logits(made.ids, made.table) for made in draws])
     ids = torch.tensor([made.ids for made in draws])
     for execution in ("auto", "partition"):

@@ -30,7 +30,7 @@ def made(loaded, behaviour):
 @pytest.mark.parametrize("behaviour", ["mood", "past"])
 def test_held_out_endings_become_likelier_with_the_strength(loaded, behaviour):
     parts, vector = made(loaded, behaviour)
-    texts = encode_items(loaded.tokenizer, parts.report[:4])
+    texts = encode_items(loaded.tokenizer, parts.report[:2])
     scores = score_sweep(ModelMap.build(loaded.model), vector, texts, layers=[LAYER], strengths=STRENGTHS)
     down, plain, up = preferences(scores)[0].mean(-1).tolist()
     assert down < plain - 0.05
