@@ -82,10 +82,10 @@ def slow_scores(model, rows, encoder, key):
 
 @pytest.mark.parametrize(("lora", "precision"), [(LORA, "32-true"), (None, "bf16-mixed")], ids=["lora", "full, bf16"])
 def test_training_learns_to_order_pairs_that_it_has_not_seen(tmp_path, lora, precision):
-    module = reward(lora=lora, lr=5e-3 if lora is None else 1e-2)
+    module, epochs = reward(lora=lora, lr=5e-3 if lora is None else 1e-2), 4 if lora is None else 6
     rows, unseen = preferences(48, 0), preferences(24, 1)
     before = trainer(tmp_path).validate(module, data(module, val=unseen), verbose=False)[0]
-    run = trainer(tmp_path, max_epochs=6, precision=precision, check_val_every_n_epoch=6)
+    run = trainer(tmp_path, max_epochs=epochs, precision=precision, check_val_every_n_epoch=epochs)
     run.fit(module, data(module, rows, val=unseen, batch_size=8))
     assert before["val/accuracy"] < 0.8
     found = metrics(run)
@@ -101,7 +101,7 @@ def test_training_learns_to_order_pairs_that_it_has_not_seen(tmp_path, lora, pre
 
 def test_training_learns_ratings(tmp_path):
     module = reward(lr=3e-3)
-    run = trainer(tmp_path, max_epochs=8, check_val_every_n_epoch=8)
+    run = trainer(tmp_path, max_epochs=6, check_val_every_n_epoch=6)
     before = trainer(tmp_path).validate(module, data(module, POINTS, val=POINTS), verbose=False)[0]
     run.fit(module, data(module, POINTS, val=POINTS))
     assert set(metrics(run)) == {"train/loss", "val/loss", "val/texts"}
@@ -173,18 +173,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, steps, lora):
         return reward(tiny_model("gpt2", **DROPOUT), lora=lora, lr=3e-3, schedule="linear", warmup_steps=2)
 
     whole = build()
-    trainer(tmp_path, max_epochs=3).fit(whole, data(whole))
+    trainer(tmp_path).fit(whole, data(whole))
     keep = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=1, save_top_k=-1)
     broken = build()
-    run = trainer(tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=[keep, Stop(steps[-1] + 1)])
+    run = trainer(tmp_path, enable_checkpointing=True, callbacks=[keep, Stop(steps[-1] + 1)])
     with pytest.raises(ZeroDivisionError):
         run.fit(broken, data(broken))
     for step in steps:
         resumed = build()
         torch.manual_seed(1234)  # what ran before must not matter
-        run = trainer(tmp_path, max_epochs=3)
+        run = trainer(tmp_path)
         run.fit(resumed, data(resumed), ckpt_path=tmp_path / "ckpt" / f"step={step}.ckpt")
-        assert run.global_step == 9
+        assert run.global_step == 6
         assert equal(weights(resumed), weights(whole))
 
 
@@ -289,13 +289,12 @@ class SameEverywhere(Callback):
 @MODES
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path, lora):
     alone = RewardModel("tiny:llama", lora=lora, lr=1e-3, chat=False)
-    run = trainer(tmp_path)
+    run = trainer(tmp_path, max_epochs=1)
     run.fit(alone, data(alone, SAME_LENGTH, val=VAL, batch_size=4))
     both = RewardModel("tiny:llama", lora=lora, lr=1e-3, chat=False)
     keep = ModelCheckpoint(tmp_path / "ckpt", filename="last")
-    pair = trainer(
-        tmp_path, devices=2, strategy="ddp_fork", enable_checkpointing=True, callbacks=[SameEverywhere(), keep]
-    )
+    options = {"devices": 2, "strategy": "ddp_fork", "enable_checkpointing": True}
+    pair = trainer(tmp_path, max_epochs=1, callbacks=[SameEverywhere(), keep], **options)
     pair.fit(both, data(both, SAME_LENGTH, val=VAL, batch_size=2))
     loaded = RewardModel.load_from_checkpoint(tmp_path / "ckpt" / "last.ckpt")
     for name, tensor in weights(alone).items():

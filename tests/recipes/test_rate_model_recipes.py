@@ -46,18 +46,6 @@ def smoke(smoke_run):
     return folder, json.loads((folder / "metrics.json").read_text())
 
 
-LANGUAGE_MODEL = ("--model=tiny:llama", "--count=20", "--batch_size=8")
-
-
-@pytest.fixture(scope="module")
-def language_model(tmp_path_factory):
-    """A run of rate/train_reward that puts an adapter into a language model."""
-    folder = tmp_path_factory.mktemp("language model") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_interp.running.results.png", lambda _: b"\x89PNG\r\n\x1a\n")
-        return folder, run("train_reward", folder, "--smoke=true", *LANGUAGE_MODEL)
-
-
 class TestTrainReward:
     def test_the_exact_null_is_zero_and_the_rest_of_it_is_not(self, smoke):
         metrics = smoke[1]
@@ -83,11 +71,10 @@ class TestTrainReward:
     def test_it_says_that_its_tweets_are_made_up(self, smoke):
         assert "made-up tweets" in (smoke[0] / "report.html").read_text()
 
-    @pytest.mark.parametrize("settings", [(), LANGUAGE_MODEL], ids=["words", "language model"])
-    def test_a_killed_training_goes_on_to_the_same_numbers(self, tmp_path, monkeypatch, request, settings):
+    def test_a_killed_training_goes_on_to_the_same_numbers(self, tmp_path, monkeypatch, smoke):
         from lightning_interp.rate import RewardAttributeEffect
 
-        folder, whole = request.getfixturevalue("language_model" if settings else "smoke")
+        folder, whole = smoke
         measure, asked = RewardAttributeEffect.look, []
 
         def once(callback, trainer, module):
@@ -98,9 +85,9 @@ class TestTrainReward:
 
         monkeypatch.setattr(RewardAttributeEffect, "look", once)
         with pytest.raises(RuntimeError, match="power cut"):
-            run("train_reward", tmp_path / "cut", "--smoke=true", *settings)
+            run("train_reward", tmp_path / "cut", "--smoke=true")
         assert read_manifest(tmp_path / "cut")["phases"]["train"]["status"] == "failed"
-        assert run("train_reward", tmp_path / "cut", "--smoke=true", *settings) == whole
+        assert run("train_reward", tmp_path / "cut", "--smoke=true") == whole
         assert len(asked) == 8 + 6  # what was measured before the last checkpoint is not measured again
         assert numbers(tmp_path / "cut") == numbers(folder)
 
@@ -118,8 +105,9 @@ class TestTrainReward:
                       "--batch_size=8", "--validations=9", "--held_out=0.25", "--watch=0")  # fmt: skip
         assert metrics["tweets"] == {"train": 30, "held": 10, "blank": 0, "neutral": 0}
 
-    def test_a_language_model_of_ones_own(self, language_model):
-        folder, metrics = language_model
+    def test_a_language_model_of_ones_own(self, tmp_path, few_dummies):
+        folder, settings = tmp_path, ("--model=tiny:llama", "--count=20", "--batch_size=8", "--epochs=1")
+        metrics = run("train_reward", folder, "--smoke=true", *settings)
         assert ate(metrics, "exclamation")["estimate"] != 0  # its tokenizer sees marks
         assert (folder / "phases/train/model/reward_text.json").exists()
         assert "tiny:llama" in (folder / "report.html").read_text()
@@ -211,6 +199,7 @@ class Flaky:
         monkeypatch.setattr(kind, "rewrite", rewrite)
 
 
+@pytest.mark.usefixtures("few_dummies")
 class TestLanguageModelRewriter:
     def test_the_cost_is_told_before_anything_is_asked(self, tmp_path, monkeypatch, capsys):
         from lightning_interp.rate import LocalRewriter
