@@ -30,10 +30,12 @@ def pair():
     loaded = load_causal_lm("smollm2-135m-instruct")
     recipient = loaded.model.eval()
     donor = copy.deepcopy(recipient)
-    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0))  # for all weights it takes seconds
     with torch.no_grad():
-        for parameter in donor.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1 * parameter.std())
+        for i, parameter in enumerate(donor.parameters()):
+            moves, size = noise.roll(7919 * i), 0.1 * float(parameter.std())
+            for piece in parameter.view(-1).split(len(noise)):
+                piece.add_(moves[: len(piece)], alpha=size)
     return recipient, donor, loaded.tokenizer
 
 
@@ -154,7 +156,7 @@ def test_padding_and_prefixes(pair):  # 11, 12
     recipient, donor, tokenizer = pair
     entity = GraftPlan.at(FromBatch("FE"))
     grid = component_grid(LAYERS, components=["ATTN", "FFN"], width=10, base=entity)
-    plans = dict(list(grid.plans.items())[::7]) | {"FE": entity}
+    plans = dict(list(grid.plans.items())[::14]) | {"FE": entity}
     prompts = [GraftPrompt(TEXT, "Bo", {"FE": "Ann Lee"}), GraftPrompt("Cy Ray acts with", "Di", {"FE": "Cy Ray"})]
     together = GraftEvaluator(prompts, tokenizer, plans=plans)
     alone = [GraftEvaluator([p], tokenizer, plans=plans, share_prefixes=False) for p in prompts]

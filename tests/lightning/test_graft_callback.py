@@ -110,7 +110,7 @@ def test_sft_is_the_plain_trained_model(tmp_path):
 def test_the_curves_reach_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    callback, logger = GraftCallback(PROMPTS, name="facts"), TensorBoardLogger(tmp_path)
+    callback, logger = GraftCallback(PROMPTS[:1], name="facts"), TensorBoardLogger(tmp_path)
     trainer(tmp_path, callback, logger=logger, max_epochs=1, log_every_n_steps=1).fit(module(), data())
     events = EventAccumulator(logger.log_dir).Reload()
     assert {f"facts/{plan}/{metric}" for plan in PLANS for metric in LOGGED} <= set(events.Tags()["scalars"])
@@ -134,7 +134,7 @@ class PlModule(pl.LightningModule):
 
 
 def test_the_other_namespace(tmp_path):
-    callback = GraftCallback(PROMPTS)
+    callback = GraftCallback(PROMPTS[:1])
     batch = torch.tensor([TOKENIZER("Ann met Bo")["input_ids"]] * 2)
     run = trainer(tmp_path, callback, pl.Trainer, max_epochs=1)
     run.fit(PlModule(tiny_model("llama")), torch.utils.data.DataLoader(batch, batch_size=2))
@@ -164,7 +164,7 @@ class Plain(L.LightningModule):
 
 def test_training_is_the_same_to_the_bit_with_and_without(tmp_path):
     final = []
-    for callbacks in ([], [GraftCallback(PROMPTS)]):
+    for callbacks in ([], [GraftCallback(PROMPTS[:1])]):
         L.seed_everything(5, verbose=False)
         ours = Plain()
         ours.model.transformer.h[0].eval()
@@ -223,13 +223,13 @@ def test_validate_scores_against_a_reference(tmp_path):
     metrics = run.validate(ours, data(), verbose=False)[0]
     assert scores(callback.history[0]) == pytest.approx(evaluated(before, ours.model), abs=1e-5)
     assert metrics["graft/LT/target_prob"] == pytest.approx(callback.history[0]["LT/target_prob"], abs=1e-6)
-    again = trainer(tmp_path, GraftCallback(PROMPTS))
+    again = trainer(tmp_path, GraftCallback(PROMPTS[:1]))
     again.validate(module(), data(), verbose=False)
     assert float(again.callback_metrics["graft/SFT/kl_to_donor"]) == 0.0
 
 
 def test_validation_inside_of_a_fit_is_not_scored_twice(tmp_path):
-    callback = GraftCallback(PROMPTS)
+    callback = GraftCallback(PROMPTS[:1])
     trainer(tmp_path, callback, max_epochs=1, num_sanity_val_steps=1).fit(module(), data())
     assert [entry["epoch"] for entry in callback.history] == [0.0, 1.0]
 
@@ -242,7 +242,7 @@ def test_testing_and_predicting_need_no_reference(tmp_path):
 
 def test_several_callbacks_have_names_of_their_own(tmp_path):
     plans = {"LT": GraftPlan.at(Last())}
-    callbacks = [GraftCallback(PROMPTS), GraftCallback(PROMPTS[:1], plans=plans, name="one", at_start=False)]
+    callbacks = [GraftCallback(PROMPTS[:2]), GraftCallback(PROMPTS[:1], plans=plans, name="one", at_start=False)]
     run = trainer(tmp_path, callbacks, max_epochs=1)
     run.fit(module(), data())
     assert [len(c.history) for c in callbacks] == [2, 1]
@@ -252,7 +252,7 @@ def test_several_callbacks_have_names_of_their_own(tmp_path):
 
 
 def test_the_copy_is_let_go_and_does_not_travel(tmp_path):
-    callback = GraftCallback(PROMPTS)
+    callback = GraftCallback(PROMPTS[:1])
 
     class Look(L.Callback):
         def on_train_start(self, trainer, pl_module):

@@ -103,7 +103,7 @@ def test_another_seed_has_other_facts(whole, tmp_path):
     assert found[0] == (whole / "phases/facts/facts.jsonl").read_bytes() != found[1]
 
 
-def test_all_weights(tmp_path):
+def test_all_weights(tmp_path, undrawn):
     assert facts(tmp_path, *TINY, "--mode=full", "--lr=0.001", "--epochs=1") == 0
     from lightning_interp import load_causal_lm
     from lightning_interp.testing import tiny_model
@@ -155,7 +155,7 @@ def stopped_by(signum, folder, said, stop_at):
     return process.exitcode
 
 
-def test_a_run_killed_and_then_stopped_while_training_ends_as_one_that_was_not(whole, tmp_path, capsys):
+def test_a_run_killed_and_then_stopped_while_training_ends_as_one_that_was_not(whole, tmp_path, capsys, undrawn):
     """By SIGKILL, which leaves no time to say goodbye; then by Ctrl-C, after which Lightning has its turn."""
     folder, said = tmp_path / "run", tmp_path / "said"
     # Within the second epoch: one checkpoint is there, and a step is lost.
@@ -187,7 +187,7 @@ def test_another_seed_in_the_same_folder_is_refused_with_both(whole, capsys):
     assert numbers(whole) == before
 
 
-def test_a_finished_run_prints_its_table_again_and_trains_nothing(whole, capsys):
+def test_a_finished_run_prints_its_table_again_and_trains_nothing(whole, capsys, undrawn):
     before = {path: path.stat().st_mtime_ns for path in (whole / "phases").rglob("*") if path.is_file()}
     assert facts(whole, *TINY) == 0
     said = capsys.readouterr()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -21,21 +22,33 @@ ROWS = [
     {"text": "Nobody is in this film", "target": "Ed", "spans": {"FE": "Zed"}, "unit": 3},
 ]
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 
-@pytest.fixture
-def files(tmp_path):
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
     """A recipient, a donor and an adapter as folders, and prompts; the last one has no such entity."""
+    folder = tmp_path_factory.mktemp("made")
     recipient, donor = tiny_pair("llama")
     for name, model in (("recipient", recipient), ("donor", donor)):
-        model.save_pretrained(tmp_path / name)
-        byte_tokenizer().save_pretrained(tmp_path / name)
+        model.save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
         adapted = get_peft_model(tiny_pair("llama")[0], config)
-    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "recipient")
-    adapted.save_pretrained(tmp_path / "adapter")
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    adapted.peft_config["default"].base_model_name_or_path = str(folder / "recipient")
+    adapted.save_pretrained(folder / "adapter")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder
+
+
+@pytest.fixture
+def files(made, tmp_path):
+    """A copy of what was made, for one test."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    config = tmp_path / "adapter/adapter_config.json"
+    config.write_text(config.read_text().replace(str(made), str(tmp_path)))
     return tmp_path
 
 
