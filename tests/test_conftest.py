@@ -73,7 +73,7 @@ def report(tmp_path_factory):
     source = (ROOT / "tests" / "conftest.py").read_text()
     (folder / "conftest.py").write_text(
         f"{source}\nfrom pathlib import Path\nimport budget\nfrom lightning_interp.testing import marks\n"
-        f"marks.find_spec = lambda name: None\nbudget.FILE = Path('budgets.json')\nbudget.FLOOR = 0\n"
+        f"marks.find_spec = find_spec = lambda name: None\nbudget.FILE = Path('budgets.json')\nbudget.FLOOR = 0\n"
     )
     environment = {k: v for k, v in os.environ.items() if k not in {"CI", "PYTEST_ADDOPTS", "PL_GLOBAL_SEED"}}
     environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
@@ -118,7 +118,8 @@ def test_budgets_are_a_factor_a_floor_and_the_speed_of_the_machine():
 def test_a_file_over_its_budget_is_measured_alone_before_it_turns_a_run_red(tmp_path, monkeypatch):
     (tmp_path / "test_slow.py").write_text(SLOW)
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
-    monkeypatch.setenv("PYTEST_ADDOPTS", "-p budget -p no:cacheprovider")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p budget -p xdist.plugin -p no:cacheprovider")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     taken = budget.alone(["test_slow.py", "smoke run of something"], tmp_path)
     assert taken.keys() == {"test_slow.py", "what many share"}
     assert 0.5 <= taken["test_slow.py"] < 5

@@ -14,6 +14,7 @@ from lightning_interp.core.tokens.positions import All, Last, Span, Substring
 from lightning_interp.errors import IncompatibleModelError
 from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.plan import GraftPlan
+from lightning_interp.testing import FAMILIES
 from lightning_interp.testing.contract import InterventionContract
 
 
@@ -77,7 +78,9 @@ class TestAddVectorAtTheLastToken(InterventionContract):
         return AddVector(Site("resid_pre", -1), vector(1), 2.0, Last())
 
 
-class TestCompose(InterventionContract):  # on every family
+class TestCompose(InterventionContract):
+    families = ("gpt_neox", "llama")
+
     def make(self, model):
         first = AddVector(Site("resid_post", 0), vector(), 1.0)
         return Compose(first, AddVector(Site("attn_in", 2), vector(1), -1.0), ActivationCapture([Site("logits")]))
@@ -94,6 +97,12 @@ class TestGraft(InterventionContract):
 
     def make_identity(self, model):
         return Graft(donor_of(model), GraftPlan())
+
+
+def test_every_family_is_tried_by_a_class_and_by_one_that_names_none():
+    classes = InterventionContract.__subclasses__()
+    assert set().union(*(kind.families for kind in classes if "families" in vars(kind))) == set(FAMILIES)
+    assert InterventionContract.families == FAMILIES
 
 
 # The contract must see what is wrong. Each of these breaks one promise, and the test named beside it must fail.

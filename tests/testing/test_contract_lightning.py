@@ -35,6 +35,8 @@ class Shift(Intervention):
 
 
 class TestInterventionCallback(CallbackContract):
+    libraries = ("lightning.pytorch",)
+
     def make_callback(self):
         return InterventionCallback(Shift(Substring("fox")))
 
@@ -71,6 +73,12 @@ class TestGraftCallback(CallbackContract):
     def make_callback(self):
         prompts = [GraftPrompt("the red fox", " ran", {"FE": "red"})]
         return GraftCallback(prompts, reference=tiny_pair("llama")[1])
+
+
+def test_both_libraries_are_tried_and_by_a_class_that_names_none():
+    classes = CallbackContract.__subclasses__()
+    assert CallbackContract.libraries == ("lightning.pytorch", "pytorch_lightning")
+    assert {name for kind in classes for name in vars(kind).get("libraries", ())} == set(CallbackContract.libraries)
 
 
 # The contract must see what is wrong. Each of these breaks one promise, and the test named beside it must fail.
