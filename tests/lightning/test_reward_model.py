@@ -354,7 +354,7 @@ def test_strategies_that_cannot_train_it_are_refused(tmp_path):
 def test_an_adapter_trains_on_a_quantised_base(tmp_path):
     module = RewardModel("tiny:llama", lora=LORA, quantization="8bit", lr=1e-2)
     frozen = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
-    rows = preferences(16, 0)
+    rows = preferences(8, 0)
     before = trainer(tmp_path).validate(module, data(module, val=rows), verbose=False)[0]["val/loss"]
     run = trainer(tmp_path, max_epochs=2, check_val_every_n_epoch=2)
     run.fit(module, data(module, rows, val=rows))

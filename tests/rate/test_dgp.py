@@ -22,9 +22,8 @@ def runs():
     """Samples of two hundred units: paired, stratified and unpaired results of each."""
     rng = np.random.default_rng(2024)
     samples = [heterogeneous(200, rng) for _ in range(RUNS)]
-    return {
-        kind: [rate_effects(*sample, se=kind) for sample in samples] for kind in ("paired", "stratified", "unpaired")
-    }
+    sizes = {"paired": RUNS, "stratified": RUNS, "unpaired": RUNS // 4}  # the last are wider by far
+    return {kind: [rate_effects(*sample, se=kind) for sample in samples[:size]] for kind, size in sizes.items()}
 
 
 def coverage(results, estimand="ate", estimator="rate", truth=None):
@@ -44,7 +43,7 @@ class TestCoverage:
         assert errors[0] / errors[1] == pytest.approx(0.917, abs=0.01)
 
     def test_unpaired_errors_are_far_too_wide(self, runs):
-        assert coverage(runs["unpaired"]) > 0.99
+        assert coverage(runs["unpaired"]) == 1
         widths = [np.mean([r.rate.ate.se for r in runs[kind]]) for kind in ("unpaired", "paired")]
         assert widths[0] > 2 * widths[1]
 

