@@ -7,6 +7,8 @@ carry something for Lightning) is there a list, and it is short.
 from __future__ import annotations
 
 import ast
+import builtins
+import functools
 import importlib
 import json
 import os
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import lightning_interp
+from lightning_interp.models import load_causal_lm
 from lightning_interp.testing import byte_tokenizer, tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -124,51 +127,132 @@ def violations(*plan):
     return json.loads(done.stdout.rpartition("FOUND")[2])
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """Violations by layer, from one process that imports the layers from the lightest to the heaviest."""
-    tiny = str(tmp_path_factory.mktemp("tiny"))
-    tiny_model("llama").save_pretrained(tiny)
-    byte_tokenizer().save_pretrained(tiny)
-    torch_baseline = ["torch", "transformers.modeling_utils", "transformers.modeling_layers", "tokenizers"]
-    lightning_baseline = ["lightning.pytorch", "peft"]
-    steps = {
-        "bare": step("bare", stdlib_only=True),
-        "light": step("light", forbidden=(CORNERS | LIGHTNING | TORCH) - CLI_MAY),
-        "core": step("core", baseline=torch_baseline, forbidden=CORNERS | LIGHTNING),
-        # What is measured is a torchmetrics class, and torchmetrics itself imports matplotlib where it is installed.
-        "method": step("method", baseline=["torchmetrics"], forbidden=CORNERS | LIGHTNING),
-        "loading": step("", modules=["lightning_interp.models"], load=tiny, forbidden=CORNERS | LIGHTNING),
-        "lightning": step("lightning", baseline=lightning_baseline, forbidden=CORNERS),
-        "wrong": step("", modules=["lightning_interp.errors", "mailbox", "zipapp"], forbidden={"zipapp", "mailbox"}),
-    }
-    return dict(zip(steps, violations(*steps.values()), strict=True))
-
-
 def test_discovery_sees_the_package():
     names = set(MODULES)
     assert {"", "errors", "core", "core.model.sites", "core.hooks.intervention", "testing.tiny"} <= names
     assert len(names) > 12
 
 
-@pytest.mark.parametrize("name", ["bare", "light", "core", "method", "loading", "lightning"])
-def test_a_layer_imports_no_more_than_it_may(name, found):
-    assert found[name] == {}
+def test_light_layers_import_no_more_than_they_may_and_the_check_sees_a_violation():
+    bare = step("bare", stdlib_only=True)
+    light = step("light", forbidden=(CORNERS | LIGHTNING | TORCH) - CLI_MAY)
+    wrong = step("", modules=["lightning_interp.errors", "mailbox", "zipapp"], forbidden={"zipapp", "mailbox"})
+    assert violations(bare, light, wrong) == [{}, {}, {"mailbox": ["mailbox"], "zipapp": ["zipapp"]}]
 
 
-def test_the_check_sees_a_violation(found):
-    assert found["wrong"] == {"mailbox": ["mailbox"], "zipapp": ["zipapp"]}
+@pytest.mark.slow
+def test_all_layers_import_no_more_than_they_may(tmp_path):
+    """What the packages that they use import in turn counts too: one process, from the lightest to the heaviest."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    torch_baseline = ["torch", "transformers.modeling_utils", "transformers.modeling_layers", "tokenizers"]
+    steps = {
+        "core": step("core", baseline=torch_baseline, forbidden=CORNERS | LIGHTNING),
+        # What is measured is a torchmetrics class, and torchmetrics itself imports matplotlib where it is installed.
+        "method": step("method", baseline=["torchmetrics"], forbidden=CORNERS | LIGHTNING),
+        "loading": step("", modules=["lightning_interp.models"], load=str(tmp_path), forbidden=CORNERS | LIGHTNING),
+        "lightning": step("lightning", baseline=["lightning.pytorch", "peft"], forbidden=CORNERS),
+    }
+    assert dict(zip(steps, violations(*steps.values()), strict=True)) == {name: {} for name in steps}
+
+
+def run_at_import(node):
+    """The import statements below a node that run when its module is imported."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child
+        elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            yield from (found for other in child.orelse for found in run_at_import(ast.Module([other], [])))
+        elif not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from run_at_import(child)
+
+
+def home(module, name):
+    """The dotted name of what a module offers under a name, also of a name that its package loads when it is used."""
+    own = Path(*module.split(".")[1:])
+    lazy = module.partition(".")[0] == "lightning_interp" and (PACKAGE / own / "__init__.pyi").exists()
+    if lazy and (further := stub_names(own).get(name, module)) != module:
+        return home(further, name)
+    return f"{module}.{name}"
+
+
+def reached(tree, seen):
+    """Dotted names of other packages that come in with a module, also through modules of this one."""
+    for node in run_at_import(tree):
+        prefix = [] if isinstance(node, ast.Import) else [node.module]
+        for target in [home(*prefix, alias.name) if prefix else alias.name for alias in node.names]:
+            parts = target.split(".")
+            names = {".".join(parts[1:end]) for end in range(1, len(parts) + 1)} & set(MODULES)
+            if parts[0] != "lightning_interp":
+                yield target
+            for name in names - seen if parts[0] == "lightning_interp" else ():
+                seen.add(name)
+                yield from reached(parsed(name), seen)
+
+
+MAY = {"core": set(), "method": {"torchmetrics"}, "lightning": LIGHTNING}
+
+
+def too_heavy(kind, tree, seen):
+    """What comes in with a module of a layer that may not, as the statements of this package say."""
+    found = {target.partition(".")[0] for target in reached(tree, seen)}
+    return sorted(found & (CORNERS | LIGHTNING) - MAY[kind])
+
+
+@functools.cache
+def parsed(name):
+    stem = PACKAGE / Path(*name.split(".")) if name else PACKAGE
+    path = stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+@pytest.mark.parametrize("kind", ["core", "method", "lightning"])
+def test_a_layers_statements_import_no_more_than_they_may(kind):
+    seen = set()  # what several modules reach is said of the first
+    found = {name: too_heavy(kind, parsed(name), seen) for name in MODULES if layer(name) == kind}
+    assert {name: bad for name, bad in found.items() if bad} == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "bad"),
+    [
+        ("core", "class A:\n    import peft.tuners", ["peft"]),
+        ("core", "from lightning_interp.core.measure.reduced import x", ["torchmetrics"]),
+        ("method", "import torchmetrics, pandas", ["pandas"]),
+        ("method", "from lightning_interp import CausalLM", ["lightning"]),
+        ("lightning", "import lightning\nif TYPE_CHECKING:\n    import rich\nelse:\n    import ray", ["ray"]),
+        ("core", "def f():\n    import peft", []),
+    ],
+)
+def test_the_statements_of_a_layer_that_is_too_heavy_are_seen(kind, code, bad):
+    assert too_heavy(kind, ast.parse(code), set()) == bad
+
+
+def test_loading_a_model_says_nothing_and_imports_neither_lightning_nor_peft(tmp_path, monkeypatch, capfd):
+    tiny_model("llama").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    capfd.readouterr()
+    asked, real = set(), builtins.__import__
+
+    def watched(name, *arguments, **options):
+        asked.add(name.partition(".")[0])
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", watched)
+    load_causal_lm(str(tmp_path))
+    monkeypatch.undo()
+    assert asked
+    assert asked & (CORNERS | LIGHTNING) == set()
+    assert capfd.readouterr().err == ""
 
 
 def imports(name):
     """Every import statement of a module, also inside functions, as absolute dotted names."""
-    stem = PACKAGE / Path(*name.split(".")) if name else PACKAGE
-    path = stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(name)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: relative import; write the full name"
+            assert node.level == 0, f"{name}:{node.lineno}: relative import; write the full name"
             yield node.module or ""
 
 
@@ -214,6 +298,7 @@ def test_lazy_names_resolve(name):
     assert value is getattr(sys.modules[home], name)
 
 
+@functools.cache
 def stub_names(package):
     """Name -> module, as the stub of a package tells type checkers."""
     stub = PACKAGE / package / "__init__.pyi"
