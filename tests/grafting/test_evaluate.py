@@ -77,8 +77,9 @@ def check(result, expected, tolerance=1e-5):
 @pytest.mark.parametrize("family", ["gpt2", "bloom"])
 def test_scores_equal_one_prompt_and_one_plan_at_a_time(family, pairs):
     recipient, donor = pairs(family)
-    result = evaluator(plans=PLANS, top_k=3).evaluate(recipient, donor)
-    check(result, slow(recipient, donor, PROMPTS, PLANS, top_k=3))
+    plans = PLANS if family == "gpt2" else {n: PLANS[n] for n in ("PRE", "SFT", "FE+LT", "donor head", "Q")}
+    result = evaluator(plans=plans, top_k=3).evaluate(recipient, donor)
+    check(result, slow(recipient, donor, PROMPTS, plans, top_k=3))
     changed = [row for row in result.rows if row["kl_to_recipient"] > 1e-3]
     assert {row["plan"] for row in changed} >= {"SFT", "FE+LT", "donor head", "Q"}
 

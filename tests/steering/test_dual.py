@@ -129,7 +129,7 @@ class TestTheorem:
 
 
 class TestCurve:
-    @settings(max_examples=4)
+    @settings(max_examples=3)
     @given(st.integers(0, 30), st.floats(0.1, 2), st.floats(-2, -0.1))
     def test_group_law(self, seed, s, t):
         geometry, lam, alpha = family(seed), 0.5 * draw(8, seed=seed + 1), 0.05
@@ -181,12 +181,12 @@ class TestCurve:
 
 @pytest.mark.parametrize("target", [{"t": 0.6}, {"probe_delta": 2.0}, {"kl_budget": 0.3}])
 def test_a_batch_is_its_rows(target):
-    geometry, lam, beta = family(), draw(4, 8, seed=1), draw(8, seed=2)
+    geometry, lam, beta = family(), draw(3, 8, seed=1), draw(8, seed=2)
     settings = {"alpha": 0.02, "options": EXACT if "kl_budget" not in target else None}
     together = dual_steer(geometry, lam, beta, **settings, **target)
     alone = [dual_steer(geometry, row, beta, **settings, **target).lam for row in lam]
     close(together.lam, torch.cat(alone), 1e-9)
-    (name, value), goals = next(iter(target.items())), torch.linspace(0.5, 1.5, 4, dtype=torch.float64)
+    (name, value), goals = next(iter(target.items())), torch.linspace(0.5, 1.5, 3, dtype=torch.float64)
     per_row = dual_steer(geometry, lam, beta, **settings, **{name: value * goals})
     single = [
         dual_steer(geometry, row, beta, **settings, **{name: value * float(goal)}).lam
@@ -202,7 +202,7 @@ def test_one_direction_a_row():
     close(together, torch.cat(alone), 1e-9)
 
 
-def peaked(dtype=torch.float64, v=400, d=16, rows=3):
+def peaked(dtype=torch.float64, v=400, d=16, rows=2):
     """An anisotropic head whose distributions are peaked, and a direction between two sets of tokens."""
     weight = draw(v, d, seed=3) * torch.logspace(0, -1.2, d, dtype=torch.float64)
     lam, beta = 2.5 * draw(rows, d, seed=4), weight[:50].mean(0) - weight[50:100].mean(0)
@@ -215,7 +215,7 @@ TARGETS = [{"t": 0.2}, {"probe_delta": 2.0}, {"kl_budget": 0.4}, {"target_prob":
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: next(iter(t)))
 def test_a_support_gives_what_the_whole_vocabulary_gives(target):
-    geometry, lam, beta, pairs = peaked(rows=2)
+    geometry, lam, beta, pairs = peaked(rows=1)
     settings = {"alpha": 5e-3, "pairs": pairs, "options": SolverOptions(rtol=1e-7, target_rtol=1e-6)}
     whole = dual_steer(geometry, lam, beta, **settings, **target)
     assert whole.reached.all()
@@ -246,7 +246,7 @@ def test_single_precision_ends_where_double_precision_does():
 
 
 class TestTargets:
-    @pytest.mark.parametrize("budget", [1e-4, 0.5, 3.0])
+    @pytest.mark.parametrize("budget", [1e-4, 3.0])
     def test_kl_budget(self, budget):
         geometry, lam, beta, _ = peaked()
         for steer in (dual_steer, euclidean_steer):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import pytest
 import torch
 
@@ -28,7 +31,17 @@ def direction(k=0, width=32):
     return torch.randn(width, generator=torch.Generator().manual_seed(k))
 
 
-class _Contract(InterventionContract):
+_two_blocks = functools.cache(functools.partial(tiny_model, num_hidden_layers=2))
+
+
+class _TwoBlocks(InterventionContract):
+    """The head is steered, so how many blocks there are before it does not matter."""
+
+    def model(self, family, dtype=torch.float32):
+        return copy.deepcopy(_two_blocks(family, dtype=dtype))
+
+
+class _Contract(_TwoBlocks):
     """Every token, solved so far that padded and plain rows end at the same place."""
 
     families = ("qwen2_moe",)  # its experts see the whole batch
@@ -43,7 +56,7 @@ class TestDual(_Contract):
         return DualSteering(direction(), positions=All(), t=0.0, alpha=0.5)
 
 
-class TestSoftcapped(InterventionContract):
+class TestSoftcapped(_TwoBlocks):
     families = ("gemma2",)
 
     def make(self, model):
