@@ -72,7 +72,8 @@ class TestGraftCallback(CallbackContract):
 
     def make_callback(self):
         prompts = [GraftPrompt("the red fox", " ran", {"FE": "red"})]
-        return GraftCallback(prompts, reference=tiny_pair("llama")[1])
+        plans = {"last": GraftPlan.at(Last(), components="BLOCK")}
+        return GraftCallback(prompts, reference=tiny_pair("llama")[1], plans=plans)
 
 
 def test_both_libraries_are_tried_and_by_a_class_that_names_none():
