@@ -142,7 +142,7 @@ class TestTraining:
         rows = [{"prompt": "", "response": text, "reward": reward} for text, reward in rated]
         module = BagOfWords(word_tokenizer([text for text, _ in rated], min_count=1), lr=0.2)
         loaded = PreferenceDataModule(rows, encoder=module.encoder, batch_size=len(rows))
-        trainer(tmp_path, max_epochs=150).fit(module, loaded)
+        trainer(tmp_path, max_epochs=250).fit(module, loaded)
         names = ("good", "day", "bad")
         columns = torch.tensor([[float(name in text.split()) for name in names] + [1.0] for text, _ in rated]).double()
         goal, beta = torch.tensor([reward for _, reward in rated]).double(), torch.zeros(4).double()
