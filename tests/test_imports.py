@@ -129,7 +129,7 @@ def violations(*plan):
 
 def test_discovery_sees_the_package():
     names = set(MODULES)
-    assert {"", "errors", "core", "core.model.sites", "core.hooks.intervention", "testing.tiny"} <= names
+    assert {"", "errors", "core", "core.model.sites", "core.hooks.intervention", "testing.contract"} <= names
     assert len(names) > 12
 
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from lightning_interp.core.model.layers import Layers
+from lightning_interp.core.model.sites import Layers
 from lightning_interp.core.tokens.positions import All, FromBatch, Last, Positions
 from lightning_interp.errors import RecipeError
 from lightning_interp.grafting.dropout import GraftDropout

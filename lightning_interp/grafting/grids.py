@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lightning_interp.core.model.layers import resolve_layers
+from lightning_interp.core.model.sites import resolve_layers
 from lightning_interp.core.tokens.positions import FromBatch, Last, Positions
 from lightning_interp.errors import RecipeError
 from lightning_interp.grafting.plan import GraftPlan, GraftRule

@@ -16,9 +16,8 @@ import torch
 
 from lightning_interp.core.hooks.capture import ActivationCapture
 from lightning_interp.core.hooks.intervention import Intervention
-from lightning_interp.core.model.layers import Layers, resolve_layers
 from lightning_interp.core.model.model_map import ModelMap
-from lightning_interp.core.model.sites import Site
+from lightning_interp.core.model.sites import Layers, Site, resolve_layers
 from lightning_interp.core.tokens.positions import Positions
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.core.weights.sources import WeightSource

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from lightning_interp.core.model.components import BLOCK_COMPONENTS, GLOBAL_COMPONENTS
-from lightning_interp.core.model.layers import Layers, resolve_layers
 from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.model.sites import Layers, resolve_layers
 from lightning_interp.core.tokens.positions import All, Positions
 from lightning_interp.errors import RecipeError, SiteError
 from lightning_interp.grafting.dropout import Cell, GraftDropout

@@ -1,9 +1,9 @@
+from lightning_interp.models.sources.tiny import EXTRA_FAMILIES as EXTRA_FAMILIES
+from lightning_interp.models.sources.tiny import FAMILIES as FAMILIES
+from lightning_interp.models.sources.tiny import byte_tokenizer as byte_tokenizer
+from lightning_interp.models.sources.tiny import tiny_config as tiny_config
+from lightning_interp.models.sources.tiny import tiny_model as tiny_model
+from lightning_interp.models.sources.tiny import tiny_pair as tiny_pair
 from lightning_interp.testing.contract import InterventionContract as InterventionContract
 from lightning_interp.testing.contract_lightning import CallbackContract as CallbackContract
 from lightning_interp.testing.marks import needs as needs
-from lightning_interp.testing.tiny import EXTRA_FAMILIES as EXTRA_FAMILIES
-from lightning_interp.testing.tiny import FAMILIES as FAMILIES
-from lightning_interp.testing.tiny import byte_tokenizer as byte_tokenizer
-from lightning_interp.testing.tiny import tiny_config as tiny_config
-from lightning_interp.testing.tiny import tiny_model as tiny_model
-from lightning_interp.testing.tiny import tiny_pair as tiny_pair

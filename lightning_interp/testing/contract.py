@@ -23,8 +23,8 @@ from lightning_interp.core.tokens.kv_cache import cache_argument, cache_of
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import CompiledModelError
 from lightning_interp.models.sources.pretrained import checkpoint_blocks
+from lightning_interp.models.sources.tiny import FAMILIES, byte_tokenizer, tiny_model
 from lightning_interp.testing.snapshot import snapshot, without
-from lightning_interp.testing.tiny import FAMILIES, byte_tokenizer, tiny_model
 
 __all__ = ["InterventionContract"]
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from lightning_interp.core.measure.seeding import seeded_rng
 from lightning_interp.errors import InterpError
+from lightning_interp.models.sources.tiny import byte_tokenizer, tiny_model
 from lightning_interp.testing.snapshot import Snapshot, snapshot, without
-from lightning_interp.testing.tiny import byte_tokenizer, tiny_model
 
 __all__ = ["CallbackContract"]
 

@@ -13,8 +13,7 @@ from transformers.utils import logging as hub_logging
 from lightning_interp import AddDirection, Last, Site
 from lightning_interp.core.tokens.kv_cache import cache_argument, cache_in, cache_of, installed_versions
 from lightning_interp.grafting import GraftEvaluator, GraftPlan, GraftPrompt
-from lightning_interp.testing import FAMILIES, byte_tokenizer, tiny_model
-from lightning_interp.testing.tiny import tiny_pair
+from lightning_interp.testing import FAMILIES, byte_tokenizer, tiny_model, tiny_pair
 
 IDS = torch.arange(5, 13)[None]
 

@@ -20,7 +20,7 @@ from lightning_interp.core.weights.holders import RowSource
 from lightning_interp.core.weights.row_weights import RowWeights
 from lightning_interp.core.weights.sources import AdapterSource, ModelSource, make_sources
 from lightning_interp.errors import IncompatibleModelError, PositionError, RecipeError
-from lightning_interp.testing.tiny import tiny_model, tiny_pair
+from lightning_interp.testing import tiny_model, tiny_pair
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 RANKS = {"first": 2, "second": 4, "third": 1}

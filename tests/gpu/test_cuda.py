@@ -9,8 +9,7 @@ from lightning_interp import AddDirection, All, Generated, Graft, GraftPlan, Las
 from lightning_interp.core.tokens.kv_cache import cache_argument, cache_of
 from lightning_interp.steering import dual_steer
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
-from lightning_interp.testing import FAMILIES, tiny_model
-from lightning_interp.testing.tiny import tiny_pair
+from lightning_interp.testing import FAMILIES, tiny_model, tiny_pair
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_interp.testing.tiny import tiny_pair
+from lightning_interp.testing import tiny_pair
 
 _KEY = pytest.StashKey[dict[str, tuple[float, float]]]()
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -9,7 +9,7 @@ from oracle import Oracle, cells_of
 from lightning_interp.core.tokens.positions import All, Last, Span
 from lightning_interp.errors import RecipeError
 from lightning_interp.grafting import Graft, GraftPlan, GraftRule
-from lightning_interp.testing.tiny import tiny_model
+from lightning_interp.testing import tiny_model
 
 LENGTH = 9
 IDS = torch.randint(5, 261, (1, LENGTH), generator=torch.Generator().manual_seed(2))

@@ -10,7 +10,7 @@ from lightning_interp.core.tokens.kv_cache import cache_argument, cache_of
 from lightning_interp.core.tokens.positions import All, FromBatch, Last, Span
 from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.plan import GraftPlan, GraftRule
-from lightning_interp.testing.tiny import FAMILIES
+from lightning_interp.testing import FAMILIES
 
 LENGTHS = (11, 6)
 WIDTH, NEW = max(LENGTHS), 4

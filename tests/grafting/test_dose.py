@@ -12,7 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from lightning_interp.core.tokens.positions import All, Last, Span
 from lightning_interp.errors import RecipeError
 from lightning_interp.grafting import Graft, GraftPlan, GraftRule
-from lightning_interp.testing.tiny import tiny_model
+from lightning_interp.testing import tiny_model
 
 IDS = torch.randint(5, 261, (2, 9), generator=torch.Generator().manual_seed(1))
 LINEAR = ("llama", "gpt2", "gemma2", "opt", "phi3")  # plain, split and fused maps, norms around one, biases

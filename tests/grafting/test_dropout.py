@@ -11,7 +11,7 @@ from lightning_interp.core.tokens.positions import All, Span
 from lightning_interp.errors import RecipeError
 from lightning_interp.grafting import Graft, GraftDropout, GraftPlan, GraftRule, dropout_plans
 from lightning_interp.grafting.dropout import DRAWS
-from lightning_interp.testing.tiny import tiny_model
+from lightning_interp.testing import tiny_model
 
 CELLS = {(name, layer) for name in ("q", "o", "down") for layer in range(10)} | {("embed", None)}
 

@@ -24,7 +24,7 @@ from lightning_interp.grafting import (
     reverse_plans,
     static_plans,
 )
-from lightning_interp.testing.tiny import FAMILIES, byte_tokenizer, tiny_model
+from lightning_interp.testing import FAMILIES, byte_tokenizer, tiny_model
 
 ATTN, FFN = {"q", "k", "v"}, {"gate", "up", "down"}
 BLOCK = ATTN | FFN | {"o", "ln_attn", "ln_mlp"}

@@ -9,7 +9,7 @@ from lightning_interp.core.tokens.positions import FromBatch, Last, Span
 from lightning_interp.errors import PositionError, RecipeError
 from lightning_interp.grafting import Graft, GraftEvaluator, GraftPlan, GraftPrompt, PatchPlan
 from lightning_interp.grafting.generate import complete, exact_match
-from lightning_interp.testing.tiny import byte_tokenizer
+from lightning_interp.testing import byte_tokenizer
 
 NEW = 5
 PLAN = GraftPlan.at(Span(1, 4) | Last())

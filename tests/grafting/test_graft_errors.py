@@ -21,7 +21,7 @@ from lightning_interp.errors import (
 )
 from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.plan import GraftPlan, GraftRule
-from lightning_interp.testing.tiny import byte_tokenizer, tiny_model, tiny_pair
+from lightning_interp.testing import byte_tokenizer, tiny_model, tiny_pair
 
 IDS = torch.arange(20, 28)[None]
 LAST = GraftPlan.at(Last(), "BLOCK")

@@ -15,7 +15,7 @@ from lightning_interp.core.tokens.kv_cache import cache_of
 from lightning_interp.core.tokens.positions import All, FromBatch, Last, Span
 from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.plan import GraftPlan, GraftRule
-from lightning_interp.testing.tiny import EXTRA_FAMILIES, FAMILIES, tiny_pair
+from lightning_interp.testing import EXTRA_FAMILIES, FAMILIES, tiny_pair
 
 pytestmark = pytest.mark.kernels
 

@@ -19,7 +19,7 @@ from lightning_interp.core.tokens.positions import All, Last
 from lightning_interp.errors import IncompatibleModelError, QuantizedModelError, UnsupportedStrategyError
 from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.plan import GraftPlan
-from lightning_interp.testing.tiny import tiny_model, tiny_pair
+from lightning_interp.testing import tiny_model, tiny_pair
 
 EXECUTIONS = ("auto", "overwrite", "partition", "dense")
 TARGETS = {

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from oracle import all_cells, cells_of
 
 from lightning_interp.core.model.components import BLOCK_COMPONENTS
-from lightning_interp.core.model.layers import resolve_layers
 from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.model.sites import resolve_layers
 from lightning_interp.core.tokens.positions import All, ChatTemplate, FromBatch, Last, Span, Substring, Tokens
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import PositionError, RecipeError, SiteError
 from lightning_interp.grafting.experiments import paper_plans
 from lightning_interp.grafting.plan import GROUPS, GraftPlan, GraftRule
-from lightning_interp.testing.tiny import EXTRA_FAMILIES, FAMILIES, tiny_model
+from lightning_interp.testing import EXTRA_FAMILIES, FAMILIES, tiny_model
 
 LENGTH = 6
 STEP = StepContext(

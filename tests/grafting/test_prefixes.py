@@ -22,7 +22,7 @@ from lightning_interp.grafting import (
 )
 from lightning_interp.grafting.metrics import METRICS
 from lightning_interp.grafting.prefixes import PASS_COST, PrefixTree
-from lightning_interp.testing.tiny import byte_tokenizer, tiny_model
+from lightning_interp.testing import byte_tokenizer, tiny_model
 
 PROMPTS = [
     GraftPrompt("Ann Lee stars with", "Bo", {"FE": "Ann Lee"}, unit="1"),

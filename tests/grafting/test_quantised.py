@@ -13,7 +13,7 @@ from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.tokens.positions import Last, Span
 from lightning_interp.errors import QuantizedModelError, RecipeError
 from lightning_interp.grafting import Graft, GraftEvaluator, GraftPlan, GraftPrompt, ModelSource
-from lightning_interp.testing.tiny import byte_tokenizer, tiny_model, tiny_pair
+from lightning_interp.testing import byte_tokenizer, tiny_model, tiny_pair
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 PLANS = [

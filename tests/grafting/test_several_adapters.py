@@ -12,7 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from lightning_interp.core.tokens.positions import All, Last, Span
 from lightning_interp.errors import IncompatibleModelError
 from lightning_interp.grafting import Graft, GraftPlan, GraftRule
-from lightning_interp.testing.tiny import tiny_model
+from lightning_interp.testing import tiny_model
 
 NAMES = {"task": "first", "relation": "second"}
 LINEAR = {"llama": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"], "gpt2": ["c_attn", "c_proj", "c_fc"]}

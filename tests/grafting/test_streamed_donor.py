@@ -12,7 +12,7 @@ from draws import batch_masks, draw
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.errors import IncompatibleModelError
 from lightning_interp.grafting import CheckpointDonor, Graft, GraftEvaluator, GraftPlan, GraftPrompt
-from lightning_interp.testing.tiny import EXTRA_FAMILIES, FAMILIES, byte_tokenizer, tiny_model
+from lightning_interp.testing import EXTRA_FAMILIES, FAMILIES, byte_tokenizer, tiny_model
 
 
 @pytest.fixture(scope="module")

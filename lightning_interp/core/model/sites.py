@@ -1,12 +1,13 @@
-"""Where in a decoder an activation lives: one vocabulary for every family."""
+"""Where in a decoder an activation lives, and which layers are meant: one vocabulary for every family."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_interp.errors import SiteError
 
-__all__ = ["GLOBAL_KINDS", "LAYER_KINDS", "Site"]
+__all__ = ["GLOBAL_KINDS", "LAYER_KINDS", "Layers", "Site", "resolve_layers"]
 
 LAYER_KINDS = ("resid_pre", "resid_post", "attn_in", "attn_out", "mlp_in", "mlp_out")
 """Kinds that need a layer index."""
@@ -15,6 +16,8 @@ GLOBAL_KINDS = ("final_norm", "unembed_in", "logits")
 """Kinds of which a model has one."""
 
 _LINEAR = "linear:"
+
+Layers = str | int | Sequence[str | int]
 
 
 @dataclass(frozen=True, order=True)
@@ -87,3 +90,47 @@ class Site:
 
     def __str__(self) -> str:
         return self.kind if self.layer is None else f"{self.kind}.{self.layer}"
+
+
+def resolve_layers(layers: Layers, count: int) -> frozenset[int]:
+    """Turn a layer choice (see :class:`~lightning_interp.grafting.plan.GraftRule`) into block indices.
+
+    Quarters have ``count // 4`` layers and the last one takes the rest; ``upper_half`` is the two last quarters,
+    ``second_half`` begins at ``count // 2``.
+    """
+    if not isinstance(layers, str | int):
+        return frozenset[int]().union(*(resolve_layers(part, count) for part in layers))
+    quarter = count // 4
+    named = {
+        "all": range(count),
+        "none": range(0),
+        "Q1": range(quarter),
+        "Q2": range(quarter, 2 * quarter),
+        "Q3": range(2 * quarter, 3 * quarter),
+        "Q4": range(3 * quarter, count),
+        "lower_half": range(2 * quarter),
+        "upper_half": range(2 * quarter, count),
+        "second_half": range(count // 2, count),
+    }
+    found = named[str(layers)] if layers in named else _range(str(layers), count)
+    if layers == "none":
+        return frozenset()
+    if not found or any(not 0 <= i < count for i in found):
+        raise SiteError(
+            f"Cannot take layers {layers!r} of a model with layers 0 to {count - 1}. Expected an index, 'first-last', "
+            f"a share such as '0.5-1.0', a list of these, or one of: {', '.join(named)}."
+        )
+    return frozenset(found)
+
+
+def _range(text: str, count: int) -> range:
+    try:
+        if text.lstrip("-").isdigit():
+            index = int(text)
+            return range(index % count, index % count + 1) if -count <= index < count else range(0)
+        first, _, last = text.partition("-")
+        if "." in text:
+            return range(round(float(first) * count), round(float(last) * count))
+        return range(int(first), int(last) + 1)
+    except ValueError:
+        return range(0)

@@ -40,6 +40,31 @@ class RowWeights(Intervention):
     source through its own rows only. The dropout of an adapter is drawn by counting (see :attr:`dropout`): it moves no
     generator, and is the same for a batch in parts. With several holders of a module each keeps the rows that it
     claims.
+
+    Args:
+        sources: Models, adapters of the recipient, :class:`WeightSource` or (with a dose) :class:`RowSource`, by name.
+        codes: Of the coming passes, or a function of the ``StepContext`` that gives them; may be set anew before each.
+        signature: Source of every code, for a component and its layer; the default takes source ``k`` at code ``k``.
+        execution: How mixed masks are computed.
+        adds: Rows that another holder with ``adds`` claims too get the sum of both differences (low-rank only).
+        dropout: What the dropout of adapters in training is drawn from.
+        name: What messages call this.
+
+    Example:
+        >>> from peft import LoraConfig, inject_adapter_in_model
+        >>> from lightning_interp.testing import tiny_model
+        >>> model, ids = tiny_model("llama"), torch.arange(8).view(2, 4)
+        >>> for name, rank in {"first": 2, "second": 4}.items():
+        ...     config = LoraConfig(r=rank, target_modules=["q_proj"], init_lora_weights=False)
+        ...     _ = inject_adapter_in_model(config, model, adapter_name=name)
+        >>> rows = RowWeights({"a": "first", "b": "second"})
+        >>> with rows.attach(model), torch.no_grad():
+        ...     rows.codes = torch.tensor([1, 2])
+        ...     both = model(ids).logits
+        ...     rows.codes = torch.tensor([2])
+        ...     second = model(ids[1:]).logits
+        >>> torch.allclose(both[1:], second, atol=1e-5), torch.allclose(both[0], second[0], atol=1e-2)
+        (True, False)
     """
 
     def __init__(
