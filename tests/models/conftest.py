@@ -58,7 +58,7 @@ def write_gguf(path, kind=None):
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([3] * 5 + [1] * 257)
-    writer.add_token_merges(["t h"])
+    writer.add_token_merges(["t h", "t h"])  # of one alone, transformers before 5.23 makes three
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
