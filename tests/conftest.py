@@ -85,13 +85,6 @@ def pytest_collection(session: pytest.Session) -> None:
             import bitsandbytes  # noqa: F401
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one file stay in one process, so that what its fixtures make is made once."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-
-
 def pytest_collection_finish() -> None:
     """What is there now stays to the end: the garbage collector need not look through it again and again."""
     gc.collect()

@@ -126,6 +126,16 @@ def test_a_file_over_its_budget_is_measured_alone_before_it_turns_a_run_red(tmp_
     assert budget.alone(["smoke run of something"], tmp_path) == {}
 
 
+@pytest.mark.parametrize("part", range(6))
+def test_a_file_stays_in_one_process_with_what_its_fixtures_made(tmp_path_factory, part):
+    base = tmp_path_factory.getbasetemp()
+    seen = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "processes"
+    with seen.open("a+") as file:
+        file.write(f"{os.getpid()}\n")
+        file.seek(0)
+        assert set(file.read().split()) == {str(os.getpid())}
+
+
 @pytest.mark.parametrize("ci", [False, True])
 @pytest.mark.parametrize("bundled", [False, True])
 def test_a_missing_bundled_model_fails_on_ci(request, monkeypatch, bundled, ci):
