@@ -117,7 +117,7 @@ class Budget:
                 self.taken[report.nodeid.partition("::")[0]] += value
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Files that take long begin first where there are several processes, so that all end at about the same time."""
+        """Files that take long begin first where there are several processes, so that all end together."""
         if self.worker and FILE.exists():
             files = json.loads(FILE.read_text(encoding="utf-8"))["files"]
             items.sort(key=lambda item: -files.get(item.nodeid.partition("::")[0], 0))

@@ -36,16 +36,7 @@ from lightning_interp.grafting.compiled_plan import (
 )
 from lightning_interp.grafting.plan import GraftPlan
 
-__all__ = [
-    "DECODE",
-    "AdapterDonor",
-    "CheckpointDonor",
-    "Decode",
-    "DecodePolicy",
-    "Graft",
-    "ModelDonor",
-    "decode_name",
-]
+__all__ = ["DECODE", "AdapterDonor", "CheckpointDonor", "Decode", "DecodePolicy", "Graft", "ModelDonor", "decode_name"]
 
 AdapterDonor = AdapterSource
 ModelDonor = ModelSource

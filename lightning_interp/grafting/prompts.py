@@ -79,12 +79,7 @@ class PromptBatch:
         """What position selectors see of these prompts."""
         n, width = self.ids.shape
         return StepContext(
-            n,
-            width,
-            input_ids=self.ids,
-            attention_mask=self.valid,
-            find_tokenizer=lambda: tokenizer,
-            batch=self.masks,
+            n, width, input_ids=self.ids, attention_mask=self.valid, find_tokenizer=lambda: tokenizer, batch=self.masks
         )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from lightning_interp.errors import IncompatibleModelError
 from lightning_interp.steering import dual_steer
-from lightning_interp.steering.softmax.curve import DualCurve, SearchResult, SolverOptions
+from lightning_interp.steering.softmax.curve import DualCurve, KlMeasure, SearchResult, SolverOptions
 from lightning_interp.steering.softmax.euclidean import euclidean_steer
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
 
@@ -186,6 +186,22 @@ def test_tiny_budgets_hold_in_single_precision(budget):
     true = SoftmaxGeometry(geometry.weight.double()).kl(states.double(), found.lam.double())
     torch.testing.assert_close(found.kl.double(), true, rtol=1e-5, atol=0)
     torch.testing.assert_close(true, torch.full_like(true, budget), rtol=2e-3 if budget > 1e-9 else 5e-2, atol=0)
+
+
+def test_a_budget_that_drowns_in_the_rounding_of_logits_is_measured_by_a_product_more(monkeypatch):
+    """Only such a row is; it and another end together where each ends alone."""
+    geometry, states, beta = case(rows=2, dtype=torch.float32)
+    measures, within = [], KlMeasure.within
+    monkeypatch.setattr(KlMeasure, "within", lambda *a: measures.append(within(*a)) or measures[-1])
+    budgets = torch.tensor([0.5, 1e-9])
+    alone = [dual_steer(geometry, states[row], beta, kl_budget=float(budgets[row])) for row in range(2)]
+    mixed = dual_steer(geometry, states, beta, kl_budget=budgets)
+    fine = [measure.fine if measure.fine is None else measure.fine.tolist() for measure in measures]
+    assert fine == [None, [True], [False, True]]
+    for row, found in enumerate(alone):
+        torch.testing.assert_close(mixed.lam[row], found.lam[0], rtol=1e-5, atol=1e-5)
+        assert bool(mixed.reached[row])
+        assert bool(found.reached)
 
 
 @pytest.mark.parametrize(("off", "reached"), [(1.0, True), (1.01, False), (2.0, False), (0.0, False)])

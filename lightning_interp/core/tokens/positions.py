@@ -75,10 +75,7 @@ class Positions(ABC):
         """Plain data that :meth:`from_dict` reads back."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         plain = {k: v.to_dict() if isinstance(v, Positions) else v for k, v in values.items()}
-        return {
-            "kind": type(self).__name__,
-            **{k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()},
-        }
+        return {"kind": type(self).__name__, **{k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Positions:

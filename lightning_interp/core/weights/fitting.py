@@ -11,14 +11,7 @@ from lightning_interp.core.model.components import own_map
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.errors import IncompatibleModelError
 
-__all__ = [
-    "adapted_layers",
-    "adapters_of",
-    "check_same_shapes",
-    "check_settings",
-    "quantized_kinds",
-    "takes_empty",
-]
+__all__ = ["adapted_layers", "adapters_of", "check_same_shapes", "check_settings", "quantized_kinds", "takes_empty"]
 
 _WEIGHTLESS = (
     "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "activation_function", "rope_parameters",

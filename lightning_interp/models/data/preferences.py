@@ -10,13 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_interp.errors import DataError
 from lightning_interp.models.data.batching import RowDataset
-from lightning_interp.models.data.preference_pairs import (
-    Judged,
-    JudgedRow,
-    judged_batch,
-    judged_dataset,
-    read_judged,
-)
+from lightning_interp.models.data.preference_pairs import Judged, JudgedRow, judged_batch, judged_dataset, read_judged
 from lightning_interp.models.data.text_data import TextDataModule, TooLong
 from lightning_interp.models.scoring.reward_text import RewardEncoder
 

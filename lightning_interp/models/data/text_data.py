@@ -14,13 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.models.data.batching import (
-    EpochSampler,
-    ResumableLoader,
-    RowDataset,
-    token_batch,
-    token_dataset,
-)
+from lightning_interp.models.data.batching import EpochSampler, ResumableLoader, RowDataset, token_batch, token_dataset
 from lightning_interp.models.data.encoding import EncodedRow, Encoder
 from lightning_interp.models.data.rows import Row, read_rows
 

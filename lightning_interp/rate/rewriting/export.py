@@ -51,12 +51,7 @@ def export_records(store: RewriteStore, path: str | os.PathLike[str], *, attr: s
 
 
 def unit_rows(
-    store: RewriteStore,
-    attr: str,
-    *,
-    rewriter: str | RewriterId | None = None,
-    draws: int = 1,
-    passes: int = 2,
+    store: RewriteStore, attr: str, *, rewriter: str | RewriterId | None = None, draws: int = 1, passes: int = 2
 ) -> Iterator[dict[str, Any]]:
     """Every unit with its texts, complete or not, a row a unit and draw.
 
@@ -113,11 +108,7 @@ def to_dataset(source: RewriteStore | RewriteTriples, *, attr: str | None = None
 
 
 def export_batch(
-    run: RewriteRun,
-    path: str | os.PathLike[str],
-    *,
-    max_requests: int = 50_000,
-    max_bytes: int = 200_000_000,
+    run: RewriteRun, path: str | os.PathLike[str], *, max_requests: int = 50_000, max_bytes: int = 200_000_000
 ) -> list[Path]:
     """Write what a run would ask for now.
 

@@ -86,11 +86,7 @@ class RowRewriter:
     """Rewrites rows of a text, its prompt, the target and the draw."""
 
     def rewrite(
-        self,
-        texts: Sequence[str],
-        prompts: Sequence[str],
-        w_target: Sequence[int],
-        draws: Sequence[int] | None = None,
+        self, texts: Sequence[str], prompts: Sequence[str], w_target: Sequence[int], draws: Sequence[int] | None = None
     ) -> list[RewriteResult]:
         """Write each text again; see :class:`Rewriter`."""
         return self._rewrite(list(zip(texts, prompts, w_target, draws or [0] * len(texts), strict=True)))

@@ -124,17 +124,39 @@ class DualCurve:
 
 _GROWTH, _EXPANSIONS = 8.0, 10
 _UNREACHABLE, _ROUNDING, _MAX_SEARCH = (REASONS.index(name) for name in ("unreachable", "rounding", "max_search"))
-__all__ = ["KlMeasure", "Measure", "OddsMeasure", "SearchResult", "search_step"]
 
 
+@dataclass(frozen=True)
 class KlMeasure:
-    """Square root of ``KL(P_start || P_lam)``: nearly linear in a short step, and never falling along a curve."""
+    """Square root of ``KL(P_start || P_lam)``: nearly linear in a short step, and never falling along a curve.
 
+    Of ``fine`` rows, bool ``[B]``, the logits' change is made anew: what logits are rounded by is too much for them.
+    """
+
+    fine: Tensor | None
     turns: ClassVar[bool] = False
 
+    @classmethod
+    def within(cls, z0: Tensor, accepted: Tensor) -> KlMeasure:
+        """Exact to a quarter of ``accepted`` ``[B]`` from starts with the logits ``z0``."""
+        noise = 8 * torch.finfo(z0.dtype).eps * z0.nan_to_num(neginf=0.0).abs().amax(dim=-1)
+        fine = noise > 0.25 * accepted
+        return cls(fine if bool(fine.any()) else None)
+
+    def rows(self, index: Tensor) -> KlMeasure:
+        """The same for some of the rows."""
+        return self if self.fine is None else KlMeasure(self.fine[index])
+
+    def start(self, curve: DualCurve) -> tuple[Tensor, Tensor]:
+        """Value and gradient at the start."""
+        return curve.lam0.new_zeros(len(curve.lam0)), torch.zeros_like(curve.lam0)
+
     def at(self, curve: DualCurve, z: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-        """Value ``[B]`` and gradient ``[B, d]``, which is 0 at the start, at ``lam`` with the family's logits ``z``."""
-        root = divergence(curve.z0.log_softmax(-1), curve.family.logits_change(lam - curve.lam0)).sqrt()
+        """Value ``[B]`` and gradient ``[B, d]`` at ``lam`` with the family's logits ``z``."""
+        change = torch.where(curve.z0.isfinite(), z - curve.z0, 0.0)
+        if self.fine is not None:
+            change = torch.where(self.fine[:, None], curve.family.logits_change(lam - curve.lam0), change)
+        root = divergence(curve.z0.log_softmax(-1), change).sqrt()
         tiny = torch.finfo(root.dtype).tiny
         slope = (curve.family.mean(z.softmax(-1)) - curve.phi0) / (2 * root[:, None]).clamp_min(tiny)
         return root, slope * (root > 0)[:, None]
@@ -151,6 +173,10 @@ class OddsMeasure:
     def rows(self, index: Tensor) -> OddsMeasure:
         """The same for some of the rows."""
         return self if self.base.dim() == 1 else OddsMeasure(self.base[index], self.target[index])
+
+    def start(self, curve: DualCurve) -> tuple[Tensor, Tensor]:
+        """Value and gradient at the start."""
+        return self.at(curve, curve.z0, curve.lam0)
 
     def at(self, curve: DualCurve, z: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
         """Value ``[B]`` and gradient ``[B, d]``, as above."""
@@ -197,10 +223,8 @@ class _Search:
         self.best = NewtonResult.empty(lam0)
         self.best.reason[:] = 0
         self.t, self.lam, self.z = torch.zeros_like(goal), lam0.clone(), curve.z0
-        self.value: Tensor
-        self.slope: Tensor
+        self.value, self.slope = measure.start(curve)
         self.sign, self.back = torch.ones_like(goal), torch.zeros_like(goal, dtype=torch.bool)
-        self._look()
         self.low, self.high = torch.full_like(goal, -torch.inf), torch.full_like(goal, torch.inf)
         self.best_t, self.best_error, self.met = torch.zeros_like(goal), (self.value - goal).abs(), goal != goal
         self.hvps, self.newton = self.best.hvps.clone(), self.best.newton.clone()

@@ -138,7 +138,8 @@ def _reach(request: SteerRequest, family: Family, index: Tensor | None) -> tuple
     loose = request.options.target_rtol
     if request.kind == "kl_budget":
         goal = request.goal.sqrt()  # the measure is the root, so half the relative error
-        found = search_step(curve, KlMeasure(), goal, accepted=0.5 * loose * goal, warm=request.warm)
+        accepted = 0.5 * loose * goal
+        found = search_step(curve, KlMeasure.within(z0, accepted), goal, accepted=accepted, warm=request.warm)
     else:
         goal = request.goal.logit()
         accepted = loose * goal.abs().clamp_min(1.0)
@@ -160,14 +161,15 @@ def _examined(request: SteerRequest, point: NewtonResult, t: Tensor, index: Tens
     geometry, lam = request.geometry, point.lam
     still = t == 0  # nothing moves: the very same values
     lam = torch.where(still[:, None], request.lam, lam)
-    z = geometry.logits(lam)  # anew: the certificate takes nothing over from the descent
-    p = z.softmax(-1)
-    gap = geometry.mean(p - request.z.softmax(-1)) + request.alpha * (lam - request.lam) - t[:, None] * request.beta
+    change = geometry.logits_change(lam - request.lam)  # anew: the certificate takes nothing over from the descent
+    p = (request.z + change).softmax(-1)
+    slope = geometry.mean(p - request.z.softmax(-1))
+    gap = slope + request.alpha * (lam - request.lam) - t[:, None] * request.beta
     length = t.abs() * request.beta.norm(dim=-1)
     resid = torch.where(length > 0, gap.norm(dim=-1) / length.clamp_min(1e-30), torch.zeros_like(length))
     covered = torch.ones_like(t) if index is None else p.gather(-1, index).sum(-1).clamp_max(1.0)
     point.lam = lam
-    return described(request, point, z, t, resid, covered)
+    return described(request, point, change, t, resid, covered, slope)
 
 
 def _patched(result: SteerResult, better: SteerResult, rows: Tensor) -> SteerResult:

@@ -93,7 +93,8 @@ def _walk_straight(request: SteerRequest) -> SteerResult:
     point = NewtonResult.empty(request.lam + t[:, None] * beta)
     point.reason[:] = 0
     nan, one = torch.full_like(t, torch.nan), torch.ones_like(t)
-    result = described(request, point, request.geometry.logits(point.lam), t, nan, one)
+    change = request.geometry.logits_change(point.lam - request.lam)
+    result = described(request, point, change, t, nan, one)
     if request.kind in ("kl_budget", "target_prob"):  # the bisection ended as near to it as this line comes
         rows = zip(result.reason, result.reached.tolist(), strict=True)
         result.reason = [reason if reached else "unreachable" for reason, reached in rows]

@@ -116,9 +116,10 @@ class SoftmaxGeometry:
 
     @cached_property
     def spread(self) -> float:
-        """Mean variance of the logits' gradients over the vocabulary, ``trace(Cov_uniform[g]) / d``."""
+        """Mean variance of the logits' gradients over the vocabulary, ``trace(Cov_uniform[g]) / d``; 0 if all equal."""
         rows = self.weight.to(torch.float32)
-        return float(rows.var(dim=0, correction=0).mean()) * self.scale**2
+        found, rounded = rows.var(dim=0, correction=0).mean(), torch.finfo(torch.float32).eps * rows.abs().max()
+        return float(found) * self.scale**2 if bool(found > rounded**2) else 0.0
 
     def resolve_alpha(self, alpha: float | Literal["auto"], *, kappa: float = 5.0) -> float:
         """A number for ``alpha="auto"``: ``kappa`` times :attr:`spread`.
@@ -131,7 +132,7 @@ class SoftmaxGeometry:
         """
         if alpha != "auto":
             return float(alpha)
-        if self.spread <= (torch.finfo(torch.float32).eps * self.scale * float(self.weight.abs().max())) ** 2:
+        if self.spread == 0:
             raise IncompatibleModelError(
                 f"alpha='auto' with {self.name}: all {self.vocabulary} rows of the unembedding are equal, so no state "
                 "makes one token likelier than another. Look at the checkpoint's lm_head, or pass alpha > 0."

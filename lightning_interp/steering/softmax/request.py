@@ -237,13 +237,18 @@ class SteerResult:
 
 
 def described(
-    request: SteerRequest, point: NewtonResult, z: Tensor, t: Tensor, resid: Tensor, covered: Tensor
+    request: SteerRequest,
+    point: NewtonResult,
+    change: Tensor,
+    t: Tensor,
+    resid: Tensor,
+    covered: Tensor,
+    slope: Tensor | None = None,
 ) -> SteerResult:
-    """Diagnostics of steered states with the logits ``z`` ``[B, V]``; see :class:`SteerResult`."""
-    beta, lam, geometry = request.beta, point.lam, request.geometry
-    change = geometry.logits_change(lam - request.lam)
+    """Diagnostics of states whose logits moved by ``change`` ``[B, V]`` and their mean gradient by ``slope``."""
+    beta, lam, geometry, z = request.beta, point.lam, request.geometry, request.z + change
     kl = geometry.kl_of_move(request.z, z, change)
-    there = ends_there(request, lam, t, z, change, resid)
+    there = ends_there(request, lam, t, change, resid, slope)
     said = zip(point.reasons(), there.tolist(), strict=True)
     entropies = [entropy(geometry.capped(logits).log_softmax(-1)) for logits in (request.z, z)]
     return SteerResult(
@@ -265,14 +270,16 @@ def described(
     )
 
 
-def ends_there(request: SteerRequest, lam: Tensor, t: Tensor, z: Tensor, change: Tensor, resid: Tensor) -> Tensor:
+def ends_there(
+    request: SteerRequest, lam: Tensor, t: Tensor, change: Tensor, resid: Tensor, slope: Tensor | None = None
+) -> Tensor:
     """Whether states meet what was asked for ``[B]``, from the states alone and nothing that a solver says.
 
     A dual step may be off by ten times the accepted share, a probe value by that share of the move, a KL or odds by
     twice ``target_rtol`` (ten times for a walk in the state, as its line search does), and all by what the rounding of
-    the states makes of it. NaN is False. ``z`` are the family's logits: a target is one without the cap.
+    the states makes of it. NaN is False. A target is one of the family's logits, without the cap.
     """
-    options, goal, beta = request.options, request.goal, request.beta
+    options, goal, beta, z = request.options, request.goal, request.beta, request.z + change
     eps, size, length = 64 * torch.finfo(lam.dtype).eps, lam.norm(dim=-1), beta.norm(dim=-1)
     slack = torch.where(resid.isnan(), 10.0, 2.0) * options.target_rtol
     if request.kind == "t":
@@ -286,7 +293,7 @@ def ends_there(request: SteerRequest, lam: Tensor, t: Tensor, z: Tensor, change:
         near = ((beta * lam).sum(-1) - goal).abs() <= options.accepted(lam.dtype) * move + rounded
     elif request.kind == "kl_budget":
         error = (divergence(request.z.log_softmax(-1), change) - goal).abs()
-        slope = request.geometry.mean(z.softmax(-1) - request.z.softmax(-1))
+        slope = request.geometry.mean(z.softmax(-1) - request.z.softmax(-1)) if slope is None else slope
         near = error <= slack * goal + torch.minimum(rounding(lam, slope), ROUNDED * goal)
     else:
         base, target = (z.log_softmax(-1)[:, ids].logsumexp(-1) for ids in request.concept())
