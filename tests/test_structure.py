@@ -41,37 +41,43 @@ FULL: dict[str, int] = {}
 MOST = 16
 
 
+def imports(node, inside=False):
+    """Every import below a node, and whether a function holds it; expressions hold none, and are most of a tree."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child, inside
+        elif not isinstance(child, ast.expr):
+            yield from imports(child, inside or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
 @cache
-def trees():
-    """Module -> its syntax tree, ``__init__`` files (which only hand names on) left out."""
+def imports_of(path):
+    """:func:`imports` of a file."""
+    return list(imports(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+@cache
+def modules():
+    """Module -> its imports, ``__init__`` files (which only hand names on) left out."""
     paths = [path for path in PACKAGE.rglob("*.py") if "_recipes" not in path.parts and path.name != "__init__.py"]
     names = [".".join(("lightning_interp", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in paths]
-    return {n: ast.parse(p.read_text(encoding="utf-8")) for n, p in sorted(zip(names, paths, strict=True))}
+    return {name: imports_of(path) for name, path in sorted(zip(names, paths, strict=True))}
 
 
-def imported(tree):
-    """``(module, name)`` of every import from the package, also inside functions."""
-    for node in ast.walk(tree):
+def imported(found, at_import=False):
+    """``(module, name)`` of imports from the package, also inside functions unless at import alone.
+
+    What a module imports where it is imported itself, type checkers' part included, is in no function.
+    """
+    for node, inside in found:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_interp"):
-            for alias in node.names:
+            for alias in node.names if not (inside and at_import) else ():
                 whole = f"{node.module}.{alias.name}"
-                yield (whole, "") if whole in trees() else (node.module, alias.name)
-
-
-def at_import(tree):
-    """The part of a module that runs, or is read by type checkers, when it is imported: no bodies of functions."""
-    outer = [n for n in ast.walk(tree) if not isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-    inside = {
-        id(child)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        for child in ast.walk(node)
-    }
-    return ast.Module([n for n in outer if isinstance(n, ast.ImportFrom) and id(n) not in inside], [])
+                yield (whole, "") if whole in modules() else (node.module, alias.name)
 
 
 def test_no_two_files_import_each_other_in_a_circle():
-    arrows = {name: {to for to, _ in imported(at_import(tree)) if to in trees()} for name, tree in trees().items()}
+    arrows = {name: {to for to, _ in imported(found, True) if to in modules()} for name, found in modules().items()}
     while free := {name for name, to in arrows.items() if not to & arrows.keys()}:
         arrows = {name: to for name, to in arrows.items() if name not in free}
     assert sorted(arrows) == [], "these, or what they import, form a circle"
@@ -80,18 +86,18 @@ def test_no_two_files_import_each_other_in_a_circle():
 @pytest.mark.parametrize("room", sorted(CORE))
 def test_layers_inside_core(room):
     prefix = f"lightning_interp.core.{room}."
-    mine = {name: tree for name, tree in trees().items() if name.startswith(prefix)}
+    mine = {name: found for name, found in modules().items() if name.startswith(prefix)}
     assert mine, f"core/{room} is empty"
-    for name, tree in mine.items():
-        rooms = {to.split(".")[2] for to, _ in imported(tree) if to.startswith("lightning_interp.core.")}
+    for name, found in mine.items():
+        rooms = {to.split(".")[2] for to, _ in imported(found) if to.startswith("lightning_interp.core.")}
         assert rooms <= CORE[room], f"{name} imports core/{sorted(rooms - CORE[room])}"
 
 
 def test_no_private_name_crosses_rooms():
     wrong = [
         f"{name}: {to}.{what}"
-        for name, tree in trees().items()
-        for to, what in imported(tree)
+        for name, found in modules().items()
+        for to, what in imported(found)
         if what.startswith("_") and not what.startswith("__") and to.rpartition(".")[0] != name.rpartition(".")[0]
     ]
     assert wrong == []
@@ -99,7 +105,7 @@ def test_no_private_name_crosses_rooms():
 
 def beside(path):
     """Names of the files beside a recipe that it imports; every one of them is a helper."""
-    nodes = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.ImportFrom)]
+    nodes = [node for node, _ in imports_of(path) if isinstance(node, ast.ImportFrom)]
     return {node.module or alias.name for node in nodes if node.level for alias in node.names}
 
 
@@ -107,11 +113,9 @@ def test_nothing_but_recipes_and_tests_knows_the_recipes():
     outside = [*PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
     for path in outside:
         if "_recipes" not in path.parts:
-            nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
             roots = {
                 name.partition(".")[0]
-                for node in nodes
-                if isinstance(node, ast.Import | ast.ImportFrom)
+                for node, _ in imports_of(path)
                 for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
             }
             assert not roots & {"recipes", "lightning_interp_recipes"}, path
@@ -139,5 +143,5 @@ def test_rooms_are_of_a_readable_size():
 
 
 def test_a_module_name_says_where_it_is():
-    count = Counter(name.rpartition(".")[2] for name in trees())
+    count = Counter(name.rpartition(".")[2] for name in modules())
     assert {name for name, n in count.items() if n > 1} - SHARED_NAMES == set()
