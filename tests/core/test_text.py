@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -221,6 +221,7 @@ def conversations(draw):
 
 
 @pytest.mark.parametrize("layout", TEMPLATES, ids=lambda layout: layout.__name__)
+@settings(max_examples=10)
 @given(conversation=conversations())
 def test_parts_of_a_conversation(layout, conversation):
     turns, ask = conversation

@@ -152,6 +152,7 @@ def test_scores_are_the_same_in_every_run(pair):  # 6
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_padding_and_prefixes(pair):  # 11, 12
     recipient, donor, tokenizer = pair
     entity = GraftPlan.at(FromBatch("FE"))

@@ -27,7 +27,7 @@ def made(loaded, behaviour):
 
 
 @needs(bundled=True)
-@pytest.mark.parametrize("behaviour", ["mood", "past"])
+@pytest.mark.parametrize("behaviour", ["mood", pytest.param("past", marks=pytest.mark.slow)])
 def test_held_out_endings_become_likelier_with_the_strength(loaded, behaviour):
     parts, vector = made(loaded, behaviour)
     texts = encode_items(loaded.tokenizer, parts.report[:2])
