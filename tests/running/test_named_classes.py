@@ -225,3 +225,40 @@ def test_no_argument_of_the_trainer_imports_what_it_names(leaves):
             with suppress(RecipeError):
                 trainer_arguments({key: form})()
     assert not leaves.exists()
+
+
+class TestAddresses:
+    """Of endpoints, in settings that somebody sent."""
+
+    def asked(self, *lines, options=(), recipe="rate/llm_rewriter"):
+        path = atomic_write_text(Path("mine.yaml"), "\n".join([f"recipe: {recipe}", *lines, ""]))
+        return configured(str(path), options)
+
+    def test_a_file_alone_does_not_send_the_users_key_elsewhere(self, monkeypatch):
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-mine-0123456789")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "aws-0123456789")
+        there = "base_url: https://elsewhere.example/v1"
+        for lines in ([there], [there, "api_key_env: AWS_SECRET_ACCESS_KEY"]):
+            with pytest.raises(
+                RecipeError, match=r"'https://elsewhere.*would get the key in \$.*--base_url=https://else"
+            ):
+                self.asked(*lines)
+        assert self.asked(there, options=["--base_url=https://elsewhere.example/v1"]).base_url
+        assert self.asked("base_url: http://localhost:8000/v1").base_url
+        assert self.asked(there, "api_key_env: NOT_SET").base_url
+        with pytest.raises(RecipeError, match="would get the key"):
+            self.asked(
+                there, "rewriter: endpoint", "template: length", "data: mine.jsonl", "label: vowel", recipe="rate/audit"
+            )
+
+    @pytest.mark.parametrize("recipe", ["rate/audit", "rate/llm_rewriter"])
+    def test_no_address_holds_a_secret(self, recipe):
+        for address in ("http://user:word@host/v1", "https://host/v1?api_key=word"):
+            for lines, options in (([f"base_url: {address}"], []), ([], [f"--base_url={address}"])):
+                with pytest.raises(RecipeError, match="base_url holds a user, a password or a key") as caught:
+                    self.asked(*lines, options=options, recipe=recipe)
+                assert "word@" not in str(caught.value)
+
+    def test_the_name_of_a_variable_is_no_key(self):
+        with pytest.raises(RecipeError, match="api_key_env is no name of an environment variable"):
+            self.asked("api_key_env: sk-mine-0123456789")
