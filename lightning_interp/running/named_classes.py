@@ -68,9 +68,9 @@ def hints_of(cls: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def dataclasses_in(cls: Any) -> set[str]:
+def dataclasses_in(cls: Any) -> list[str]:
     """Return the import paths of the dataclasses that are types of fields, and of theirs."""
-    found, waiting = set(), [cls]
+    found, waiting = set[str](), [cls]
     while waiting:
         hint = waiting.pop()
         waiting += typing.get_args(hint)
@@ -79,7 +79,7 @@ def dataclasses_in(cls: Any) -> set[str]:
             if path not in found and all(part.isidentifier() for part in path.split(".")):
                 found.add(path)
                 waiting += hints_of(hint).values()
-    return found
+    return sorted(found)
 
 
 def takes_none(hint: Any) -> bool:

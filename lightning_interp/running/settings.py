@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -96,7 +97,7 @@ def trainer_arguments(trainer: Mapping[str, Any], imports: Sequence[str] = ()) -
             raise RecipeError(f"The Trainer has no argument {key!r}. {nearest(key, known)}")
     plain = {key: value for key, value in trainer.items() if _is_plain(value)}
     with classes_of(imports):
-        parsed = _parse(lambda: parser.parse_object({"trainer": plain}), {})
+        parsed = _parse(lambda: parser.parse_object({"trainer": copy.deepcopy(plain)}), {})  # it changes lists
 
     def build() -> dict[str, Any]:
         with classes_of(imports):

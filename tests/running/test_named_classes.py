@@ -248,7 +248,13 @@ class TestAddresses:
         assert self.asked(there, "api_key_env: NOT_SET").base_url
         with pytest.raises(RecipeError, match="would get the key"):
             self.asked(
-                there, "rewriter: endpoint", "template: length", "data: mine.jsonl", "label: vowel", recipe="rate/audit"
+                there,
+                "rewriter: endpoint",
+                "model: m",
+                "template: length",
+                "data: mine.jsonl",
+                "label: vowel",
+                recipe="rate/audit",
             )
 
     @pytest.mark.parametrize("recipe", ["rate/audit", "rate/llm_rewriter"])

@@ -37,7 +37,7 @@ __all__ = [
     "write_error",
 ]
 
-_TEMPORARY = re.compile(r"\..+[.-]\d+-[0-9a-f]{8}\.tmp")  # what is written, before it has its name
+_TEMPORARY = re.compile(r"\..+[.-]\d+-[0-9a-f]{4,8}\.tmp")  # what is written, before it has its name
 
 
 @contextmanager
