@@ -91,7 +91,8 @@ class UnitTable:
 
     def mark(self, reason: str, where: Mask) -> None:
         """Give a reason to the units that have none yet."""
-        self.reasons[where & self.keep] = reason
+        if where.any():
+            self.reasons[where & self.keep] = reason
 
     def _mark_incomplete(
         self,
@@ -147,13 +148,13 @@ class UnitTable:
         """The units that can be used, sorted by id (without ids by their values)."""
         where = np.flatnonzero(self.keep)
         if self.by_id:
-            where = np.array(sorted(where, key=lambda i: checked.sort_key(self.ids[i])))
+            where = np.array(sorted(where.tolist(), key=lambda i: checked.sort_key(self.ids[i])))
         else:  # the last counts most
             columns = (self.cluster, self.r_orig, self.r_rw2, self.r_rw, self.w)
             where = where[np.lexsort([column[where] for column in columns if column is not None])]
         named = {name: getattr(self, name) for name in ("w", *_REWARDS, "cluster")}
         taken: dict[str, Any] = {name: None if column is None else column[where] for name, column in named.items()}
-        return Units(ids=tuple(self.ids[i] for i in where), **taken)
+        return Units(ids=tuple(self.ids[i] for i in where.tolist()), **taken)
 
     def counts(self) -> Counts:
         """How many were used, and what was left out by reason and by arm."""
