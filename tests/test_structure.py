@@ -17,7 +17,8 @@ CORE = {
     "model": {"measure", "model"},
     "tokens": {"model", "tokens"},
     "hooks": {"model", "tokens", "hooks"},
-    "weights": {"model", "tokens", "hooks", "measure", "weights"},  # measure: dropout is drawn by derived seeds
+    # measure: dropout is drawn by derived seeds; storage: the index of a folder of shards is JSON of others
+    "weights": {"model", "tokens", "hooks", "measure", "storage", "weights"},
     "measure": {"measure"},
     "storage": {"measure", "storage"},
     "callbacks": {"model", "tokens", "hooks", "measure", "storage", "callbacks"},

@@ -15,8 +15,9 @@ from typing import Any, Literal
 from lightning_interp.core.model.components import BLOCK_COMPONENTS, GLOBAL_COMPONENTS
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Layers, resolve_layers
+from lightning_interp.core.storage.json_reading import parse_json
 from lightning_interp.core.tokens.positions import All, Positions
-from lightning_interp.errors import RecipeError, SiteError
+from lightning_interp.errors import InterpError, RecipeError, SiteError
 from lightning_interp.grafting.dropout import Cell, GraftDropout
 
 __all__ = ["GROUPS", "GraftPlan", "GraftRule", "Policy"]
@@ -278,10 +279,12 @@ class GraftPlan:
             RecipeError: If the text is no plan.
         """
         try:
-            data = json.loads(text)
+            data = parse_json(text)
             rules = tuple(GraftRule.from_dict(rule) for rule in data.pop("rules"))
             return cls(rules, **data)
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        except InterpError:
+            raise
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise RecipeError(f"Cannot read a graft plan from {text[:80]!r}: {error}.") from error
 
     @property

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning_interp.core.storage.jsonl import json_lines
+from lightning_interp.core.storage.row_files import file_rows
 from lightning_interp.errors import DataError
 from lightning_interp.grafting import GraftPrompt
 
 
 def read_prompts(path: Path) -> list[GraftPrompt]:
-    """Read JSONL with ``text`` and ``target``, and if wished ``spans``, ``unit`` and ``form``."""
-    expected = "one JSON object a line with 'text' and 'target'"
-    prompts = [_prompt(row, where) for where, row in json_lines(path, expected=expected)]
+    """Read rows with ``text`` and ``target``, and if wished ``spans``, ``unit`` and ``form``."""
+    expected = "one object a row with 'text' and 'target'"
+    prompts = [_prompt(row, where) for where, row in file_rows(path, expected=expected)]
     if not prompts:
         raise DataError(f"{path} holds no prompts. Expected {expected}.")
     return prompts

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lightning_interp.core.measure.seeding import derived_seed
-from lightning_interp.core.storage.jsonl import json_lines
+from lightning_interp.core.storage.row_files import file_rows, holds_a_list
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.generation.labellers import Labeller, labels
 from lightning_interp.rate.estimators.result import RateResult
@@ -23,7 +23,7 @@ def read_any(path: str | os.PathLike[str]) -> ForeignRewrites:
     """Read texts in whichever layout they are.
 
     Args:
-        path: ``.json`` or JSONL of the paper's authors (records with ``completions``), or JSONL of the user's own.
+        path: ``.json`` or JSONL of the paper's authors (records with ``completions``), or rows of the user's own.
 
     Returns:
         Units, texts and rewards.
@@ -32,9 +32,9 @@ def read_any(path: str | os.PathLike[str]) -> ForeignRewrites:
         DataError: If the file cannot be read; names file and line.
     """
     file = Path(path)
-    if file.suffix == ".json":
+    if file.suffix == ".json" and not holds_a_list(file):
         return read_rewrites(file)
-    first = next(json_lines(file), None)
+    first = next(file_rows(file), None)
     return read_rewrites(file) if first is not None and "completions" in first[1] else read_own(file)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import pickle  # for its error alone
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_interp.errors import DataError, InterpError, RecipeError
+from lightning_interp.core.storage.json_reading import parse_json
+from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.generation.labellers import Contains, Labeller, LongerThan, StartsWithVowel, vader_labeller
 from lightning_interp.models.scoring.text_scorer import Scorer, TextScorer
 from lightning_interp.rate.rewriting.rules import Drop, MarkToggle, OpenerToggle, RepairTranspositions, Rule, Toggle
@@ -130,8 +129,7 @@ def named_template(name: str, kind: Kind = "text") -> RewriteTemplate:
     if not name.endswith(".json"):
         return rewrite_template(name, kind)
     try:
-        fields = json.loads(Path(name).read_text(encoding="utf-8"))
-        return RewriteTemplate(**fields)
+        return RewriteTemplate(**parse_json(Path(name).read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise DataError(
             f"{name} holds no template: {error}. Give a JSON object with name, version, body and phrases."
@@ -178,16 +176,7 @@ def named_scorer(name: str, *, dtype: str = "float32", max_length: int | None = 
         raise DataError(f"There is no checkpoint {name!r}. Give the path of a .ckpt file.")
     from lightning_interp.models.training.reward_model import RewardModel
 
-    try:
-        return as_scorer(RewardModel.load_from_checkpoint(name, map_location="cpu", weights_only=True))
-    except InterpError:
-        raise
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise DataError(
-            f"{name!r} is no checkpoint of a RewardModel, or holds more than numbers ({reason:.200}). Save it with "
-            "Lightning's ModelCheckpoint."
-        ) from error
+    return as_scorer(RewardModel.load_from_checkpoint(name, map_location="cpu"))
 
 
 def _number(name: str, value: str) -> float:

@@ -16,7 +16,7 @@ def own_reviews(path: str | os.PathLike[str]) -> list[Review]:
     """Read reviews of the user's own.
 
     Args:
-        path: A CSV file as ``read_reviews`` takes it, or JSONL with ``text``
+        path: A CSV file as ``read_reviews`` takes it, or rows of another form with ``text``
             and, if wished, ``cluster`` (what texts that are not independent share).
 
     Returns:
@@ -25,7 +25,7 @@ def own_reviews(path: str | os.PathLike[str]) -> list[Review]:
     Raises:
         DataError: If the file cannot be read; names the line.
     """
-    if Path(path).suffix == ".jsonl":
+    if Path(path).suffix != ".csv":
         units = read_own(path).units
         return [Review(unit.text.strip(), "fresh", unit.cluster or unit.id) for unit in units]
     return read_reviews(path=path)

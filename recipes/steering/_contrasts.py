@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lightning_interp.core.measure.seeding import derived_seed
-from lightning_interp.core.storage.jsonl import json_lines
+from lightning_interp.core.storage.row_files import file_rows
 from lightning_interp.errors import DataError, RecipeError
 
 # One line an item: prompt | ending that shows the behaviour | ending that shows its opposite.
@@ -221,8 +221,8 @@ def read_contrasts(source: str) -> list[ContrastItem]:
             f"There is no contrast set {source!r}. Name one of {', '.join(SETS)}, or a JSONL file with 'positive' and "
             "'negative' in each line."
         )
-    expected = "one object a line with 'positive' and 'negative'"
-    return [_item(row, where) for where, row in json_lines(path, expected=expected)]
+    expected = "one object a row with 'positive' and 'negative'"
+    return [_item(row, where) for where, row in file_rows(path, expected=expected)]
 
 
 def split_contrasts(items: Sequence[ContrastItem], *, seed: int) -> ContrastSplit:

@@ -134,9 +134,9 @@ def test_other_sources_that_cannot_be_used(tmp_path):
     with pytest.raises(DataError, match=r"rows.jsonl, line 2: this row is a rated text, but .*line 1 is a pair"):
         read_judged(path, name="train")
     path.write_text("{broken\n")
-    with pytest.raises(DataError, match=r'line 1: no valid JSON .* Expected one object a line: {"prompt"'):
+    with pytest.raises(DataError, match=r'line 1: no valid JSON .* Expected one object a row: {"prompt"'):
         read_judged(path, name="train")
-    with pytest.raises(DataError, match=r'train holds no rows. Expected one JSON object a line: {"prompt"'):
+    with pytest.raises(DataError, match=r'train holds no rows. Expected one object a row: {"prompt"'):
         read_judged([], name="train")
 
 

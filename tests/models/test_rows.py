@@ -89,7 +89,7 @@ def test_empty_prompts_and_system_texts_are_fine():
     ("source", "match"),
     [
         ([], r"train holds no rows"),
-        (3, r"train is a int: expected the path of a JSONL file"),
+        (3, r"train is a int: expected the path of a file"),
         ({"text": "a"}, r"train is a dict: expected"),
         ([GOOD, "b"], r"train\[1\]: expected an object, got str 'b'"),
         ("no/such.jsonl", r"no/such.jsonl cannot be read: No such file"),

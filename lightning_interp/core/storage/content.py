@@ -13,6 +13,8 @@ import fnmatch
 import os
 import shutil
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,10 @@ from lightning_interp.core.storage.files import sha256_file
 __all__ = [
     "RESULT",
     "checked_stamp",
+    "checkpoint_fault",
     "current_stamp",
     "delete_folder",
+    "drop_damaged_checkpoints",
     "fingerprint",
     "hash_folder",
     "known_sha256",
@@ -34,6 +38,7 @@ __all__ = [
 RESULT = "result.json"  # in the folder of a finished phase: what the phase returned
 # Checkpoints serve resuming and may go when a phase is finished; event files are TensorBoard's.
 NOT_HASHED = ("*.ckpt", "events.out.tfevents.*", ".*.tmp")
+_ZIP = b"PK\x03\x04"
 _LARGE = 2**20  # bytes: smaller files are read again rather than remembered
 _TICK = 2 * 10**9  # nanoseconds: the coarsest clock of a file system
 
@@ -95,11 +100,48 @@ def fingerprint(inputs: Any, sha256: Callable[[Path], str] = sha256_file) -> Any
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete a folder and all in it; of a link to somewhere else, the link alone."""
+    """Delete a folder and all in it; one that is a link to somewhere else is emptied and kept."""
     if folder.is_symlink():
-        folder.unlink()
+        for child in folder.iterdir():
+            if child.is_dir() and not child.is_symlink():
+                shutil.rmtree(child)
+            else:
+                child.unlink()
     elif folder.exists():
         shutil.rmtree(folder)
+
+
+def checkpoint_fault(path: Path) -> str | None:
+    """Why a checkpoint of torch cannot be read as it was written; None if it can, or is a file of another kind.
+
+    One is a zip file whose parts have checksums (all of it is read, and nothing unpickled), or a folder of shards,
+    whose table of contents is written last.
+    """
+    if path.is_dir():
+        cut = any(path.glob("*.distcp")) and not (path / ".metadata").is_file()
+        return "it lacks its table of contents, .metadata" if cut else None
+    try:
+        with open(path, "rb") as file:
+            begins = file.read(len(_ZIP))
+        if not _ZIP.startswith(begins):
+            return None
+        with zipfile.ZipFile(path) as parts:
+            damaged = parts.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        return f"{error}" or type(error).__name__
+    return f"its part {damaged!r} is damaged" if damaged else None
+
+
+def drop_damaged_checkpoints(folder: Path) -> dict[Path, str]:
+    """Delete the checkpoints below a folder that cannot be read, and say why: no training can go on from them."""
+    found = {path: checkpoint_fault(path) for path in sorted(folder.rglob("*.ckpt")) if path.exists()}
+    faults = {path: fault for path, fault in found.items() if fault is not None}
+    for path in faults:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return faults
 
 
 def _is_result(path: Path) -> bool:

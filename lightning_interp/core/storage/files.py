@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import errno
 import hashlib
 import json
 import math
 import os
-import re
 import secrets
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
@@ -31,13 +31,14 @@ __all__ = [
     "digest",
     "json_bytes",
     "jsonable",
+    "no_room",
     "sha256_file",
-    "sweep",
     "sync_to_disk",
     "write_error",
 ]
 
-_TEMPORARY = re.compile(r"\..+[.-]\d+-[0-9a-f]{4,8}\.tmp")  # what is written, before it has its name
+
+_NO_ROOM = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)}
 
 
 @contextmanager
@@ -99,13 +100,6 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
     return Path(folder)
 
 
-def sweep(folder: Path) -> None:
-    """Delete what kills in the middle of writes left in a folder."""
-    for path in folder.glob(".*.tmp"):
-        if _TEMPORARY.fullmatch(path.name):
-            path.unlink(missing_ok=True)
-
-
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a file's content in hexadecimal."""
     with open(path, "rb") as file:
@@ -161,6 +155,19 @@ def write_error(path: str | os.PathLike[str], error: OSError) -> ManifestError:
         f"Cannot write {str(path)!r}: {reason}. Choose another folder (--run_dir), "
         "or free space and rights on this one."
     )
+
+
+def no_room(error: BaseException | None) -> str | None:
+    """What an error says of a disk that takes no more, whichever library has met it; None if it is about another."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            return _NO_ROOM[error.errno]
+        if isinstance(error, Exception) and not isinstance(error, OSError):  # of libraries that keep the text alone
+            said = next((text for text in _NO_ROOM.values() if text in str(error)), None)
+            if said is not None:
+                return said
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def sync_to_disk(path: Path) -> None:

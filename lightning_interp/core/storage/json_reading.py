@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning_interp.errors import DataError, InterpError
 
-__all__ = ["BOM", "parse_json", "read_json"]
+__all__ = ["BOM", "check_characters", "parse_json", "read_json"]
 
 BOM = b"\xef\xbb\xbf"
 """The byte order mark that some editors begin a file in UTF-8 with."""
@@ -22,19 +22,23 @@ _DEEPEST = 200  # levels; Python's own functions that walk an object stop at som
 _MOST_DIGITS = 308  # of a whole number: what a float can still hold
 
 
-def parse_json(data: bytes, *, own: bool = False) -> Any:
-    """Read a JSON text in UTF-8; what is ``own`` may hold numbers of any length and half characters."""
-    text = data.removeprefix(BOM).decode("utf-8")
+def parse_json(data: bytes | str, *, own: bool = False, twice: bool = False) -> Any:
+    """Read a JSON text; what is ``own`` may hold numbers of any length and half characters.
+
+    With ``twice``, as in files that other libraries read as well, the last of two equal keys counts.
+    """
+    text = data if isinstance(data, str) else data.removeprefix(BOM).decode("utf-8")
+    pairs = None if twice else _object
     try:
         found = json.loads(
-            text, object_pairs_hook=_object, parse_int=int if own else _integer, parse_float=float if own else _float
+            text, object_pairs_hook=pairs, parse_int=int if own else _integer, parse_float=float if own else _float
         )
     except RecursionError as error:
         raise ValueError(f"it is nested deeper than {_DEEPEST} levels") from error
     if text.count("[") + text.count("{") > _DEEPEST:
         _check_depth(found)
-    if not own and "\\ud" in text.lower():
-        _check_characters(found)
+    if not own and (isinstance(data, str) or "\\ud" in text.lower()):
+        check_characters(found)
     return found
 
 
@@ -44,11 +48,12 @@ def read_json(
     expected: str = "a JSON file",
     error: type[InterpError] = DataError,
     own: bool = False,
+    twice: bool = False,
 ) -> Any:
     """Read a file that is JSON as a whole; what :func:`parse_json` refuses is raised as ``error``."""
     name = str(os.fspath(path))
     try:
-        return parse_json(Path(path).read_bytes(), own=own)
+        return parse_json(Path(path).read_bytes(), own=own, twice=twice)
     except OSError as fault:
         raise error(f"Cannot read {name!r}: {fault.strerror}. Expected {expected}.") from fault
     except ValueError as fault:
@@ -85,7 +90,8 @@ def _check_depth(found: Any) -> None:
             raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
 
 
-def _check_characters(found: Any) -> None:
+def check_characters(found: Any) -> None:
+    """Refuse half of a character (a lone surrogate), which no file and no tokenizer takes, in texts at any depth."""
     waiting = [found]
     while waiting:
         value = waiting.pop()

@@ -61,8 +61,9 @@ def raw_lines(
             for number, line in enumerate(file, start=1):
                 if not log or line.endswith(b"\n"):
                     yield number, line
-    except OSError as error:
-        raise DataError(f"{os.fspath(path)} cannot be read: {error.strerror}. Expected {expected}.") from error
+    except (OSError, ValueError) as error:  # ValueError: no file can have this name
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{os.fspath(path)} cannot be read: {why}. Expected {expected}.") from error
 
 
 def write_json_lines(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> Path:

@@ -19,8 +19,7 @@ from lightning_interp.core.storage.content import (
     stamp_file,
 )
 from lightning_interp.core.storage.distributed import is_rank_zero
-from lightning_interp.core.storage.files import atomic_write_bytes, check_writable, digest, jsonable, sweep
-from lightning_interp.core.storage.inside import check_inside
+from lightning_interp.core.storage.files import atomic_write_bytes, check_writable, digest, jsonable, no_room
 from lightning_interp.core.storage.manifest_file import (
     FORMAT,
     NOT_IDENTITY,
@@ -44,7 +43,7 @@ from lightning_interp.core.storage.phase_results import (
     write_result,
 )
 from lightning_interp.core.storage.run_lock import CHILDREN, ChildPlace, RunLock, check_parents_free, child_names
-from lightning_interp.errors import ManifestError
+from lightning_interp.errors import InterpError, ManifestError
 
 __all__ = ["RunManifest", "check_name"]
 
@@ -148,13 +147,13 @@ class RunManifest:
             from lightning_interp.core.storage.manifest_follower import FollowerManifest
 
             return FollowerManifest.join(path, config, name, not_identity, place)
-        check_inside(path)
         known = stored_run(path, config, name, outputs, not_identity)
         check_writable(path)
         lock = RunLock(path)
         try:
             known = stored_run(path, config, name, outputs, not_identity)  # again: another process may have been here
-            sweep(path)
+            for torn in path.glob(".*.tmp"):
+                torn.unlink(missing_ok=True)  # left by a kill in the middle of a write
             state = new_manifest(name, config) if known is None else known | {"config": config}
             manifest = RunManifest(path, state, lock, place=place, not_identity=not_identity)
             manifest._begin_session(jsonable(versions, where="versions"))
@@ -209,6 +208,7 @@ class RunManifest:
 
         Raises:
             ManifestError: If recorded files are missing or changed, or the name is used twice or inside a phase.
+                Also if the disk is full while ``fn`` writes, whatever ``fn`` raised then.
             DataError: If the result has no JSON form.
         """
         token = self._token(name, inputs)
@@ -378,6 +378,11 @@ class RunManifest:
             entry.update(result_file=write_result(folder, name, result), files=files, status="finished")
         except BaseException as error:
             entry.update(status=status_of(error), message=message_of(error))
+            if isinstance(error, Exception) and not isinstance(error, InterpError) and (why := no_room(error)):
+                raise ManifestError(
+                    f"Phase {name!r} could not write all its files below {str(folder)!r}: {why}. Free space, then "
+                    "start the same command again: what is finished is kept."
+                ) from error
             raise
         finally:
             self.current = None

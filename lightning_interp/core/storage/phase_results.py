@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from lightning_interp.core.storage.content import RESULT, checked_stamp, sha_of
 from lightning_interp.core.storage.files import atomic_write_bytes, canonical_json, digest, json_bytes
+from lightning_interp.core.storage.json_reading import parse_json
 from lightning_interp.core.storage.manifest_file import now
 from lightning_interp.errors import ManifestError
 
@@ -123,7 +123,10 @@ def phase_result(run_dir: Path, name: str, entry: Mapping[str, Any]) -> Any:
         raise _changed(path, folder, name, "is missing") from error
     if len(data) != stored["size"] or hashlib.sha256(data).hexdigest() != stored["sha256"]:
         raise _changed(path, folder, name, "has changed")
-    return json.loads(data)
+    try:
+        return parse_json(data, own=True)
+    except ValueError as error:
+        raise _changed(path, folder, name, f"is no valid JSON ({error}) and has changed") from error
 
 
 def result_digest(entry: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lightning_interp.core.storage.json_reading import parse_json
 from lightning_interp.errors import DataError
 
 __all__ = ["TensorFolder", "TensorHeader"]
@@ -123,7 +123,7 @@ def _opened(path: Path, device: str | torch.device = "cpu") -> Iterator[Any]:
 
 def _weight_map(index: Path) -> dict[str, Path]:
     try:
-        mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        mapping = parse_json(index.read_bytes(), twice=True)["weight_map"]
         files = {str(name): str(file) for name, file in mapping.items()}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError(f"{index} is no index of safetensors shards ({_first_line(error)}). Copy it again.") from error

@@ -31,7 +31,8 @@ class PreferenceDataModule(TextDataModule):
     :class:`TextDataModule`.
 
     Args:
-        train: A JSONL file, a folder of ``datasets``' ``save_to_disk``, a list of rows, or a ``datasets.Dataset``.
+        train: A file (JSONL, a JSON list, CSV, TSV or Parquet), a folder of ``datasets``' ``save_to_disk``, a list of
+            rows, or a ``datasets.Dataset``.
         encoder: The model's ``encoder``: both must write texts in the same way.
         val: The same as ``train`` for validation; there is none if None.
         batch_size: Rows a batch and process; a pair is one row and two texts.

@@ -1,4 +1,4 @@
-"""Rows of text from JSONL files, lists and ``datasets``, checked one by one."""
+"""Rows of text from files, lists and ``datasets``, checked one by one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_interp.core.storage.jsonl import json_lines
+from lightning_interp.core.storage.json_reading import check_characters
+from lightning_interp.core.storage.row_files import FORMS, file_rows
 from lightning_interp.errors import DataError
 
 __all__ = ["Row", "check_text", "form_of", "raw_rows", "read_rows", "turns_of"]
@@ -31,7 +32,7 @@ def read_rows(source: Any, *, name: str) -> list[Row]:
 
 
 def raw_rows(source: Any, *, name: str, expected: str) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a JSONL file, a folder of ``save_to_disk``, a list or a ``Dataset``, each with its place.
+    """Yield the rows of a file, a folder of ``save_to_disk``, a list or a ``Dataset``, each with its place.
 
     A place is file and line, or ``name`` and index. A source that holds no row is refused.
     """
@@ -41,7 +42,7 @@ def raw_rows(source: Any, *, name: str, expected: str) -> Iterator[tuple[str, An
         yield where, row
     if empty:
         where = str(source) if isinstance(source, str | os.PathLike) else name
-        raise DataError(f"{where} holds no rows. Expected one JSON object a line: {expected}.")
+        raise DataError(f"{where} holds no rows. Expected one object a row: {expected}.")
 
 
 def _raw(source: Any, name: str, expected: str) -> Iterator[tuple[str, Any]]:
@@ -50,17 +51,22 @@ def _raw(source: Any, name: str, expected: str) -> Iterator[tuple[str, Any]]:
         if path.is_dir():
             yield from _raw(_from_folder(path), str(path), expected)
         else:
-            yield from json_lines(path, expected=f"one object a line: {expected}")
+            yield from file_rows(path, expected=f"one object a row: {expected}", numbers=("margin", "reward"))
     elif isinstance(source, Sequence) or (hasattr(source, "__getitem__") and hasattr(source, "column_names")):
         if isinstance(getattr(source, "column_names", None), Mapping):
             raise DataError(
                 f"{name} is a dictionary of datasets with the splits {', '.join(source)}. Give one of them."
             )
         for index, row in enumerate(source):
-            yield f"{name}[{index}]", row
+            where = f"{name}[{index}]"
+            try:
+                check_characters(row)
+            except ValueError as error:
+                raise DataError(f"{where}: {error}. Remove it, or write the whole character.") from error
+            yield where, row
     else:
         raise DataError(
-            f"{name} is a {type(source).__name__}: expected the path of a JSONL file, a list of dicts or a "
+            f"{name} is a {type(source).__name__}: expected the path of a file ({FORMS}), a list of dicts or a "
             "datasets.Dataset."
         )
 

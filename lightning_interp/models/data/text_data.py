@@ -37,7 +37,8 @@ class TextDataModule(L.LightningDataModule):
     one, and several processes see together those of one process with a larger batch.
 
     Args:
-        train: A JSONL file, a folder of ``datasets``' ``save_to_disk``, a list of rows, or a ``datasets.Dataset``.
+        train: A file (JSONL, a JSON list, CSV, TSV or Parquet), a folder of ``datasets``' ``save_to_disk``, a list of
+            rows, or a ``datasets.Dataset``.
         tokenizer: The model's tokenizer.
         val: The same for validation; there is none if None.
         batch_size: Rows a batch and process.

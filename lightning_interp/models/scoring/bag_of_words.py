@@ -144,7 +144,7 @@ class BagOfWords(ScoresTexts, Optimised):
             DataError: If the batch holds neither pairs nor ratings, or a rating that the loss cannot use.
         """
         losses = self._losses(self(batch["input_ids"], batch["attention_mask"]), batch, batch_idx)
-        self.log("train/loss", loss := losses.mean(), prog_bar=True, batch_size=len(losses))
+        self.log("train/loss", loss := losses.mean(), prog_bar=True, batch_size=len(losses), sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

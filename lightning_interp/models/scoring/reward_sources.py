@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,6 +20,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from lightning_interp.core.storage.files import atomic_write_json
+from lightning_interp.core.storage.json_reading import parse_json
 from lightning_interp.core.storage.tensor_files import read_tensors, save_tensors
 from lightning_interp.core.weights.tensors import TensorFolder
 from lightning_interp.errors import DataError, RecipeError
@@ -192,7 +192,7 @@ def read_text_settings(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_bytes())
         return {name: found[name] for name in _TEXT}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
@@ -213,7 +213,7 @@ def complete_folder(
         weights, about = read_tensors(folder / "adapter_model.safetensors")
         weights["base_model.model.score.weight"] = model.score.weight
         save_tensors(folder / "adapter_model.safetensors", weights, about)
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "adapter_config.json").read_bytes(), twice=True)
         atomic_write_json(folder / "adapter_config.json", {**config, "modules_to_save": ["score"]})
     else:
         _name_class(folder / "config.json", model, tokenizer)
@@ -221,7 +221,7 @@ def complete_folder(
 
 
 def _name_class(path: Path, model: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = parse_json(path.read_bytes(), twice=True)
     theirs = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(model.config.model_type)
     if isinstance(model, DecoderWithScore) and theirs is not None:
         config["architectures"] = [theirs]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_interp.core.measure.seeding import seeded_rng
+from lightning_interp.core.storage.json_reading import parse_json
 from lightning_interp.core.storage.tensor_files import save_tensors
 from lightning_interp.core.weights.tensors import TensorFolder
 from lightning_interp.errors import DataError, IncompatibleModelError
@@ -42,7 +42,7 @@ def adapter_base(folder: Path) -> tuple[str, str | None]:
     """The base model that an adapter folder names (a hub id, an alias or an absolute path), and its hub revision."""
     path = folder / _CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_bytes(), twice=True)
         base, revision = config.get("base_model_name_or_path"), config.get("revision")
     except (ValueError, AttributeError) as error:
         raise DataError(f"{path} is no adapter configuration ({error}). Copy or export it again.") from error
@@ -62,13 +62,11 @@ def attach_adapter_folder(model: nn.Module, folder: Path, *, name: str = ADAPTER
     weights = {name.removeprefix(_PREFIX): tensor for name, tensor in TensorFolder(folder, stem="adapter_model")}
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        if code := getattr(config, "megatron_config", None) and getattr(config, "megatron_core", None):
-            raise ValueError(f"its configuration names code to import, megatron_core={code!r}.")
         config.inference_mode = True
         with seeded_rng(0):  # fresh weights are drawn first, and overwritten
             inject_adapter_in_model(config, model, adapter_name=name)
         result = set_peft_model_state_dict(model, weights, adapter_name=name)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, ArithmeticError) as error:
         raise IncompatibleModelError(
             f"The adapter in {folder} does not fit {type(model).__name__}: {short(error)} {_REMEDY}"
         ) from error

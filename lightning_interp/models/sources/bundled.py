@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lightning_interp.core.storage.files import sha256_file
+from lightning_interp.core.storage.json_reading import parse_json
 from lightning_interp.errors import DataError, ManifestError, RecipeError
 from lightning_interp.models.sources.folders import atomic_folder, check_weight_files, remove_stale
 from lightning_interp.models.sources.gguf_files import write_converted
@@ -105,7 +106,7 @@ def _convert(model: BundledModel, folder: Path) -> None:
 def _is_whole(folder: Path, model: BundledModel) -> bool:
     """Whether a converted folder is there, undamaged, and of this source."""
     try:
-        stamp = json.loads((folder / _STAMP).read_text(encoding="utf-8"))
+        stamp = parse_json((folder / _STAMP).read_bytes())
         if stamp["format"] != _FORMAT or stamp["sha256"] != model.sha256:
             return False
         if any(_file_stamp(folder / name) != known for name, known in stamp["files"].items()):

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lightning_interp.core.storage.files import sync_to_disk, write_error
+from lightning_interp.core.storage.files import no_room, sync_to_disk, write_error
 from lightning_interp.core.weights.tensors import TensorFolder
-from lightning_interp.errors import ManifestError
+from lightning_interp.errors import InterpError, ManifestError
 
 __all__ = ["atomic_folder", "check_weight_files", "remove_stale", "short"]
 
@@ -37,6 +37,10 @@ def atomic_folder(target: str | os.PathLike[str], *, overwrite: bool = False) ->
         _settle(temporary)
         _check_free(final, overwrite)
         _publish(temporary, final)
+    except Exception as error:
+        if not isinstance(error, InterpError) and (why := no_room(error)):
+            raise write_error(final, OSError(0, why)) from error
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import warnings
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
+from lightning_interp.core.storage.json_reading import parse_json
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.models.sources.folders import check_weight_files, short
 
@@ -94,7 +94,7 @@ def load_folder(folder: Path, options: LoadOptions) -> tuple[PreTrainedModel, Pr
             "written by save_pretrained, or a PEFT adapter folder with an adapter_config.json."
         )
     try:
-        json.loads(path.read_text(encoding="utf-8"))
+        parse_json(path.read_bytes(), twice=True)
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON ({short(error)}). Copy or download it again.") from error
     check_weight_files(folder)
@@ -121,7 +121,7 @@ def load_model(
                 output_loading_info=True,
                 **more,
             )
-    except (ValueError, RuntimeError, SafetensorError, KeyError) as error:
+    except (ValueError, RuntimeError, SafetensorError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise DataError(
             f"The model in {str(where)!r} cannot be loaded: {short(error)} "
             "Check its config.json and weights, or save it again."

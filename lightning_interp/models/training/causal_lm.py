@@ -109,7 +109,7 @@ class CausalLM(Finetuned):
         with self._own_dropout(batch_idx):
             total, tokens = self._loss(batch, batch_idx, trim=True)
         loss = total / tokens
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]), sync_dist=True)
         return loss
 
     def _measure(self, stage: str, batch: dict[str, Tensor], batch_idx: int) -> None:

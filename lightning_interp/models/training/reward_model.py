@@ -143,10 +143,10 @@ class RewardModel(ScoresTexts, Finetuned):
             rewards = self(batch["input_ids"], batch["attention_mask"])
         losses = self._losses(rewards, batch, batch_idx)
         loss = losses.mean()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(losses))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(losses), sync_dist=True)
         if "margin" in batch:
             chosen, rejected = rewards.detach().chunk(2)
-            self.log("train/accuracy", (chosen > rejected).float().mean(), batch_size=len(losses))
+            self.log("train/accuracy", (chosen > rejected).float().mean(), batch_size=len(losses), sync_dist=True)
         return loss
 
     def _log_epoch(self, stage: str) -> None:

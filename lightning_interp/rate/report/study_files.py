@@ -7,12 +7,12 @@ import platform
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from lightning_interp.core.storage.files import atomic_write_json, atomic_writer
-from lightning_interp.core.storage.jsonl import json_lines, json_object, write_json_lines
+from lightning_interp.core.storage.jsonl import json_object, write_json_lines
+from lightning_interp.core.storage.row_files import file_rows
 from lightning_interp.errors import DataError
-from lightning_interp.rate.estimators.triples import RewriteTriples, as_reward
+from lightning_interp.rate.estimators.triples import STAGES, RewriteTriples, as_reward
 from lightning_interp.rate.report.study import EffectStudy
 
 __all__ = ["read_triples", "write_effects", "write_triples"]
@@ -98,25 +98,15 @@ def read_triples(path: str | os.PathLike[str]) -> RewriteTriples:
         True
     """
     file = Path(path)
-    if file.suffix == ".jsonl":
-        return RewriteTriples.from_rows((row for _, row in json_lines(file)), source=str(file))
     try:
-        if file.suffix in (".csv", ".parquet"):
-            return RewriteTriples.from_rows(_rows_of_table(file), source=str(file))
+        if file.suffix in (".jsonl", ".csv", ".tsv", ".parquet"):
+            numbers = ("w", "draw", *(f"reward_{stage}" for stage in STAGES))
+            return RewriteTriples.from_rows((row for _, row in file_rows(file, numbers=numbers)), source=str(file))
         plain = json_object(file.read_bytes(), str(file))
         if plain.get("reward"):
             plain["reward"] = {stage: [as_reward(value) for value in row] for stage, row in plain["reward"].items()}
         return RewriteTriples(**plain)
+    except DataError:
+        raise
     except (OSError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{file} holds no complete units: {error}. Give a file of write_triples.") from error
-
-
-def _rows_of_table(file: Path) -> list[dict[str, Any]]:
-    import pandas as pd
-
-    if file.suffix == ".parquet":
-        frame = pd.read_parquet(file)
-        table: list[dict[str, Any]] = frame.astype(object).where(frame.notna(), None).to_dict("records")
-        return table
-    rows = pd.read_csv(file, dtype=str, keep_default_na=False).to_dict("records")
-    return [row | {name: int(row[name]) for name in ("w", "draw") if name in row} for row in rows]

@@ -15,6 +15,7 @@ from typing import Any
 
 from lightning_interp.core.storage.files import digest
 from lightning_interp.core.storage.jsonl import json_lines, json_object
+from lightning_interp.core.storage.row_files import file_rows
 from lightning_interp.errors import DataError
 from lightning_interp.generation.batch_files import read_answers
 from lightning_interp.rate.estimators.triples import RewriteTriples
@@ -282,14 +283,14 @@ def read_effects(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_own(path: str | os.PathLike[str]) -> ForeignRewrites:
-    r"""Read a file of the user's own.
+    r"""Read a file of the user's own: JSONL, a JSON list, CSV, TSV or Parquet, with the same rows in each.
 
-    A line holds ``text`` (or ``original``), and may hold ``prompt``, ``w`` (0, 1 or null), ``id`` (else the line's
+    A row holds ``text`` (or ``original``), and may hold ``prompt``, ``w`` (0, 1 or null), ``id`` (else the row's
     number), ``cluster``, ``rewrite`` and ``rewrite2``, ``reward``, ``reward_rewrite`` and ``reward_rewrite2``. Other
     keys are not looked at, unless one is nearly the name of a known one.
 
     Args:
-        path: A JSONL file.
+        path: The file.
 
     Returns:
         Units, texts and rewards; the rewards as those of the model :data:`OWN_REWARDS`.
@@ -304,7 +305,8 @@ def read_own(path: str | os.PathLike[str]) -> ForeignRewrites:
         >>> read_own(file).units[0].prompt
         'Review it.'
     """
-    return collected(path, (_own_given(row, where) for where, row in json_lines(path)))
+    rows = file_rows(path, expected="rows with 'text'", numbers=("w", *_OWN.values()))
+    return collected(path, (_own_given(row, where) for where, row in rows))
 
 
 def _own_given(row: Mapping[str, Any], where: str) -> Given:

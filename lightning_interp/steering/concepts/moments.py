@@ -6,7 +6,6 @@ Memory does not grow with the number of states, so a run over a whole corpus can
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.storage.files import canonical_json
+from lightning_interp.core.storage.json_reading import parse_json
 from lightning_interp.core.storage.tensor_files import save_tensors
 from lightning_interp.errors import DataError, IncompatibleModelError, RecipeError
 from lightning_interp.steering.vectors.reading import read_made
@@ -214,7 +214,7 @@ class ClassMoments:
         """
 
         def made(tensors: dict[str, Tensor], metadata: dict[str, str]) -> ClassMoments:
-            facts = json.loads(metadata["facts"])
+            facts = parse_json(metadata["facts"])
             width, site = int(facts["width"]), None if facts["site"] is None else Site.parse(facts["site"])
             dual, scatter = len(tensors["base.total"]) > width, "base.scatter" in tensors
             moments = cls(width, dual=dual, scatter=scatter, fingerprint=facts["fingerprint"], site=site)

@@ -7,7 +7,6 @@ neutral tokens. ``P(W=1)`` is the target tokens' share of the pairs' mass; the o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_interp.core.storage.files import atomic_write_json
+from lightning_interp.core.storage.json_reading import parse_json
 from lightning_interp.errors import DataError, IncompatibleModelError, RecipeError
 from lightning_interp.steering.concepts.pair_index import PairIndex
 from lightning_interp.steering.softmax.arithmetic import working_dtype
@@ -293,7 +293,7 @@ class CounterfactualPairs:
             IncompatibleModelError: If the tokens say something else in this tokenizer.
         """
         try:
-            made = cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            made = cls.from_dict(parse_json(Path(path).read_bytes()))
         except (OSError, ValueError) as error:
             raise DataError(f"{path} holds no token pairs ({error}). Expected a file that save() wrote.") from error
         if tokenizer is not None:

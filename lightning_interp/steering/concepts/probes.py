@@ -6,7 +6,6 @@ state, so ``beta`` is a covector: it lives in the space of the dual coordinate, 
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.model.widths import check_width
 from lightning_interp.core.storage.files import canonical_json, jsonable
+from lightning_interp.core.storage.json_reading import parse_json
 from lightning_interp.core.storage.tensor_files import save_tensors
 from lightning_interp.errors import IncompatibleModelError, RecipeError
 from lightning_interp.steering.concepts.moments import ClassMoments
@@ -289,7 +289,7 @@ class ConceptProbe:
         """
 
         def made(tensors: dict[str, Tensor], metadata: dict[str, str]) -> ConceptProbe:
-            facts = json.loads(metadata["probe"])
+            facts = parse_json(metadata["probe"])
             return cls(tensors["direction"], **{**facts, "site": Site.parse(facts["site"])})
 
         probe = read_made(path, _FORMAT, made, what="concept probe", remedy=_REMEDY)

@@ -20,6 +20,7 @@ import torch
 
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.storage.files import atomic_write_bytes, jsonable
+from lightning_interp.core.storage.json_reading import parse_json
 from lightning_interp.errors import DataError, InterpError, SiteError
 from lightning_interp.steering.vectors.steering_vectors import SteeringVector
 
@@ -108,7 +109,7 @@ def load_control_vector(path: str | os.PathLike[str]) -> SteeringVector:
     about = _text(reader, _ABOUT)
     try:
         vector = SteeringVector(directions, model_type=_text(reader, _HINT) or "", concept=Path(path).stem)
-        return vector if about is None else replace(vector, **json.loads(about))
+        return vector if about is None else replace(vector, **parse_json(about))
     except (ValueError, TypeError, InterpError) as error:
         raise DataError(f"{str(path)!r} is damaged: {error} Export the control vector again.") from error
 

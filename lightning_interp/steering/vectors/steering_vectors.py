@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_interp.core.model.fingerprint import check_fingerprint, tensor_hash
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.storage.files import jsonable
+from lightning_interp.core.storage.json_reading import parse_json
 from lightning_interp.core.storage.tensor_files import save_tensors
 from lightning_interp.errors import IncompatibleModelError, RecipeError, SiteError
 from lightning_interp.steering.vectors.reading import as_direction, read_made
@@ -238,7 +239,7 @@ class SteeringVector:
             return load_control_vector(path)
 
         def made(tensors: dict[str, Tensor], metadata: dict[str, str]) -> SteeringVector:
-            return cls({Site.parse(name): v for name, v in tensors.items()}, **json.loads(metadata["about"]))
+            return cls({Site.parse(name): v for name, v in tensors.items()}, **parse_json(metadata["about"]))
 
         return read_made(path, FORMAT, made, what="steering vector", remedy=_REMEDY)
 
