@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 import re
@@ -20,6 +21,8 @@ from lightning_interp import __version__
 from lightning_interp.errors import InterpError, RecipeError
 
 if TYPE_CHECKING:
+    from lightning_interp.running.catalog import RecipeSource
+    from lightning_interp.running.recipe import Recipe
     from lightning_interp.running.results import StoredRun
 
 __all__ = ["build_parser", "main"]
@@ -37,6 +40,7 @@ Ask what finetuning did to a language model.
   lightning-interp copy grafting/facts mine.yaml      a copy of the settings; then: lightning-interp run mine.yaml
   lightning-interp copy grafting/facts mine/          with the code too; then: lightning-interp run mine/facts.yaml
 """
+_UTF8 = f"File names are in {sys.getfilesystemencoding()} here: set PYTHONUTF8=1, or LC_ALL=C.UTF-8."
 
 
 class _UsageError(Exception):
@@ -68,14 +72,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     run = command("run", _run, "Run a recipe, or go on with its run. NAME --help shows its settings.")
     run.add_argument("recipe", metavar="NAME", help="name of a recipe ('list' shows them), or a YAML or Python file")
-    run.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="a module of yours (or a .py file) whose classes, or recipe, the settings may name; it runs its code",
-    )
     overrides = run.add_argument("overrides", nargs="...", metavar="--field=value", help="settings to change")
     overrides.required = False
     command("list", _list, "List the recipes of this package.")
@@ -95,9 +91,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     The exit code is 0, 1 for an error of this package, 2 for wrong use, 130 after Ctrl-C, 143 after SIGTERM.
     """
+    from lightning_interp.running.output import lasting_output
+
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if os.environ.get("LIGHTNING_INTERP_DEBUG") == "1":
-        return _dispatch(arguments)
+    with lasting_output() as out:
+        code = _dispatch(arguments) if os.environ.get("LIGHTNING_INTERP_DEBUG") == "1" else _caught(arguments)
+        out.flush()
+        unread = isinstance(out.error, BrokenPipeError)  # a reader such as head has seen enough, and all is done
+        if code == 0 and out.error is not None and not unread:
+            code = _say(f"all is done, but standard output cannot be written: {out.error}", FAILED)
+    return code
+
+
+def _caught(arguments: Sequence[str]) -> int:
     try:
         return _dispatch(arguments)
     except _UsageError as error:
@@ -106,35 +112,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(str(error), FAILED)
     except KeyboardInterrupt:  # before or after a run, which says more
         return _say("stopped by Ctrl-C", CTRL_C)
-    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the interpreter's last flush
-        return 0
+    except UnicodeEncodeError as error:
+        if error.encoding != sys.getfilesystemencoding() or error.encoding == "utf-8":
+            raise
+        return _say(f"{error.object!r} cannot be the name of a file under this locale. {_UTF8}", FAILED)
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
-    parsed = build_parser().parse_args(arguments)
+    parser = build_parser()
+    if not arguments:
+        parser.print_help()
+        return 0
+    for argument in arguments:
+        if re.search("[\ud800-\udfff]", argument):
+            raise _UsageError(f"{argument!r} holds bytes that are no letters of this locale. {_UTF8}")
+    parsed = parser.parse_args(arguments)
     parsed.command_line = arguments
     code: int = parsed.action(parsed)
-    sys.stdout.flush()
     return code
 
 
 def _say(message: str, code: int) -> int:
-    from lightning_interp.core.storage.redaction import redacted
-
-    print(f"lightning-interp: {redacted(message)}", file=sys.stderr)
+    print(f"lightning-interp: {message}", file=sys.stderr)
     return code
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from lightning_interp.running.asked import configured, show_help, split_imports
+    from lightning_interp.running.settings import print_help
 
     with _settings_are_usage():
-        imports, overrides = split_imports([*(f"--import={name}" for name in parsed.imports), *parsed.overrides])
-        if {"-h", "--help"} & set(overrides):
-            show_help(parsed.recipe, imports)
+        if {"-h", "--help"} & set(parsed.overrides):
+            print_help(*_found(parsed.recipe))
             return 0
-        recipe = configured(parsed.recipe, overrides, imports)
+        recipe = _configured(parsed.recipe, parsed.overrides)
     try:
         with _terminable(), _phase_lines():
             recipe.run()
@@ -145,6 +155,28 @@ def _run(parsed: argparse.Namespace) -> int:
             raise
         return _stopped("SIGTERM", parsed.command_line, SIGTERM)
     return 0
+
+
+def _configured(name: str, overrides: Sequence[str]) -> Recipe:
+    """Build the recipe from its YAML file and the command line, and check all that can be checked before it runs."""
+    from lightning_interp.running.settings import load_settings, option_key
+
+    cls, source = _found(name)
+    recipe = load_settings(cls, source, overrides)
+    if recipe.smoke and "model" not in map(option_key, overrides):
+        recipe = dataclasses.replace(recipe, model=recipe.smoke_model)
+    if recipe.run_dir is None and not source.named:
+        recipe = dataclasses.replace(recipe, run_dir=f"runs/{source.title}{'-smoke' if recipe.smoke else ''}")
+    _ = recipe.trainer_options
+    return recipe
+
+
+def _found(name: str) -> tuple[type[Recipe], RecipeSource]:
+    from lightning_interp.running.catalog import find_recipe, load_class
+    from lightning_interp.running.recipe import Recipe
+
+    source = find_recipe(name)
+    return load_class(source, Recipe), source  # type: ignore[type-abstract]  # it is asked for a subclass
 
 
 def _list(parsed: argparse.Namespace) -> int:
@@ -161,10 +193,10 @@ def _list(parsed: argparse.Namespace) -> int:
 
 def _show(parsed: argparse.Namespace) -> int:
     from lightning_interp.running.results import read_run
-    from lightning_interp.running.terminal import print_table, shown
+    from lightning_interp.running.terminal import print_table
 
     run = read_run(parsed.run_dir)
-    print(shown(f"{run.manifest['name']} in {run.path}: {run.state}{f' ({run.message})' if run.message else ''}"))
+    print(f"{run.manifest['name']} in {run.path}: {run.state}{f' ({run.message})' if run.message else ''}")
     keys = ("status", "seconds", "attempts", "message")
     phases = [{"phase": name} | {key: phase.get(key) for key in keys} for name, phase in run.manifest["phases"].items()]
     if phases:
@@ -196,8 +228,6 @@ def _copy(parsed: argparse.Namespace) -> int:
     with _settings_are_usage():
         texts = _copied(parsed.recipe, parsed.destination)
         for path, text in texts.items():
-            if path != parsed.destination and path.is_symlink():
-                raise RecipeError(f"{str(path)!r} is a link, and would be written to. Delete it, or copy elsewhere.")
             if path.exists() and not parsed.force and not (path.is_file() and path.read_text(encoding="utf-8") == text):
                 raise RecipeError(f"{str(path)!r} exists. Give another name, or --force to overwrite it.")
     for path, text in texts.items():

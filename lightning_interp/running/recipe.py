@@ -9,7 +9,6 @@ import inspect
 import logging
 import os
 import platform
-import shlex
 import signal
 import sys
 from abc import ABC, abstractmethod
@@ -20,7 +19,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lightning_interp.core.storage.redaction import check_address, keep_secret
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.running.run_folder import RunFolder
 
@@ -42,11 +40,15 @@ class RecipeResult:
         figures: Matplotlib figures or PNG files by name: ``figures/<name>.png``.
         artifacts: Files and folders worth keeping by name, such as a trained adapter.
         question: What was asked, for the report.
+        findings: What was found, each number with its interval: a sentence each, which the report says first.
+        captions: What to see in a figure, by its name.
+        terms: What the names and codes in tables and figures mean.
         caveats: What the numbers may not be used for, and why.
         summary: The table to print at the end; the first one if empty.
 
     Raises:
-        RecipeError: If a name cannot be a file's name, the summary is no table, or an artifact does not exist.
+        RecipeError: If a name cannot be a file's name, the summary is no table, a caption is of no figure, or an
+            artifact does not exist.
     """
 
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -54,6 +56,9 @@ class RecipeResult:
     figures: dict[str, Any] = field(default_factory=dict)
     artifacts: dict[str, Path] = field(default_factory=dict)
     question: str = ""
+    findings: Sequence[str] = ()
+    captions: Mapping[str, str] = field(default_factory=dict)
+    terms: Mapping[str, str] = field(default_factory=dict)
     caveats: Sequence[str] = ()
     summary: str = ""
 
@@ -68,6 +73,10 @@ class RecipeResult:
         if self.summary and self.summary not in self.tables:
             raise RecipeError(
                 f"summary={self.summary!r} names no table; the tables are {', '.join(self.tables) or 'none'}."
+            )
+        if lost := [name for name in self.captions if name not in self.figures]:
+            raise RecipeError(
+                f"captions has {lost[0]!r}, which is no figure; the figures are {', '.join(self.figures) or 'none'}."
             )
         for name, path in self.artifacts.items():
             if not Path(path).exists():
@@ -93,9 +102,6 @@ class Recipe(ABC):
     """Settings, with all below them, that may differ when a run goes on: they decide where and how it is computed and
     shown, not what. A subclass names its own, which are added to those of its bases."""
 
-    imports = tuple[str, ...]()  # not a field: no settings file decides it
-    """Modules beside Lightning's of which ``trainer`` may name classes; ``--import`` on the command line."""
-
     run_dir: str | None = None
     """Folder of the run: results, checkpoints, report. By default runs/<name>; the same command goes on there."""
     seed: int = 0
@@ -114,17 +120,17 @@ class Recipe(ABC):
                 f"{type(self).__name__} has the fields {', '.join(own['__annotations__'])} but is no dataclass, so "
                 "they would be ignored. Put @dataclass(kw_only=True) above the class."
             )
-        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
+        if not 0 <= self.seed < 2**32:
             raise RecipeError(f"seed={self.seed!r}: expected a number from 0 to 2**32 - 1.")
         if self.run_dir is not None and not str(self.run_dir).strip():
             raise RecipeError(f"run_dir={self.run_dir!r}: expected a folder, or nothing for runs/<name>.")
-        if self.run_dir is not None and not str(self.run_dir).isprintable():
-            raise RecipeError(f"run_dir={self.run_dir!r}: it holds a line break or another control character.")
-        for entry in fields(self):  # addresses, and names of the variables that hold their keys
-            if entry.name.endswith("_url"):
-                check_address(getattr(self, entry.name), entry.name)
-            if entry.name.endswith("_key_env"):
-                keep_secret(getattr(self, entry.name))
+        try:
+            os.fsencode(self.run_path)
+        except UnicodeEncodeError as error:
+            raise RecipeError(
+                f"run_dir={self.run_dir!r}: file names are in {error.encoding} here, which lacks letters of it. Set "
+                "PYTHONUTF8=1, or LC_ALL=C.UTF-8."
+            ) from error
         if not isinstance(self.trainer, dict):
             raise RecipeError(f"trainer={self.trainer!r}: expected a dict of Trainer arguments.")
 
@@ -155,6 +161,11 @@ class Recipe(ABC):
         return self.smoke_model if self.smoke and self.model == default else self.model
 
     @property
+    def used_model(self) -> str:
+        """The model that the report names; empty for a run that uses none, whatever the field says."""
+        return self.source
+
+    @property
     def run_path(self) -> Path:
         """The run folder, also where ``run_dir`` was left open."""
         return Path(self.run_dir or f"runs/{self.name}{'-smoke' if self.smoke else ''}")
@@ -182,7 +193,7 @@ class Recipe(ABC):
         """
         from lightning_interp.running.settings import trainer_arguments
 
-        return trainer_arguments(self.trainer, self.imports)
+        return trainer_arguments(self.trainer)
 
     def trainer_kwargs(self, run: RunFolder, **defaults: Any) -> dict[str, Any]:
         """Return arguments for a Trainer of the running phase: ours, then the recipe's, then the user's on top.
@@ -281,9 +292,7 @@ class Recipe(ABC):
 
         values = {"recipe": self._key()} | self.config() | {"run_dir": str(self.run_path)}
         text = yaml.safe_dump(literal(values), sort_keys=False, allow_unicode=True)
-        named = [*self.imports, *self._own_code]
-        again = [str(self.run_path / "config.yaml"), *(f"--import={name}" for name in named)]
-        command = f"# The settings of this run. Goes on with it: lightning-interp run {shlex.join(again)}\n"
+        command = f"# The settings of this run. Goes on with it: lightning-interp run {self.run_path / 'config.yaml'}\n"
         atomic_write_text(self.run_path / "config.yaml", command + text)
 
     def _key(self) -> str:
@@ -295,15 +304,6 @@ class Recipe(ABC):
             return os.path.relpath(module.__file__, self.run_path)
         return f"{type(self).__module__}.{type(self).__qualname__}"
 
-    @property
-    def _own_code(self) -> list[str]:
-        """The file or module of a recipe that is none of the package's, which a run folder cannot name by itself."""
-        module = self._module
-        if getattr(module, "__recipe__", None):
-            return []
-        file = getattr(module, "__file__", None) if hasattr(module, "__recipe__") else None
-        return [os.path.relpath(file) if file else type(self).__module__]
-
     def _write_results(self, manifest: RunManifest, result: RecipeResult) -> None:
         from lightning_interp.running.results import write_results
 
@@ -311,13 +311,16 @@ class Recipe(ABC):
         manifest.record_outcome(
             {
                 "question": result.question,
+                "findings": list(result.findings),
+                "captions": dict(result.captions),
+                "terms": dict(result.terms),
                 "caveats": list(result.caveats),
                 "summary": result.summary,
                 "tables": list(result.tables),
                 "figures": list(result.figures),
                 "artifacts": {name: _relative(path, manifest.path) for name, path in result.artifacts.items()},
                 "about": _about(type(self)),
-                "source": self.source,
+                "source": self.used_model,
             }
         )
 

@@ -18,6 +18,7 @@ __all__ = ["render_report", "write_report"]
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 MAX_ROWS, MAX_ROWS_ASIDE = 500, 40  # on the page, of the main table and of the others; the files hold all
+OPEN_ROWS, OPEN_ROWS_ASIDE = 24, 8  # a longer table is folded
 LONG_TEXT = 24  # letters from which on a column of text is given some width
 
 
@@ -44,11 +45,16 @@ def render_report(run: StoredRun) -> str:
         name=run.manifest["name"],
         outcome=run.outcome,
         about=run.outcome.get("about", "").split("\n\n")[0],
-        main=_table(summary, run.tables[summary], MAX_ROWS) if summary else None,
-        tables=[_table(name, rows, MAX_ROWS_ASIDE) for name, rows in run.tables.items() if name != summary],
-        figures=[{"title": _title(name), "data": _inline(path)} for name, path in run.figures.items()],
+        main=_table(summary, run.tables[summary], MAX_ROWS, OPEN_ROWS) if summary else None,
+        tables=[
+            _table(name, rows, MAX_ROWS_ASIDE, OPEN_ROWS_ASIDE) for name, rows in run.tables.items() if name != summary
+        ],
+        figures=[
+            {"title": _title(name), "caption": run.outcome["captions"].get(name, ""), "data": _inline(path)}
+            for name, path in run.figures.items()
+        ],
         metrics=list(_leaves(run.metrics)),
-        settings=[(key, value) for key, value in _leaves(run.manifest["config"]) if key != "run_dir"],
+        settings=[(key, value) for key, value in _leaves(run.manifest["config"]) if key not in _unused(run)],
         smoke=bool(run.manifest["config"].get("smoke")),
         facts=_facts(run),
         phases=[
@@ -60,7 +66,7 @@ def render_report(run: StoredRun) -> str:
     )
 
 
-def _table(name: str, rows: list[dict[str, Any]], limit: int) -> dict[str, Any]:
+def _table(name: str, rows: list[dict[str, Any]], limit: int, unfolded: int) -> dict[str, Any]:
     names, cells = columns(rows), shown_rows(rows[:limit])
     return {
         "title": _title(name),
@@ -69,6 +75,8 @@ def _table(name: str, rows: list[dict[str, Any]], limit: int) -> dict[str, Any]:
         "kinds": [_kind([row.get(column) for row in rows]) for column in names],
         "rows": [list(map(_with_minus, line)) for line in cells],
         "left_out": len(rows) - len(cells),
+        "count": len(rows),
+        "folded": len(rows) > unfolded,
     }
 
 
@@ -105,17 +113,21 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", text if len(text) <= 300 else f"{text[:300]} ..."
 
 
+def _unused(run: StoredRun) -> tuple[str, ...]:
+    """Settings that say nothing about the numbers."""
+    return ("run_dir",) if run.outcome["source"] else ("run_dir", "model")
+
+
 def _facts(run: StoredRun) -> list[tuple[str, str]]:
     sessions = run.manifest["sessions"]
-    started = str(sessions[0]["started"]).replace("T", " ").replace("+00:00", " UTC")
+    started = str(sessions[0]["started"] if sessions else "unknown").replace("T", " ").replace("+00:00", " UTC")
     starts = f" in {len(sessions)} starts" if len(sessions) > 1 else ""
-    config = run.manifest["config"]
-    return [
+    facts = [
         ("Started", started),
         ("Run time", f"{_duration(run.seconds)}{starts}"),
-        ("Seed", shown(config.get("seed"))),
-        ("Model", str(run.outcome.get("source") or config.get("model"))),
+        ("Seed", shown(run.manifest["config"].get("seed"))),
     ]
+    return [*facts, ("Model", run.outcome["source"])] if run.outcome["source"] else facts
 
 
 def _versions(run: StoredRun) -> list[tuple[str, str]]:
@@ -129,7 +141,7 @@ def _versions(run: StoredRun) -> list[tuple[str, str]]:
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 60:
+    if seconds < 60 or seconds > 1e9:  # of a damaged manifest
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_interp.core.storage.files import atomic_write_bytes, atomic_write_json, atomic_write_text, jsonable
-from lightning_interp.core.storage.inside import check_inside
+from lightning_interp.core.storage.json_reading import read_json
 from lightning_interp.core.storage.manifest_file import read_manifest
 from lightning_interp.core.storage.phase_results import phase_result
 from lightning_interp.core.storage.run_lock import child_folders, is_in_use
@@ -38,6 +38,13 @@ OUTPUTS = ("config.yaml", "metrics.json", "tables", "figures", "report.html")
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?P<fraction>\.\d+)?(?P<exponent>[eE][+-]?\d+)?")
 _WORDS = {"": None, "true": True, "false": False} | {word: float(word) for word in ("nan", "inf", "-inf")}
 _REMEDY = "Restore it, or start the run again to write it anew."
+_LONGEST = 300  # digits of a whole number in a table; longer ones are read as text
+
+_TEXT, _TEXTS, _NAMED = "a string", "a list of strings", "an object of strings"
+_OUTCOME = {"tables": _TEXTS, "figures": _TEXTS, "summary": _TEXT}
+_MORE = {"question": _TEXT, "about": _TEXT, "source": _TEXT, "artifacts": _NAMED, "caveats": _TEXTS}
+_MORE |= {"findings": _TEXTS, "captions": _NAMED, "terms": _NAMED}
+_EMPTY: dict[str, Any] = {_TEXT: "", _TEXTS: [], _NAMED: {}}
 
 
 @dataclass(frozen=True)
@@ -103,16 +110,6 @@ def check_output_name(name: str, what: str) -> str:
     return name
 
 
-def _check_stored_names(names: Any, what: str, run_dir: Path) -> None:
-    reason = "" if isinstance(names, list) and all(isinstance(name, str) for name in names) else f"no list of {what}s"
-    try:
-        _ = reason or [check_output_name(name, what) for name in names]
-    except RecipeError as error:
-        reason = str(error)
-    if reason:
-        raise ManifestError(f"{str(run_dir / 'manifest.json')!r} is damaged: {reason} {_REMEDY}")
-
-
 def write_results(
     run_dir: Path,
     *,
@@ -142,7 +139,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     try:
         with open(path, encoding="utf-8", newline="") as file:
             return [_values(row) for row in csv.DictReader(file)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise ManifestError(f"Cannot read the table {str(path)!r}: {error}. {_REMEDY}") from error
 
 
@@ -164,13 +161,10 @@ def write_figure(path: Path, figure: Any) -> None:
 
 def read_run(run_dir: Path) -> StoredRun:
     """Read a run folder, finished or not."""
-    check_inside(run_dir)
     manifest = read_manifest(run_dir)
-    outcome = manifest["outcome"]
-    if not outcome:
+    if not manifest["outcome"]:
         return StoredRun(run_dir, manifest)
-    for kind in ("table", "figure"):
-        _check_stored_names(outcome.get(f"{kind}s"), kind, run_dir)
+    outcome = manifest["outcome"] = _outcome(manifest, run_dir / "manifest.json")
     return StoredRun(
         run_dir,
         manifest,
@@ -180,11 +174,30 @@ def read_run(run_dir: Path) -> StoredRun:
     )
 
 
+def _outcome(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What a finished run says of itself, with all keys; runs of earlier versions lack some."""
+    found = {key: _EMPTY[kind] for key, kind in _MORE.items()}
+    found |= {"source": str(manifest["config"].get("model") or "")} | manifest["outcome"]
+    for key, kind in {**_OUTCOME, **_MORE}.items():
+        if not _is(found.get(key), kind):
+            raise ManifestError(f"{str(path)!r} is damaged: outcome.{key} should be {kind}. {_REMEDY}")
+    if found["summary"] and found["summary"] not in found["tables"]:
+        raise ManifestError(f"{str(path)!r} is damaged: outcome.summary names no table. {_REMEDY}")
+    return found
+
+
+def _is(value: Any, kind: str) -> bool:
+    if kind == _TEXT:
+        return isinstance(value, str)
+    texts = value.values() if isinstance(value, dict) and kind == _NAMED else value
+    return isinstance(value, dict if kind == _NAMED else list) and all(isinstance(text, str) for text in texts)
+
+
 def _read_metrics(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise ManifestError(f"Cannot read {str(path)!r}: {error}. {_REMEDY}") from error
+    metrics = read_json(path, expected="the metrics of a run", error=ManifestError, own=True)
+    if not isinstance(metrics, dict):
+        raise ManifestError(f"{str(path)!r} holds a {type(metrics).__name__}; expected an object. {_REMEDY}")
+    return metrics
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -210,7 +223,7 @@ def _value(text: str | None) -> Any:
     if text is None or text in _WORDS:
         return _WORDS[text or ""]
     match = _NUMBER.fullmatch(text)
-    if match is None:
+    if match is None or len(text) > _LONGEST:
         return text
     return float(text) if match["fraction"] or match["exponent"] else int(text)
 

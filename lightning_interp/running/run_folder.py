@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_interp.core.storage.content import drop_damaged_checkpoints
+
 if TYPE_CHECKING:
     from lightning_interp.core.storage.manifest import RunManifest
     from lightning_interp.running.terminal import ProgressBar
 
 __all__ = ["RunFolder"]
+
+log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -41,6 +46,8 @@ class RunFolder:
     def phase(self, name: str, fn: Callable[[Path], Any], *, inputs: Any = None, every_rank: bool = False) -> Any:
         """Run a phase once and remember its result; see ``RunManifest.phase``.
 
+        Checkpoints (``*.ckpt``) that a kill or a full disk left damaged are deleted before it goes on.
+
         Args:
             name: The phase's name, unique in the run.
             fn: Gets the phase's folder and returns a result of plain values.
@@ -52,7 +59,9 @@ class RunFolder:
         """
 
         def begin(folder: Path) -> Any:
-            if self.writes and not any(folder.iterdir()):  # from the beginning: so are its TensorBoard curves
+            for path, fault in drop_damaged_checkpoints(folder).items():  # on each rank: all go on from the same
+                log.warning("phase %s: %s cannot be read (%s); deleted, what it held is done again", name, path, fault)
+            if self.writes and not any(path.is_file() for path in folder.rglob("*")):  # anew: so are its curves
                 shutil.rmtree(self.path / "tensorboard" / name, ignore_errors=True)
             return fn(folder)
 

@@ -169,24 +169,15 @@ def finetune(
     It goes on at the last checkpoint. ``source`` is another model than the recipe's; ``lora`` trains an adapter instead
     of all weights. Returns the loss of the last step.
     """
-    import lightning as L
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
     from lightning_interp.models import CausalLM, TextDataModule
+    from lightning_interp.models.training.resumable import fit_and_export
 
     module = CausalLM(source or recipe.source, lora=lora, optimisation=optimisation, seed=recipe.seed)
     tokenizer = module.tokenizer
     data = TextDataModule(texts, tokenizer=tokenizer, batch_size=batch_size, seed=recipe.seed, add_eos=add_eos)
-    # One file, the newest. save_last alone (save_top_k=0) writes nothing before the end of training.
-    keep = ModelCheckpoint(folder / "checkpoints", filename="last", save_top_k=1, enable_version_counter=False)
-    settings = {"log_every_n_steps": 1, "gradient_clip_val": 1.0, "callbacks": [*callbacks, keep]}
-    runner = L.Trainer(**recipe.trainer_kwargs(run, max_epochs=epochs, **settings))
-    last = folder / "checkpoints" / "last.ckpt"
-    runner.fit(module, data, ckpt_path=str(last) if last.exists() else None)
-    if runner.is_global_zero:
-        module.export(folder / "model")
-    runner.strategy.barrier()
-    return {"loss": float(runner.callback_metrics["train/loss"])}
+    settings = {"log_every_n_steps": 1, "gradient_clip_val": 1.0, "callbacks": callbacks}
+    told = fit_and_export(module, data, folder, recipe.trainer_kwargs(run, max_epochs=epochs, **settings))
+    return {"loss": told["train/loss"]}
 
 
 def compact(found: GraftResult, plan: str, *, form: str | None = None) -> dict[str, Any]:

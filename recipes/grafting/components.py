@@ -94,6 +94,7 @@ class GraftComponents(Recipe):
         from lightning_interp.grafting import GraftResult, component_plans
 
         from ._common import compact, dropped_rows, metrics_of
+        from ._explained import GRID_CAPTION, TRAINING_CAPTION, best_of, findings, terms
         from ._figures import curves_figure, grid_figure
 
         found = GraftResult(**scored["result"])
@@ -122,6 +123,9 @@ class GraftComponents(Recipe):
             },
             artifacts={"finetuned": run.folder("train") / "model"},
             question="Which layers and components carry a finetuned fact, at the entity and at the last token?",
+            findings=[*findings(found), best_of(found, component_plans(), "sets of components at the last token")],
+            captions={**dict.fromkeys(grids, GRID_CAPTION), "training": TRAINING_CAPTION},
+            terms=terms(["PRE", "SFT", *self.ends(), *component_plans()]),
             caveats=[
                 f"Model: {scored['label']}.",
                 f"{self.facts} invented facts, one training run, one seed: the intervals are over facts only.",

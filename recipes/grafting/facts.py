@@ -107,6 +107,7 @@ class GraftFacts(Recipe):
         from lightning_interp.grafting import GraftResult
 
         from ._common import compact_groups, dropped_rows, metrics_of
+        from ._explained import DOSE_CAPTION, PLANS_CAPTION, TRAINING_CAPTION, findings, terms
         from ._figures import curves_figure, dose_figure, plans_figure
 
         found, more = GraftResult(**scored["result"]), GraftResult(**scored["experiments"])
@@ -136,6 +137,10 @@ class GraftFacts(Recipe):
             },
             artifacts={"finetuned": run.folder("train") / "model"},
             question="Which weights, used at which token, retrieve a finetuned fact?",
+            findings=findings(found, form=TRAINED),
+            captions={"plans": PLANS_CAPTION, "dropout": DOSE_CAPTION, "training": TRAINING_CAPTION},
+            terms=terms([*found.plans, *more.plans])
+            | {"E3, E4, E7, E8, E10": "experiments of the paper by their number; what each is about stands beside it"},
             caveats=[
                 f"Model: {scored['label']}.",
                 f"{self.facts} invented facts, one training run, one seed: the intervals are over facts only.",

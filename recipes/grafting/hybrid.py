@@ -98,6 +98,7 @@ class GraftHybrid(Recipe):
         from lightning_interp.grafting import GraftResult
 
         from ._common import compact_groups, dropped_rows, metrics_of
+        from ._explained import PLANS_CAPTION, TRAINING_CAPTION, best_of, terms
         from ._figures import curves_figure, plans_figure
 
         found = GraftResult(**scored["result"])
@@ -120,6 +121,20 @@ class GraftHybrid(Recipe):
             },
             artifacts={name: run.folder(name) / "model" for name in ("one", "both")},
             question="Is recall at the last token task attention, or extraction by output and feed-forward maps?",
+            findings=[
+                f"The model that read both orders has the answer among its {found.top_k} likeliest tokens for "
+                f"{found.estimate('SFT', 'top5')} of the facts (a share), the one that read one order for "
+                f"{found.estimate(TASK, 'top5')}, the base for {found.estimate('PRE', 'top5')}.",
+                *(best_of(found, group, what) for what, group in self.groups().items()),
+            ],
+            captions={"plans": PLANS_CAPTION.partition(" See")[0], "training": TRAINING_CAPTION},
+            terms=terms(["PRE", "SFT", "FE", "LT", "ATTN+O+FFN"])
+            | {
+                TASK: "the task model: it read the facts in one order alone, and is asked in the other",
+                "E5": "the task model, with parts of the relation model (which read both orders) at the last token",
+                "E6": "the base, with the task model's attention and the relation model's other maps; 'intended' as "
+                "the paper describes it, 'literal' as its code does it",
+            },
             caveats=[
                 f"Model: {scored['label']}.",
                 f"{self.facts} invented facts, one training run of each adapter, one seed: intervals are over facts "
@@ -131,6 +146,11 @@ class GraftHybrid(Recipe):
                 f"Prompts dropped because the entity was not found: {len(found.dropped)}.",
             ],
         )
+
+    def groups(self) -> dict[str, list[str]]:
+        """The plans that are compared with each other, by what they are."""
+        groups = {"E5 component sets": "sets of components on the task model", "E6 hybrid": "hybrids on the base"}
+        return {what: list(self.experiments()[name]) for name, what in groups.items()}
 
     def experiments(self) -> dict[str, dict[str, Any]]:
         """Baselines, E5 on the task model, and E6 on the base in both constructions."""

@@ -119,11 +119,12 @@ class GraftPair(Recipe):
 
     def example_donor(self, folder: Path) -> Path:
         """A tiny donor, for a smoke run without one."""
+        from lightning_interp.models.sources.folders import atomic_folder
         from lightning_interp.models.sources.tiny import byte_tokenizer, tiny_pair
 
-        if not (folder / "donor").exists():
-            tiny_pair("llama")[1].save_pretrained(folder / "donor")
-            byte_tokenizer().save_pretrained(folder / "donor")
+        with atomic_folder(folder / "donor", overwrite=True) as temporary:
+            tiny_pair("llama")[1].save_pretrained(temporary)
+            byte_tokenizer().save_pretrained(temporary)
         return folder / "donor"
 
     def plans(self) -> dict[str, Any]:
@@ -140,6 +141,12 @@ class GraftPair(Recipe):
             plans |= EXPERIMENTS[number]() if number not in ("E1", "E2", "E9") else {}
         return reverse_plans(plans) if self.direction == "pre2sft" else plans
 
+    def reversed(self) -> dict[str, str]:
+        """What the direction does to the meaning of the plans."""
+        if self.direction == "sft2pre":
+            return {}
+        return {"direction": "pre2sft: all grafts but PRE and SFT are the other way round, plain weights in the donor"}
+
     def doses(self) -> dict[str, Any]:
         """FE+LT at doses from the recipient to the donor."""
         from lightning_interp import FromBatch, GraftPlan, Last
@@ -152,6 +159,7 @@ class GraftPair(Recipe):
         from lightning_interp.grafting.generate import exact_match
 
         from ._common import compact, dropped_rows, metrics_of
+        from ._explained import DOSE_CAPTION, PLANS_CAPTION, findings, terms
         from ._figures import dose_figure, plans_figure
 
         found = GraftResult(**scored["result"])
@@ -172,6 +180,9 @@ class GraftPair(Recipe):
             tables=tables,
             figures={"plans": plans_figure(found, title=scored["label"]), "doses": dose_figure(scored["curve"])},
             question="Which weights of the finetuned model, used at which token, make its answers?",
+            findings=findings(found) if self.direction == "sft2pre" else findings(found)[:1],
+            captions={"plans": PLANS_CAPTION, "doses": DOSE_CAPTION},
+            terms=terms(found.plans, **self.reversed()),
             caveats=[
                 f"Recipient {scored['label']}, donor {self.donor or 'tiny and random'}, direction {self.direction}.",
                 f"{units} units, {len(found.rows) // len(found.plans)} prompts; intervals are over units.",

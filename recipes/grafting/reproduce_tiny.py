@@ -147,6 +147,7 @@ class ReproduceTiny(Recipe):
         from lightning_interp.grafting import GraftResult
 
         from ._common import compact, dropped_rows
+        from ._explained import PLANS_CAPTION, TRAINING_CAPTION, findings, terms
         from ._figures import curves_figure, plans_figure
         from ._reproduce_tiny import pattern
 
@@ -175,6 +176,15 @@ class ReproduceTiny(Recipe):
             },
             artifacts={"recipient": run.folder("pretrain") / "model", "donor": run.folder("finetune") / "model"},
             question="Does the published pattern of weight grafting appear in a model trained from nothing?",
+            findings=[
+                f"{sum(row['holds'] for row in claims)} of the {len(claims)} inequalities of the published pattern "
+                "hold for the point estimates (table 'pattern').",
+                *findings(found),
+            ],
+            captions={"plans": PLANS_CAPTION, "training": TRAINING_CAPTION},
+            terms=terms(
+                found.plans, **{"KL to donor": "divergence of a plan's next-token distribution from SFT's, in nats"}
+            ),
             caveats=[
                 f"{title}; {self.facts_new} new facts, one training run, one seed: intervals are over facts only.",
                 "The claims compare point estimates; an interval may reach over a bound.",

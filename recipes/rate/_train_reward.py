@@ -279,18 +279,9 @@ def train_reward(
     Returns:
         What was logged last of ``val/...``, and the ``train_loss`` of the last step.
     """
-    import lightning as L
-    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning_interp.models.training.resumable import fit_and_export
 
-    # One file, the newest, written after each validation.
-    keep = ModelCheckpoint(folder / "checkpoints", filename="last", save_top_k=1, enable_version_counter=False)
-    runner = L.Trainer(**{**trainer, "callbacks": [*trainer.get("callbacks", ()), keep]})
-    last = folder / "checkpoints" / "last.ckpt"
-    runner.fit(module, data, ckpt_path=str(last) if last.exists() else None)
-    if runner.is_global_zero:
-        module.export(folder / "model", overwrite=True)
-    runner.strategy.barrier()
-    told = {name: float(value) for name, value in runner.callback_metrics.items()}
+    told = fit_and_export(module, data, folder, trainer)
     found = {name.removeprefix("val/"): value for name, value in told.items() if name.startswith("val/")}
     return {**found, "train_loss": told.get("train/loss", math.nan)}
 

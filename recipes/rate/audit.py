@@ -233,6 +233,7 @@ class RateAudit(Recipe):
 
     def result(self, run: RunFolder, texts: dict[str, Any], scored: dict[str, Any]) -> RecipeResult:
         """Tables, figures, and what speaks against the numbers."""
+        from lightning_interp.rate.report.explained import TERMS
         from lightning_interp.rate.report.study_files import write_effects
         from lightning_interp.running.results import write_scalars
 
@@ -251,9 +252,22 @@ class RateAudit(Recipe):
             figures=study.figures(title),
             artifacts={"effects": run.folder("effects") / "effects.json"},
             question=f"How much does the reward {scored['scorer']} change because of {self.named}?",
+            findings=[*study.findings(self.named), *self.known(scored)],
+            captions=study.captions(),
+            terms=TERMS,
             caveats=[*self.about(), *study.caveats()],
             summary="effects",
         )
+
+    def known(self, scored: dict[str, Any]) -> list[str]:
+        """The answer of the example, in words."""
+        truth = scored["truth"] or {}
+        return [f"The known answer, by exact edits ({name}): {value:.3f}." for name, value in truth.items()]
+
+    @property
+    def used_model(self) -> str:
+        """The language model that rewrites, if one does."""
+        return self.source if self.rewriter in ("local", "endpoint") else ""
 
     @property
     def named(self) -> str:

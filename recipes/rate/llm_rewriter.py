@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from lightning_interp.core.storage.json_reading import read_json
 from lightning_interp.recipe import Recipe, RecipeResult, RunFolder
 
 
@@ -168,6 +168,7 @@ class LanguageModelRewriter(Recipe):
     def result(self, run: RunFolder, chosen: dict[str, Any], rewritten: dict[str, Any]) -> RecipeResult:
         """The report: what came back, what it is worth, and effects with and without selection."""
         from lightning_interp.rate import RewriteStore
+        from lightning_interp.rate.report.explained import CAPTIONS, TERMS
         from lightning_interp.rate.report.figures import effects_figure, overlay_figure
         from lightning_interp.rate.report.study_tables import effects_rows
 
@@ -209,8 +210,14 @@ class LanguageModelRewriter(Recipe):
             figures=figures,
             artifacts={"store": run.folder("rewrite") / "store"},
             question=f"What is {qualities[0].rewriter} worth as a rewriter of {tried.name}?",
+            findings=[*notes, *(note for study in studies.values() for note in study.findings()[:1])],
+            captions={
+                "rewrites": "A bar is a rewriter and a direction: the share of units whose rewrites have the value "
+                "asked for, have it not, or cannot be used. See how much is left to compare.",
+                **{name: CAPTIONS[name.partition("_")[0]] for name in figures if name != "rewrites"},
+            },
+            terms=TERMS,
             caveats=[
-                *notes,
                 *self.caveats(tried, chosen),
                 *dict.fromkeys(note for study in studies.values() for note in study.result.warnings),
             ],
@@ -305,7 +312,7 @@ class LanguageModelRewriter(Recipe):
         """The chosen units."""
         from lightning_interp.rate import Unit
 
-        return [Unit(**row) for row in json.loads((run.folder("texts") / "units.json").read_text())]
+        return [Unit(**row) for row in read_json(run.folder("texts") / "units.json", own=True)]
 
     def triples(self, run: RunFolder, by: list[str], passes: int = 2) -> Any:
         """The complete units of a rewriter."""
@@ -326,7 +333,7 @@ class LanguageModelRewriter(Recipe):
         path = run.folder("score") / f"third_{number}.json"
         if not path.exists():
             return None
-        found = json.loads(path.read_text())
+        found = read_json(path, own=True)
         return third_rewrite_check(found["w"], *found["rewards"], ids=found["ids"], cluster=found["cluster"])
 
     def studied(self, run: RunFolder, by: list[str], number: int) -> Any:
@@ -335,7 +342,7 @@ class LanguageModelRewriter(Recipe):
 
         from lightning_interp.rate import TripleScores, study_effects
 
-        scores = TripleScores.from_dict(json.loads((run.folder("score") / f"rewards_{number}.json").read_text()))
+        scores = TripleScores.from_dict(read_json(run.folder("score") / f"rewards_{number}.json", own=True))
         tried, triples = self.tried([unit.text for unit in self.units(run)]), self.triples(run, by)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # kept in the result

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from lightning_interp.core.storage.json_reading import read_json
 from lightning_interp.recipe import Recipe, RecipeResult, RunFolder
 
 WORDS = ("bag-of-words", "tiny:bag-of-words")
@@ -135,7 +135,7 @@ class TrainReward(Recipe):
         from ._train_reward import ATTRIBUTES, edited_exactly, train_reward
 
         module = self.module(run)
-        rows = {name: json.loads((run.folder("tweets") / f"{name}.json").read_text()) for name in ("train", "val")}
+        rows = {name: read_json(run.folder("tweets") / f"{name}.json", own=True) for name in ("train", "val")}
         data = PreferenceDataModule(
             rows["train"], val=rows["val"], encoder=module.encoder, batch_size=self.batch_size, seed=self.seed
         )
@@ -186,6 +186,8 @@ class TrainReward(Recipe):
         self, run: RunFolder, read: dict[str, Any], trained: dict[str, Any], audited: dict[str, Any]
     ) -> RecipeResult:
         """Effects beside the truth, over training and at the end."""
+        from lightning_interp.rate.report.explained import TERMS
+
         from ._train_reward import ATTRIBUTES, edited_exactly, rewritten_exactly, truth_rows
         from ._truth_figures import training_figure, truth_figure
 
@@ -224,6 +226,23 @@ class TrainReward(Recipe):
             figures=figures,
             artifacts={"reward_model": run.folder("train") / "model", "store": run.folder("rewrite") / "store"},
             question="How much does a reward depend on exclamation marks and on thanks, and who finds out?",
+            findings=[
+                f"{name.capitalize()}: the true effect on the reward of {label} is {truths[name]}. "
+                f"{' '.join(study.findings(name))}"
+                for name, study in studies.items()
+            ],
+            captions={
+                "training": "Effects at each validation while the reward model trains, in standard deviations; 'exact' "
+                "is the truth by editing the originals. See which line follows it.",
+                "effects": "What each estimator found beside the truth, with 95 % intervals: see which ones hold it.",
+                **{
+                    key: text
+                    for name, study in studies.items()
+                    for key, text in study.captions(f"{name}_").items()
+                    if key in figures and key != "effects"
+                },
+            },
+            terms=TERMS,
             caveats=[
                 *self.caveats(label, read),
                 *(note for study in studies.values() for note in study.result.warnings),
@@ -275,7 +294,7 @@ class TrainReward(Recipe):
         )
 
         if self.words:
-            rows = json.loads((run.folder("tweets") / "train.json").read_text())
+            rows = read_json(run.folder("tweets") / "train.json", own=True)
             texts = [row[key] for row in rows for key in ("response", "chosen", "rejected") if key in row]
             least = self.min_count
             falling = Optimisation(lr=self.lr or 0.02, schedule="linear")
@@ -299,7 +318,7 @@ class TrainReward(Recipe):
         """The units of an attribute."""
         from lightning_interp.rate import Unit
 
-        return [Unit(**row) for row in json.loads((run.folder("tweets") / f"{name}.json").read_text())]
+        return [Unit(**row) for row in read_json(run.folder("tweets") / f"{name}.json", own=True)]
 
     def triples(self, run: RunFolder, name: str, count: int = 0) -> Any:
         """The rewritten units of an attribute, or the first of them."""
@@ -327,6 +346,6 @@ class TrainReward(Recipe):
         """The rewards that the audit found, by kind of texts."""
         from lightning_interp.rate import TripleScores
 
-        found = json.loads((run.folder("audit") / f"{name}.json").read_text())
+        found = read_json(run.folder("audit") / f"{name}.json", own=True)
         scorer = found.pop("scorer")
         return {kind: TripleScores.from_dict({"scorer": scorer, **part}) for kind, part in found.items()}

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_interp.core.storage.json_reading import read_json
-from lightning_interp.core.storage.jsonl import json_lines, text_lines
+from lightning_interp.core.storage.jsonl import text_lines
+from lightning_interp.core.storage.row_files import file_rows
 from lightning_interp.errors import DataError
 from lightning_interp.generation import LocalSampler, TextRequest
 from lightning_interp.steering import CounterfactualPairs, pairs_from_vocabulary, read_head
@@ -20,6 +21,30 @@ OPENINGS = (
     "A good", "The children", "To make", "Last year", "For a long time", "You can", "The city", "Every day",
 )  # fmt: skip
 _BATCH = 16
+
+
+TERMS = {
+    "dual": "dual steering: moves the next-token distribution along straight lines of expected token vectors, so that "
+    "what is not asked for changes least in KL divergence",
+    "euclidean": "Euclidean steering: adds a multiple of the direction to the last hidden state",
+    "unsteered": "the model as it is",
+    "dual_md": "a probe made of the difference of the two sides' mean dual coordinates (expected token vectors)",
+    "primal_md": "a probe made of the difference of the two sides' mean hidden states",
+    "P(W=1)": "the concept's probability: that of the target tokens among all tokens of the pairs",
+    "off_target_kl": "how far the distribution inside everything but the concept has moved, in nats; 0 is not at all",
+    "pair_mass": "probability of all tokens of the pairs together; best where it stays as it was",
+    "rank_difference": "how far the order of the other tokens has changed; 0 is not at all",
+    "total_kl": "KL divergence of the steered distribution from the unsteered one, in nats, the concept included",
+    "KL": "divergence of the steered next-token distribution from the unsteered one, in nats: what steering costs",
+    "alpha": "regularisation of dual steering where the distribution is peaked",
+    "pair_share": "share of target tokens among the written tokens of pairs; 0.5 where there is none",
+    "perplexity": "how surprising the text is to the unsteered model; low may also mean repetitive",
+    "distinct_2": "share of different word pairs in a text",
+    "repeated_4": "share of four-token pieces that come again",
+    "products a steered token": "products of a Hessian with a vector that the solver took: what it costs to compute",
+    "[a, b]": "95 % interval",
+}
+"""What the names in tables and figures mean, for readers of a report alone."""
 
 
 def concept_pairs(tokenizer: Any, concept: str) -> CounterfactualPairs:
@@ -69,15 +94,17 @@ def concept_direction(model: Any, pairs: CounterfactualPairs) -> Tensor:
 
 
 def read_texts(path: str) -> list[str]:
-    """Texts of a user: one a line, or JSONL with ``text``.
+    """Texts of a user: one a line, or rows with ``text`` (JSONL, CSV, Parquet).
 
     Raises:
         DataError: With file and line.
     """
-    expected = "one text a line, or JSONL with 'text'"
-    found: list[tuple[str, Any]] = list(text_lines(path, expected=expected)) if not path.endswith(".jsonl") else []
-    if path.endswith(".jsonl"):
-        found = [(where, row.get("text")) for where, row in json_lines(path, expected=expected)]
+    expected = "one text a line, or rows with 'text'"
+    found: list[tuple[str, Any]]
+    if Path(path).suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
+        found = [(where, row.get("text")) for where, row in file_rows(path, expected=expected)]
+    else:
+        found = list(text_lines(path, expected=expected))
     for where, text in found:
         if not isinstance(text, str):
             raise DataError(f"{where}: 'text' is {text!r:.60}; expected a string.")

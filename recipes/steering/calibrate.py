@@ -95,6 +95,7 @@ class CalibrateSteering(Recipe):
     def result(self, run: RunFolder, swept: dict[str, Any]) -> RecipeResult:
         """The curve, the choice and its confirmation."""
         from ._calibrate import calibration_figure, shortfall, summarised
+        from ._common import TERMS
 
         curve, test = summarised(swept["rows"]), summarised(swept["test"])
         chosen, missed = test[-1], shortfall(swept["rows"], swept["strength"], self.wanted)
@@ -117,8 +118,21 @@ class CalibrateSteering(Recipe):
             figures={"curve": calibration_figure(curve, chosen, self.wanted, across=name, title=title)},
             artifacts={"calibrated": run.folder("sweep") / "calibrated.json"},
             question=f"How strong must steering be for the concept to reach P(W=1) = {self.wanted:g}?",
-            caveats=[
+            findings=[
                 *([missed] if missed else []),
+                f"With a {name} of {swept['strength']:.3g}, the mean P(W=1) of {chosen['kl'].n} prompts that it was "
+                f"not chosen on is {chosen['target_prob']} (wanted: {self.wanted:g}); unsteered it is "
+                f"{test[0]['target_prob']}.",
+                f"That costs {chosen['kl']} nats of KL divergence a prompt.",
+            ],
+            captions={
+                "curve": "The line is the mean over the prompts that the strength was chosen on, with its 95 % "
+                "interval; the diamond is the chosen strength on the other prompts, the dashed line what was wanted. "
+                "See whether the diamond lies on both: then the choice holds for prompts that it was not made on."
+            },
+            terms={key: TERMS[key] for key in ("P(W=1)", "KL")}
+            | {"pair mass": TERMS["pair_mass"], "[a, b]": TERMS["[a, b]"] + " over prompts"},
+            caveats=[
                 f"Chosen on {curve[0]['kl'].n} prompts, confirmed on {chosen['kl'].n} others; intervals: prompts.",
                 "The mean over prompts is calibrated, not each prompt.",
                 f"P(W=1) at the last token alone. Numbers of {swept['label']}; {swept['pairs']} pairs.",

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lightning_interp.recipe import Recipe, RecipeResult, RunFolder
 
 SCORES = ("off_target_kl", "pair_mass", "rank_difference", "total_kl")
+_MEASURED = {"off_target_kl": "off-target KL (nats)", "pair_mass": "mass of the pairs"}
 
 
 @dataclass(kw_only=True)
@@ -129,6 +130,8 @@ class DualVersusEuclidean(Recipe):
         """Tables, the three panels, and the comparison at equal effect."""
         from lightning_interp.steering import PathScores, steering_figure
 
+        from ._common import TERMS
+
         result = PathScores.from_rows(scored["rows"])
         compared = [
             result.compare(f"dual {kind}", f"euclidean {kind}", score, at=self.match).to_dict() | {"probe": kind}
@@ -156,6 +159,20 @@ class DualVersusEuclidean(Recipe):
             figures={"paths": steering_figure(result, title=title)},
             artifacts={"probe": run.folder("paths") / "probe.safetensors"},
             question="What else moves when a concept of the next token is moved, in either geometry?",
+            findings=[
+                f"At P(W=1) = {self.match:g}, along the {row['probe']} probe, the {_MEASURED[row['score']]} is "
+                f"{row['dual']} for dual and {row['euclidean']} for Euclidean steering; the difference is "
+                f"{row['difference']} over {row['contexts']} contexts."
+                for row in table
+                if row["score"] in ("off_target_kl", "pair_mass")
+            ],
+            captions={
+                "paths": "Each point is a step of a path, the mean over contexts with its 95 % interval; to the right "
+                "the concept's probability rises. A low off-target KL and rank difference, and a pair mass that stays "
+                "where it began, mean that little else moved. Compare the lines at the same place on the axis below."
+            },
+            terms={name: TERMS[name] for name in ("dual", "euclidean", "dual_md", "primal_md", "P(W=1)")}
+            | {name: TERMS[name] for name in (*SCORES, "alpha", "[a, b]")},
             caveats=[
                 f"Compared where both paths reach P(W=1) = {self.match:g}. At equal probe value the dual path has the "
                 "smaller KL by theorem; at equal P(W=1) nothing is proved, and near 1 the order may turn.",

@@ -93,6 +93,7 @@ class SteeredGeneration(Recipe):
         """Means over prompts with intervals, and every text."""
         from lightning_interp.core.measure.statistics import mean_interval
 
+        from ._common import TERMS
         from ._generate import MEASURES, generation_figure
 
         estimates = {
@@ -116,6 +117,18 @@ class SteeredGeneration(Recipe):
             tables={"methods": table, "texts": samples},
             figures={"methods": generation_figure(estimates, title=f"{label}, {self.concept}: {pairs} pairs")},
             question="What do texts gain and lose when every token spends the same KL on one concept?",
+            findings=[
+                f"{title}: {', '.join(f'{method} {found[name]}' for method, found in estimates.items())}."
+                for name, title in (
+                    ("pair_share", "Share of target tokens among written tokens of pairs"),
+                    ("perplexity", "Perplexity of what was written"),
+                )
+            ],
+            captions={
+                "methods": "A panel is a measure, a bar a method with its 95 % interval over prompts: see what "
+                "steering gains (pair share) and what it costs (perplexity, repetition) against the unsteered texts."
+            },
+            terms={key: TERMS[key] for key in (*METHODS, *MEASURES, "products a steered token", "[a, b]")},
             caveats=[
                 "The theorem speaks of one next-token distribution; no published result covers whole generations.",
                 f"Budget {self.kl_budget:g} nats at each token that the gate ({self.gate}, above {self.above:g}) lets "

@@ -168,6 +168,27 @@ class SteeringVectors(Recipe):
             },
             artifacts={"vector": folder / "vector.safetensors", "control_vector": folder / "vector.gguf"},
             question=f"At which layer and strength does a vector for {self.concept!r} act, and at what cost?",
+            findings=[
+                f"Chosen: layer {best.layer}, strength {best.strength:g}. There a positive ending becomes likelier "
+                f"than its negative one by {best.effect} nats a token, over {best.effect.n} other items.",
+                f"Neutral text loses {best.damage} nats a token.",
+            ],
+            captions={
+                "sweep": "A cell is a layer (upwards) at a strength (across), on the reporting part; left the effect, "
+                "right the cost. See where the effect is strong while the cost is small; the frame is what was chosen.",
+                "chosen_layer": "Effect and cost at the chosen layer against the strength, with 95 % intervals: a good "
+                "vector rises evenly through zero, and costs little between its ends.",
+            },
+            terms={
+                "strength": "how much of the vector is added: 1 carries the mean of the negative texts to that of the "
+                "positive ones, 0 is not steered",
+                "effect": "how much likelier (nats a token, against strength 0) the positive ending of an item becomes "
+                "than its negative one",
+                "neutral text loses": "how much less likely (nats a token) ordinary text becomes",
+                "positive preferred": "share of items whose positive ending is the likelier one",
+                "probe value": "where written text lies between both kinds of texts, read with the unsteered model",
+                "[a, b]": "95 % interval over held-out items, or neutral texts",
+            },
             caveats=[
                 f"Model: {made['label']}. Method {self.method}, {self.read} tokens read, {len(parts.train)} items.",
                 f"Layer and strength were chosen on {len(parts.choose)} items (largest effect with a cost of at most "

@@ -529,6 +529,9 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path, lora):
         torch.testing.assert_close(weights(loaded)[name], tensor, rtol=1e-3, atol=2e-5)
     # 7 rows on 2 processes: the filler that makes the shares equal must not count.
     assert float(pair.callback_metrics["val/loss"]) == pytest.approx(float(run.callback_metrics["val/loss"]), rel=1e-4)
+    # Of both processes, not the share of the first.
+    logged = [float(one.callback_metrics["train/loss"]) for one in (pair, run)]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4)
 
 
 class Masks(Callback):

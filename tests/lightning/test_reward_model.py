@@ -303,6 +303,8 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path, lora):
     assert metrics(pair)["val/pairs"] == metrics(run)["val/pairs"] == 7
     assert metrics(pair)["val/accuracy"] == pytest.approx(metrics(run)["val/accuracy"])
     assert metrics(pair)["val/loss"] == pytest.approx(metrics(run)["val/loss"], rel=1e-4)
+    for name in ("train/loss", "train/accuracy"):  # of all processes, not the share of the first
+        assert metrics(pair)[name] == pytest.approx(metrics(run)[name], rel=1e-4)
 
 
 SHARDED = """

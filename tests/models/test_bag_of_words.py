@@ -208,13 +208,15 @@ class TestTraining:
     @pytest.mark.slow
     def test_two_processes_train_what_one_does_with_a_larger_batch(self, tmp_path):
         alone = BagOfWords(word_tokenizer(TEXTS, min_count=1))
-        trainer(tmp_path).fit(alone, PreferenceDataModule(RATED, encoder=alone.encoder, batch_size=2))
+        one = trainer(tmp_path)
+        one.fit(alone, PreferenceDataModule(RATED, encoder=alone.encoder, batch_size=2))
         both = BagOfWords(word_tokenizer(TEXTS, min_count=1))
         halves = PreferenceDataModule(RATED, encoder=both.encoder, batch_size=1, val=RATED)
         run = trainer(tmp_path, devices=2, strategy="ddp_fork")
         run.fit(both, halves)
         torch.testing.assert_close(both.weights.weight, alone.weights.weight, rtol=1e-4, atol=1e-5)
         assert float(run.callback_metrics["val/texts"]) == len(RATED)
+        assert float(run.callback_metrics["train/loss"]) == pytest.approx(float(one.callback_metrics["train/loss"]))
 
 
 class TestFolder:

@@ -116,6 +116,19 @@ def test_a_smoke_run_leaves_a_report_that_needs_no_other_file(name, smoke_run):
     assert str(run.parent) not in re.sub(r"<code>[^<]*</code>|<pre>[^<]*</pre>", "", page)
 
 
+@recipes
+def test_a_report_explains_itself(name, smoke_run):
+    outcome = read_manifest(smoke_run(name))["outcome"]
+    assert any(re.search(r"\d \[.*\d, .*\d\]", finding) for finding in outcome["findings"])  # with its interval
+    assert set(outcome["captions"]) == set(outcome["figures"])
+    assert all(len(text) > 60 for text in outcome["captions"].values())
+    page = re.sub('src="[^"]*"', "", (smoke_run(name) / "report.html").read_text(encoding="utf-8"))
+    codes = set(re.findall(r"\b(?:PRE|SFT|FE|LT|E[3-8]|RATE|ATE|P\(W=1\)|dual_md|primal_md)(?![\w])", page))
+    explained = " ".join([*outcome["terms"], *outcome["terms"].values()])
+    assert [code for code in codes if code not in explained] == []
+    assert bool(outcome["source"]) == ("tiny:" in page)  # a language model is named where one was used
+
+
 def scalars(folder):
     """Steps and values by tag, as TensorBoard itself reads them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

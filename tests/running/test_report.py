@@ -131,11 +131,48 @@ def test_the_main_table_comes_first_and_long_ones_are_cut(tmp_path):
     assert not {"6100", "1040"} & set(words)
 
 
+def test_what_was_found_is_said_first_then_what_it_does_not_show_then_the_rest(tmp_path):
+    told = {
+        "findings": ["It is 0.5 [0.4, 0.6]."],
+        "terms": {"FE": "the first entity"},
+        "captions": {"by_plan": "See the bar."},
+    }
+    words = page(finished(tmp_path, **told)).words
+    order = [
+        "Why?",
+        "What was found",
+        "It is 0.5 [0.4, 0.6].",
+        "What may not be concluded",
+        "Few points.",
+        "Seed",
+        "Points",
+    ]
+    order += ["What the names mean", "FE", "the first entity", "Figures", "By plan.", "See the bar.", "All numbers"]
+    places = [words.index(word) for word in order]
+    assert places == sorted(places)
+
+
+def test_long_tables_are_folded_and_short_ones_are_not(tmp_path):
+    tables = {"main_one": [{"a": i} for i in range(20)], "few": [{"a": 1}], "many": [{"a": i} for i in range(9)]}
+    found = page(finished(tmp_path / "a", tables=tables))
+    assert found.tags.count("details") == 2  # the longer one aside, and all numbers
+    assert {"9 rows", "1 numbers"} <= set(found.words)
+    longer = page(finished(tmp_path / "b", tables={"main_one": [{"a": i} for i in range(25)]}))
+    assert "25 rows" in longer.words
+
+
+def test_a_model_that_was_not_used_is_not_named(tmp_path):
+    used = page(finished(tmp_path / "a", config={"seed": 0, "model": "some/model"}, source="some/model"))
+    assert used.words.count("some/model") == 2
+    unused = page(finished(tmp_path / "b", config={"seed": 0, "model": "some/model"}, source=""))
+    assert not {"some/model", "Model"} & set(unused.words)
+
+
 def test_a_smoke_run_says_that_its_numbers_mean_nothing(tmp_path):
     smoke = page(finished(tmp_path / "a", config={"seed": 0, "smoke": True}, caveats=[]))
     assert any("smoke run" in word for word in smoke.words)
     plain = page(finished(tmp_path / "b", config={"seed": 0, "smoke": False}, caveats=[]))
-    assert "Before you use these numbers" not in plain.words
+    assert "What may not be concluded" not in plain.words
 
 
 def test_a_run_that_went_on_under_other_versions_says_so(tmp_path):

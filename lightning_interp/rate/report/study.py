@@ -18,6 +18,7 @@ from lightning_interp.rate.estimators.columns import combine_draws
 from lightning_interp.rate.estimators.result import RateResult, plain
 from lightning_interp.rate.estimators.triples import RewriteTriples
 from lightning_interp.rate.report import study_tables
+from lightning_interp.rate.report.explained import CAPTIONS, effect_findings
 from lightning_interp.rate.report.figures import effects_figure, overlay_figure, sensitivity_figure
 from lightning_interp.rate.scoring.scores import TripleScores
 
@@ -110,6 +111,17 @@ class EffectStudy:
         if self.line is not None:
             found["sensitivity"] = sensitivity_figure(self.line, title=title)
         return {f"{prefix}{name}": figure for name, figure in found.items()}
+
+    def captions(self, prefix: str = "") -> dict[str, str]:
+        """What to see in each of the :meth:`figures`."""
+        shown = ("effects", "overlay") if self.line is None else ("effects", "overlay", "sensitivity")
+        return {f"{prefix}{name}": CAPTIONS[name] for name in shown}
+
+    def findings(self, named: str = "") -> list[str]:
+        """What was found, each number with its interval; ``named`` is the attribute in words."""
+        return effect_findings(
+            self.result, of=named or f"the attribute {self.triples.attr!r}", on=f"the reward of {self.scores.scorer}"
+        )
 
     def caveats(self) -> list[str]:
         """What the numbers may not be used for, and what was seen that speaks against them."""

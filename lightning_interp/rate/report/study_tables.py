@@ -54,14 +54,15 @@ def _effect_row(estimator: str, estimand: str, raw: Effect, scaled: Effect | Non
     return {
         "estimator": estimator,
         "estimand": estimand,
-        "in sd": "" if scaled is None or math.isnan(scaled.value) else _shown(scaled),
-        "raw": _shown(raw),
+        "in sd": "" if scaled is None or math.isnan(scaled.value) else shown(scaled),
+        "raw": shown(raw),
         "se": "" if math.isnan(raw.se) else f"{raw.se:.3g}",
         "units": raw.n,
     }
 
 
-def _shown(effect: Estimate) -> str:
+def shown(effect: Estimate) -> str:
+    """An effect with its interval."""
     ends = "" if math.isnan(effect.low) else f" [{effect.low:.3f}, {effect.high:.3f}]"
     return f"{effect.value:.3f}{ends}"
 
