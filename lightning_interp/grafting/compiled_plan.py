@@ -117,20 +117,18 @@ class CompiledPlans:
         for p, mine in of_plan.items():
             chosen = [masks[rule.positions][mine] for rule in self.plans[p].rules]
             codes[mine] = self._states[p].owners(chosen, step.positions[mine]) + self.offsets[p]
-        return without_padding(codes, step.valid)
+        return without_padding(codes, step)
 
     def all_codes(self, step: StepContext) -> torch.Tensor:
         """Codes of every plan on every row, ``[plans, B, T]``."""
-        masks = {p: p.mask(step) for p in dict.fromkeys(rule.positions for plan in self.plans for rule in plan.rules)}
+        masks = {p: step.select(p) for p in dict.fromkeys(rule.positions for plan in self.plans for rule in plan.rules)}
         alike: dict[Any, list[int]] = {}  # plans that differ in what they graft, not in where
         for p, plan in enumerate(self.plans):
             alike.setdefault((self._states[p].kinds, *(rule.positions for rule in plan.rules)), []).append(p)
         codes = torch.empty(len(self.plans), step.batch_size, step.length, dtype=torch.long, device=step.device)
         for (_, *positions), mine in alike.items():
             local = self._states[mine[0]].owners([masks[p] for p in positions], step.positions)
-            codes[mine] = (
-                without_padding(local, step.valid) + torch.tensor([self.offsets[p] for p in mine])[:, None, None]
-            )
+            codes[mine] = without_padding(local, step) + torch.tensor([self.offsets[p] for p in mine])[:, None, None]
         return codes
 
 
@@ -187,18 +185,18 @@ class _States:
 _states = lru_cache(maxsize=256)(_States)
 
 
-def without_padding(codes: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def without_padding(codes: torch.Tensor, step: StepContext) -> torch.Tensor:
     """Give padding the code of its row's first real token: it reaches none, and uniform masks stay uniform."""
-    first = valid.long().argmax(dim=1, keepdim=True)
-    return torch.where(valid, codes, codes.gather(1, first))
+    first = step.valid.long().argmax(dim=1, keepdim=True)
+    return torch.where(step.padding, codes.gather(1, first), codes)
 
 
 def _mask_of(positions: Positions, step: StepContext, rows: list[int]) -> torch.Tensor:
     """A selector asks only the rows whose plan names it: elsewhere its text or span need not exist."""
     if len(rows) == step.batch_size:
-        return positions.mask(step)
+        return step.select(positions)
     mask = torch.zeros(step.batch_size, step.length, dtype=torch.bool, device=step.device)
-    mask[rows] = positions.mask(step.rows(rows))
+    mask[rows] = step.rows(rows).select(positions)
     return mask
 
 

@@ -22,7 +22,7 @@ from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.core.weights.counted_dropout import CountedDropout
 from lightning_interp.core.weights.holders import RowSource
 from lightning_interp.core.weights.masked_linear import Execution
-from lightning_interp.core.weights.row_weights import RowWeights, check_sources
+from lightning_interp.core.weights.row_weights import RowWeights, check_sources, expand_rows
 from lightning_interp.core.weights.sources import AdapterSource, AnySource, CheckpointSource, ModelSource, make_sources
 from lightning_interp.errors import PositionError, RecipeError, SiteError
 from lightning_interp.grafting.compiled_plan import (
@@ -185,13 +185,25 @@ class _Codes:
     def __call__(self, step: StepContext) -> torch.Tensor:
         if self.graft.given is not None:
             return self.graft.given.to(step.device)
-        rows = self._rows(step)
-        if not step.is_prefill:
-            return without_padding(self._decoding(step, rows), step.valid)
+        rows, phase = self._rows(step), step.phase
+        if phase == "new":
+            return without_padding(self._decoding(step, rows), step)
         codes = self.compiled.codes(step, rows)
-        last = step.positions.argmax(dim=1, keepdim=True)
-        self.last_codes = codes.gather(1, last)[:, 0]
-        return codes
+        self._remember(step, codes)
+        if phase == "prompt":
+            return codes
+        new = step.valid & (step.positions >= step.prompt_lengths[:, None])
+        return without_padding(torch.where(new, self._decoding(step, rows), codes), step)
+
+    def _remember(self, step: StepContext, codes: torch.Tensor) -> None:
+        """Codes of the prompt's last tokens ``[B]``, where this pass holds them."""
+        told = step.generation
+        if told is not None and step.past + step.length < told.columns + step.virtual:
+            return
+        last = step.valid & (step.positions == step.prompt_lengths[:, None] - 1)
+        found = codes.gather(1, last.long().argmax(dim=1, keepdim=True))[:, 0]
+        known = self.last_codes if step.past > step.virtual and step.known_prompt_lengths is not None else None
+        self.last_codes = found if known is None else torch.where(last.any(dim=1), found, known)
 
     def _decoding(self, step: StepContext, rows: list[int]) -> torch.Tensor:
         """Codes of generated tokens, as the decode policy says."""
@@ -207,8 +219,13 @@ class _Codes:
             return torch.where(policy.to(step.device), start + EVERYWHERE, start + NOWHERE)
         if policy == "outside":
             return self.compiled.codes(replace(step, rolling=False, cache={}), rows)
-        if policy == "like_last" and self.last_codes is not None:
-            return self.last_codes[:, None].expand(-1, step.length)
+        if policy == "like_last":
+            if self.last_codes is None:
+                raise PositionError(
+                    f"Graft(decode='like_last') has not seen the prompt's last token of these {step.batch_size} rows, "
+                    f"{step.past} columns of which are cached. Attach before the prompt is read."
+                )
+            return expand_rows(self.last_codes, step, "The codes of the prompt's last tokens")
         if policy not in DECODE:
             raise PositionError(f"The decode function gave {policy!r}; expected a mask or one of {', '.join(DECODE)}.")
         return (start + (EVERYWHERE if policy == "donor" else NOWHERE)).expand(-1, step.length)

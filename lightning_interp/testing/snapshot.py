@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_interp.core.hooks.generate_calls import MethodHook
+
 __all__ = ["Snapshot", "snapshot", "without"]
 
 Snapshot = dict[str, Any]
@@ -38,9 +40,10 @@ def snapshot(model: nn.Module) -> Snapshot:
         (False, None, True)
     """
     modules = dict(model.named_modules())
+    heard = {name: [k for k, v in m.__dict__.items() if isinstance(v, MethodHook)] for name, m in modules.items()}
     return {
-        "hooks": {name: {kind: list(getattr(m, kind)) for kind in _HOOKS} for name, m in modules.items()},
-        "attributes": {name: (type(m), sorted(m.__dict__)) for name, m in modules.items()},
+        "hooks": {n: {kind: list(getattr(m, kind)) for kind in _HOOKS} | {"m": heard[n]} for n, m in modules.items()},
+        "attributes": {n: (type(m), sorted(set(m.__dict__).difference(heard[n]))) for n, m in modules.items()},
         "training": {name: m.training for name, m in modules.items()},
         "weights": {name: _digest(tensor) for name, tensor in model.state_dict().items()},
         "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},

@@ -13,7 +13,8 @@ from lightning_interp.core.hooks.intervention import Intervention
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.tokens.kv_cache import cache_argument, cache_of
-from lightning_interp.core.tokens.step import StepContext, step_reader
+from lightning_interp.core.tokens.pass_arguments import step_reader
+from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import PositionError
 from lightning_interp.testing import FAMILIES, tiny_model
 

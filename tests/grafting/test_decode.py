@@ -8,6 +8,7 @@ from oracle import Oracle, Rule, all_cells, assignment, cells_of
 
 from lightning_interp.core.tokens.kv_cache import cache_argument, cache_of
 from lightning_interp.core.tokens.positions import All, FromBatch, Last, Span
+from lightning_interp.errors import PositionError
 from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.plan import GraftPlan, GraftRule
 from lightning_interp.testing import FAMILIES
@@ -213,8 +214,18 @@ def test_a_prompt_in_two_pieces(family, pairs, agree):
     recipient, donor = pairs(family)
     ids = prompts((12, 12))["input_ids"]
     plan = GraftPlan((GraftRule(~Span(2, 8, strict=False), "ATTN"), GraftRule(Span(9, 11, strict=False), "BLOCK")))
-    with Graft(donor, plan).attach(recipient), torch.no_grad():
+    with Graft(donor, plan).attach(recipient) as attachment, torch.no_grad():
+        attachment.prompt_lengths = torch.tensor([12, 12])
         once = run(recipient, ids)
         first = recipient(ids[:, :5], use_cache=True)
         rest = recipient(ids[:, 5:], **cache_argument(recipient, cache_of(first))).logits
     agree(torch.cat([first.logits, rest], dim=1), once, f"13 pieces, {family}")
+
+
+def test_a_prompt_in_pieces_of_which_nobody_told_is_refused(pairs):
+    recipient, donor = pairs("llama")
+    ids = prompts((12, 12))["input_ids"]
+    with Graft(donor, GraftPlan.at(Last())).attach(recipient), torch.no_grad():
+        first = recipient(ids[:, :5], use_cache=True)
+        with pytest.raises(PositionError, match=r"7 tokens came in one pass after 5 that were cached.*prompt_lengths"):
+            recipient(ids[:, 5:], **cache_argument(recipient, cache_of(first)))

@@ -403,9 +403,13 @@ def test_a_held_gate_needs_to_see_the_prompt(model):
         cache = cache_of(model(input_ids=TOKENS, use_cache=True))
     with (
         AddDirection(vector(), site=SITE, positions=gate).attach(model),
-        pytest.raises(PositionError, match=r"prompt of this decoding step \(3 rows\) was not seen"),
+        pytest.raises(
+            PositionError, match=r"ProbeGate\(.*hold=True\) chooses tokens that are cached already: 7 columns"
+        ),
     ):
         model(input_ids=TOKENS[:, :1], **cache_argument(model, cache))
+    with pytest.raises(PositionError, match=r"prompt of this decoding step \(3 rows\) was not seen"):
+        gate.mask(StepContext(3, 1, 7))
 
 
 def test_gates_are_asked_at_a_site_and_head_gates_when_attached():

@@ -11,7 +11,7 @@ from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.tokens.positions import Positions
 from lightning_interp.core.tokens.step import StepContext
-from lightning_interp.errors import RecipeError
+from lightning_interp.errors import PositionError, RecipeError
 
 __all__ = ["ActivationCapture"]
 
@@ -66,6 +66,11 @@ class ActivationCapture(Intervention):
         if (self, site) in step.cache:  # gradient checkpointing runs a block again
             return x
         step.cache[self, site] = True
+        if self.keep == "all" and step.rewound and step.generation is not None:
+            raise PositionError(
+                "ActivationCapture(keep='all') holds candidates for new tokens that were rejected again, so that its "
+                "history is not the text's. Generate without an assistant or prompt lookup, or capture one pass."
+            )
         kept = x.detach()
         if self.positions is not None:
             kept = kept[step.choose(self.positions, kept)]

@@ -13,10 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_interp.core.hooks.cache_notes import CacheNotes
 from lightning_interp.core.hooks.checks import check_hookable
+from lightning_interp.core.hooks.generate_calls import GenerateCalls
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
-from lightning_interp.core.tokens.step import StepContext, argument_reader, step_reader
+from lightning_interp.core.tokens.generation import Generation
+from lightning_interp.core.tokens.kv_cache import cache_in
+from lightning_interp.core.tokens.pass_arguments import argument_reader, step_reader
+from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import IncompatibleModelError, PositionError, RecipeError, UnsupportedStrategyError
 
 __all__ = ["Attachment", "Compose", "Hook", "Intervention", "join_output", "split_output"]
@@ -54,7 +59,8 @@ class Attachment(AbstractContextManager["Attachment"]):
         batch: The user's batch for ``FromBatch``; set it before a forward pass (the Lightning callback does). Its entry
             ``prompt_lengths`` says what ``prompt_lengths`` says, for that batch.
         prompt_lengths: Real tokens of each row's prompt ``[B]``, for passes over prompt and answer together. A
-            generation with a cache needs none: its first pass reads the prompt.
+            generation needs none: ``generate`` says what its prompt is, and in a loop of your own the first pass is it.
+        generation: What ``generate`` of the model was called with, while it runs.
     """
 
     def __init__(self, model_map: ModelMap, tokenizer: Any = None) -> None:
@@ -62,6 +68,8 @@ class Attachment(AbstractContextManager["Attachment"]):
         self._tokenizer = tokenizer
         self.batch: Mapping[str, Any] | None = None
         self.prompt_lengths: torch.Tensor | None = None
+        self.generation: Generation | None = None
+        self._notes = CacheNotes()
         self._kept: int | torch.Tensor | None = None
         self._prompt: StepContext | None = None
         self._handles: list[Any] = []
@@ -71,7 +79,13 @@ class Attachment(AbstractContextManager["Attachment"]):
         self._graph_task = -1
         self._passes: deque[tuple[int, StepContext]] = deque(maxlen=_PASSES)
         self._read = step_reader(model_map.backbone)
-        self.add(model_map.backbone.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
+        try:
+            self.add(model_map.backbone.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
+            self.add(model_map.backbone.register_forward_hook(Hook(self._end)))
+            self.add(GenerateCalls([m for m in model_map.outer if not hasattr(type(m), "active_peft_config")], self))
+        except BaseException:
+            self.remove()
+            raise
 
     @property
     def active(self) -> bool:
@@ -159,9 +173,11 @@ class Attachment(AbstractContextManager["Attachment"]):
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         step = self._read(args, kwargs)
         step.find_tokenizer, step.batch, step.kept = (lambda: self.tokenizer), self.batch, self._kept
-        step.known_prompt_lengths = self.prompt_lengths
+        step.known_prompt_lengths, step.generation = self.prompt_lengths, self.generation
         if self.prompt_lengths is None and self.batch is not None:
             step.known_prompt_lengths = self.batch.get("prompt_lengths")
+        step.virtual = self.model_map.virtual_tokens
+        self._notes.read(step, cache_in(args, kwargs))
         if step.is_prefill:
             self._prompt = step
         step.prompt = self._prompt if self._prompt is not step else None
@@ -169,6 +185,9 @@ class Attachment(AbstractContextManager["Attachment"]):
         replays = any(getattr(block, "gradient_checkpointing", False) for block in self.model_map.blocks)
         if replays and torch.is_grad_enabled():
             self._passes.append((torch._C._autograd._get_sequence_nr(), step))
+
+    def _end(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        self._notes.made(output)
 
 
 class Intervention(ABC):

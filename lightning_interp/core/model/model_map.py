@@ -53,6 +53,7 @@ class ModelMap:
         components: One table of canonical components a layer.
         shared: Components of which there is one (``embed``, ``pos_embed``, ``final_norm``, ``unembed``).
         memo: What was worked out from the modules; build a new map after changing them.
+        outer: Hugging Face models and PEFT wrappers on the way to ``model``, which comes last.
 
     Example:
         >>> from lightning_interp.testing import tiny_model
@@ -71,6 +72,7 @@ class ModelMap:
     _mlp: list[str | None] = field(repr=False)
     _paths: dict[nn.Module, str] = field(repr=False)
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
+    outer: tuple[nn.Module, ...] = field(default=(), repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy works its memo out anew: what is remembered names modules and donors of this process.
@@ -115,10 +117,20 @@ class ModelMap:
         ]
         paths = {module: name for name, module in decoder.named_modules()}
         shared = _shared_components(decoder, backbone, paths, head)
-        return cls(decoder, path, backbone, stack, tables, shared, names_attn, names_mlp, paths)
+        outer = _models_on_the_way(model, path)
+        return cls(decoder, path, backbone, stack, tables, shared, names_attn, names_mlp, paths, outer=outer)
 
     def __len__(self) -> int:
         return len(self.blocks)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Virtual tokens that PEFT's prompt learning now puts before every text, in the cache or as embeddings."""
+        for outer in self.outer[:-1]:
+            config: Any = getattr(outer, "active_peft_config", None)
+            if getattr(config, "is_prompt_learning", False) and not getattr(outer, "_adapters_disabled", False):
+                return int(config.num_virtual_tokens)
+        return 0
 
     @property
     def head(self) -> nn.Module | None:
@@ -308,6 +320,14 @@ def find_decoder(module: nn.Module, target: str | None = None) -> tuple[str, nn.
             f"{type(module).__name__} holds {len(found)} Hugging Face models: {names}. Choose one with target=."
         )
     return found[0]
+
+
+def _models_on_the_way(module: nn.Module, path: str) -> tuple[nn.Module, ...]:
+    from transformers import PreTrainedModel
+
+    names = path.split(".") if path else []
+    way = (module.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1))
+    return tuple(m for m in way if isinstance(m, PreTrainedModel) or hasattr(type(m), "active_peft_config"))
 
 
 def _block_stack(decoder: nn.Module, path: str | None) -> tuple[str, nn.ModuleList]:

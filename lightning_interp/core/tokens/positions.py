@@ -155,7 +155,11 @@ class All(Positions):
 
 @dataclass(frozen=True)
 class Last(Positions):
-    """The last ``n`` real tokens seen so far: the end of a prompt, then each generated token."""
+    """The last ``n`` real tokens seen so far: the end of a prompt, then each new token as it is read.
+
+    In a pass over prompt and answer together (``prompt_lengths`` says where the answer begins, or ``generate`` runs
+    without a cache), these are the prompt's last ``n`` tokens and the whole answer.
+    """
 
     n: int = 1
 
@@ -165,9 +169,10 @@ class Last(Positions):
 
     def mask(self, step: StepContext) -> torch.Tensor:
         """See :meth:`Positions.mask`."""
-        if step.past > 0 and not step.rolling:
-            return torch.zeros_like(step.valid)
-        return step.valid & (step.positions >= step.lengths[:, None] - self.n)
+        if step.phase == "new":
+            return step.valid if step.rolling else torch.zeros_like(step.valid)
+        chosen = step.valid & (step.positions >= step.prompt_lengths[:, None] - self.n)
+        return chosen if step.rolling else chosen & (step.positions < step.prompt_lengths[:, None])
 
 
 @dataclass(frozen=True)
@@ -186,24 +191,29 @@ class Span(Positions):
 
     def mask(self, step: StepContext) -> torch.Tensor:
         """See :meth:`Positions.mask`."""
-        size = step.lengths[:, None]
         stop = self.start + 1 if self.stop is None else self.stop
-        low = torch.full_like(size, self.start) if self.start >= 0 else size + self.start
         from_end = stop < 0 or (stop == 0 and self.start < 0)
-        high = size + stop if from_end else torch.full_like(size, stop)
-        if self.strict and step.past == 0:
-            self._check(low, high, step)
-        if step.past > 0 and (self.start < 0 or from_end):  # the end of the prompt has gone by
+        relative = self.start < 0 or from_end
+        check = self.strict and not step.follows and step.is_prefill
+        if not relative and not check:
+            return step.valid & (step.positions >= self.start) & (step.positions < stop)
+        if not check and step.phase == "new":  # the end of the prompt has gone by
             return torch.zeros_like(step.valid)
-        return step.valid & (step.positions >= low) & (step.positions < high)
+        size = step.prompt_lengths[:, None]
+        low = torch.full_like(size, self.start) if self.start >= 0 else size + self.start
+        high = size + stop if from_end else torch.full_like(size, stop)
+        if check:
+            self._check(low, high, step)
+        chosen = step.valid & (step.positions >= low) & (step.positions < high)
+        return chosen & (step.positions < size) if relative else chosen
 
     def _check(self, low: torch.Tensor, high: torch.Tensor, step: StepContext) -> None:
-        outside = ((low < 0) | (high > step.lengths[:, None]) | (high <= low)).flatten().nonzero()
+        outside = ((low < 0) | (high > step.prompt_lengths[:, None]) | (high <= low)).flatten().nonzero()
         if len(outside):
             row = int(outside[0])
             raise PositionError(
                 f"Span({self.start}, {self.stop}) lies outside the prompt in row {step.row_number(row)}, which has "
-                f"{int(step.lengths[row])} tokens. Choose positions inside it, or pass strict=False."
+                f"{int(step.prompt_lengths[row])} tokens. Choose positions inside it, or pass strict=False."
             )
 
 
@@ -211,8 +221,9 @@ class Span(Positions):
 class Prompt(Positions):
     """Every token of the prompt.
 
-    The first pass of a generation is the prompt. In a pass over prompt and answer together, the attachment's (or the
-    batch's) ``prompt_lengths`` says where the answer begins; without it the whole pass counts as prompt.
+    A call of ``generate`` says what its prompt is; in a loop of your own the first pass is the prompt. In a pass over
+    prompt and answer together, the attachment's (or the batch's) ``prompt_lengths`` says where the answer begins;
+    without it the whole pass counts as prompt.
     """
 
     def mask(self, step: StepContext) -> torch.Tensor:
@@ -240,6 +251,8 @@ class _Window:
 @dataclass(frozen=True)
 class Generated(_Window, Positions):
     """New tokens ``start`` to ``stop`` (excluded), counted from 0 at the first token after the prompt.
+
+    The first of them is predicted at the prompt's last token, which :class:`GenerationSteps` begins with.
 
     Args:
         start: First new token.
@@ -359,12 +372,25 @@ class FromBatch(Positions):
         if not isinstance(given, torch.Tensor) or given.dim() != 2 or given.shape[0] != step.batch_size:
             shape = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
             raise PositionError(f"Mask {self.key!r} is {shape}; expected a tensor [B, T] with B={step.batch_size}.")
-        if step.past == 0 and given.shape[1] != step.length:
-            raise PositionError(f"Mask {self.key!r} covers {given.shape[1]} columns, but the prompt has {step.length}.")
-        window = torch.zeros(step.batch_size, step.length, dtype=torch.bool, device=step.device)
-        inside = given[:, step.past : step.past + step.length].to(device=step.device, dtype=torch.bool)
-        window[:, : inside.shape[1]] = inside
-        return window & step.valid
+        self._check_width(given.shape[1], step)
+        return step.window(given) & step.valid
+
+    def _check_width(self, width: int, step: StepContext) -> None:
+        """A mask covers the prompt, or the sequence as far as it is read; of a part nobody knows where it lies."""
+        told, read = step.generation, step.past - step.virtual + step.length
+        if told is not None and not told.doubt:
+            fits, columns = width == told.columns, told.columns
+        elif step.past <= step.virtual:
+            fits, columns = width == read, read
+        else:
+            known = None if step.prompt is None else step.prompt.past - step.prompt.virtual + step.prompt.length
+            fits, columns = width >= read or (not step.unseen and known in (None, width)), known or read
+        if not fits:
+            cached = f", {step.unseen} of them cached before attaching" if step.unseen else ""
+            raise PositionError(
+                f"Mask {self.key!r} covers {width} columns, but the prompt has {columns}{cached}. Put a mask of all of "
+                "its columns into the batch."
+            )
 
 
 def _subclasses(cls: Any) -> Iterator[Any]:

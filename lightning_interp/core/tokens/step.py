@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import nn
 
-from lightning_interp.core.tokens.kv_cache import cache_in, installed_versions
+from lightning_interp.core.tokens.generation import Generation, repeat_rows
 from lightning_interp.errors import PositionError
 
-__all__ = ["Selector", "StepContext", "argument_reader", "step_reader"]
+__all__ = ["Selector", "StepContext"]
 
 
 class Selector(Protocol):
@@ -43,6 +41,14 @@ class StepContext:
             head see fewer columns.
         prompt: The pass that read the prompt, for a decoding step with a cache.
         known_prompt_lengths: Real tokens of each row's prompt ``[B]``, where the caller says so.
+        generation: What ``generate`` was called with, inside of such a call.
+        virtual: Columns at the start that no text has: the virtual tokens of prompt learning. They are never chosen and
+            do not count.
+        unseen: Columns of text that were cached before anything was attached, where this is the first pass after them.
+        follows: Whether the cache was filled by passes that were seen.
+        rewound: Whether part of what was read has been taken off the cache again.
+        before: The pass that filled the cache and was taken for the whole prompt, though more of it comes now.
+        assumed: What gates answer where there is no activation to ask.
         activation: What the running site holds, ``[B, n, d]``, for selectors that depend on it; see :meth:`choose`.
 
     Example:
@@ -64,18 +70,64 @@ class StepContext:
     kept: int | torch.Tensor | None = None
     prompt: StepContext | None = None
     known_prompt_lengths: torch.Tensor | None = None
+    generation: Generation | None = None
+    virtual: int = 0
+    unseen: int = 0
+    follows: bool = False
+    rewound: bool = False
+    before: StepContext | None = field(default=None, repr=False)
+    assumed: bool | None = None
     activation: torch.Tensor | None = field(default=None, repr=False)
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def is_prefill(self) -> bool:
-        """True while prompt tokens are read, False on a one-token decoding step."""
-        return self.past == 0 or self.length > 1
+        """True while prompt tokens are read, False where all are new ones."""
+        if self.generation is not None and not self.generation.doubt:
+            return self.past < self.generation.columns + self.virtual
+        return self.past <= self.virtual or self.length > 1
+
+    @property
+    def phase(self) -> Literal["prompt", "new", "mixed"]:
+        """Whether this pass reads the prompt, new tokens, or both, told without looking at a tensor.
+
+        A call of ``generate`` knows its prompt's columns. In a loop of somebody's own the first pass is the prompt, and
+        each token that comes alone after it is new.
+
+        Raises:
+            PositionError: If nothing tells.
+        """
+        if self.known_prompt_lengths is not None:
+            return "mixed"
+        if (told := self.generation) is not None:
+            self._check_told(told)
+            end = told.columns + self.virtual
+            return "new" if self.past >= end else "prompt" if self.past + self.length <= end else "mixed"
+        if self.is_prefill and not self.follows:
+            return "prompt"
+        if self.length == 1:
+            return "new"
+        raise PositionError(
+            f"{self.length} tokens came in one pass after {self.past} that were cached, outside of generate: whether "
+            "they are the rest of a prompt or candidates for new tokens is not known. Set attachment.prompt_lengths, "
+            "or call generate of the model that was attached to."
+        )
 
     @cached_property
     def valid(self) -> torch.Tensor:
-        """Real (not padding) tokens of this pass, bool ``[B, T]``."""
+        """Real tokens of this pass (no padding, nothing virtual), bool ``[B, T]``."""
         return self._full_mask[:, self.past :]
+
+    @property
+    def padding(self) -> torch.Tensor:
+        """Padding of this pass, bool ``[B, T]``."""
+        return ~self.valid & (self.columns >= self.virtual)
+
+    @property
+    def all_real(self) -> bool:
+        """Whether every column is a real token that may be chosen, as far as can be told without looking."""
+        checked = not self.unseen and self.before is None
+        return self.attention_mask is None and self.past >= self.virtual and checked
 
     @cached_property
     def positions(self) -> torch.Tensor:
@@ -95,28 +147,115 @@ class StepContext:
 
     @cached_property
     def prompt_lengths(self) -> torch.Tensor:
-        """Real tokens of each row's prompt, ``[B]``: as the caller says, or what the first pass of a generation read.
+        """Real tokens of each row's prompt, ``[B]``: as the caller says, or as ``generate`` or a first pass was given.
 
         Raises:
             PositionError: If nothing tells, or what the caller said fits no batch of this size.
         """
         known = self.known_prompt_lengths
-        if known is None and self.is_prefill:
-            return self.lengths
-        if known is None and self.prompt is not None and self.prompt.batch_size == self.batch_size:
-            return self.prompt.lengths
         if known is None:
-            raise PositionError(
-                f"Where the prompt ended is not known in a decoding step of {self.batch_size} rows after {self.past} "
-                "tokens: its first pass was not seen. Attach before generating, or set attachment.prompt_lengths."
-            )
+            read = self.prompt if self.phase == "new" else None
+            if read is not None and read.batch_size == self.batch_size and read.generation is self.generation:
+                return read.prompt_lengths
+            return self.prompt_mask.sum(dim=1)
         known = torch.as_tensor(known, device=self.device).flatten()
         if len(known) == 0 or self.batch_size % len(known):
             raise PositionError(
                 f"prompt_lengths has {len(known)} entries, but the pass has {self.batch_size} rows; expected one a row "
                 "(or one a prompt, for beams)."
             )
-        return known.repeat_interleave(self.batch_size // len(known))
+        return repeat_rows(known, self.batch_size)
+
+    @cached_property
+    def prompt_mask(self) -> torch.Tensor:
+        """Real tokens among the prompt's columns, bool ``[B, columns]``."""
+        if self.phase == "prompt" and self.generation is None:
+            return self._full_mask
+        if (told := self.generation) is None:
+            raise PositionError(
+                f"Where the prompt ended is not known in a decoding step of {self.batch_size} rows after {self.past} "
+                "tokens: its first pass was not seen. Attach before generating, or set attachment.prompt_lengths."
+            )
+        end = told.columns + self.virtual
+        if self.past + self.length >= end:
+            return self._full_mask[:, :end]
+        if told.mask is None and self.attention_mask is not None:
+            raise PositionError(
+                f"A chunk of {self.length} of {told.columns} columns of the prompt does not tell how its rows end. "
+                "Pass attention_mask to generate."
+            )
+        mask = torch.ones(self.batch_size, end, dtype=torch.bool, device=self.device)
+        mask[:, : self.virtual] = False
+        if told.mask is not None:
+            mask[:, self.virtual :] = repeat_rows(told.mask, self.batch_size).to(mask)
+        return mask
+
+    def _check_told(self, told: Generation) -> None:
+        """Refuse a call whose prompts do not end where their columns end."""
+        end = told.columns + self.virtual
+        if told.doubt or "checked" not in told.notes:
+            mask = told.mask
+            if mask is None and self.attention_mask is not None and self.past + self.length >= end:
+                mask = self._full_mask[:, :end]
+            if not told.doubt and mask is not None and not bool(mask[:, -1].all()):
+                told.doubt = "its prompts are padded on the right, behind which new tokens begin (pad on the left)"
+            told.notes["checked"] = mask is not None
+        if told.doubt:
+            raise PositionError(
+                f"Where the prompt ends in this call of generate is not known: {told.doubt}. Generate without that, or "
+                "set attachment.prompt_lengths."
+            )
+
+    def window(self, given: torch.Tensor) -> torch.Tensor:
+        """What this pass ``[B, T]`` holds of a mask over the columns of the text ``[B, n]``; False beyond it."""
+        start, found = self.past - self.virtual, torch.zeros_like(self.valid)
+        low, high = max(start, 0), min(start + self.length, given.shape[1])
+        if low < high:
+            found[:, low - start : high - start] = given[:, low:high].to(found)
+        return found
+
+    def select(self, positions: Selector) -> torch.Tensor:
+        """Tokens of this pass that a selector chooses, bool ``[B, T]``.
+
+        Raises:
+            PositionError: If it chooses tokens that are cached already, and were not treated so when they were read.
+        """
+        if (self.unseen or self.before is not None) and ("select", positions) not in self.cache:
+            self._check_cached(positions)
+            self.cache["select", positions] = True
+        return positions.mask(self)
+
+    def _check_cached(self, positions: Selector) -> None:
+        """Compare what a selector chooses among the cached columns with what was chosen when they were read."""
+        told, total = self.generation, self.past + self.length
+        ids = None if told is None or told.ids is None else repeat_rows(told.ids, self.batch_size)
+        if ids is None and self.before is not None and self.before.input_ids is not None and self.input_ids is not None:
+            ids = torch.cat([repeat_rows(self.before.input_ids, self.batch_size), self.input_ids], dim=1)
+        part: dict[str, Any] = {
+            "input_ids": None if ids is None else ids[:, : total - self.virtual],
+            "prompt": None, "activation": None, "unseen": 0, "before": None, "follows": False,
+        }  # fmt: skip
+        remedy = (
+            f"{self.unseen} columns were cached before attaching, where nothing can be done any more. Attach before "
+            "the cache is filled, or choose later tokens, such as Generated()."
+            if self.before is None
+            else f"the prompt came in pieces, and the pass that read its first {self.past} columns was taken for the "
+            "whole. Set attachment.prompt_lengths before the first pass, or give generate the whole prompt."
+        )
+        for answer in (True, False):  # of gates, which nobody can ask about cached tokens
+            whole = replace(self, length=total, past=0, assumed=answer, cache={}, **part)
+            try:
+                now = positions.mask(whole)[:, : self.past]
+                then = torch.zeros_like(now)
+                if self.before is not None:
+                    read = replace(self.before, assumed=answer, cache={})
+                    then = repeat_rows(positions.mask(read), self.batch_size)
+            except PositionError as error:
+                raise PositionError(
+                    f"What {positions} chooses in the cache is not known ({error}): {remedy}"
+                ) from error
+            if not torch.equal(now, then):
+                raise PositionError(f"{positions} chooses tokens that are cached already: {remedy}")
 
     @cached_property
     def generation_steps(self) -> torch.Tensor:
@@ -151,7 +290,7 @@ class StepContext:
         """
         self.activation = x
         try:
-            return self.fit(positions.mask(self), x.shape[1])
+            return self.fit(self.select(positions), x.shape[1])
         finally:
             self.activation = None
 
@@ -169,7 +308,8 @@ class StepContext:
             >>> step.rows([1]).positions.tolist(), step.rows([1]).row_number(0)
             ([[0, 1, 2]], 1)
         """
-        told = self.known_prompt_lengths is not None or (not self.is_prefill and self.prompt is not None)
+        alone = self.generation is None and not self.is_prefill and self.prompt is not None
+        told = self.known_prompt_lengths is not None or alone
         part: dict[str, Any] = {
             "batch_size": len(index),
             "input_ids": None if self.input_ids is None else self.input_ids[index],
@@ -178,7 +318,12 @@ class StepContext:
             "batch": None if self.batch is None else _BatchRows(self.batch, self.batch_size, index),
             "prompt": None,
             "known_prompt_lengths": self.prompt_lengths[index] if told else None,
+            "generation": None if self.generation is None else self.generation.rows(index, self.batch_size),
+            "before": None,
         }
+        if self.before is not None:
+            times = self.batch_size // self.before.batch_size
+            part["before"] = self.before.rows([row // times for row in index])
         return replace(self, cache={}, **part)
 
     def row_number(self, row: int) -> int:
@@ -188,16 +333,17 @@ class StepContext:
     @cached_property
     def _full_mask(self) -> torch.Tensor:
         total = self.past + self.length
-        if self.attention_mask is None:
-            return torch.ones(self.batch_size, total, dtype=torch.bool, device=self.device)
         mask = self.attention_mask
+        if mask is None:
+            mask = torch.ones(self.batch_size, total, dtype=torch.bool, device=self.device)
         if mask.dim() != 2 or mask.shape[0] != self.batch_size or mask.shape[1] < total:
             raise PositionError(
                 f"Cannot tell positions from an attention_mask of shape {tuple(mask.shape)}; expected "
                 f"[{self.batch_size}, {total}] (cache of {self.past} + {self.length} tokens). Pass a 2-D mask, and "
                 "generate with a dynamic cache (a static one prepares its own masks)."
             )
-        return mask[:, :total].to(device=self.device, dtype=torch.bool)
+        mask = mask[:, :total].to(device=self.device, dtype=torch.bool)
+        return mask & (torch.arange(total, device=self.device) >= self.virtual) if self.virtual else mask
 
 
 class _BatchRows(Mapping[str, Any]):
@@ -221,47 +367,3 @@ class _BatchRows(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self.batch)
-
-
-def argument_reader(module: nn.Module) -> Callable[[str, tuple[Any, ...], dict[str, Any]], Any]:
-    """Make ``argument(name, args, kwargs)``, which finds an argument of a module's ``forward`` by name or place."""
-    order = {name: i for i, name in enumerate(inspect.signature(module.forward).parameters)}
-
-    def argument(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name in kwargs:
-            return kwargs[name]
-        index = order.get(name, len(args))
-        return args[index] if index < len(args) else None
-
-    return argument
-
-
-def step_reader(backbone: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], StepContext]:
-    """Make a function that reads a :class:`StepContext` off the arguments of a decoder's ``forward``."""
-    argument = argument_reader(backbone)
-
-    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepContext:
-        ids = argument("input_ids", args, kwargs)
-        tokens = ids if ids is not None else argument("inputs_embeds", args, kwargs)
-        if tokens is None or tokens.dim() < 2:
-            raise PositionError(
-                f"{type(backbone).__name__} was called without input_ids or inputs_embeds of shape [B, T]."
-            )
-        cache = cache_in(args, kwargs)
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        mask = argument("attention_mask", args, kwargs)
-        if isinstance(mask, dict):
-            raise PositionError(
-                f"{type(backbone).__name__} was given a dict of attention masks; expected one of shape [B, T]. "
-                "Use a dynamic cache (static caches prepare their own masks)."
-            )
-        if cache is None and isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] > tokens.shape[1]:
-            raise PositionError(
-                f"{type(backbone).__name__} was called with {tokens.shape[1]} tokens and an attention_mask of "
-                f"{mask.shape[1]}, but without a cache that tells how many tokens came before, so the positions of "
-                f"these are not known (with {installed_versions()}). Generate with a cache of transformers' own "
-                "(get_seq_length()), or with use_cache=False."
-            )
-        return StepContext(int(tokens.shape[0]), int(tokens.shape[1]), past, tokens.device, ids, mask)
-
-    return read

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from lightning_interp.core.tokens.generation import repeat_rows
 from lightning_interp.errors import PositionError
 
 if TYPE_CHECKING:
@@ -151,17 +152,51 @@ def _turns(text: str, marks: Sequence[Mark]) -> list[tuple[str, int, int]]:
 def mask_by_text(
     step: StepContext, selector: Hashable, choose: Callable[[Any, list[int], int], torch.Tensor]
 ) -> torch.Tensor:
-    """A mask ``[B, T]`` that ``choose(tokenizer, ids, row)`` works out row by row; once a pass for all sites."""
+    """A mask ``[B, T]`` that ``choose(tokenizer, ids, row)`` works out row by row in the prompt; once for all sites."""
     if selector not in step.cache:
-        chosen = torch.zeros(step.batch_size, step.length, dtype=torch.bool)
-        if step.past == 0:
-            ids, valid, tokenizer = ids_of(step, selector).cpu(), step.valid.cpu(), _tokenizer(step, selector)
-            for row in range(step.batch_size):
-                columns = valid[row].nonzero().flatten()
-                chosen[row, columns] = choose(tokenizer, ids[row, columns].tolist(), row)
-        step.cache[selector] = chosen.to(step.device)
+        step.cache[selector] = step.window(_prompt_part(step, selector, choose))
     found: torch.Tensor = step.cache[selector]
     return found
+
+
+def _prompt_part(
+    step: StepContext, selector: Hashable, choose: Callable[[Any, list[int], int], torch.Tensor]
+) -> torch.Tensor:
+    """The same over the prompt's columns ``[B, P]``, once a call of ``generate``; ``[B, 0]`` where none is read."""
+    told = step.generation
+    notes, key = (step.cache, "prompt part") if told is None else (told.notes, step.batch_size)
+    if (selector, key) not in notes:
+        part = (
+            told is None and step.known_prompt_lengths is not None and bool((step.lengths < step.prompt_lengths).any())
+        )
+        if told is not None and told.ids is not None:
+            ids, valid = repeat_rows(told.ids, step.batch_size), step.prompt_mask[:, step.virtual :]
+        elif step.past <= step.virtual and not part:
+            ids, valid = ids_of(step, selector), step.valid
+        elif step.length == 1 and told is None and not part:
+            return step.valid[:, :0]
+        else:
+            raise PositionError(
+                f"{selector} reads the prompt's text, but this pass of {step.length} columns after {step.past} holds a "
+                "part of it. Call generate with the whole prompt as input_ids, or mark positions with FromBatch."
+            )
+        notes[selector, key] = _rows_by_text(step, selector, choose, ids.cpu(), valid.cpu())
+    found: torch.Tensor = notes[selector, key]
+    return found
+
+
+def _rows_by_text(
+    step: StepContext,
+    selector: Hashable,
+    choose: Callable[[Any, list[int], int], torch.Tensor],
+    ids: torch.Tensor,
+    valid: torch.Tensor,
+) -> torch.Tensor:
+    tokenizer, chosen = _tokenizer(step, selector), torch.zeros(ids.shape, dtype=torch.bool)
+    for row in range(step.batch_size):
+        columns = valid[row].nonzero().flatten()
+        chosen[row, columns] = choose(tokenizer, ids[row, columns].tolist(), row)
+    return chosen.to(step.device)
 
 
 def ids_of(step: StepContext, selector: object) -> torch.Tensor:

@@ -217,7 +217,7 @@ class Steering(Intervention):
         if self.schedule is not None:
             factor = step.fit(factors(self.schedule, step.generation_steps), x.shape[1])
             amount = amount * factor[..., None].to(x.device)
-        if not (type(positions) is All and step.attention_mask is None):
+        if not (type(positions) is All and step.all_real):
             amount = amount * step.choose(positions, x)[..., None].to(x.device, torch.float32)
         if self._same_everywhere and not (isinstance(amount, Tensor) and amount.requires_grad):
             step.cache[key] = amount

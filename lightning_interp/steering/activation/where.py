@@ -87,6 +87,8 @@ class Gate(Positions):
 
     def mask(self, step: StepContext) -> Tensor:
         """See :meth:`Positions.mask`; asked through ``step.choose``."""
+        if step.assumed is not None:
+            return step.valid & step.assumed
         if step.activation is None:
             raise PositionError(
                 f"{self} reads an activation, but was asked outside of a site. Use step.choose(positions, x)."
@@ -197,6 +199,8 @@ class ProbeGate(Gate):
 
     def mask(self, step: StepContext) -> Tensor:
         """See :meth:`Gate.mask`."""
+        if step.assumed is not None:
+            return super().mask(step)
         if self.hold and not step.is_prefill:
             return self._held(step)
         if self.site is not None and self not in step.cache:
@@ -206,6 +210,11 @@ class ProbeGate(Gate):
             )
         now: Tensor = step.cache[self] if self.site is not None else super().mask(step)
         if self.hold:
+            if step.generation is not None and step.past + step.length < step.generation.columns + step.virtual:
+                raise PositionError(
+                    f"ProbeGate(hold=True) decides at the prompt's last token, which a chunk of {step.length} columns "
+                    "does not hold. Generate without prefill_chunk_size."
+                )
             last = step.valid & (step.positions == step.prompt_lengths[:, None] - 1)
             step.cache[self, "held"] = row = (now & last).any(dim=1, keepdim=True)
             now = row & step.valid

@@ -70,7 +70,8 @@ class DualSteering(Intervention):
     Args:
         direction: ``beta`` ``[d]``, or a :class:`~lightning_interp.steering.concepts.probes.ConceptProbe`.
         pairs: Tokens of the concept, for ``target_prob``.
-        positions: Which tokens; the last one by default, which while generating is every step.
+        positions: Which tokens; by default ``Last()``, so that every new token is steered, the first included.
+            ``Generated()`` starts one later: the first new token is predicted at the prompt's last.
         method: ``dual``, or ``euclidean`` for ordinary steering at the same target.
         alpha: See :func:`~lightning_interp.steering.softmax.dual.dual_steer`.
         support: Tokens that a solve works on before whole gradients polish it; None for the whole vocabulary.

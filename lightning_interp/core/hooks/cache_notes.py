@@ -1,0 +1,63 @@
+"""What of a KV cache was filled by passes that an attachment saw, noted on the cache, so that its copies know too."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from lightning_interp.core.tokens.kv_cache import cache_in, cache_of
+from lightning_interp.core.tokens.step import StepContext
+
+__all__ = ["CacheNotes"]
+
+_NAME = "_seen_by_attachments"
+_KEYS = count()
+
+
+class CacheNotes:
+    """The notes of one attachment."""
+
+    def __init__(self) -> None:
+        self._key, self._open = next(_KEYS), _Seen()
+
+    def read(self, step: StepContext, cache: Any | None) -> None:
+        """Tell a pass what came before it, and note that it came."""
+        before = max(step.past - step.virtual, 0)
+        seen: _Seen | None = getattr(cache, _NAME, {}).get(self._key) if before else None
+        step.follows = seen is not None and before <= seen.columns
+        step.unseen = 0 if step.follows else before
+        step.rewound = seen is not None and before < seen.columns
+        told = step.generation is not None or step.known_prompt_lengths is not None
+        first = (None if told or before else step) if seen is None else seen.prompt
+        if told and before and first is not None and first.past + first.length == step.past:
+            step.before = first
+        self._open = _Seen(before + step.length, first)
+        self._note(cache)
+
+    def made(self, output: Any) -> None:
+        """Note the cache that a pass made, where it was given none."""
+        if self._open.columns >= 0:
+            self._note(cache_in(output, {}) if isinstance(output, tuple) else cache_of(output))
+            self._open = _Seen()
+
+    def _note(self, cache: Any | None) -> None:
+        if cache is not None:
+            with suppress(AttributeError):  # a cache of somebody's own may take no attributes
+                cache.__dict__.setdefault(_NAME, {})[self._key] = self._open
+            self._open = _Seen()
+
+
+@dataclass
+class _Seen:
+    """Columns that were read, and the pass that was taken for the whole prompt for lack of a better knowledge."""
+
+    columns: int = -1
+    prompt: StepContext | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Seen:
+        return self
+
+    def __reduce__(self) -> tuple[type[_Seen], tuple[()]]:
+        return _Seen, ()

@@ -1,0 +1,60 @@
+"""Read what a pass knows about its tokens off the arguments of a decoder's ``forward``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_interp.core.tokens.kv_cache import cache_in, installed_versions
+from lightning_interp.core.tokens.step import StepContext
+from lightning_interp.errors import PositionError
+
+__all__ = ["argument_reader", "step_reader"]
+
+
+def argument_reader(module: nn.Module) -> Callable[[str, tuple[Any, ...], dict[str, Any]], Any]:
+    """Make ``argument(name, args, kwargs)``, which finds an argument of a module's ``forward`` by name or place."""
+    order = {name: i for i, name in enumerate(inspect.signature(module.forward).parameters)}
+
+    def argument(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name in kwargs:
+            return kwargs[name]
+        index = order.get(name, len(args))
+        return args[index] if index < len(args) else None
+
+    return argument
+
+
+def step_reader(backbone: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], StepContext]:
+    """Make a function that reads a :class:`StepContext` off the arguments of a decoder's ``forward``."""
+    argument = argument_reader(backbone)
+
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepContext:
+        ids = argument("input_ids", args, kwargs)
+        tokens = ids if ids is not None else argument("inputs_embeds", args, kwargs)
+        if tokens is None or tokens.dim() < 2:
+            raise PositionError(
+                f"{type(backbone).__name__} was called without input_ids or inputs_embeds of shape [B, T]."
+            )
+        cache = cache_in(args, kwargs)
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        mask = argument("attention_mask", args, kwargs)
+        if isinstance(mask, dict):
+            raise PositionError(
+                f"{type(backbone).__name__} was given a dict of attention masks; expected one of shape [B, T]. "
+                "Use a dynamic cache (static caches prepare their own masks)."
+            )
+        if cache is None and isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] > tokens.shape[1]:
+            raise PositionError(
+                f"{type(backbone).__name__} was called with {tokens.shape[1]} tokens and an attention_mask of "
+                f"{mask.shape[1]}, but without a cache that tells how many tokens came before, so the positions of "
+                f"these are not known (with {installed_versions()}). Generate with a cache of transformers' own "
+                "(get_seq_length()), or with use_cache=False."
+            )
+        return StepContext(int(tokens.shape[0]), int(tokens.shape[1]), past, tokens.device, ids, mask)
+
+    return read
