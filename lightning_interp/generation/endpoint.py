@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,12 +16,14 @@ import torch
 from torch import Tensor
 
 from lightning_interp.errors import InterpError, RecipeError
-from lightning_interp.generation.pacing import Backoff, Bucket, Pace, retry_after
+from lightning_interp.generation.answers import parse_answer, token_counts
+from lightning_interp.generation.pacing import LONGEST_WAIT, Backoff, Bucket, Pace, retry_after
 from lightning_interp.generation.requests import Completion, TextRequest, estimate_tokens
 
 __all__ = ["EndpointGenerator", "parse_answer"]
 
 _SETUP_IS_WRONG = {401, 403, 404}  # nothing can be written before that is repaired
+_MOST_DIGITS = 300  # of a whole number: what a float can still hold
 _MOST_CANDIDATES = 20  # how many likely tokens the protocol tells
 
 
@@ -27,8 +31,9 @@ class EndpointGenerator:
     """Asks a model at an endpoint, one request a call, several calls at a time; needs the package ``openai``.
 
     Conversations go to chat completions, raw prompts to completions. Failures that may pass (429, 5xx, timeouts,
-    dropped connections) are tried again after a jittered exponential wait, or what ``Retry-After`` asks for. Other
-    refusals belong to their request and are kept as failures; a wrong key, model or address ends the run.
+    dropped connections) are tried again after a jittered exponential wait, or what ``Retry-After`` asks for, up to ten
+    minutes (a warning tells of more). Other refusals belong to their request and are kept as failures; a wrong key,
+    model or address ends the run.
 
     Args:
         model: Name of the model.
@@ -142,23 +147,33 @@ class EndpointGenerator:
         try:
             told = {} if isinstance(answer, Completion) else answer[0]["choices"][0]["logprobs"]["content"][0]
             likely = [(str(row["token"]), math.exp(row["logprob"])) for row in told["top_logprobs"]]
-        except (KeyError, IndexError, TypeError):  # an endpoint that tells none
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError):  # an endpoint that tells none
             likely = []
         return [sum(p for token, p in likely if token.strip() == text) if likely else math.nan for text in texts]
 
     def _answer(self, body: Mapping[str, Any], estimate: int) -> tuple[Any] | Completion:
         """What the server answers in the end, or the failure."""
         halt, reason = self._halt, ""
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return Completion(text=None, status="failed", error="the request holds half of a character; not sent")
         for attempt in range(self.pace.max_retries + 1):
             self._wait(max(self._requests.take(1), self._tokens.take(estimate)), halt)
             answer, reason, again_after = self._attempt(body)
-            usage = _object(answer[0], "usage") if isinstance(answer, tuple) else {}
-            if usage.get("prompt_tokens") is not None:
-                self._tokens.give_back(estimate - usage["prompt_tokens"] - (usage.get("completion_tokens") or 0))
+            read, written = token_counts(answer[0]) if isinstance(answer, tuple) else (None, None)
+            if read is not None:
+                self._tokens.give_back(estimate - read - (written or 0))
             if answer is not None:
                 return answer
+            if again_after > LONGEST_WAIT:
+                warnings.warn(
+                    f"The endpoint {self._address()} asks to be left alone for {again_after:.3g} seconds; it is called "
+                    f"again after {LONGEST_WAIT:g}. Stop the run if it cannot answer before.",
+                    stacklevel=2,
+                )
             if attempt < self.pace.max_retries:
-                self._wait(self._backoff.seconds(attempt, at_least=again_after), halt)
+                self._wait(self._backoff.seconds(attempt, at_least=min(again_after, LONGEST_WAIT)), halt)
         return Completion(text=None, status="failed", error=f"{self.pace.max_retries + 1} attempts: {reason}"[:500])
 
     def _attempt(self, body: Mapping[str, Any]) -> tuple[tuple[Any] | Completion | None, str, float]:
@@ -169,7 +184,10 @@ class EndpointGenerator:
         call = {"model": body["model"], asked: body[asked], "extra_body": more}
         try:
             with self._slots:
-                return (way.with_raw_response.create(**call).http_response.json(),), "", 0.0
+                answer = way.with_raw_response.create(**call).http_response
+            return (json.loads(answer.content, parse_int=_integer),), "", 0.0
+        except RecursionError:
+            return Completion(text=None, status="failed", error="an answer nested too deeply"), "", 0.0
         except openai.APIStatusError as error:
             status, reason = error.status_code, self._redacted(f"{error.status_code}: {error.message}")
             if status in _SETUP_IS_WRONG:
@@ -211,30 +229,8 @@ class EndpointGenerator:
             raise InterpError(f"The run was stopped while {self.name!r} waited to call again. Start it again.")
 
 
-def parse_answer(body: Any) -> Completion:
-    """Read an answer of the protocol.
-
-    It is ``truncated`` at the limit of tokens, ``refused`` if the model or a filter refused, ``failed`` if it is none.
-    """
-    usage = _object(body, "usage")
-    counts: dict[str, Any] = {"tokens_in": usage.get("prompt_tokens"), "tokens_out": usage.get("completion_tokens")}
-    choices = body.get("choices") if isinstance(body, Mapping) else None
-    if not isinstance(choices, Sequence) or not choices or not isinstance(choices[0], Mapping):
-        return Completion(text=None, status="failed", error=f"an answer without choices: {body!r:.200}", **counts)
-    message, reason = _object(choices[0], "message"), choices[0].get("finish_reason")
-    content = message.get("content", choices[0].get("text"))
-    text = content if isinstance(content, str) else None
-    refusal = message.get("refusal")
-    if refusal or reason == "content_filter":
-        return Completion(text=text, status="refused", error=str(refusal or reason)[:500], **counts)
-    if reason == "length":
-        return Completion(text=text, status="truncated", error="ran into the limit of tokens", **counts)
-    return Completion(text=text or "", **counts)
-
-
-def _object(row: Any, key: str) -> Mapping[str, Any]:
-    value = row.get(key) if isinstance(row, Mapping) else None
-    return value if isinstance(value, Mapping) else {}
+def _integer(digits: str) -> float:
+    return int(digits) if len(digits) < _MOST_DIGITS else math.inf
 
 
 def _openai() -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_interp.core.measure.undisturbed import undisturbed
 from lightning_interp.core.tokens.batches import padded
 from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.generation.answers import without_reasoning
 from lightning_interp.generation.labellers import words_of
 from lightning_interp.generation.requests import TextGenerator, TextRequest, ask, fill
 from lightning_interp.generation.text_quality import perplexity
@@ -92,6 +93,9 @@ class ClassifierJudge(_Judge):
     Args:
         scorer: The classifier, and which ``label`` of it; a model with one output gives its sigmoid.
 
+    Raises:
+        RecipeError: If the scorer's ``label`` is weights of several outputs.
+
     Example:
         >>> from lightning_interp.models.scoring.score_head import scoring_model
         >>> from lightning_interp.testing import byte_tokenizer, tiny_model
@@ -102,15 +106,19 @@ class ClassifierJudge(_Judge):
 
     scorer: TextScorer
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.scorer.label, int):
+            raise RecipeError(
+                f"ClassifierJudge gives the probability of one class, and label={self.scorer.label!r:.60} weighs "
+                "several. Choose one by index or name."
+            )
+
     def _score(self, texts: list[str], prompts: list[str]) -> Tensor:
-        model, label, encoder = self.scorer.model, self.scorer.label, self.scorer.encoder
+        def probability(output: Any, rows: int) -> Tensor:
+            logits: Tensor = output.logits.double().reshape(rows, -1)
+            return logits[:, 0].sigmoid() if logits.shape[1] == 1 else logits.softmax(-1)[:, self.scorer.label]
 
-        def probability(ids: Tensor, mask: Tensor) -> Tensor:
-            logits: Tensor = model(input_ids=ids, attention_mask=mask).logits.double().reshape(len(ids), -1)
-            return logits[:, 0].sigmoid() if logits.shape[1] == 1 else logits.softmax(-1)[:, label]
-
-        rows = [one.ids for one in encoder.encode_texts(prompts, texts)]
-        return _scored(model, probability, rows, encoder.pad_id, self.scorer.token_budget)
+        return self.scorer.read(self.scorer.encoder.encode_texts(prompts, texts), probability)
 
 
 class EmbeddingJudge(_Judge):
@@ -272,7 +280,8 @@ class ChatJudge:
 
     def _numbers(self, asked: list[TextRequest], counts: dict[str, int]) -> Tensor:
         answers = ask(self.generator, asked)
-        found = [_NUMBER.search(one.text or "") if one.status != "refused" else None for one in answers]
+        texts = [without_reasoning(one.text or "") if one.status != "refused" else None for one in answers]
+        found = [_NUMBER.search(text or "") for text in texts]
         marks = torch.tensor([float(number[0]) if number else torch.nan for number in found], dtype=torch.float64)
         fits = (marks >= self.lowest) & (marks <= self.highest)
         failed = torch.tensor([one.failed for one in answers])

@@ -14,7 +14,10 @@ from email.utils import parsedate_to_datetime
 from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.errors import RecipeError
 
-__all__ = ["Backoff", "Bucket", "Pace", "retry_after"]
+__all__ = ["LONGEST_WAIT", "Backoff", "Bucket", "Pace", "retry_after"]
+
+LONGEST_WAIT = 600.0
+"""Most seconds that a server is left alone because it asked for that."""
 
 
 class Bucket:
@@ -130,7 +133,7 @@ def retry_after(headers: Mapping[str, str], *, now: Callable[[], datetime] = lam
     milliseconds, asked = headers.get("retry-after-ms"), headers.get("retry-after") or "0"
     with suppress(ValueError):
         return max(0.0, float(asked) if milliseconds is None else float(milliseconds) / 1000)
-    with suppress(ValueError):
+    with suppress(ValueError, TypeError, IndexError, OverflowError):
         when = parsedate_to_datetime(asked)
         return max(0.0, (when - now()).total_seconds()) if when.tzinfo else 0.0
     return 0.0

@@ -10,10 +10,12 @@ from typing import Any, Literal, Protocol, Self, get_args, runtime_checkable
 
 from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.core.storage.files import digest
+from lightning_interp.core.storage.json_reading import half_character
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.generation.work import called, one_each
 
 __all__ = [
+    "HALF",
     "Completion",
     "FunctionGenerator",
     "Status",
@@ -28,6 +30,7 @@ __all__ = [
 ]
 
 Status = Literal["complete", "truncated", "refused", "failed"]
+HALF = "holds half of a character"
 _MESSAGE_TOKENS = 8  # what a chat message costs beside its text
 _CHARACTERS_A_TOKEN = 4  # of English text, roughly
 
@@ -127,7 +130,8 @@ class Completion:
 
     Args:
         text: The text; None if there is none.
-        status: ``"complete"``; ``"truncated"`` by a limit; ``"refused"`` by model or filter; ``"failed"``: no answer.
+        status: ``"complete"``; ``"truncated"`` by a limit, as a text with half a character is; ``"refused"`` by model
+            or filter; ``"failed"``: no answer.
         token_ids: What a local model wrote, up to its end token: of a text that a stop text ended, that too.
         error: Why it is not complete.
         tokens_in, tokens_out: Tokens read and written, if known.
@@ -150,6 +154,9 @@ class Completion:
             raise DataError(f"A text has the status {self.status!r}; expected one of {', '.join(get_args(Status))}.")
         if not isinstance(self.text, str if self.status == "complete" else str | None):
             raise DataError(f"A text with the status {self.status!r} is {self.text!r:.60}; expected a string.")
+        if self.status == "complete" and half_character(self.text or ""):
+            object.__setattr__(self, "status", "truncated")
+            object.__setattr__(self, "error", HALF)
 
     @property
     def failed(self) -> bool:

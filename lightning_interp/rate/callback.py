@@ -24,6 +24,7 @@ from lightning_interp.rate.scoring.scores import TripleScores, checked_rewards
 
 __all__ = ["RewardAttributeEffect"]
 
+_EFFECTS = ("ate", "att", "atu", "naive", "single")
 _LOGGED = ("ate", "att", "atu", "ate_se", "naive", "single")
 
 ScoreFunction = Callable[[Any, Sequence[str], Sequence[str]], Any]
@@ -43,14 +44,15 @@ class RewardAttributeEffect(Monitor):
             ``score(prompts, texts)``, which :class:`~lightning_interp.models.RewardModel` has.
         every_n_validations, batch_size: How often, from the first validation on; texts of one call of ``score``.
         missing: What to do, before training, with units that lack a text: ``"raise"`` or ``"drop"``.
-        nonfinite: ``"drop"`` units of which a reward is not finite, with a warning, or ``"raise"``, which ends the run.
+        nonfinite: ``"drop"`` units of which a reward is not finite, with a warning (the effects are NaN where none is
+            left), or ``"raise"``, which ends the run.
         se: Kind of standard error; see :func:`~lightning_interp.rate.estimators.effects.rate_effects`.
         name: Between ``rate/`` and the estimate in what is logged, and in the state key; the attribute if None.
 
     Attributes:
         history: One entry a scoring, saved in checkpoints: ``epoch``, ``step``, what is logged, the other ``_se``,
             ``reward_std`` of the original rewards, ``n``, ``dropped``, and ``truncated``, the share of cut texts.
-        result: Everything about the last scoring; None before the first.
+        result: Everything about the last scoring; None before the first, and where no unit had finite rewards.
 
     Raises:
         RecipeError: If an argument has a wrong value.
@@ -139,6 +141,11 @@ class RewardAttributeEffect(Monitor):
     def look(self, trainer: Any, module: Any) -> dict[str, float]:
         """Effects, their errors, and how many units they rest on."""
         scores, triples = self._scores(trainer, module), self._ready
+        finite = torch.stack([scores.reward[stage] for stage in triples.stages[:3]]).isfinite().all(0).tolist()
+        bad = {name for name, fine in zip(triples.ids, finite, strict=True) if not fine}
+        if self.nonfinite == "drop" and bad.issuperset(triples.ids):
+            self.result = None
+            return self._nothing(trainer, triples, scores)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.result = result = scores.effects(triples, se=self.se, missing=self.nonfinite)
@@ -150,6 +157,19 @@ class RewardAttributeEffect(Monitor):
             "dropped": float(len(set(triples.ids)) - result.counts.n),
             "truncated": sum(scores.truncation().values()) / len(scores.truncated),
         }
+
+    def _nothing(self, trainer: Any, triples: RewriteTriples, scores: TripleScores) -> dict[str, float]:
+        """What is told where no unit has finite rewards: the training goes on."""
+        if trainer.is_global_zero:
+            warnings.warn(
+                f"RewardAttributeEffect({self._label!r}): no unit has finite rewards (each has some that are NaN or "
+                "infinite), so its effects are NaN this time. Look at the loss and the learning rate.",
+                stacklevel=2,
+            )
+        names = (*_EFFECTS, *(f"{name}_se" for name in _EFFECTS), "reward_std")
+        truncated = sum(scores.truncation().values()) / len(scores.truncated)
+        counts = {"n": 0.0, "dropped": float(len(set(triples.ids))), "truncated": truncated}
+        return {**dict.fromkeys(names, math.nan), **counts}
 
     def logged(self, found: Mapping[str, float]) -> Mapping[str, float]:
         """The estimates, and the error of the first."""

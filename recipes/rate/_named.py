@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from lightning_interp.generation.labellers import Contains, Labeller, LongerThan
 from lightning_interp.models.scoring.text_scorer import Scorer, TextScorer
 from lightning_interp.rate.rewriting.rules import Drop, MarkToggle, OpenerToggle, RepairTranspositions, Rule, Toggle
 from lightning_interp.rate.rewriting.templates import Kind, RewriteTemplate, rewrite_template
-from lightning_interp.rate.scoring.scores import as_scorer, vader_scorer
+from lightning_interp.rate.scoring.scores import CallableScorer, as_scorer, vader_scorer
 from lightning_interp.rate.texts.words import fluency_scorer, word_counts
+
+_FUNCTION = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
 
 def named_labeller(name: str, texts: Sequence[str] = ()) -> Labeller:
@@ -136,20 +140,21 @@ def named_template(name: str, kind: Kind = "text") -> RewriteTemplate:
         ) from error
 
 
-def named_scorer(name: str, *, dtype: str = "float32", max_length: int | None = None) -> Scorer:
+def named_scorer(name: str, *, imports: Sequence[str] = (), **settings: Any) -> Scorer:
     """A reward by its name.
 
     Args:
-        name: ``vader``; ``fluency``; a checkpoint (``.ckpt``) of :class:`~lightning_interp.models.RewardModel`; or a
-            folder or Hugging Face id of a reward model.
-        dtype: Type of a model's weights.
-        max_length: Most tokens of a text; a model's own limit if None.
+        name: ``vader``; ``fluency``; ``module:function``, a function of prompts and texts; a checkpoint (``.ckpt``) of
+            :class:`~lightning_interp.models.RewardModel`; or a folder or Hugging Face id of a reward model.
+        imports: Modules that functions may come from: a name in a file that somebody sent imports nothing else.
+        **settings: Of :meth:`~lightning_interp.models.TextScorer.load`, for a folder or id; None says nothing.
 
     Returns:
         The scorer.
 
     Raises:
-        RecipeError: If a package is missing, or a checkpoint is to be read in another way than it was saved.
+        RecipeError: If a package is missing, a function may not be imported or is none, or settings are given for what
+            has none.
         DataError: If a checkpoint does not exist.
         IncompatibleModelError: If the source is a language model without a score head.
 
@@ -163,20 +168,43 @@ def named_scorer(name: str, *, dtype: str = "float32", max_length: int | None = 
         >>> named_scorer(folder, max_length=16).scores([""], ["A fine film of this year"]).truncated.tolist()
         [True]
     """
+    settings = {key: value for key, value in settings.items() if value is not None}
+    function = _FUNCTION.fullmatch(name) if not name.startswith("tiny:") else None
+    what = "a checkpoint" if name.endswith(".ckpt") else "a function" if function else "no model"
+    if not (function or name.endswith(".ckpt") or name in ("vader", "fluency")):
+        return TextScorer.load(name, **settings)
+    if given := {key: value for key, value in settings.items() if (key, value) != ("dtype", "float32")}:
+        raise RecipeError(
+            f"{name!r} is {what} and keeps its own settings, but "
+            f"{', '.join(f'{key}={value!r}' for key, value in given.items())} was given. Leave them out."
+        )
+    if function:
+        return CallableScorer(_function(name, function[1], function[2], imports), name=name)
     if name in ("vader", "fluency"):
         return vader_scorer() if name == "vader" else fluency_scorer()
-    if not name.endswith(".ckpt"):
-        return TextScorer.load(name, dtype=dtype, max_length=max_length)
-    if dtype != "float32" or max_length is not None:
-        raise RecipeError(
-            f"{name!r} is a checkpoint and keeps its own settings, but dtype={dtype!r} and max_length={max_length!r} "
-            "were given. Leave them out."
-        )
     if not Path(name).is_file():
         raise DataError(f"There is no checkpoint {name!r}. Give the path of a .ckpt file.")
     from lightning_interp.models.training.reward_model import RewardModel
 
     return as_scorer(RewardModel.load_from_checkpoint(name, map_location="cpu"))
+
+
+def _function(name: str, module: str, function: str, imports: Sequence[str]) -> Callable[..., Any]:
+    if not any(f"{module}.".startswith(f"{one}.") for one in imports):
+        raise RecipeError(
+            f"{name!r} names a function, and its module is not imported unasked. If you trust that code, name it on "
+            f"the command line: --import={module}"
+        )
+    try:
+        found = getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(
+            f"There is no function {name!r} ({error}). Give module:function, and start where the module can be "
+            "imported from (PYTHONPATH)."
+        ) from error
+    if not callable(found):
+        raise RecipeError(f"{name!r} is a {type(found).__name__}: expected a function of prompts and texts.")
+    return found  # type: ignore[no-any-return]
 
 
 def _number(name: str, value: str) -> float:

@@ -8,9 +8,11 @@ from typing import Any, ClassVar, Literal
 
 from lightning_interp.recipe import Recipe, RecipeResult, RunFolder
 
+from ._scored import ScoredBy, read_rows, told
+
 
 @dataclass(kw_only=True)
-class RateAudit(Recipe):
+class RateAudit(ScoredBy, Recipe):
     """Estimate the effect of one attribute of your texts on your reward, with all checks that they allow.
 
     Texts are JSONL: `text`, and if you like `prompt`, `w` (1 if the text has the attribute, 0 if not), `id`, `cluster`;
@@ -18,7 +20,8 @@ class RateAudit(Recipe):
     are scored. The layouts of the paper's authors are read too. Without texts an example with a known answer is run.
     """
 
-    not_identity: ClassVar[tuple[str, ...]] = ("requests_per_minute", "max_calls", "max_cost")
+    not_identity: ClassVar[tuple[str, ...]] = ("requests_per_minute", "max_calls", "max_cost", "reward_device")
+    said_before: ClassVar[tuple[str, ...]] = ("dtype", "max_length")
 
     model: str = "smollm2-135m-instruct"
     """The language model that rewrites: a source for rewriter=local, its name at the endpoint for rewriter=endpoint."""
@@ -63,11 +66,8 @@ class RateAudit(Recipe):
     draws: int = 1
     """For a language model: rewrites of each text, averaged inside it."""
     reward: str = "vader"
-    """vader, fluency, columns (of the file), a model of the authors' file, or a reward model: id, folder, .ckpt."""
-    dtype: str = "float32"
-    """Type of a reward model's weights."""
-    max_length: int | None = None
-    """Most tokens of a text for a reward model; its own limit by default."""
+    """vader, fluency, columns (of the file), a model of the authors' file, a reward model (id, folder, .ckpt), or
+    module:function of prompts and texts, of a module named with --import."""
     drop_truncated: bool = False
     """Leave out units of which a text was cut."""
     missing: Literal["raise", "drop"] = "raise"
@@ -85,6 +85,7 @@ class RateAudit(Recipe):
         from lightning_interp.errors import RecipeError
 
         from ._rewriters import rewriter_settings
+        from ._scored import output_of
 
         super().__post_init__()
         defaults = {name: entry.default for name, entry in type(self).__dataclass_fields__.items()}
@@ -94,6 +95,7 @@ class RateAudit(Recipe):
             raise RecipeError(
                 f"label={self.label!r} and reward={self.reward!r} are of a file, and no data is given. Give --data=..."
             )
+        output_of(self.reward_output)  # a wrong one is said before anything is done
         if self.passes not in (2, 3) or self.draws < 1:
             raise RecipeError(f"passes={self.passes}, draws={self.draws}: expected 2 or 3 passes and at least 1 draw.")
 
@@ -122,14 +124,33 @@ class RateAudit(Recipe):
         from lightning_interp.rate import write_triples
 
         how: dict[str, Any] = {"missing": self.missing, "identical": self.identical}
-        plan, calls = "", 0
+        plan, calls, reads = "", 0, list[dict[str, str]]()
         if self.rewriter == "" and not self.example:
             triples = self.given().triples(self.attribute, **how)
         else:
+            if self.rewriter not in ("", "replay"):  # before anything is paid for
+                reads = self.tried()
+                print(told(reads))
             store, by, plan, calls = self.stored(run, folder)
             triples = store.triples(self.attribute, rewriter=by, passes=self.passes, **how)
         write_triples(folder, triples)
-        return {"plan": plan, "calls": calls, "rows": len(triples)}
+        return {"plan": "\n".join(filter(None, (plan, told(reads)))), "calls": calls, "rows": len(triples)}
+
+    def tried(self) -> list[dict[str, str]]:
+        """Load the reward and let it score one text, so that what cannot work is said before texts are asked for."""
+        from lightning_interp.errors import DataError
+        from lightning_interp.models.scoring.text_scorer import TextScorer
+        from lightning_interp.rate.texts.readers import OWN_REWARDS
+
+        if self.reward == OWN_REWARDS:
+            raise DataError(
+                f"reward={self.reward!r}, but rewriter={self.rewriter!r} makes texts that the file has no rewards of. "
+                "Name a reward that can score them."
+            )
+        scorer, units = self.scorer_of(self.reward), self.given().units
+        if isinstance(scorer, TextScorer):
+            scorer.scores([units[0].prompt], [units[0].text])
+        return read_rows(scorer, units)
 
     def stored(self, run: RunFolder, folder: Path) -> tuple[Any, Any, str, int]:
         """The store, who wrote, what was planned and how often was asked; the plan is shown before that."""
@@ -177,10 +198,7 @@ class RateAudit(Recipe):
 
         if self.example or self.rewriter:
             if self.reward == OWN_REWARDS:
-                raise DataError(
-                    f"reward={self.reward!r}, but rewriter={self.rewriter!r} makes texts that the file has no rewards "
-                    "of. Name a reward that can score them."
-                )
+                raise DataError(f"reward={self.reward!r}: a store holds no rewards. Name one that can score its texts.")
             return None
         given = self.given()
         if self.reward != OWN_REWARDS and self.reward not in given.rewards:
@@ -193,22 +211,20 @@ class RateAudit(Recipe):
         from lightning_interp.rate import RewardScorer
 
         from ._example import exact_effects, made_up_scorer
-        from ._named import named_scorer
 
         triples = self.triples(run)
         finished = self.finished(triples)
         if finished is not None:
-            return {"scorer": self.reward, "rewards": finished, "truth": None}
+            return {"scorer": self.reward, "rewards": finished, "truth": None, "reads": []}
         made_up = self.example and self.smoke and self.reward == "vader"
-        scorer = (
-            made_up_scorer() if made_up else named_scorer(self.reward, dtype=self.dtype, max_length=self.max_length)
-        )
+        scorer = made_up_scorer() if made_up else self.scorer_of(self.reward)
         settings = self.trainer_kwargs(run, logger=False, enable_checkpointing=False)
         RewardScorer(scorer, triples, folder / "rewards.jsonl").run(**settings)
         return {
             "scorer": scorer.name,
             "rewards": None,
             "truth": exact_effects(triples, scorer) if self.example else None,
+            "reads": scorer.reading(triples.prompts[0], triples.original[0]),
         }
 
     def effects(self, run: RunFolder, scored: dict[str, Any]) -> Any:
@@ -248,7 +264,12 @@ class RateAudit(Recipe):
         title = f"{self.named}, {scored['scorer']}"
         return RecipeResult(
             metrics={**study.metrics(), "truth": scored["truth"], "calls": texts["calls"], "plan": texts["plan"]},
-            tables={**study.tables(), "by_units": settling, **self.truths(scored, study)},
+            tables={
+                **study.tables(),
+                "by_units": settling,
+                **self.truths(scored, study),
+                **({"reading": scored["reads"]} if scored.get("reads") else {}),
+            },
             figures=study.figures(title),
             artifacts={"effects": run.folder("effects") / "effects.json"},
             question=f"How much does the reward {scored['scorer']} change because of {self.named}?",

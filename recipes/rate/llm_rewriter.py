@@ -9,9 +9,11 @@ from typing import Any, ClassVar, Literal
 from lightning_interp.core.storage.json_reading import read_json
 from lightning_interp.recipe import Recipe, RecipeResult, RunFolder
 
+from ._scored import ScoredBy, read_rows, told
+
 
 @dataclass(kw_only=True)
-class LanguageModelRewriter(Recipe):
+class LanguageModelRewriter(ScoredBy, Recipe):
     """Let a language model rewrite texts to flip an attribute, back, and once more, and say what that is worth.
 
     Everything is asked for through a store, so a run that was killed asks for nothing twice. The report counts by pass
@@ -21,7 +23,7 @@ class LanguageModelRewriter(Recipe):
     """
 
     not_identity: ClassVar[tuple[str, ...]] = (
-        "api_key_env", "max_concurrency", "requests_per_minute", "max_calls", "max_cost",
+        "api_key_env", "max_concurrency", "requests_per_minute", "max_calls", "max_cost", "reward_device",
     )  # fmt: skip
 
     rewriter: Literal["local", "endpoint", "rules"] = "local"
@@ -61,7 +63,8 @@ class LanguageModelRewriter(Recipe):
     max_cost: float | None = None
     """Stop before a go costs more."""
     scorer: str = "vader"
-    """vader, fluency, or a reward model: Hugging Face id or folder."""
+    """vader, fluency, a reward model (Hugging Face id, folder, .ckpt), or module:function of a module named with
+    --import."""
 
     def __post_init__(self) -> None:
         from lightning_interp.errors import RecipeError
@@ -115,6 +118,7 @@ class LanguageModelRewriter(Recipe):
 
         units = self.units(run)
         tried = self.tried([unit.text for unit in units])
+        print(told(read_rows(self.scored_by(), units)))  # a wrong name is said before anything is paid for
         store = RewriteStore.create(folder / "store", units, attr=tried.name)
         found: dict[str, Any] = {"rewriters": [], "plan": "", "calls": 0}
         for rewriter in self.rewriters(tried):
@@ -151,6 +155,7 @@ class LanguageModelRewriter(Recipe):
         from lightning_interp.rate.report.study_files import write_effects
 
         scorer, counts = self.scored_by(), {}
+        atomic_write_json(folder / "reading.json", read_rows(scorer, self.units(run)))
         for number, by in enumerate(rewritten["rewriters"]):
             triples = self.triples(run, by)
             counts[by[0]] = len(triples)
@@ -185,6 +190,9 @@ class LanguageModelRewriter(Recipe):
             "verdict": [{"number": place, "what the numbers say": note} for place, note in enumerate(notes, 1)],
             "answers": answer_rows(store, tried),
         }
+        reading = run.folder("score") / "reading.json"
+        if reading.exists() and (rows := read_json(reading)):
+            tables["reading"] = rows
         if effects:
             tables["effects"] = effects_rows(effects, key="units")
             shown = {name.replace(": ", "\n"): result for name, result in effects.items()}
@@ -298,7 +306,7 @@ class LanguageModelRewriter(Recipe):
 
     def scored_by(self) -> Any:
         """The scorer."""
-        from lightning_interp.rate import CallableScorer, as_scorer, fluency_scorer, vader_scorer
+        from lightning_interp.rate import CallableScorer
 
         from ._llm_rewriter import WORDS_OF_MOOD
 
@@ -306,7 +314,7 @@ class LanguageModelRewriter(Recipe):
             return CallableScorer(
                 lambda text: (WORDS_OF_MOOD.label(text) or 0) + len(text) / 100, name="a few words", each=True
             )
-        return {"vader": vader_scorer, "fluency": fluency_scorer}.get(self.scorer, lambda: as_scorer(self.scorer))()
+        return self.scorer_of(self.scorer)
 
     def units(self, run: RunFolder) -> list[Any]:
         """The chosen units."""

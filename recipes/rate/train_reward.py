@@ -180,7 +180,8 @@ class TrainReward(Recipe):
                     bar.advance()
                 atomic_write_json(folder / f"{name}.json", {"scorer": scorer.name, **found})
                 write_effects(folder, self.studied(run, name), name=f"{name}_effects", seed=self.seed)
-        return {"scorer": scorer.name}
+        units = self.units(run, next(iter(ATTRIBUTES)))
+        return {"scorer": scorer.name, "reads": scorer.reading(units[0].prompt, units[0].text)}
 
     def result(
         self, run: RunFolder, read: dict[str, Any], trained: dict[str, Any], audited: dict[str, Any]
@@ -212,6 +213,8 @@ class TrainReward(Recipe):
             own = study.figures(f"{label}: {name}", f"{name}_")
             figures |= {key: figure for key, figure in own.items() if key != f"{name}_effects"}
         tables["training"] = [{"attribute": name, **entry} for name, entries in history.items() for entry in entries]
+        if audited.get("reads"):
+            tables["reading"] = audited["reads"]
         if self.words:
             tables["words"] = [{"direction": kind, "word": word, "weight": weight}
                                for kind, words in trained["words"].items() for word, weight in words]  # fmt: skip

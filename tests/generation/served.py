@@ -37,7 +37,8 @@ class Served:
 
     ``script`` gives the behaviour of the n-th call, or is a function that gives that of a body. A behaviour is None or
     a function of the body for a good answer; a number for that status, or ``(number, headers)``; ``"drop"`` closes the
-    connection without an answer, ``"half"`` in the middle of one; ``"garbage"`` sends half a JSON text in whole.
+    connection without an answer, ``"half"`` in the middle of one; ``"garbage"`` sends half a JSON text in whole; bytes
+    are sent as they are, with status 200.
     """
 
     def __init__(self, answer=echo, script=(), hold=None):
@@ -88,6 +89,9 @@ class _Handler(BaseHTTPRequestHandler):
         if do == "garbage":
             self._send(200, json.dumps(served.answer(body)).encode()[:-20])
             return
+        if isinstance(do, bytes):
+            self._send(200, do)
+            return
         status, headers = do if isinstance(do, tuple) else (do, {}) if isinstance(do, int) else (200, {})
         if status == 200:
             self._send(200, json.dumps((do or served.answer)(body)).encode())
@@ -129,3 +133,35 @@ def serving(**behaviour):
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def shaped(text, **changes):
+    """A good answer with other values, as bytes: content, usage, or anything else of the body."""
+    body = completion(text)
+    body["choices"][0]["message"]["content"] = changes.pop("content", text)
+    return json.dumps({**body, **changes}).encode()
+
+
+def faults(text):
+    """Behaviours of a bad server that asks for another attempt, and those whose answer of ``text`` is worth keeping."""
+    waits = ("inf", "1e12", "nan", "-5", "soon", "Fri, 31 Dec 9999 23:59:59 GMT")
+    again = [
+        429, 500, 503, "drop", "half", "garbage",
+        *((429, {"Retry-After": wait}) for wait in waits),
+        (503, {"retry-after-ms": "1e300"}), b"", b"\xff\xfe", b"nonsense", b'{"choices": ', b"9" * 5000,
+    ]  # fmt: skip
+    usages = (
+        {"prompt_tokens": "7", "completion_tokens": "5"},
+        {"prompt_tokens": [1]},
+        "none",
+        {"prompt_tokens": 1e300},
+    )
+    kept = [
+        *(shaped(text, usage=usage) for usage in usages),
+        shaped(text, content=[{"type": "text", "text": text}]),
+        shaped(text, content=f"<think>Well, {text[::-1]}</think>\n{text}"),
+        shaped(text, usage={"prompt_tokens": 10**30}, model=None, id=[{}]),
+        b"\xef\xbb\xbf" + shaped(text),
+        shaped(text).replace(b'"index"', b'"index": 1, "index"'),
+    ]
+    return again, kept

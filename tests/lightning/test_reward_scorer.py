@@ -203,3 +203,76 @@ def test_what_it_refuses(tmp_path):
     run.strategy.__class__ = type("ModelParallelStrategy", (type(run.strategy),), {})
     with pytest.raises(UnsupportedStrategyError, match=r"RewardScorer of 'length' uses weight values"):
         run.predict(job)
+
+
+class Dying:
+    """A judge that dies at its n-th text, of many as of one."""
+
+    def __init__(self, at, error=RuntimeError):
+        self.at, self.error, self.asked = at, error, []
+
+    def __call__(self, prompts, texts):
+        for text in texts:
+            if len(self.asked) == self.at:
+                raise self.error("no more")
+            self.asked.append(text)
+        return [float(len(text)) for text in texts]
+
+
+@pytest.mark.parametrize("at", [0, 1, 17, 186])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_function_that_dies_has_lost_nothing(tmp_path, at, error):
+    """All that it was asked is kept, and asked for no more."""
+    triples, path, judge = units(100), tmp_path / "rewards.jsonl", Dying(at, error)
+    scorer = RewardScorer(judge, triples, path, name="judge")
+    with pytest.raises((error, SystemExit)):
+        scorer.run(**QUIET)
+    judge.at = -1
+    RewardScorer(judge, triples, path, name="judge").run(**QUIET)
+    texts = {text for stage in triples.stages for text in triples.texts(stage)}
+    assert sorted(judge.asked) == sorted(texts)
+
+
+def test_a_function_of_one_text_that_dies_has_lost_nothing(tmp_path):
+    triples, path, asked, left = units(50), tmp_path / "rewards.jsonl", [], [33]
+
+    def judge(text):
+        left[0] -= 1
+        if not left[0]:
+            raise RuntimeError(text)
+        asked.append(text)
+        return float(len(text))
+
+    scorer = CallableScorer(judge, name="judge", each=True)
+    with pytest.raises(RuntimeError):
+        RewardScorer(scorer, triples, path).run(**QUIET)
+    assert len(asked) == 32
+    RewardScorer(scorer, triples, path).run(**QUIET)
+    assert len(asked) == len(set(asked))
+
+
+@pytest.mark.parametrize(("chunk", "own", "most"), [(None, None, 1), (None, 5, 5), (7, None, 7), (7, 5, 7)])
+def test_how_many_texts_a_function_gets_at_once(tmp_path, chunk, own, most):
+    sizes = []
+
+    def judge(prompts, texts):
+        sizes.append(len(texts))
+        return [0.0] * len(texts)
+
+    if own is not None:
+        judge.batch_size = own
+    RewardScorer(judge, units(), tmp_path / "rewards.jsonl", chunk=chunk).run(**QUIET)
+    assert max(sizes) == most
+
+
+def test_answers_of_a_slow_function_are_on_disk_within_a_step(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_interp.rate.scoring.reward_scorer._SECONDS", 0.0)
+    path, there = tmp_path / "rewards.jsonl", []
+
+    def judge(prompts, texts):
+        there.append(sum(len(part.read_text().splitlines()) for part in tmp_path.glob("*.part")))
+        return [0.0] * len(texts)
+
+    RewardScorer(judge, units(), path).run(**QUIET)
+    assert there == sorted(there)
+    assert there[-1] >= len(there) - 1

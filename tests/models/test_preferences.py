@@ -89,6 +89,71 @@ def test_a_file_is_read_and_chats_are_written(tmp_path):
     assert module.counts["train"]["rows"] == 2
 
 
+USER, SYSTEM = {"role": "user", "content": "hi"}, {"role": "system", "content": "be kind"}
+
+
+def says(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": [USER], "chosen": [says("a")], "rejected": [says("b")]}, "hi"),
+        ({"prompt": "hi", "chosen": [says("a")], "rejected": [says("b")]}, "hi"),
+        ({"chosen": [USER, says("a")], "rejected": [USER, says("b")]}, "hi"),
+        ({"prompt": None, "chosen": [USER, says("a")], "rejected": [USER, says("b")]}, "hi"),
+        ({"prompt": "hi", "chosen": [USER, says("a")], "rejected": [USER, says("b")]}, "hi"),
+        ({"prompt": "hi", "chosen": [SYSTEM, USER, says("a")], "rejected": [SYSTEM, USER, says("b")]}, [SYSTEM, USER]),
+        ({"prompt": [SYSTEM, USER], "chosen": [says("a")], "rejected": "b"}, [SYSTEM, USER]),
+        ({"chosen": [USER, says("x"), USER, says("a")], "rejected": [USER, says("x"), USER, says("b")]},
+         [USER, says("x"), USER]),
+    ],
+)  # fmt: skip
+def test_sides_may_be_lists_of_messages(row, prompt):
+    (found,) = read_judged([row], name="train")
+    assert (found.prompts, found.texts) == ((prompt, prompt), ("a", "b"))
+    (batch,) = data([row], chat=True).train_dataloader()
+    turns = [USER] if prompt == "hi" else prompt
+    written = byte_tokenizer().apply_chat_template([[*turns, says("a")], [*turns, says("b")]], tokenize=False)
+    assert [decoded(*pair) for pair in zip(batch["input_ids"], batch["attention_mask"], strict=True)] == written
+
+
+def test_sides_may_differ_before_their_last_turn_and_ratings_may_be_messages():
+    row = {"chosen": [USER, says("a")], "rejected": [{**USER, "content": "ho"}, says("b")]}
+    assert read_judged([row], name="train")[0].prompts == ("hi", "ho")
+    (found,) = read_judged([{"response": [USER, says("a")], "reward": 1}], name="train")
+    assert (found.prompts, found.texts, found.value) == (("hi",), ("a",), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("row", "match"),
+    [
+        ({"chosen": "a", "rejected": "b"}, "there is no 'prompt', and 'chosen' is a text"),
+        (
+            {"chosen": [USER], "rejected": [USER]},
+            "the turns of 'chosen', with its prompt, are those of user; expected some",
+        ),
+        ({"chosen": [says("a")], "rejected": [says("b")]}, "are those of assistant; expected some"),
+        ({"prompt": "ho", "chosen": [USER, says("a")], "rejected": [USER, says("b")]}, "does not hold 'prompt' .'ho'."),
+        ({"prompt": "hi", "chosen": [says("a"), USER], "rejected": [says("b")]}, "those of user, assistant, user; exp"),
+        ({"prompt": "hi", "chosen": [says("a")], "rejected": [says("")]}, "'rejected' is empty"),
+        ({"prompt": "hi", "chosen": [says(["a"])], "rejected": [says("b")]}, r"'chosen\[1\].content' is \['a'\]"),
+        ({"prompt": "hi", "chosen": [], "rejected": [says("b")]}, r"'chosen' is \[\]; expected"),
+        ({"prompt": "hi", "chosen": [{"role": "assistant"}], "rejected": [says("b")]}, r"chosen\[0\] is .*'content'"),
+    ],
+)
+def test_messages_that_cannot_be_used(row, match):
+    with pytest.raises(DataError, match=rf"train\[0\]: .*{match}"):
+        read_judged([row], name="train")
+
+
+def test_conversations_need_a_chat_template():
+    rows = [{"chosen": [USER, says("a"), USER, says("c")], "rejected": [USER, says("a"), USER, says("b")]}]
+    with pytest.raises(DataError, match=r"train\[0\]: The prompt of text 0 is a list of turns.*chat=True"):
+        data(rows).setup("fit")
+
+
 def test_cut_texts_and_pairs_that_become_the_same_are_counted():
     rows = [*PAIRS[:1], {"prompt": "p", "chosen": "abcdefgh", "rejected": "abcdefxy"}, {**PAIRS[1], "chosen": "rr"}]
     module = data(rows, max_length=6)

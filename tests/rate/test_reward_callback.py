@@ -335,6 +335,36 @@ def test_rewards_that_are_not_finite_are_dropped_with_a_warning_or_end_the_run(t
         trainer(tmp_path, RewardAttributeEffect(folder, score=broken, nonfinite="raise")).fit(Simple())
 
 
+@pytest.mark.parametrize("spoilt", ["all", "one stage", "one of each", "infinite"])
+def test_rewards_without_a_finite_unit_leave_the_training_alone(tmp_path, folder, spoilt):
+    """NaN effects are told in that validation; those after it are as if nothing had been."""
+
+    def broken(module, prompts, texts):
+        rewards = module.rewards(texts).clone()
+        if module.trainer.current_epoch == 1:
+            bad = [text for text in texts if spoilt != "one stage" or "~" not in text]
+            value = float("inf") if spoilt == "infinite" else float("nan")
+            rewards[[index for index, text in enumerate(texts) if text in bad]] = value
+        return rewards
+
+    calm, callback = (RewardAttributeEffect(folder, score=one) for one in (score, broken))
+    trainer(tmp_path / "a", calm, max_epochs=3).fit(Simple())
+    run = trainer(tmp_path / "b", callback, max_epochs=3)
+    with pytest.warns(UserWarning, match=r"RewardAttributeEffect\('marks'\): no unit has finite rewards"):
+        run.fit(Simple())
+    assert [entry["n"] for entry in callback.history] == [9, 0, 9]
+    assert callback.history[1].keys() == callback.history[0].keys()
+    assert callback.history[1]["dropped"] == 9
+    assert callback.history[1]["ate"] != callback.history[1]["ate"]
+    for one, other in zip(calm.history, callback.history, strict=True):
+        if other["n"]:
+            assert one == pytest.approx(other, nan_ok=True)
+    with pytest.raises(DataError, match="finite"):
+        trainer(tmp_path / "c", RewardAttributeEffect(folder, score=broken, nonfinite="raise"), max_epochs=3).fit(
+            Simple()
+        )
+
+
 def test_several_callbacks_have_names_of_their_own(tmp_path, folder):
     callbacks = [
         RewardAttributeEffect(folder, "marks", score=score),

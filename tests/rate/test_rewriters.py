@@ -189,3 +189,5 @@ class TestFlags:
     def test_length_is_no_flaw_where_it_is_the_attribute(self):
         assert rewrite_flags("x" * 100, "y" * 900, changes_length=True) == ()
         assert rewrite_flags("x" * 100, "", changes_length=True) == ("empty",)
+        for count in (3000, 2001, 4):
+            assert rewrite_flags("x" * 100, "y" * count, changes_length=True) == ("length",)

@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning_interp.errors import DataError, InterpError
 
-__all__ = ["BOM", "check_characters", "parse_json", "read_json"]
+__all__ = ["BOM", "check_characters", "half_character", "parse_json", "read_json"]
 
 BOM = b"\xef\xbb\xbf"
 """The byte order mark that some editors begin a file in UTF-8 with."""
@@ -60,6 +60,15 @@ def read_json(
         raise error(f"{name!r} is no valid JSON ({fault}). Expected {expected}.") from fault
 
 
+def half_character(text: str) -> bool:
+    """Whether a text holds half of a character (a lone surrogate), which no model and no file in UTF-8 takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -96,10 +105,8 @@ def check_characters(found: Any) -> None:
     while waiting:
         value = waiting.pop()
         if isinstance(value, str):
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"{value!r:.60} holds half of a character (a lone surrogate)") from error
+            if half_character(value):
+                raise ValueError(f"{value!r:.60} holds half of a character (a lone surrogate)")
         elif isinstance(value, dict):
             waiting += [*value, *value.values()]
         elif isinstance(value, list):

@@ -27,8 +27,9 @@ class PreferenceDataModule(TextDataModule):
     - ``{"prompt": ..., "chosen": ..., "rejected": ...}``, with a ``margin`` if you like;
     - ``{"prompt": ..., "response": ..., "reward": ...}``.
 
-    A prompt may be a list of turns if a chat template writes them. Order, resuming and several processes are as in
-    :class:`TextDataModule`.
+    A prompt may be a list of turns if a chat template writes them, and so may ``chosen``, ``rejected`` and
+    ``response``, which then end with the assistant's turn and may begin with the prompt, or hold it where there is no
+    ``prompt``. Order, resuming and several processes are as in :class:`TextDataModule`.
 
     Args:
         train: A file (JSONL, a JSON list, CSV, TSV or Parquet), a folder of ``datasets``' ``save_to_disk``, a list of
@@ -99,7 +100,7 @@ class PreferenceDataModule(TextDataModule):
 
     def _judged(self, row: JudgedRow) -> tuple[Judged, int]:
         try:
-            encoded = self.encoder.encode_texts([row.prompt] * len(row.texts), row.texts)
+            encoded = self.encoder.encode_texts(row.prompts, row.texts)
         except DataError as error:
             raise DataError(f"{row.where}: {error}") from error
         cut = sum(text.truncated for text in encoded)
@@ -110,7 +111,9 @@ class PreferenceDataModule(TextDataModule):
             )
         if not all(text.ids for text in encoded):
             raise DataError(f"{row.where}: a text has no tokens, so nothing can be scored. Remove the row.")
-        return Judged(tuple(text.ids for text in encoded), row.value), cut
+        types = [list(text.types) or [0] * len(text.ids) for text in encoded]
+        pair = any(text.types for text in encoded)
+        return Judged(tuple(text.ids for text in encoded), row.value, types=tuple(types) if pair else ()), cut
 
     def _tell(self, split: str, counts: Mapping[str, int], total: int) -> None:
         if not counts["rows"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,15 @@ from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.core.tokens.batches import aligned_left
 from lightning_interp.errors import DataError, IncompatibleModelError
 
-__all__ = ["DecoderWithScore", "align_left", "label_index", "needs_score_head", "score_map", "scoring_model"]
+__all__ = [
+    "DecoderWithScore",
+    "align_left",
+    "label_index",
+    "needs_score_head",
+    "own_code",
+    "score_map",
+    "scoring_model",
+]
 
 _CLASSIFIER = "ForSequenceClassification"
 
@@ -79,7 +88,7 @@ def _has_score_head(model: nn.Module) -> bool:
 
 def needs_score_head(model: nn.Module) -> bool:
     """Whether :func:`scoring_model` would put a fresh score head on a model."""
-    classifier = _CLASSIFIER in type(model).__name__ or _is_own_code(model)
+    classifier = _CLASSIFIER in type(model).__name__ or own_code(model)
     return not (isinstance(model, DecoderWithScore) or _has_score_head(model) or classifier)
 
 
@@ -99,7 +108,7 @@ def scoring_model(model: PreTrainedModel, *, seed: int) -> PreTrainedModel:
     if isinstance(model, DecoderWithScore):
         return model
     prefix = model.base_model_prefix
-    if _has_score_head(model):
+    if _has_score_head(model) and not own_code(model):
         scored = DecoderWithScore(model.config, model.base_model, model.score, prefix=prefix)
     elif not needs_score_head(model):
         return model
@@ -118,25 +127,37 @@ def scoring_model(model: PreTrainedModel, *, seed: int) -> PreTrainedModel:
     return scored.train(model.training)
 
 
-def _is_own_code(model: nn.Module) -> bool:
+def own_code(model: nn.Module) -> bool:
     """Whether a model runs Python code that came with its weights."""
     return type(model).__module__.partition(".")[0] == "transformers_modules"
 
 
-def label_index(model: PreTrainedModel, label: int | str | None) -> int:
-    """Which of a model's outputs is the reward."""
+def label_index(model: PreTrainedModel, label: Any) -> int | list[float]:
+    """Which of a model's outputs is the reward; or the weight of each, if weights are given."""
     config = model.config
     names = {str(name): int(index) for index, name in (config.id2label or {}).items()}
     listed = ", ".join(f"{index} ({name})" for name, index in names.items())
-    if label is None and (config.num_labels == 1 or _is_own_code(model)):
+    if label is None and (config.num_labels == 1 or own_code(model)):
         return 0
     if label is None:
         raise IncompatibleModelError(
             f"{type(model).__name__} has {config.num_labels} outputs: {listed}. Choose the reward with label=, by "
-            "index or by name."
+            "index or by name, or give weights of the outputs."
         )
-    index = names.get(label) if isinstance(label, str) else label
-    if index is None or not 0 <= index < config.num_labels:
+    if isinstance(label, Mapping):
+        places = [label_index(model, name) for name in label]
+        given = dict(zip(map(str, places), label.values(), strict=True))
+        return label_index(model, [given.get(str(place), 0.0) for place in range(config.num_labels)])
+    if isinstance(label, Sequence) and not isinstance(label, str):
+        weights = [float(one) if isinstance(one, int | float) else math.nan for one in label]
+        if len(weights) != config.num_labels or not all(map(math.isfinite, weights)) or not any(weights):
+            raise IncompatibleModelError(
+                f"{type(model).__name__} has {config.num_labels} outputs: {listed}; the weights label={label!r:.80} "
+                "are no finite number for each of them, or all 0."
+            )
+        return weights
+    index = names.get(label, int(label) if label.isdecimal() else None) if isinstance(label, str) else label
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < config.num_labels:
         raise IncompatibleModelError(f"{type(model).__name__} has no output label={label!r}; it has {listed}.")
     return index
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any, Self
 
 import torch
@@ -15,12 +16,13 @@ from lightning_interp.core.measure.undisturbed import undisturbed
 from lightning_interp.core.model.fingerprint import weights_digest
 from lightning_interp.errors import IncompatibleModelError
 from lightning_interp.models.scoring import reward_text
-from lightning_interp.models.scoring.reward_sources import load_reward_model
-from lightning_interp.models.scoring.reward_text import ANY_TEXT, Prompt, RewardEncoder, RewardText, Scores
-from lightning_interp.models.scoring.score_head import DecoderWithScore, label_index, needs_score_head, scoring_model
+from lightning_interp.models.scoring.input_contract import Left, Reading, reading_of, settle_text
+from lightning_interp.models.scoring.reward_sources import in_memory, load_reward_model
+from lightning_interp.models.scoring.reward_text import ANY_TEXT, EncodedText, Prompt, RewardEncoder, RewardText, Scores
+from lightning_interp.models.scoring.score_head import DecoderWithScore, needs_score_head, own_code, scoring_model
 from lightning_interp.models.training.optimisation import no_more, plain, settings_of
 
-__all__ = ["Scorer", "ScoresTexts", "TextScorer", "read_scores", "settle_text"]
+__all__ = ["Scorer", "ScoresTexts", "TextScorer", "read_scores"]
 
 
 class Scorer(ABC):
@@ -58,6 +60,15 @@ class Scorer(ABC):
         """
         return self.scores(prompts, texts).reward
 
+    def reading(self, prompt: Prompt, text: str) -> list[Reading]:
+        """How a text is read, with one as the example: rows of ``of``, ``is`` and ``because``; none if that is plain.
+
+        Args:
+            prompt: What the text answers.
+            text: The text.
+        """
+        return []
+
     def identity(self) -> dict[str, Any]:
         """What makes it the scorer that it is, as plain values: rewards of two identities are never mixed."""
         return {"name": self.name}
@@ -83,7 +94,9 @@ class ScoresTexts:
 class TextScorer(Scorer):
     """Scores texts with a reward model, or another sequence classifier, in evaluation mode.
 
-    Rows are batched by length, so that little is padding, and equal texts are scored once.
+    Rows are batched by length, so that little is padding, and equal texts are scored once. In float32 a score does not
+    depend on the texts scored with it; in bfloat16 it does by rounding (1 or 2 % of a standard deviation), but with
+    ``batch_size=1``. How texts are written is told by :meth:`reading`.
 
     Args:
         model: A sequence classifier, used and not copied; a language model is refused, for it has no score head.
@@ -115,12 +128,17 @@ class TextScorer(Scorer):
     ) -> None:
         asked = plain(settings_of(ANY_TEXT, text, flat))
         no_more(self, flat)
+        self._settle(model, tokenizer, asked, in_memory(model), name=name)
+
+    def _settle(
+        self, model: Any, tokenizer: Any, asked: dict[str, Any], left: Left, *, name: str | None, named: bool = False
+    ) -> None:
         source = str(getattr(model.config, "_name_or_path", "")) or type(model).__name__
         if needs_score_head(model):
             raise no_head(type(model).__name__, source)
-        self.model = scoring_model(model, seed=0)
-        self.token_budget, self.name = asked.pop("token_budget"), name or source
-        written = settle_text(asked, {}, self.model, tokenizer, fresh=False)
+        self.model, self.name = scoring_model(model, seed=0), name or source
+        self.token_budget, self.batch_size = asked.pop("token_budget"), asked.pop("batch_size")
+        written, self.why = settle_text(asked, left, self.model, tokenizer, fresh=False, named=named)
         self.label = written.pop("label")
         self.encoder = RewardEncoder(tokenizer=tokenizer, **written)
 
@@ -146,15 +164,17 @@ class TextScorer(Scorer):
             The scorer.
 
         Raises:
-            IncompatibleModelError: If the source is a language model without a score head.
+            IncompatibleModelError: If the source is a language model without a score head, or its texts may have been
+                written in two ways and the arguments do not say in which.
         """
         asked = plain(settings_of(ANY_TEXT, settings.pop("text", ANY_TEXT), settings))
         loaded = load_reward_model(source, **settings)
         if loaded.fresh:
             raise no_head(type(loaded.model.base_model).__name__, os.fspath(source))
-        known = {**loaded.text, **{key: value for key, value in asked.items() if value is not None}}
         model = loaded.model if device is None else loaded.model.to(device)
-        return cls(model, loaded.tokenizer, text=known, name=name or loaded.label)
+        scorer = cls.__new__(cls)
+        scorer._settle(model, loaded.tokenizer, asked, loaded.left, name=name or loaded.label, named=True)
+        return scorer
 
     def scores(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Scores:
         """Rewards of texts, and which of them were cut.
@@ -170,16 +190,29 @@ class TextScorer(Scorer):
             DataError: If a text has no token or cannot be written.
         """
         encoded = self.encoder.encode_texts(prompts, texts)
+        reward = self.read(encoded, lambda output, rows: scores_of(self.model, output, self.label, rows))
+        return Scores(reward, torch.tensor([text.truncated for text in encoded], dtype=torch.bool))
+
+    def read(self, encoded: Sequence[EncodedText], read: Callable[[Any, int], Tensor]) -> Tensor:
+        """One number a text, ``[n]`` on the CPU, that ``read`` takes from the model's output and number of rows."""
+
+        def forward(ids: Tensor, mask: Tensor, types: Tensor | None = None) -> Tensor:
+            return read(run_classifier(self.model, ids, mask, types), len(ids))
+
         with undisturbed(self.model):
-            reward = reward_text.score_rows(
-                lambda ids, mask: read_scores(self.model, ids, mask, self.label),
-                [text.ids for text in encoded],
+            return reward_text.score_rows(
+                forward,
+                encoded,
                 pad_id=self.encoder.pad_id,
                 device=next(self.model.parameters()).device,
                 token_budget=self.token_budget,
                 one_length=not isinstance(self.model, DecoderWithScore),
+                batch_size=self.batch_size,
             )
-        return Scores(reward, torch.tensor([text.truncated for text in encoded], dtype=torch.bool))
+
+    def reading(self, prompt: Prompt, text: str) -> list[Reading]:
+        """How a text is read, with one as the example; see :meth:`Scorer.reading`."""
+        return reading_of(self.encoder, self.label, self.why, prompt, text)
 
     def identity(self) -> dict[str, Any]:
         """Name, output, weights as they are now, and how texts are written."""
@@ -187,29 +220,39 @@ class TextScorer(Scorer):
         return {"name": self.name, "label": self.label, "weights": weights, **self.encoder.settings()}
 
 
-def read_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, label: int) -> Tensor:
-    """Rewards of a batch of token ids."""
-    options = {"use_cache": False} if isinstance(model, DecoderWithScore) else {}
-    output = model(input_ids=input_ids, attention_mask=attention_mask, **options)
-    score: Tensor | None = getattr(output, "score", None)  # some models that bring their own code
+def run_classifier(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, types: Tensor | None = None
+) -> Any:
+    """What a classifier gives for a batch of token ids, with their token types if it takes some."""
+    options: dict[str, Any] = {"use_cache": False} if isinstance(model, DecoderWithScore) else {}
+    if types is not None and not options and "token_type_ids" in signature(model.forward).parameters:
+        options["token_type_ids"] = types
+    return model(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+
+def scores_of(model: PreTrainedModel, output: Any, label: Any, rows: int) -> Tensor:
+    """The rewards ``[rows]`` in a classifier's output: one of its outputs, or their weighted sum."""
+    # Some models that bring their own code say what their score is; an output that is asked for is another matter.
+    score: Tensor | None = getattr(output, "score", None) if label == 0 else None
     if score is None:
-        score = output.logits[:, label]
-    return score.reshape(len(input_ids)).float()
+        logits: Tensor | None = getattr(output, "logits", None)
+        if logits is None or logits.dim() != 2 or (own_code(model) and label == 0 and logits.shape[1] > 1):
+            shape = None if logits is None else tuple(logits.shape)
+            raise IncompatibleModelError(
+                f"{type(model).__name__} gives no score of its own, and logits of shape {shape}: its reward cannot be "
+                "told. Choose with label= (a name, or weights of the outputs), or score with a function of prompts and "
+                "texts."
+            )
+        weights = label if isinstance(label, list) else None
+        score = logits[:, label] if weights is None else logits.float() @ logits.new_tensor(weights).float()
+    return score.reshape(rows).float()
 
 
-def settle_text(
-    given: Mapping[str, Any], saved: Mapping[str, Any], model: Any, tokenizer: Any, *, fresh: bool
-) -> dict[str, Any]:
-    """Settle how texts are written: as given, else as the model's folder says, else by what fits the model."""
-    text = {name: saved.get(name) if value is None else value for name, value in given.items()}
-    if tokenizer is not None:
-        defaults = {
-            "chat": bool(tokenizer.chat_template),
-            "add_eos": fresh and tokenizer.eos_token_id is not None,
-            "max_length": reward_text.length_limit(model, tokenizer),
-        }
-        text |= {name: value for name, value in defaults.items() if text[name] is None}
-    return {**text, "label": label_index(model, text["label"])}
+def read_scores(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, label: Any, types: Tensor | None = None
+) -> Tensor:
+    """Rewards of a batch of token ids."""
+    return scores_of(model, run_classifier(model, input_ids, attention_mask, types), label, len(input_ids))
 
 
 def no_head(kind: str, source: str) -> IncompatibleModelError:

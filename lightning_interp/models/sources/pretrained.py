@@ -122,6 +122,11 @@ def load_model(
                 **more,
             )
     except (ValueError, RuntimeError, SafetensorError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        if "trust_remote_code" in str(error) and not options.trust_remote_code:
+            raise DataError(
+                f"The model in {str(where)!r} brings Python code of its own, which is not run unasked. Read that code, "
+                "and pass trust_remote_code=True if it may run here."
+            ) from error
         raise DataError(
             f"The model in {str(where)!r} cannot be loaded: {short(error)} "
             "Check its config.json and weights, or save it again."

@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_interp.errors import IncompatibleModelError, RecipeError
-from lightning_interp.models.scoring.reward_sources import LoadedReward, complete_folder, load_reward_model
+from lightning_interp.models.scoring.input_contract import settle_text
+from lightning_interp.models.scoring.reward_sources import LoadedReward, complete_folder, in_memory, load_reward_model
 from lightning_interp.models.scoring.reward_text import ANY_TEXT, RewardEncoder, RewardText
 from lightning_interp.models.scoring.score_head import DecoderWithScore, needs_score_head, scoring_model
-from lightning_interp.models.scoring.text_scorer import ScoresTexts, TextScorer, read_scores, settle_text
+from lightning_interp.models.scoring.text_scorer import ScoresTexts, TextScorer, read_scores
 from lightning_interp.models.sources.pretrained import Quantization
 from lightning_interp.models.training.finetuning import FINETUNING, SETTINGS, Finetuned, base_source
 from lightning_interp.models.training.lora import LoraSettings
@@ -86,30 +87,37 @@ class RewardModel(ScoresTexts, Finetuned):
             loaded = load_reward_model(model, dtype=dtype, quantization=quantization, seed=seed)
             self.source = base_source(loaded.model, model)
         else:
-            loaded = LoadedReward(scoring_model(model, seed=seed), tokenizer, "", needs_score_head(model))
+            fresh, left = needs_score_head(model), in_memory(model)
+            loaded = LoadedReward(scoring_model(model, seed=seed), tokenizer, "", fresh, left)
             self.source = base_source(model, "")
         self.tokenizer, self.seed = tokenizer or loaded.tokenizer, seed
-        self.model, self.fresh, self.token_budget = loaded.model, loaded.fresh, asked.pop("token_budget")
-        self._text = settle_text(asked, loaded.text, self.model, self.tokenizer, fresh=self.fresh)
-        self.hparams.update(self._text, token_budget=self.token_budget)
-        self.label: int = self._text["label"]
+        self.model, self.fresh = loaded.model, loaded.fresh
+        self.token_budget, self.batch_size = asked.pop("token_budget"), asked.pop("batch_size")
+        self._text, self._why = settle_text(
+            asked, loaded.left, self.model, self.tokenizer, fresh=self.fresh, named=isinstance(model, str)
+        )
+        self.hparams.update(self._text, token_budget=self.token_budget, batch_size=self.batch_size)
+        self.label: int | list[float] = self._text["label"]
         self._prepare(adapter)
         self.val_pairs, self.test_pairs = PairScores(), PairScores()
         self.val_points, self.test_points = PointScores(), PointScores()
         # transformers loads in evaluation mode, which Lightning would keep: dropout would stay off.
         self.train()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
         """Score a batch of token ids.
 
         Args:
             input_ids: Token ids of shape ``[batch, time]``.
             attention_mask: 1 for tokens and 0 for padding, of the same shape.
+            token_type_ids: Which segment a token belongs to, of the same shape, for an encoder that reads pairs.
 
         Returns:
             Rewards of shape ``[batch]``, float32.
         """
-        return read_scores(self.model, input_ids, attention_mask, self.label)
+        return read_scores(self.model, input_ids, attention_mask, self.label, token_type_ids)
 
     @property
     def scorer(self) -> TextScorer:
@@ -122,7 +130,10 @@ class RewardModel(ScoresTexts, Finetuned):
             raise RecipeError(
                 f"{self._title} has no tokenizer, so it cannot read texts. Pass RewardModel(..., tokenizer=...)."
             )
-        return TextScorer(self.model, self.tokenizer, token_budget=self.token_budget, name=self.source, **self._text)
+        sizes: dict[str, Any] = {"token_budget": self.token_budget, "batch_size": self.batch_size}
+        scorer = TextScorer(self.model, self.tokenizer, name=self.source, **sizes, **self._text)
+        scorer.why = self._why
+        return scorer
 
     @property
     def encoder(self) -> RewardEncoder:
@@ -140,7 +151,7 @@ class RewardModel(ScoresTexts, Finetuned):
             DataError: If the batch holds neither pairs nor ratings.
         """
         with self._own_dropout(batch_idx):
-            rewards = self(batch["input_ids"], batch["attention_mask"])
+            rewards = self(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
         losses = self._losses(rewards, batch, batch_idx)
         loss = losses.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(losses), sync_dist=True)
@@ -169,7 +180,7 @@ class RewardModel(ScoresTexts, Finetuned):
         return (rewards - batch["reward"]) ** 2 if losses is None else losses
 
     def _measure(self, stage: str, batch: dict[str, Tensor], batch_idx: int) -> None:
-        rewards = self(batch["input_ids"], batch["attention_mask"])
+        rewards = self(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
         losses = self._losses(rewards, batch, batch_idx)
         if "margin" in batch:
             chosen, rejected = rewards.chunk(2)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
-from lightning_interp.core.storage.files import atomic_write_json, atomic_writer
+from lightning_interp.core.storage.files import atomic_write_bytes, atomic_write_json
 from lightning_interp.core.storage.jsonl import json_object, write_json_lines
 from lightning_interp.core.storage.row_files import file_rows
 from lightning_interp.errors import DataError
@@ -70,8 +70,14 @@ def write_triples(folder: str | os.PathLike[str], triples: RewriteTriples, *, na
         return write_json_lines(path, rows)  # no reward: null
     if path.suffix in (".csv", ".parquet"):
         frame = triples.to_frame()
-        with atomic_writer(path) as out:
-            out.write(frame.to_csv(index=False).encode() if path.suffix == ".csv" else frame.to_parquet(index=False))
+        try:
+            data = frame.to_csv(index=False).encode() if path.suffix == ".csv" else frame.to_parquet(index=False)
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{path} cannot hold a text with half of a character (a lone surrogate). Leave its unit out, or write "
+                ".jsonl or .json."
+            ) from error
+        atomic_write_bytes(path, data)
         return path
     file = path if path.suffix == ".json" else path.with_name(f"{name}.json")
     plain = {key: value for key, value in asdict(triples).items() if key != "reward" or value is not None}
@@ -102,7 +108,7 @@ def read_triples(path: str | os.PathLike[str]) -> RewriteTriples:
         if file.suffix in (".jsonl", ".csv", ".tsv", ".parquet"):
             numbers = ("w", "draw", *(f"reward_{stage}" for stage in STAGES))
             return RewriteTriples.from_rows((row for _, row in file_rows(file, numbers=numbers)), source=str(file))
-        plain = json_object(file.read_bytes(), str(file))
+        plain = json_object(file.read_bytes(), str(file), own=True)
         if plain.get("reward"):
             plain["reward"] = {stage: [as_reward(value) for value in row] for stage, row in plain["reward"].items()}
         return RewriteTriples(**plain)

@@ -18,7 +18,7 @@ __all__ = ["FLAGS", "UNLABELLED", "Identical", "Missing", "assemble", "rewrite_f
 FLAGS = ("empty", "identical", "length", "refusal", "preamble")
 """All flags that a rewrite can carry."""
 
-_SHORTEST, _LONGEST = 0.2, 5.0  # of the source's length, in characters
+_LONGEST, _LONGEST_CHANGED = 5.0, 20.0  # times the source's length (or its fraction), in characters
 
 _REFUSAL = re.compile(
     r"\W*(i'?m sorry|i am sorry|sorry|apologies|unfortunately)?\W*(but )?"
@@ -191,7 +191,8 @@ def rewrite_flags(source: str, text: str | None, *, changes_length: bool = False
     found = []
     if same_text(source, text):
         found.append("identical")
-    if not changes_length and not _SHORTEST <= len(text.strip()) / max(1, len(source.strip())) <= _LONGEST:
+    most = _LONGEST_CHANGED if changes_length else _LONGEST
+    if not 1 / most <= len(text.strip()) / max(1, len(source.strip())) <= most:
         found.append("length")
     for name, pattern in (("refusal", _REFUSAL), ("preamble", _PREAMBLE)):
         if _begins(pattern, text) and not _begins(pattern, source):

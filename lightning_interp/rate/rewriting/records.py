@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
+from lightning_interp.core.storage.json_reading import half_character
 from lightning_interp.errors import DataError
+from lightning_interp.generation.answers import without_reasoning
+from lightning_interp.generation.requests import HALF
 
 if TYPE_CHECKING:
     from lightning_interp.generation.requests import Completion
@@ -81,7 +84,8 @@ class RewriteResult:
 
     Args:
         text: The rewrite; None if there is none.
-        status: ``"ok"``; or why it cannot be used. A text that is blank becomes ``"empty"`` by itself.
+        status: ``"ok"``; or why it cannot be used. A text that is blank becomes ``"empty"`` by itself, and one with
+            half a character ``"truncated"``.
         error: What went wrong.
         tokens_in, tokens_out: Tokens read and written, if known.
 
@@ -108,6 +112,9 @@ class RewriteResult:
             raise DataError("A rewrite with the status 'ok' has text None. Give its text, or the status 'error'.")
         if self.status == "ok" and self.text is not None and not self.text.strip():
             object.__setattr__(self, "status", "empty")
+        if self.status == "ok" and half_character(self.text or ""):
+            object.__setattr__(self, "status", "truncated")
+            object.__setattr__(self, "error", HALF)
 
     @property
     def failed(self) -> bool:
@@ -116,9 +123,12 @@ class RewriteResult:
 
 
 def as_result(completion: Completion) -> RewriteResult:
-    """What a writer gave back, as a rewrite: without white space around it, ``empty`` if nothing is left."""
+    """What a writer gave, as a rewrite: without reasoning and white space around it, ``empty`` if nothing is left."""
     same: dict[str, Any] = {name: getattr(completion, name) for name in ("error", "tokens_in", "tokens_out")}
-    text, status = completion.text, _STATUS.get(completion.status, completion.status)
+    status = _STATUS.get(completion.status, completion.status)
+    text = completion.text and without_reasoning(completion.text)
+    if status == "ok" and text is None:
+        status, same["error"] = "truncated", "ended inside its reasoning"
     return RewriteResult(text=text and text.strip(), status=status, **same)  # type: ignore[arg-type]
 
 

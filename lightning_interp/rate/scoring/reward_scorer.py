@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from lightning_interp.core.storage.distributed import JsonlWriter
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.rate.estimators.triples import RewriteTriples
 from lightning_interp.rate.scoring.rewards import ScoreRow, read_rewards, reward_record, rows_of, scorer_sha
-from lightning_interp.rate.scoring.scores import TripleScores, as_scorer
+from lightning_interp.rate.scoring.scores import CallableScorer, TripleScores, as_scorer
 
 __all__ = ["RewardScorer"]
 
+_CHUNK = 256
+_SECONDS = 1.0  # after which rewards are written in the middle of a step
 
 Step = Sequence[Sequence[ScoreRow]]
 
@@ -48,7 +51,8 @@ class RewardScorer(L.LightningModule):
         scorer: Anything that :func:`~lightning_interp.rate.scoring.scores.as_scorer` takes.
         triples: The units.
         path: The file; it may hold rewards of other scorers and attributes.
-        chunk: Texts a step; after each, the rewards are on disk.
+        chunk: Texts a step; after each, the rewards are on disk. By default 256 for a model; a function is called text
+            by text, so that one that dies has lost none of its answers (it may say its own ``batch_size``).
         name: What to call a scorer that has no name.
 
     Raises:
@@ -71,13 +75,17 @@ class RewardScorer(L.LightningModule):
         triples: RewriteTriples,
         path: str | os.PathLike[str],
         *,
-        chunk: int = 256,
+        chunk: int | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__()
-        if chunk < 1:
+        if chunk is not None and chunk < 1:
             raise RecipeError(f"RewardScorer(chunk={chunk!r}): expected at least 1 text a step.")
-        self.scorer, self.triples, self.path, self.chunk = as_scorer(scorer, name=name), triples, Path(path), chunk
+        self.scorer, self.triples, self.path = as_scorer(scorer, name=name), triples, Path(path)
+        self.chunk, at_once = chunk or _CHUNK, _CHUNK
+        if isinstance(self.scorer, CallableScorer):
+            at_once = getattr(self.scorer.function, "batch_size", 1)
+        self._at_once: int = chunk or at_once
         if self.scorer.name == "<lambda>":
             raise RecipeError(
                 "RewardScorer got a lambda, and stored rewards are known by their scorer's name. Pass name=, another "
@@ -142,12 +150,23 @@ class RewardScorer(L.LightningModule):
         """
         if self._writer is None:
             raise DataError(f"RewardScorer of {self.scorer.name!r} writes rewards in Trainer.predict only. Use run().")
+        records: list[dict[str, Any]] = []
+        kept, since = 0, time.monotonic()
+        try:
+            for start in range(0, len(batch), self._at_once):
+                records += self._scored(batch[start : start + self._at_once])
+                if time.monotonic() - since > _SECONDS:
+                    self._writer.write(records[kept:])
+                    kept, since = len(records), time.monotonic()
+        finally:  # what was answered before something broke
+            self._writer.write(records[kept:])
+        return {name: [record[name] for record in records] for name in ("id", "stage", "reward")}
+
+    def _scored(self, batch: Step) -> list[dict[str, Any]]:
         reward, truncated = self.scorer.scores([rows[0].prompt for rows in batch], [rows[0].text for rows in batch])
         scored = zip(batch, reward.tolist(), truncated.tolist(), strict=True)
         by = {"scorer": self.scorer.name, "sha": self._sha}
-        records = [reward_record(row, value, flag, **by) for rows, value, flag in scored for row in rows]
-        self._writer.write(records)
-        return {name: [record[name] for record in records] for name in ("id", "stage", "reward")}
+        return [reward_record(row, value, flag, **by) for rows, value, flag in scored for row in rows]
 
     def on_predict_end(self) -> None:
         """Merge the part files of all processes."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_interp.core.measure.undisturbed import undisturbed
-from lightning_interp.errors import DataError
+from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.generation.labellers import vader_labeller
 from lightning_interp.models.scoring.reward_text import Scores
 from lightning_interp.models.scoring.text_scorer import Scorer, TextScorer
@@ -83,30 +83,38 @@ def vader_scorer() -> CallableScorer:
     return CallableScorer(vader_labeller().score, name="vader", each=True)
 
 
-def as_scorer(scorer: Any, *, name: str | None = None) -> Scorer:
+def as_scorer(scorer: Any, *, name: str | None = None, **settings: Any) -> Scorer:
     """Make a scorer of whatever can score texts.
 
     Args:
         scorer: A scorer; a ``RewardModel``; a folder or Hugging Face id of one; or a function of prompts and texts.
         name: What to call it, if it has no name of its own.
+        **settings: Of :meth:`TextScorer.load`, for a folder or id alone: ``device``, ``dtype`` (float32 by default),
+            ``trust_remote_code`` (False by default), ``chat``, ``add_eos``, ``pair``, ``label`` and so on.
 
     Returns:
         The scorer.
 
     Raises:
         DataError: If it is none of these.
+        RecipeError: If there are settings for something that is loaded already.
         IncompatibleModelError: If a source is a language model without a score head.
 
     Example:
         >>> as_scorer(lambda prompts, texts: [len(text) for text in texts], name="length").name
         'length'
     """
+    if isinstance(scorer, str | os.PathLike):
+        return TextScorer.load(scorer, name=name, **settings)
+    if settings:
+        raise RecipeError(
+            f"as_scorer() got {', '.join(settings)} for a {type(scorer).__name__}: these are for a folder or id that "
+            "is loaded here. Set them where it is made."
+        )
     if isinstance(scorer, Scorer):
         return scorer
     if isinstance(own := getattr(scorer, "scorer", None), Scorer):
         return own
-    if isinstance(scorer, str | os.PathLike):
-        return TextScorer.load(scorer, name=name)
     if callable(scorer) and not isinstance(scorer, torch.nn.Module):
         return CallableScorer(scorer, name=name or str(getattr(scorer, "__name__", type(scorer).__name__)))
     raise DataError(
