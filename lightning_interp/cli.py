@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import os
 import re
@@ -21,8 +20,6 @@ from lightning_interp import __version__
 from lightning_interp.errors import InterpError, RecipeError
 
 if TYPE_CHECKING:
-    from lightning_interp.running.catalog import RecipeSource
-    from lightning_interp.running.recipe import Recipe
     from lightning_interp.running.results import StoredRun
 
 __all__ = ["build_parser", "main"]
@@ -72,6 +69,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     run = command("run", _run, "Run a recipe, or go on with its run. NAME --help shows its settings.")
     run.add_argument("recipe", metavar="NAME", help="name of a recipe ('list' shows them), or a YAML or Python file")
+    run.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module of yours (or a .py file) whose classes, or recipe, the settings may name; it runs its code",
+    )
     overrides = run.add_argument("overrides", nargs="...", metavar="--field=value", help="settings to change")
     overrides.required = False
     command("list", _list, "List the recipes of this package.")
@@ -133,18 +138,21 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    print(f"lightning-interp: {message}", file=sys.stderr)
+    from lightning_interp.core.storage.redaction import redacted
+
+    print(f"lightning-interp: {redacted(message)}", file=sys.stderr)
     return code
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from lightning_interp.running.settings import print_help
+    from lightning_interp.running.asked import configured, show_help, split_imports
 
     with _settings_are_usage():
-        if {"-h", "--help"} & set(parsed.overrides):
-            print_help(*_found(parsed.recipe))
+        imports, overrides = split_imports([*(f"--import={name}" for name in parsed.imports), *parsed.overrides])
+        if {"-h", "--help"} & set(overrides):
+            show_help(parsed.recipe, imports)
             return 0
-        recipe = _configured(parsed.recipe, parsed.overrides)
+        recipe = configured(parsed.recipe, overrides, imports)
     try:
         with _terminable(), _phase_lines():
             recipe.run()
@@ -155,28 +163,6 @@ def _run(parsed: argparse.Namespace) -> int:
             raise
         return _stopped("SIGTERM", parsed.command_line, SIGTERM)
     return 0
-
-
-def _configured(name: str, overrides: Sequence[str]) -> Recipe:
-    """Build the recipe from its YAML file and the command line, and check all that can be checked before it runs."""
-    from lightning_interp.running.settings import load_settings, option_key
-
-    cls, source = _found(name)
-    recipe = load_settings(cls, source, overrides)
-    if recipe.smoke and "model" not in map(option_key, overrides):
-        recipe = dataclasses.replace(recipe, model=recipe.smoke_model)
-    if recipe.run_dir is None and not source.named:
-        recipe = dataclasses.replace(recipe, run_dir=f"runs/{source.title}{'-smoke' if recipe.smoke else ''}")
-    _ = recipe.trainer_options
-    return recipe
-
-
-def _found(name: str) -> tuple[type[Recipe], RecipeSource]:
-    from lightning_interp.running.catalog import find_recipe, load_class
-    from lightning_interp.running.recipe import Recipe
-
-    source = find_recipe(name)
-    return load_class(source, Recipe), source  # type: ignore[type-abstract]  # it is asked for a subclass
 
 
 def _list(parsed: argparse.Namespace) -> int:
@@ -193,10 +179,10 @@ def _list(parsed: argparse.Namespace) -> int:
 
 def _show(parsed: argparse.Namespace) -> int:
     from lightning_interp.running.results import read_run
-    from lightning_interp.running.terminal import print_table
+    from lightning_interp.running.terminal import print_table, shown
 
     run = read_run(parsed.run_dir)
-    print(f"{run.manifest['name']} in {run.path}: {run.state}{f' ({run.message})' if run.message else ''}")
+    print(shown(f"{run.manifest['name']} in {run.path}: {run.state}{f' ({run.message})' if run.message else ''}"))
     keys = ("status", "seconds", "attempts", "message")
     phases = [{"phase": name} | {key: phase.get(key) for key in keys} for name, phase in run.manifest["phases"].items()]
     if phases:
@@ -228,6 +214,8 @@ def _copy(parsed: argparse.Namespace) -> int:
     with _settings_are_usage():
         texts = _copied(parsed.recipe, parsed.destination)
         for path, text in texts.items():
+            if path != parsed.destination and path.is_symlink():
+                raise RecipeError(f"{str(path)!r} is a link, and would be written to. Delete it, or copy elsewhere.")
             if path.exists() and not parsed.force and not (path.is_file() and path.read_text(encoding="utf-8") == text):
                 raise RecipeError(f"{str(path)!r} exists. Give another name, or --force to overwrite it.")
     for path, text in texts.items():

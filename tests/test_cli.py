@@ -91,6 +91,7 @@ class Squares(Recipe):
         trainer.fit(module, loader, ckpt_path=last if last.exists() else None)
         return module.w.item()
 '''
+BOMB = ", ".join(f"&l{i} [{', '.join([f'*l{i - 1}' if i else 'x'] * 10)}]" for i in range(9))
 YAML = """\
 # Which line goes through squares?
 #
@@ -152,9 +153,13 @@ class TestRun:
         atomic_write_text(tmp_path / "work/sub/code.py", CODE)
         atomic_write_text(tmp_path / "work/sub/mine.yaml", "recipe: code.py\nepochs: 1\n")
         assert main(["run", "sub/mine.yaml"]) == 0
+        assert "lightning-interp: sub/mine.yaml runs the code of sub/code.py\n" in capsys.readouterr().err
         written = yaml.safe_load(Path("runs/mine/config.yaml").read_text())
         assert written["recipe"] == "../../sub/code.py"
-        assert main(["run", "runs/mine/config.yaml", "--run_dir=again/deeper/here"]) == 0
+        command = Path("runs/mine/config.yaml").read_text().splitlines()[0].partition("lightning-interp ")[2]
+        assert command == "run runs/mine/config.yaml --import=sub/code.py"
+        assert main(command.split()) == 0
+        assert main(["run", "--import", "sub/code.py", "runs/mine/config.yaml", "--run_dir=again/deeper/here"]) == 0
         assert yaml.safe_load(Path("again/deeper/here/config.yaml").read_text())["recipe"] == "../../../sub/code.py"
 
     def test_smoke_takes_a_tiny_model_unless_one_is_named(self, tmp_path):
@@ -220,6 +225,136 @@ class TestRun:
             assert "--learning_rate LEARNING_RATE Step size. (type: float, default: 0.1)" in out
             assert "--trainer TRAINER Arguments of Lightning's Trainer" in out
             assert "default: {'max_epochs': 2}" in out
+
+
+class TestForeignFiles:
+    """A settings file or a run folder that somebody sent."""
+
+    @pytest.fixture
+    def foreign(self, tmp_path, monkeypatch):
+        """Settings whose recipe is code that leaves the file HIT behind."""
+        code = f"from pathlib import Path\nPath({str(tmp_path / 'HIT')!r}).touch()\n{CODE.lstrip()}"
+        atomic_write_text(tmp_path / "sent/hit.py", code.replace("from __future__ import annotations", ""))
+        monkeypatch.syspath_prepend(tmp_path / "sent")
+        yield tmp_path / "sent"
+        sys.modules.pop("hit", None)
+
+    @pytest.mark.parametrize("key", ["hit.py", "../sent/hit.py", "hit.Squares", "./hit.py"])
+    def test_help_runs_no_code_of_a_file(self, tmp_path, foreign, capsys, key):
+        path = atomic_write_text(foreign / "a.yaml", f"# Asks why.\nrecipe: {key}\n")
+        assert main(["run", str(path), "--help"]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("Asks why.\n")
+        named = out.rpartition("--import=")[2].strip()
+        assert not (tmp_path / "HIT").exists()
+        assert main(["run", str(path), "--help", f"--import={named}"]) == 0
+        assert "--learning_rate" in capsys.readouterr().out
+        assert (tmp_path / "HIT").exists()
+
+    @pytest.mark.parametrize(("name", "key"), [("a.yaml", "hit.Squares"), ("config.yaml", "hit.py")])
+    def test_code_that_the_user_must_name(self, tmp_path, foreign, capsys, name, key):
+        path = atomic_write_text(foreign / name, f"recipe: {key}\nepochs: 1\n")
+        if name == "config.yaml":
+            RunManifest.open(foreign, config={}, name="Squares").close()
+        message = said(capsys, "run", path, code=2)
+        assert "its recipe is code outside of this package" in message
+        assert not (tmp_path / "HIT").exists()
+        named = message.rpartition("--import=")[2].strip()
+        assert main(["run", str(path), f"--import={named}", "--run_dir=x"]) == 0
+
+    def test_the_settings_of_a_run_folder_go_on_in_that_folder(self, tmp_path, capsys):
+        assert main(["run", "method/squares", "--epochs=1"]) == 0
+        capsys.readouterr()
+        Path("runs/method/squares").rename("moved")
+        message = said(capsys, "run", "moved/config.yaml", code=2)
+        assert "its run_dir is 'runs/method/squares', and not the run folder in which it lies" in message
+        assert main(["run", "moved/config.yaml", message.split()[-1]]) == 0
+        assert not Path("runs/method/squares").exists()
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("seed: null\n", "line 2: the value of 'seed' does not fit: expected int, got null"),
+            ("model: null\n", "line 2: the value of 'model' does not fit: expected str, got null"),
+            ("smoke: null\n", "line 2: the value of 'smoke' does not fit: expected bool, got null"),
+            ("seed: true\n", "'seed' does not fit"),
+            ("seed: 1.5\n", "'seed' does not fit"),
+            ('run_dir: "a\\nb"\n', "run_dir='a\\nb': it holds a line break"),
+            ("model: ${oc.env:HOME}\n", "line 2: '${oc.env:HOME}' asks for more than another key's value"),
+            ("model: x${a${oc.decode:b}}\n", "asks for more than another key's value"),
+            ('model: "\\u0024{oc.create:x}"\n', "asks for more than another key's value"),
+            ("model: !!python/object/apply:os.system ['touch HIT']\n", "line 2: 'tag:yaml.org,2002:python/object"),
+            ("model: !!python/name:os.system\n", "is no plain value"),
+            ("model: !mine x\n", "line 2: '!mine' is no plain value"),
+            ("trainer: &a {x: *a}\n", "by references"),
+            ("model: " + "[" * 3000 + "]" * 3000 + "\n", "nested too deeply"),
+            (
+                "model: ["
+                + ", ".join(f"&l{i} [{', '.join([f'*l{i - 1}' if i else 'x'] * 10)}]" for i in range(9))
+                + "]\n",
+                "more than 100000 values, by references",
+            ),
+            ("trainer: {callbacks: [{class_path: hit.Mark}]}\n", "'hit.Mark' is neither a class of Lightning's"),
+            ("trainer: {max_epochs: {class_path: os.system, init_args: {command: touch HIT}}}\n", "does not fit"),
+        ],
+    )
+    def test_what_a_settings_file_cannot_say(self, tmp_path, foreign, capsys, text, message):
+        path = atomic_write_text(foreign / "a.yaml", f"recipe: method/squares\n{text}")
+        assert message in said(capsys, "run", path, code=2)
+        assert os.listdir() == []
+        assert not (tmp_path / "HIT").exists()
+
+    def test_classes_of_a_module_that_the_user_names(self, tmp_path, foreign):
+        atomic_write_text(
+            foreign / "mark.py",
+            "from lightning.pytorch.callbacks import Callback\nclass Mark(Callback):\n"
+            "    def __init__(self, name: str):\n        self.name = name\n"
+            "    def on_fit_start(self, *_):\n        open(self.name, 'w').close()\n",
+        )
+        path = atomic_write_text(
+            foreign / "a.yaml",
+            "recipe: method/squares\nepochs: 1\n"
+            "trainer: {callbacks: [{class_path: mark.Mark, init_args: {name: begun}}]}\n",
+        )
+        assert main(["run", str(path)]) == 2
+        assert main(["run", str(path), "--import=mark"]) == 0
+        assert Path("begun").exists()
+        written = yaml.safe_load(Path("runs/a/config.yaml").read_text())
+        assert written["trainer"]["callbacks"] == [{"class_path": "mark.Mark", "init_args": {"name": "begun"}}]
+        assert main(["run", "runs/a/config.yaml"]) == 2
+        command = Path("runs/a/config.yaml").read_text().splitlines()[0].partition("lightning-interp ")[2]
+        assert command == "run runs/a/config.yaml --import=mark"
+        assert main(command.split()) == 0
+
+    def test_links_in_a_run_folder_are_refused_by_every_command(self, tmp_path, capsys):
+        assert main(["run", "method/squares", "--epochs=1"]) == 0
+        capsys.readouterr()
+        outside = atomic_write_text(tmp_path / "outside", "as it was")
+        report = Path("runs/method/squares/report.html")
+        report.unlink()
+        report.symlink_to(outside)
+        for argv in (["run", "method/squares", "--epochs=1"], ["show", report.parent], ["report", report.parent]):
+            assert "report.html' is a link to " in said(capsys, *argv, code=1)
+        assert outside.read_text() == "as it was"
+
+    def test_a_manifest_puts_no_foreign_file_into_the_report(self, tmp_path, capsys):
+        assert main(["run", "method/squares", "--epochs=1"]) == 0
+        capsys.readouterr()
+        atomic_write_text(tmp_path / "outside.csv", "a\nsecret\n")
+        manifest = Path("runs/method/squares/manifest.json")
+        before = manifest.read_text()
+        for wrong in ('"../../../../outside"', '"/etc/passwd"', '"a/b"', "7", "null", '["points"]'):
+            atomic_write_text(manifest, before.replace('"points"', wrong))
+            for command in ("show", "report"):
+                message = said(capsys, command, manifest.parent, code=1)
+                assert "manifest.json' is damaged: " in message
+
+    def test_a_copy_follows_no_link(self, tmp_path, capsys):
+        outside = atomic_write_text(tmp_path / "outside", "as it was")
+        Path("folder").mkdir()
+        Path("folder/squares.py").symlink_to(outside)
+        assert "'folder/squares.py' is a link" in said(capsys, "copy", "method/squares", "folder", "--force", code=2)
+        assert outside.read_text() == "as it was"
 
 
 class TestInterruption:

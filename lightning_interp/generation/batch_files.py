@@ -13,6 +13,7 @@ from typing import Any
 
 from lightning_interp.core.storage.files import atomic_writer, json_bytes
 from lightning_interp.core.storage.jsonl import json_lines
+from lightning_interp.core.storage.redaction import redacted
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.generation.completion_store import CompletionStore
 from lightning_interp.generation.endpoint import EndpointGenerator, parse_answer
@@ -133,7 +134,7 @@ def read_answers(*paths: str | os.PathLike[str]) -> dict[str, Completion]:
                     f"{where}: the keys are {', '.join(row) or 'none'} and custom_id is {name!r:.80}; expected "
                     "custom_id and response or error. Give the file that the batch came back as."
                 )
-            answer = _answer(row)
+            answer = _answer(redacted(row))
             if found.get(name, answer) != answer:
                 place = "above" if name in here else "in another file"
                 raise DataError(f"{where}: custom_id {name!r} has another answer {place}. Remove one of the lines.")

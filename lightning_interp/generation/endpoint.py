@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_interp.core.storage.redaction import check_address, check_no_secret, keep_secret, redacted
 from lightning_interp.errors import InterpError, RecipeError
 from lightning_interp.generation.answers import parse_answer, token_counts
 from lightning_interp.generation.pacing import LONGEST_WAIT, Backoff, Bucket, Pace, retry_after
@@ -66,6 +67,9 @@ class EndpointGenerator:
         pace: Pace | None = None,
     ) -> None:
         pace = pace or Pace()
+        check_address(base_url)
+        check_no_secret(extra or {}, "extra")
+        keep_secret(api_key_env)
         self.model, self.name, self.send_seed = model, name or f"openai:{model}", send_seed
         self.extra, self.concurrency, self.pace = dict(extra or {}), pace.max_concurrency, pace
         self._base_url, self._key_name = base_url, api_key_env
@@ -185,11 +189,13 @@ class EndpointGenerator:
         try:
             with self._slots:
                 answer = way.with_raw_response.create(**call).http_response
-            return (json.loads(answer.content, parse_int=_integer),), "", 0.0
+            return (redacted(json.loads(answer.content, parse_int=_integer)),), "", 0.0
         except RecursionError:
             return Completion(text=None, status="failed", error="an answer nested too deeply"), "", 0.0
+        except RecipeError:  # another address, which gets no texts
+            raise
         except openai.APIStatusError as error:
-            status, reason = error.status_code, self._redacted(f"{error.status_code}: {error.message}")
+            status, reason = error.status_code, redacted(f"{error.status_code}: {error.message}")
             if status in _SETUP_IS_WRONG:
                 raise RecipeError(
                     f"The endpoint {self._address()} refuses model {self.model!r} ({reason:.300}). Check the key in "
@@ -199,7 +205,9 @@ class EndpointGenerator:
                 return None, reason, retry_after(error.response.headers)
             return Completion(text=None, status="failed", error=reason[:500]), "", 0.0
         except (openai.APIError, ValueError) as error:  # no connection, no answer in time, or half an answer
-            return None, self._redacted(f"{type(error).__name__}: {error}"), 0.0
+            if isinstance(error.__cause__, RecipeError):
+                raise error.__cause__ from None
+            return None, redacted(f"{type(error).__name__}: {error}"), 0.0
 
     def _opened(self) -> Any:
         with self._opening:
@@ -210,17 +218,28 @@ class EndpointGenerator:
                         f"No key for OpenAI: the environment variable {self._key_name} is not set. Set it, or give the "
                         "base_url of another endpoint."
                     )
-                self._client = _openai().OpenAI(
-                    api_key=key or "none", base_url=self._base_url, max_retries=0, timeout=self.pace.timeout
+                openai = _openai()
+                self._client = openai.OpenAI(
+                    api_key=key or "none",
+                    base_url=self._base_url,
+                    max_retries=0,
+                    timeout=self.pace.timeout,
+                    http_client=openai.DefaultHttpxClient(event_hooks={"request": [self._check_host]}),
                 )
+                self._host = _host(self._client.base_url)
             return self._client
 
     def _address(self) -> str:
-        return "of OpenAI" if self._base_url is None else repr(self._base_url.rpartition("@")[2])
+        return "of OpenAI" if self._base_url is None else repr(self._base_url)
 
-    def _redacted(self, text: str) -> str:
-        key = os.environ.get(self._key_name, "")
-        return text.replace(key, "***") if key else text
+    def _check_host(self, request: Any) -> None:
+        """Called before anything is sent, also where an answer leads to another address."""
+        asked = _host(request.url)
+        if asked != self._host and asked != ("https", self._host[1], None):
+            raise RecipeError(
+                f"The endpoint {self._address()} sends requests on to {request.url.host!r}, which gets no texts. If "
+                "you trust that address, give it as base_url."
+            )
 
     def _wait(self, seconds: float, halt: threading.Event) -> None:
         if seconds > 0:
@@ -231,6 +250,10 @@ class EndpointGenerator:
 
 def _integer(digits: str) -> float:
     return int(digits) if len(digits) < _MOST_DIGITS else math.inf
+
+
+def _host(url: Any) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port
 
 
 def _openai() -> Any:

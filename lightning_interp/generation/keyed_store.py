@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 from lightning_interp.core.storage.files import check_writable
+from lightning_interp.core.storage.inside import check_inside
 from lightning_interp.core.storage.jsonl import JsonlAppender, json_lines
 from lightning_interp.core.storage.run_lock import RunLock
 from lightning_interp.errors import DataError, ManifestError
 
-__all__ = ["KeyedStore", "KeyedWriter"]
+__all__ = ["KeyedStore", "KeyedWriter", "check_store"]
 
 
 Item = TypeVar("Item", bound=Any)
+
+_ASIDE = ("writers.json", "rewriters.json", "units.jsonl")  # what stores keep beside their lines
 
 
 class KeyedStore(Generic[Item]):
@@ -39,6 +42,7 @@ class KeyedStore(Generic[Item]):
 
     def reload(self) -> None:
         """Read the files anew, if another process has written some."""
+        check_store(self.folder, self.file)
         self._found: dict[str, Item] = {}
         for path in self.files(self.file):
             for where, row in json_lines(path, own=True, log=True):
@@ -65,6 +69,12 @@ class KeyedStore(Generic[Item]):
 
     def _read(self, row: Mapping[str, Any], where: str) -> Item:
         raise NotImplementedError
+
+
+def check_store(folder: Path, file: str) -> None:
+    """Refuse a store in which a link leads elsewhere."""
+    shards = [path.name for path in folder.glob("shard-*")]
+    check_inside(folder, [".lock", file, Path(file).with_suffix(".torn").name, *_ASIDE, *shards])
 
 
 class KeyedWriter(Generic[Item]):

@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -37,6 +38,9 @@ T = TypeVar("T")
 MODULES = "lightning_interp_recipes"
 _NAME = re.compile(r"[a-z0-9_]+(/[a-z0-9_]+)*")
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+_TAGS = [f"tag:yaml.org,2002:{kind}" for kind in "str int float bool null map seq timestamp merge value".split()]
+_MOST_NODES = 100_000  # of a settings file, each as often as it is referred to
+_RESOLVER = re.compile(r"(?<!\\)(?:\\\\)*\$\{[^}]*:")  # ${oc.env:HOME} and its like, which OmegaConf would run
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,21 @@ class RecipeSource:
     code: Path | None  # the Python file, or None for a dotted class
     settings: Path | None  # the YAML file, or None for the class's own defaults
     named: bool = False  # whether it is one of the package's own recipes, called by its name
+
+    @property
+    def in_run_folder(self) -> bool:
+        """Whether the settings are those that a run wrote down, which may be somebody else's run."""
+        return self.settings is not None and (self.settings.parent / "manifest.json").exists()
+
+    def foreign_code(self, imports: Iterable[str]) -> str:
+        """Return the code that the settings file brings, nothing if it is the package's own or named by the user."""
+        if self.settings is None or (self.code is not None and self.code.resolve().is_relative_to(_own_root())):
+            return ""
+        if self.code is None:
+            module = self.key.rpartition(".")[0]
+            return "" if any(f"{module}.".startswith(f"{name}.") for name in imports) else module
+        named = [Path(name).resolve() for name in imports if name.endswith(".py")]
+        return "" if self.code.resolve() in named else os.path.relpath(self.code)
 
     @property
     def title(self) -> str:
@@ -61,6 +80,10 @@ def recipes_dir() -> Path:
     package = Path(__file__).resolve().parents[1]
     installed = package / "_recipes"
     return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def _own_root() -> Path:
+    return recipes_dir().resolve()
 
 
 def recipe_names() -> list[str]:
@@ -149,8 +172,11 @@ def yaml_keys(path: Path) -> dict[str, tuple[int, Any]]:
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise RecipeError(f"{path}{where}: {problem}. Correct the YAML there.") from error
+    except RecursionError as error:
+        raise RecipeError(f"{path}: it is nested too deeply to be settings. Give 'key: value' lines.") from error
     if not isinstance(root, yaml.MappingNode):
         raise RecipeError(f"{path}: expected 'key: value' lines, beginning with 'recipe: NAME'.")
+    _check_nodes(path, root, {})
     keys: dict[str, tuple[int, Any]] = {}
 
     def collect(node: yaml.MappingNode, prefix: str) -> None:
@@ -164,6 +190,25 @@ def yaml_keys(path: Path) -> dict[str, tuple[int, Any]]:
 
     collect(root, "")
     return keys
+
+
+def _check_nodes(path: Path, node: Any, sizes: dict[int, int]) -> int:
+    """Refuse what is no plain value: objects by tags, ``${...:...}``, and nodes that hold themselves or explode."""
+    where, sizes[id(node)] = f"{path}, line {node.start_mark.line + 1}", _MOST_NODES  # until it is counted
+    if node.tag not in _TAGS:
+        raise RecipeError(f"{where}: {node.tag!r} is no plain value. Give text, numbers, true, false, lists, mappings.")
+    if isinstance(node.value, str) and _RESOLVER.search(node.value):
+        raise RecipeError(
+            f"{where}: {node.value!r:.80} asks for more than another key's value. Write ${{key}}, or the value itself; "
+            "an environment variable goes on the command line."
+        )
+    inside = [] if isinstance(node.value, str) else node.value
+    parts = [part for item in inside for part in (item if isinstance(item, tuple) else (item,))]
+    size = 1 + sum(sizes[id(part)] if id(part) in sizes else _check_nodes(path, part, sizes) for part in parts)
+    if size > _MOST_NODES:
+        raise RecipeError(f"{where}: more than {_MOST_NODES} values, by references (&, *). Write them out.")
+    sizes[id(node)] = size
+    return size
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -217,8 +262,8 @@ def _module_at(code: Path) -> ModuleType:
     The packages above it are known by their folders, so it can import what lies beside it without ``sys.path``.
     """
     code = code.resolve()
-    own = code.is_relative_to(recipes_dir().resolve())
-    parts = code.relative_to(recipes_dir().resolve()).with_suffix("").parts if own else (code.stem.replace(".", "_"),)
+    own = code.is_relative_to(_own_root())
+    parts = code.relative_to(_own_root()).with_suffix("").parts if own else (code.stem.replace(".", "_"),)
     root = MODULES if own else f"{MODULES}_{hashlib.sha256(str(code).encode()).hexdigest()[:8]}"
     name = ".".join((root, *parts))
     recipe = "/".join(parts) if own else None

@@ -9,6 +9,7 @@ import inspect
 import logging
 import os
 import platform
+import shlex
 import signal
 import sys
 from abc import ABC, abstractmethod
@@ -19,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lightning_interp.core.storage.redaction import check_address, keep_secret
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.running.run_folder import RunFolder
 
@@ -102,6 +104,9 @@ class Recipe(ABC):
     """Settings, with all below them, that may differ when a run goes on: they decide where and how it is computed and
     shown, not what. A subclass names its own, which are added to those of its bases."""
 
+    imports = tuple[str, ...]()  # not a field: no settings file decides it
+    """Modules beside Lightning's of which ``trainer`` may name classes; ``--import`` on the command line."""
+
     run_dir: str | None = None
     """Folder of the run: results, checkpoints, report. By default runs/<name>; the same command goes on there."""
     seed: int = 0
@@ -120,10 +125,17 @@ class Recipe(ABC):
                 f"{type(self).__name__} has the fields {', '.join(own['__annotations__'])} but is no dataclass, so "
                 "they would be ignored. Put @dataclass(kw_only=True) above the class."
             )
-        if not 0 <= self.seed < 2**32:
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise RecipeError(f"seed={self.seed!r}: expected a number from 0 to 2**32 - 1.")
         if self.run_dir is not None and not str(self.run_dir).strip():
             raise RecipeError(f"run_dir={self.run_dir!r}: expected a folder, or nothing for runs/<name>.")
+        if self.run_dir is not None and not str(self.run_dir).isprintable():
+            raise RecipeError(f"run_dir={self.run_dir!r}: it holds a line break or another control character.")
+        for entry in fields(self):  # addresses, and names of the variables that hold their keys
+            if entry.name.endswith("_url"):
+                check_address(getattr(self, entry.name), entry.name)
+            if entry.name.endswith("_key_env"):
+                keep_secret(getattr(self, entry.name))
         try:
             os.fsencode(self.run_path)
         except UnicodeEncodeError as error:
@@ -193,7 +205,7 @@ class Recipe(ABC):
         """
         from lightning_interp.running.settings import trainer_arguments
 
-        return trainer_arguments(self.trainer)
+        return trainer_arguments(self.trainer, self.imports)
 
     def trainer_kwargs(self, run: RunFolder, **defaults: Any) -> dict[str, Any]:
         """Return arguments for a Trainer of the running phase: ours, then the recipe's, then the user's on top.
@@ -292,7 +304,9 @@ class Recipe(ABC):
 
         values = {"recipe": self._key()} | self.config() | {"run_dir": str(self.run_path)}
         text = yaml.safe_dump(literal(values), sort_keys=False, allow_unicode=True)
-        command = f"# The settings of this run. Goes on with it: lightning-interp run {self.run_path / 'config.yaml'}\n"
+        named = [*self.imports, *self._own_code]
+        again = [str(self.run_path / "config.yaml"), *(f"--import={name}" for name in named)]
+        command = f"# The settings of this run. Goes on with it: lightning-interp run {shlex.join(again)}\n"
         atomic_write_text(self.run_path / "config.yaml", command + text)
 
     def _key(self) -> str:
@@ -303,6 +317,15 @@ class Recipe(ABC):
         if hasattr(module, "__recipe__") and module.__file__:
             return os.path.relpath(module.__file__, self.run_path)
         return f"{type(self).__module__}.{type(self).__qualname__}"
+
+    @property
+    def _own_code(self) -> list[str]:
+        """The file or module of a recipe that is none of the package's, which a run folder cannot name by itself."""
+        module = self._module
+        if getattr(module, "__recipe__", None):
+            return []
+        file = getattr(module, "__file__", None) if hasattr(module, "__recipe__") else None
+        return [os.path.relpath(file) if file else type(self).__module__]
 
     def _write_results(self, manifest: RunManifest, result: RecipeResult) -> None:
         from lightning_interp.running.results import write_results

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_interp.core.storage.files import atomic_write_bytes, atomic_write_json, atomic_write_text, jsonable
+from lightning_interp.core.storage.inside import check_inside
 from lightning_interp.core.storage.json_reading import read_json
 from lightning_interp.core.storage.manifest_file import read_manifest
 from lightning_interp.core.storage.phase_results import phase_result
@@ -110,6 +111,16 @@ def check_output_name(name: str, what: str) -> str:
     return name
 
 
+def _check_stored_names(names: Any, what: str, run_dir: Path) -> None:
+    reason = "" if isinstance(names, list) and all(isinstance(name, str) for name in names) else f"no list of {what}s"
+    try:
+        _ = reason or [check_output_name(name, what) for name in names]
+    except RecipeError as error:
+        reason = str(error)
+    if reason:
+        raise ManifestError(f"{str(run_dir / 'manifest.json')!r} is damaged: {reason} {_REMEDY}")
+
+
 def write_results(
     run_dir: Path,
     *,
@@ -161,10 +172,13 @@ def write_figure(path: Path, figure: Any) -> None:
 
 def read_run(run_dir: Path) -> StoredRun:
     """Read a run folder, finished or not."""
+    check_inside(run_dir)
     manifest = read_manifest(run_dir)
     if not manifest["outcome"]:
         return StoredRun(run_dir, manifest)
     outcome = manifest["outcome"] = _outcome(manifest, run_dir / "manifest.json")
+    for kind in ("table", "figure"):
+        _check_stored_names(outcome.get(f"{kind}s"), kind, run_dir)
     return StoredRun(
         run_dir,
         manifest,

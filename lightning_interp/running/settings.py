@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import copy
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_interp.errors import RecipeError
 from lightning_interp.running.catalog import RecipeSource, header, nearest, yaml_keys
+from lightning_interp.running.named_classes import (
+    check_paths,
+    classes_of,
+    dataclasses_in,
+    hints_of,
+    plain_hint,
+    takes_none,
+)
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -24,12 +32,18 @@ _FILE = "settings_file"  # how the YAML file reaches the parser; not for users, 
 _OURS = (_FILE, "recipe")
 
 
-def load_settings(cls: type[T], source: RecipeSource, overrides: Sequence[str] = ()) -> T:
+def load_settings(cls: type[T], source: RecipeSource, overrides: Sequence[str] = (), imports: Sequence[str] = ()) -> T:
     """Build a dataclass from a YAML file and overrides such as ``--epochs=3`` or ``--trainer.devices=4``.
 
     ``${key}`` in the YAML stands for another key's value, after the overrides. A RecipeError names the key, the file
-    and line or the option, and the nearest key that exists.
+    and line or the option, and the nearest key that exists. Settings are data: a class is imported only for a field
+    whose type is a class, and only one of Lightning's or of the modules in ``imports``.
     """
+    with classes_of([*imports, *dataclasses_in(cls)]):
+        return cls(**_read(cls, source, overrides))
+
+
+def _read(cls: type[Any], source: RecipeSource, overrides: Sequence[str]) -> dict[str, Any]:
     parser = _parser(cls, source)
     known = _fields(parser.get_defaults())
     places = {} if source.settings is None else _checked_keys(source.settings, known)
@@ -39,16 +53,20 @@ def load_settings(cls: type[T], source: RecipeSource, overrides: Sequence[str] =
         places[key] = f"--{key}"
     settings = [] if source.settings is None else [f"--{_FILE}={source.settings}"]
     parsed = _parse(lambda: parser.parse_args([*settings, *overrides]), places)
-    values = vars(parser.instantiate(parsed))
-    return cls(**{key: value for key, value in values.items() if key not in _OURS})
+    _check_nulls(cls, parsed, places)
+    check_paths(parsed.get("trainer"), overrides, places.get("trainer", "trainer"))
+    values = vars(_parse(lambda: parser.instantiate(parsed), places))
+    return {key: value for key, value in values.items() if key not in _OURS}
 
 
 def print_help(cls: type[Any], source: RecipeSource) -> None:
     """Print every field with its meaning, type and value, below the header of the YAML file."""
-    parser, values = _parser(cls, source), load_settings(cls, source)
-    for key in _fields(parser.get_defaults()):
-        parser.set_defaults({key: operator.attrgetter(key)(values)})
-    parser.print_help()
+    values = load_settings(cls, source)
+    with classes_of(dataclasses_in(cls)):
+        parser = _parser(cls, source)
+        for key in _fields(parser.get_defaults()):
+            parser.set_defaults({key: operator.attrgetter(key)(values)})
+        parser.print_help()
 
 
 def literal(value: Any) -> Any:
@@ -60,11 +78,11 @@ def literal(value: Any) -> Any:
     return [literal(item) for item in value] if isinstance(value, list) else value
 
 
-def trainer_arguments(trainer: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
+def trainer_arguments(trainer: Mapping[str, Any], imports: Sequence[str] = ()) -> Callable[[], dict[str, Any]]:
     """Check arguments of Lightning's Trainer; gives a function that builds them, with new objects at each call.
 
     Callbacks, loggers and plugins may be objects, or mappings with ``class_path`` and ``init_args`` as on Lightning's
-    own command line.
+    own command line, of Lightning's classes or those of the modules in ``imports``.
     """
     if not trainer:
         return dict
@@ -78,10 +96,12 @@ def trainer_arguments(trainer: Mapping[str, Any]) -> Callable[[], dict[str, Any]
         if key not in known:
             raise RecipeError(f"The Trainer has no argument {key!r}. {nearest(key, known)}")
     plain = {key: value for key, value in trainer.items() if _is_plain(value)}
-    parsed = _parse(lambda: parser.parse_object({"trainer": plain}), {})
+    with classes_of(imports):
+        parsed = _parse(lambda: parser.parse_object({"trainer": copy.deepcopy(plain)}), {})  # it changes lists
 
     def build() -> dict[str, Any]:
-        built = vars(parser.instantiate(parsed)["trainer"])
+        with classes_of(imports):
+            built = vars(_parse(lambda: parser.instantiate(parsed), {})["trainer"])
         return {key: built[key] if key in plain else value for key, value in trainer.items()}
 
     return build
@@ -115,10 +135,19 @@ def _resolve_annotations(cls: type[Any]) -> None:
 
     It runs the ``if TYPE_CHECKING:`` imports of the class's module on the way: seconds for a help text.
     """
-    with contextlib.suppress(NameError):  # a field of a type that only exists there: jsonargparse's own way
-        hints = get_type_hints(cls)
-        annotations = cls.__init__.__annotations__
-        annotations.update({name: hints[name] for name in annotations if name in hints})
+    hints, annotations = hints_of(cls), cls.__init__.__annotations__  # without hints: jsonargparse's own way
+    annotations.update({name: plain_hint(hints[name]) for name in annotations if name in hints})
+
+
+def _check_nulls(cls: type[Any], parsed: Any, places: Mapping[str, str]) -> None:
+    """Refuse ``null`` where a field has no None: jsonargparse takes it from a file for any field."""
+    for key, place in places.items():
+        hint: Any = cls
+        for name in key.split("."):
+            hint = hints_of(hint).get(name, Any)
+        if parsed.get(key) is None and not takes_none(hint):
+            expected = getattr(hint, "__name__", str(hint))
+            raise RecipeError(f"{place}: the value of {key!r} does not fit: expected {expected}, got null.")
 
 
 def _fields(defaults: Any) -> list[str]:
@@ -156,6 +185,14 @@ def _parse(parse: Callable[[], Any], places: Mapping[str, str]) -> Any:
 
 
 def _message(text: str, places: Mapping[str, str]) -> str:
+    if denied := re.search(r"Importing '([\w.]+)' is not allowed", text):
+        module = denied[1].rpartition(".")[0] or denied[1]
+        key = (re.search(r'Parser key "([^"]+)"', text) or ["", "a setting"])[1]
+        place = places.get(key) or next((where for name, where in places.items() if key.startswith(f"{name}.")), key)
+        return (
+            f"{place}: {denied[1]!r} is neither a class of Lightning's nor of a module that was named, and settings "
+            f"import nothing else. If you trust that code, name its module: --import={module}"
+        )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     first = lines[0] if lines else "unknown reason"
     if value := re.match(r'Parser key "([^"]+)":\s*(.*)', first):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,9 @@ class ProgressBar:
             self.progress.update(self.task, description=description)
 
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
 def shown(value: Any) -> str:
     """Return a table cell as a person reads it: three significant digits, a dash for nothing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -47,7 +51,7 @@ def shown(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1e5 else f"{value:.4g}"
-    return str(value)
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(value))  # a terminal would obey them
 
 
 def shown_column(values: Sequence[Any]) -> list[str]:

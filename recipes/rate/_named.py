@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle  # for its error alone
 import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_interp.core.storage.json_reading import parse_json
-from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.errors import DataError, InterpError, RecipeError
 from lightning_interp.generation.labellers import Contains, Labeller, LongerThan, StartsWithVowel, vader_labeller
 from lightning_interp.models.scoring.text_scorer import Scorer, TextScorer
 from lightning_interp.rate.rewriting.rules import Drop, MarkToggle, OpenerToggle, RepairTranspositions, Rule, Toggle
@@ -186,7 +187,16 @@ def named_scorer(name: str, *, imports: Sequence[str] = (), **settings: Any) -> 
         raise DataError(f"There is no checkpoint {name!r}. Give the path of a .ckpt file.")
     from lightning_interp.models.training.reward_model import RewardModel
 
-    return as_scorer(RewardModel.load_from_checkpoint(name, map_location="cpu"))
+    try:
+        return as_scorer(RewardModel.load_from_checkpoint(name, map_location="cpu", weights_only=True))
+    except InterpError:
+        raise
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise DataError(
+            f"{name!r} is no checkpoint of a RewardModel, or holds more than numbers ({reason:.200}). Save it with "
+            "Lightning's ModelCheckpoint."
+        ) from error
 
 
 def _function(name: str, module: str, function: str, imports: Sequence[str]) -> Callable[..., Any]:

@@ -107,3 +107,54 @@ def test_identity():
 def test_wrong_paces(options, message):
     with pytest.raises(RecipeError, match=message):
         Pace(**options)
+
+
+class TestSecrets:
+    KEY = "sk-secret-of-mine"
+
+    @pytest.fixture(autouse=True)
+    def _key(self, monkeypatch):
+        monkeypatch.setenv("OPENAI_API_KEY", self.KEY)
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            completion(f"Your key is {KEY}."),
+            completion(None, refusal=f"No, {KEY}."),
+            {"error": f"odd: {KEY}"},
+            {"choices": [], KEY: [KEY]},
+            {"choices": [{"text": KEY, "finish_reason": KEY}]},
+            [KEY],
+        ],
+        ids=["text", "refusal", "error", "no choices", "raw", "list"],
+    )
+    def test_a_key_that_an_answer_quotes_back_is_written_nowhere(self, tmp_path, body):
+        with serving(answer=lambda asked: body) as served:
+            write_all(writer_of(served), REQUESTS[:1], CompletionStore(tmp_path))
+        assert served.headers[0]["authorization"] == f"Bearer {self.KEY}"
+        written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+        assert self.KEY.encode() not in written
+        assert b"***" in written
+
+    @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+    def test_an_endpoint_that_sends_on_to_another_host_gets_its_texts_nowhere(self, status):
+        with serving() as other:
+            location = {"Location": f"{other.url}/chat/completions"}
+            with (
+                serving(script=[(status, location)]) as served,
+                pytest.raises(RecipeError, match="which gets no texts"),
+            ):
+                writer_of(served).generate(REQUESTS[:1])
+            assert other.bodies == []
+
+    def test_the_same_host_may_send_on(self):
+        with serving(script=[(307, {"Location": "/v1/chat/completions/"})]) as served:
+            assert writer_of(served).generate(REQUESTS[:1])[0].text == "TEXT 0"
+
+    def test_addresses_and_settings_hold_no_secret(self):
+        with pytest.raises(RecipeError, match="base_url holds a user, a password or a key"):
+            EndpointGenerator("m", base_url="http://user:word@localhost/v1")
+        with pytest.raises(RecipeError, match="extra holds a key or a password"):
+            EndpointGenerator("m", extra={"api_key": "x"})
+        with pytest.raises(RecipeError, match="api_key_env is no name"):
+            EndpointGenerator("m", api_key_env="sk-secret-of-mine-and-long")

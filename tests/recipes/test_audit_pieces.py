@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 
 import numpy as np
 import pytest
+import torch
 from rate_oracle import random_units
 from rewriting import ATTR, Counting, store_of
 
@@ -27,7 +29,7 @@ from lightning_interp.rate import (
 )
 from lightning_interp_recipes.rate._audit import agreed, labelled, read_any, rewrite_all, running_estimates
 from lightning_interp_recipes.rate._example import emphasis_rewriter, emphatic_units, exact_effects, made_up_scorer
-from lightning_interp_recipes.rate._named import named_labeller, named_rule, named_template, named_toggle
+from lightning_interp_recipes.rate._named import named_labeller, named_rule, named_scorer, named_template, named_toggle
 
 
 class TestNames:
@@ -168,3 +170,19 @@ def test_the_example_is_confounded_and_its_double_rewrite_is_the_exact_edit():
     assert result.rate.ate.value == pytest.approx(truth["rewritten"], abs=1e-12)
     assert truth["originals"] == pytest.approx(0.098)
     assert result.naive.value > 0.3
+
+
+class _Command:
+    def __reduce__(self):
+        return os.system, ("touch HIT",)
+
+
+@pytest.mark.parametrize("kept", [_Command(), {"state_dict": {}, "hyper_parameters": {"model": _Command()}}, {}, None])
+def test_a_checkpoint_that_is_none_runs_nothing(tmp_path, monkeypatch, kept):
+    monkeypatch.chdir(tmp_path)
+    torch.save(kept, "m.ckpt")
+    if kept is None:
+        (tmp_path / "m.ckpt").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(DataError, match=r"'m.ckpt' is no checkpoint of a RewardModel, or holds more than numbers"):
+        named_scorer("m.ckpt")
+    assert os.listdir() == ["m.ckpt"]

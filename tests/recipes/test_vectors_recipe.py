@@ -54,14 +54,14 @@ def test_tables_hold_every_cell_and_text(finished):
     assert metrics["chosen"]["strength"] in (-2.0, 2.0)
 
 
-def test_the_same_seed_gives_the_same_numbers_and_a_finished_run_is_read_back(finished, tmp_path):
+def test_the_same_seed_gives_the_same_numbers_and_a_finished_run_is_read_back(finished, tmp_path, undrawn):
     _, metrics = finished
     assert run(tmp_path / "again") == metrics
     assert run(tmp_path / "again") == metrics
     assert run(tmp_path / "other", "--seed=1")["vector"]["sha256"] != metrics["vector"]["sha256"]
 
 
-def test_a_users_own_file_layers_and_method(tmp_path):
+def test_a_users_own_file_layers_and_method(tmp_path, undrawn):
     path = tmp_path / "colour.jsonl"
     rows = [{"positive": f"red {word}", "negative": f"blue {word}"} for word in "sky sea hat car door pen box".split()]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

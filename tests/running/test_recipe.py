@@ -213,7 +213,7 @@ class TestTrainer:
     def test_the_users_arguments_are_read_once(self, tmp_path, monkeypatch):
         read, built = [], []
 
-        def once(trainer):
+        def once(trainer, imports):
             read.append(trainer)
             return lambda: built.append(1) or {"max_epochs": 1}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,7 +106,8 @@ class ModelMap:
             SiteError: If there is no decoder, more than one, or a named module does not exist.
         """
         path, decoder = find_decoder(model, target)
-        stack_path, stack = _block_stack(decoder, blocks)
+        paths = {module: name for name, module in decoder.named_modules()}
+        stack_path, stack = _block_stack(decoder, blocks, paths)
         backbone = decoder.get_submodule(stack_path.rpartition(".")[0])
         names_attn = [_child_name(block, attn, attention_of(block), "attn") for block in stack]
         names_mlp = [_child_name(block, mlp, mlp_of(block), "mlp") for block in stack]
@@ -115,7 +116,6 @@ class ModelMap:
             block_components(block, f"{stack_path}.{i}", config, a, m)
             for i, (block, a, m) in enumerate(zip(stack, names_attn, names_mlp, strict=True))
         ]
-        paths = {module: name for name, module in decoder.named_modules()}
         shared = _shared_components(decoder, backbone, paths, head)
         outer = _models_on_the_way(model, path)
         return cls(decoder, path, backbone, stack, tables, shared, names_attn, names_mlp, paths, outer=outer)
@@ -304,20 +304,26 @@ def find_decoder(module: nn.Module, target: str | None = None) -> tuple[str, nn.
             raise SiteError(f"{type(module).__name__} has no submodule {target!r}: {error}.") from error
         path, decoder = ("", chosen) if isinstance(chosen, PreTrainedModel) else find_decoder(chosen)
         return f"{target}.{path}".rstrip("."), decoder
-    found: list[tuple[str, nn.Module]] = []
-    for name, child in module.named_modules():
-        inside = any(not outer or name.startswith(f"{outer}.") for outer, _ in found)
-        if isinstance(child, PreTrainedModel) and not inside:
-            found.append((name, child))
+
+    def outermost(outer: nn.Module, at: str) -> Iterator[tuple[nn.Module, str]]:
+        if isinstance(outer, PreTrainedModel):
+            yield outer, at
+        for name, child in () if isinstance(outer, PreTrainedModel) else outer.named_children():
+            yield from outermost(child, f"{at}.{name}".lstrip("."))
+
+    names: dict[nn.Module, str] = {}
+    for model, name in outermost(module, ""):
+        names.setdefault(model, name)
+    found = [(name, model) for model, name in names.items()]
     if not found:
         raise SiteError(
             f"{type(module).__name__} holds no Hugging Face model. Expected a transformers PreTrainedModel in it; "
             "models built in configure_model exist only once the Trainer has started."
         )
     if len(found) > 1:
-        names = ", ".join(f"{name!r} ({type(child).__name__})" for name, child in found)
+        several = ", ".join(f"{name!r} ({type(child).__name__})" for name, child in found)
         raise SiteError(
-            f"{type(module).__name__} holds {len(found)} Hugging Face models: {names}. Choose one with target=."
+            f"{type(module).__name__} holds {len(found)} Hugging Face models: {several}. Choose one with target=."
         )
     return found[0]
 
@@ -330,7 +336,7 @@ def _models_on_the_way(module: nn.Module, path: str) -> tuple[nn.Module, ...]:
     return tuple(m for m in way if isinstance(m, PreTrainedModel) or hasattr(type(m), "active_peft_config"))
 
 
-def _block_stack(decoder: nn.Module, path: str | None) -> tuple[str, nn.ModuleList]:
+def _block_stack(decoder: nn.Module, path: str | None, paths: Mapping[nn.Module, str]) -> tuple[str, nn.ModuleList]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     if path is not None:
@@ -345,7 +351,7 @@ def _block_stack(decoder: nn.Module, path: str | None) -> tuple[str, nn.ModuleLi
         return path, stack
     found = [
         (name, child)
-        for name, child in decoder.named_modules()
+        for child, name in paths.items()
         if isinstance(child, nn.ModuleList)
         and len(child) > 0
         and all(isinstance(block, GradientCheckpointingLayer) for block in child)

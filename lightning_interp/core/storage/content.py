@@ -100,13 +100,9 @@ def fingerprint(inputs: Any, sha256: Callable[[Path], str] = sha256_file) -> Any
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete a folder and all in it; one that is a link to somewhere else is emptied and kept."""
+    """Delete a folder and all in it; of a link to somewhere else, the link alone."""
     if folder.is_symlink():
-        for child in folder.iterdir():
-            if child.is_dir() and not child.is_symlink():
-                shutil.rmtree(child)
-            else:
-                child.unlink()
+        folder.unlink()
     elif folder.exists():
         shutil.rmtree(folder)
 

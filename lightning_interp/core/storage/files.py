@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
@@ -33,9 +34,12 @@ __all__ = [
     "jsonable",
     "no_room",
     "sha256_file",
+    "sweep",
     "sync_to_disk",
     "write_error",
 ]
+
+_TEMPORARY = re.compile(r"\..+[.-]\d+-[0-9a-f]{4,8}\.tmp")  # what is written, before it has its name
 
 
 _NO_ROOM = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)}
@@ -98,6 +102,13 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise write_error(folder, error) from error
     return Path(folder)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what kills in the middle of writes left in a folder."""
+    for path in folder.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

@@ -19,7 +19,8 @@ from lightning_interp.core.storage.content import (
     stamp_file,
 )
 from lightning_interp.core.storage.distributed import is_rank_zero
-from lightning_interp.core.storage.files import atomic_write_bytes, check_writable, digest, jsonable, no_room
+from lightning_interp.core.storage.files import atomic_write_bytes, check_writable, digest, jsonable, no_room, sweep
+from lightning_interp.core.storage.inside import check_inside
 from lightning_interp.core.storage.manifest_file import (
     FORMAT,
     NOT_IDENTITY,
@@ -147,13 +148,13 @@ class RunManifest:
             from lightning_interp.core.storage.manifest_follower import FollowerManifest
 
             return FollowerManifest.join(path, config, name, not_identity, place)
+        check_inside(path)
         known = stored_run(path, config, name, outputs, not_identity)
         check_writable(path)
         lock = RunLock(path)
         try:
             known = stored_run(path, config, name, outputs, not_identity)  # again: another process may have been here
-            for torn in path.glob(".*.tmp"):
-                torn.unlink(missing_ok=True)  # left by a kill in the middle of a write
+            sweep(path)
             state = new_manifest(name, config) if known is None else known | {"config": config}
             manifest = RunManifest(path, state, lock, place=place, not_identity=not_identity)
             manifest._begin_session(jsonable(versions, where="versions"))

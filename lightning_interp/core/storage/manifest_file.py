@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_interp.core.storage.files import json_bytes
+from lightning_interp.core.storage.inside import is_inside_name
 from lightning_interp.core.storage.json_reading import parse_json
+from lightning_interp.core.storage.redaction import redacted
 from lightning_interp.errors import ManifestError
 
 __all__ = [
@@ -91,7 +93,7 @@ def message_of(error: BaseException) -> str:
         return "KeyboardInterrupt"  # Lightning turns Ctrl-C inside a Trainer into an exit
     if isinstance(error, SystemExit) and error.code == 143:
         return "SIGTERM"
-    return f"{type(error).__name__}: {error}".rstrip(": ")
+    return str(redacted(f"{type(error).__name__}: {error}".rstrip(": ")))
 
 
 def new_manifest(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,7 +246,11 @@ def _check_content(path: Path, state: Mapping[str, Any]) -> None:
     for name, phase in state["phases"].items():
         where = f"phases.{name}"
         _check(path, phase, _PHASE, where)
+        if not all(_NAME.fullmatch(part) for part in name.split("/")):
+            raise _broken(path, f"{name!r:.60} cannot name a phase")
         for file, stamp in phase["files"].items():
+            if not is_inside_name(file):
+                raise _broken(path, f"{where}.files names {file!r:.60}, outside of the phase's folder")
             _check_stamp(path, stamp, f"{where}.files.{file}")
         if "result_file" in phase and phase["status"] == "finished":
             _check(path, phase["result_file"], {**_STAMP, "digest": _TEXT}, f"{where}.result_file")

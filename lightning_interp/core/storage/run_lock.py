@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from lightning_interp.core.storage.files import write_error
+from lightning_interp.core.storage.inside import open_own
 from lightning_interp.errors import ManifestError
 
 __all__ = ["CHILDREN", "ChildPlace", "RunLock", "check_parents_free", "child_folders", "child_names", "is_in_use"]
@@ -29,13 +30,13 @@ class RunLock(AbstractContextManager["RunLock"]):
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._path = (run_dir / ".lock").resolve()
+        self._path = run_dir.resolve() / ".lock"
         if _HELD.get(self._path) == os.getpid():
             raise ManifestError(
                 f"Run folder {str(run_dir)!r} is in use by this process. Close the manifest that holds it first."
             )
         try:
-            self._file: IO[str] | None = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115 - open as long as held
+            self._file: IO[str] | None = os.fdopen(open_own(self._path, os.O_RDWR | os.O_CREAT), "r+", encoding="utf-8")
         except OSError as error:
             raise write_error(self._path, error) from error
         try:
@@ -48,6 +49,7 @@ class RunLock(AbstractContextManager["RunLock"]):
                 f"Run folder {str(run_dir)!r} is in use by {holder}. Wait for it, stop it, or choose another --run_dir."
             ) from error
         self._file.truncate(0)
+        self._file.seek(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._file.flush()
         _HELD[self._path] = os.getpid()
@@ -65,13 +67,13 @@ class RunLock(AbstractContextManager["RunLock"]):
 
 def is_in_use(run_dir: Path) -> bool:
     """Return whether a live process of this machine works in a run folder."""
-    path = (run_dir / ".lock").resolve()
+    path = run_dir.resolve() / ".lock"
     if _HELD.get(path) == os.getpid():
         return True
     try:
-        with open(path, encoding="utf-8") as file:
+        with os.fdopen(open_own(path, os.O_RDONLY), encoding="utf-8") as file:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
+    except (FileNotFoundError, ManifestError):  # nothing that a run of ours holds
         return False
     except OSError:
         return True

@@ -62,6 +62,8 @@ def attach_adapter_folder(model: nn.Module, folder: Path, *, name: str = ADAPTER
     weights = {name.removeprefix(_PREFIX): tensor for name, tensor in TensorFolder(folder, stem="adapter_model")}
     try:
         config = PeftConfig.from_pretrained(str(folder))
+        if code := getattr(config, "megatron_config", None) and getattr(config, "megatron_core", None):
+            raise ValueError(f"its configuration names code to import, megatron_core={code!r}.")
         config.inference_mode = True
         with seeded_rng(0):  # fresh weights are drawn first, and overwritten
             inject_adapter_in_model(config, model, adapter_name=name)

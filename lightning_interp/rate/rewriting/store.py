@@ -11,7 +11,7 @@ from lightning_interp.core.storage.files import atomic_write_json, check_writabl
 from lightning_interp.core.storage.jsonl import json_lines, json_object, torn_tail, write_json_lines
 from lightning_interp.core.storage.run_lock import RunLock
 from lightning_interp.errors import DataError, ManifestError
-from lightning_interp.generation.keyed_store import KeyedStore, KeyedWriter
+from lightning_interp.generation.keyed_store import KeyedStore, KeyedWriter, check_store
 from lightning_interp.rate.estimators.triples import RewriteTriples
 from lightning_interp.rate.rewriting.assembly import Identical, Missing, assemble
 from lightning_interp.rate.rewriting.records import Request, RewriteRecord, RewriterId, Unit, chain, check_units
@@ -46,6 +46,7 @@ class RewriteStore(KeyedStore[RewriteRecord]):
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         path = Path(folder)
+        check_store(path, self.file)
         if not (path / _UNITS).is_file():
             there = ", ".join(sorted(one.name for one in path.iterdir())[:8]) if path.is_dir() else ""
             raise ManifestError(
@@ -72,6 +73,7 @@ class RewriteStore(KeyedStore[RewriteRecord]):
             ManifestError: If the folder cannot be written or another process works in it.
         """
         path = check_writable(folder)
+        check_store(path, cls.file)
         new = check_units(units, f"Attribute {attr!r}")
         with RunLock(path):
             there = read_units(path / _UNITS) if (path / _UNITS).exists() else {}

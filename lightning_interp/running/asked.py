@@ -1,0 +1,100 @@
+"""The recipe that a command line asks for: which code may run for it, and which settings it gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from lightning_interp.core.storage.distributed import is_rank_zero
+from lightning_interp.errors import RecipeError
+from lightning_interp.running.catalog import RecipeSource, find_recipe, header, load_class
+from lightning_interp.running.recipe import Recipe
+from lightning_interp.running.settings import load_settings, option_key, print_help
+
+__all__ = ["configured", "show_help", "split_imports"]
+
+
+def split_imports(arguments: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+    """Return what ``--import`` options name, modules and Python files, and the other arguments."""
+    found, rest, waiting = [], list[str](), list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        name, given, value = argument.partition("=")
+        if name != "--import":
+            rest.append(argument)
+            continue
+        value = value if given else waiting.pop(0) if waiting else ""
+        if not value.endswith(".py") and not (
+            all(part.isidentifier() for part in value.split(".")) and value.split(".")[0] != "jsonargparse"
+        ):
+            raise RecipeError(f"--import={value!r}: expected a module, as package.module, or a Python file.")
+        found.append(value)
+    return tuple(found), rest
+
+
+def show_help(name: str, imports: Sequence[str] = ()) -> None:
+    """Print what a recipe is about; code that a file brings does not run for that."""
+    source = find_recipe(name)
+    if source.settings is not None and (code := source.foreign_code(imports)):
+        print(f"{header(source.settings)}\n\nIts recipe is code of its own, which has not run: {code}.")
+        print(f"To see the fields: lightning-interp run {shlex.quote(name)} --help --import={shlex.quote(code)}")
+    else:
+        print_help(_loaded(source), source)
+
+
+def configured(name: str, overrides: Sequence[str], imports: Sequence[str] = ()) -> Recipe:
+    """Build the recipe from its YAML file and the command line, and check all that can be checked before it runs."""
+    source = find_recipe(name)
+    _check_code(source, imports)
+    recipe = load_settings(_loaded(source), source, overrides, modules := [i for i in imports if not i.endswith(".py")])
+    named = [option_key(argument) for argument in overrides]
+    if "base_url" not in named:
+        _check_receiver(recipe, source)
+    if source.in_run_folder and "run_dir" not in named:
+        own = Path(name).parent
+        if recipe.run_path.resolve() != own.resolve():
+            raise RecipeError(
+                f"{name}: its run_dir is {str(recipe.run_path)!r}, and not the run folder in which it lies. Say which "
+                f"one to use: --run_dir={shlex.quote(str(own))}"
+            )
+    if recipe.smoke and "model" not in named:
+        recipe = dataclasses.replace(recipe, model=recipe.smoke_model)
+    if recipe.run_dir is None and not source.named:
+        recipe = dataclasses.replace(recipe, run_dir=f"runs/{source.title}{'-smoke' if recipe.smoke else ''}")
+    recipe.imports = (*recipe.imports, *modules)
+    _ = recipe.trainer_options
+    return recipe
+
+
+def _check_code(source: RecipeSource, imports: Sequence[str]) -> None:
+    """Say that a settings file brings code, or refuse it where the user must have named that code."""
+    code = source.foreign_code(imports)
+    if code and (source.code is None or source.in_run_folder or str(source.settings).endswith("config.yaml")):
+        raise RecipeError(
+            f"{source.settings}: its recipe is code outside of this package, {code}, and would run. Look at it, and if "
+            f"you trust it, name it: --import={shlex.quote(code)}"
+        )
+    if code and is_rank_zero():
+        print(f"lightning-interp: {source.settings} runs the code of {code}", file=sys.stderr)
+
+
+def _check_receiver(recipe: Recipe, source: RecipeSource) -> None:
+    """Refuse to send a key of the user's to an address that a settings file alone decides."""
+    address = getattr(recipe, "base_url", None)
+    variable = getattr(recipe, "api_key_env", "OPENAI_API_KEY")
+    if not address or source.named or source.settings is None or not os.environ.get(variable):
+        return
+    if urlsplit(address).hostname not in ("localhost", "127.0.0.1", "::1"):
+        raise RecipeError(
+            f"{source.settings}: {address!r} would get the key in ${variable}, and a file alone names "
+            f"that address. If you trust it: --base_url={address}"
+        )
+
+
+def _loaded(source: RecipeSource) -> type[Recipe]:
+    return load_class(source, Recipe)  # type: ignore[type-abstract]  # it is asked for a subclass
