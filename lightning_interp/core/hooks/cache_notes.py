@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from lightning_interp.core.tokens.kv_cache import cache_in, cache_of
+from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.tokens.kv_cache import cache_in, cache_of, installed_versions
 from lightning_interp.core.tokens.step import StepContext
+from lightning_interp.errors import PositionError
 
 __all__ = ["CacheNotes"]
 
@@ -19,13 +21,16 @@ _KEYS = count()
 class CacheNotes:
     """The notes of one attachment."""
 
-    def __init__(self) -> None:
+    def __init__(self, model_map: ModelMap) -> None:
+        self.model_map = model_map
         self._key, self._open = next(_KEYS), _Seen()
 
     def read(self, step: StepContext, cache: Any | None) -> None:
         """Tell a pass what came before it, and note that it came."""
+        seen: _Seen | None = getattr(cache, _NAME, {}).get(self._key) if step.past else None
+        virtual = _virtual_columns(self.model_map, step.past, step.input_ids is None)
+        step.virtual = virtual if seen is None else seen.virtual
         before = max(step.past - step.virtual, 0)
-        seen: _Seen | None = getattr(cache, _NAME, {}).get(self._key) if before else None
         step.follows = seen is not None and before <= seen.columns
         step.unseen = 0 if step.follows else before
         step.rewound = seen is not None and before < seen.columns
@@ -33,7 +38,7 @@ class CacheNotes:
         first = (None if told or before else step) if seen is None else seen.prompt
         if told and before and first is not None and first.past + first.length == step.past:
             step.before = first
-        self._open = _Seen(before + step.length, first)
+        self._open = _Seen(before + step.length, first, step.virtual)
         self._note(cache)
 
     def made(self, output: Any) -> None:
@@ -49,12 +54,29 @@ class CacheNotes:
             self._open = _Seen()
 
 
+def _virtual_columns(model_map: ModelMap, past: int, embedded: bool) -> int:
+    """Virtual tokens of PEFT's prompt learning before a text, where they are cached or came as embeddings."""
+    for outer in model_map.outer[:-1]:
+        config: Any = getattr(outer, "active_peft_config", None)
+        if not getattr(config, "is_prompt_learning", False) or getattr(outer, "_adapters_disabled", False):
+            continue
+        count, cached = int(config.num_virtual_tokens), config.peft_type in ("PREFIX_TUNING", "CARTRIDGE")
+        if past and embedded and not cached:
+            raise PositionError(
+                f"{type(outer).__name__} put its {count} virtual tokens into the text again, after {past} columns that "
+                f"were cached, so positions are not known (with {installed_versions()}). Pass use_cache=False."
+            )
+        return count if (past >= count if cached else past or embedded) else 0
+    return 0
+
+
 @dataclass
 class _Seen:
     """Columns that were read, and the pass that was taken for the whole prompt for lack of a better knowledge."""
 
     columns: int = -1
     prompt: StepContext | None = None
+    virtual: int = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Seen:
         return self

@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -16,10 +16,6 @@ from lightning_interp.errors import PositionError
 __all__ = ["GenerateCalls", "MethodHook"]
 
 
-class _Hears(Protocol):
-    generation: Generation | None
-
-
 class GenerateCalls:
     """While an attachment lives, ``generate`` of these models tells it the prompt; continuous batching is refused.
 
@@ -27,11 +23,21 @@ class GenerateCalls:
     pass from a longer prompt.
     """
 
-    def __init__(self, models: Sequence[nn.Module], hearer: _Hears) -> None:
-        self.hearer = hearer
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        self._current: Generation | None = None
         self._caller: nn.Module | None = None
-        kinds = {"generate": self._generate, "init_continuous_batching": _refuse}
+        self._unheard: Generation | None = None
+        kinds: dict[str, Callable[..., Any]] = {
+            "generate": self._generate,
+            "prepare_inputs_for_generation": self._prepare,
+            "init_continuous_batching": _refuse,
+        }
         self._methods = [MethodHook(m, name, do) for name, do in kinds.items() for m in models if hasattr(m, name)]
+
+    def of_this_pass(self) -> Generation | None:
+        """What is known of the call that a pass which begins now belongs to; None outside of one."""
+        unheard, self._unheard = self._unheard, None
+        return self._current or unheard
 
     def remove(self) -> None:
         """Give the models their methods back."""
@@ -39,17 +45,20 @@ class GenerateCalls:
             self._methods.pop().remove()
 
     def _generate(self, model: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        before = self._caller, self.hearer.generation
-        if (
-            before[0] is model and before[1] is not None and not before[1].doubt
-        ):  # it drafts for itself: the prompt is that of the outer call
-            return function(*args, **kwargs)
+        before = self._caller, self._current
+        if before[0] is model and before[1] is not None and not before[1].doubt:
+            return function(*args, **kwargs)  # it drafts for itself: the prompt is that of the outer call
         told = read_generation(function, getattr(model, "generation_config", None), args, kwargs)
-        self._caller, self.hearer.generation = model, told
+        self._caller, self._current = model, told
         try:
             return function(*args, **kwargs)
         finally:
-            self._caller, self.hearer.generation = before
+            self._caller, self._current = before
+
+    def _prepare(self, _: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._current is None and kwargs.get("use_cache") is False:  # each pass would look like a longer prompt
+            self._unheard = Generation(0, doubt="it was called through the class, not as model.generate(...)")
+        return function(*args, **kwargs)
 
 
 def _refuse(model: nn.Module, *_: Any) -> Any:

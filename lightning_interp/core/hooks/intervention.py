@@ -18,7 +18,6 @@ from lightning_interp.core.hooks.checks import check_hookable
 from lightning_interp.core.hooks.generate_calls import GenerateCalls
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
-from lightning_interp.core.tokens.generation import Generation
 from lightning_interp.core.tokens.kv_cache import cache_in
 from lightning_interp.core.tokens.pass_arguments import argument_reader, step_reader
 from lightning_interp.core.tokens.step import StepContext
@@ -60,7 +59,6 @@ class Attachment(AbstractContextManager["Attachment"]):
             ``prompt_lengths`` says what ``prompt_lengths`` says, for that batch.
         prompt_lengths: Real tokens of each row's prompt ``[B]``, for passes over prompt and answer together. A
             generation needs none: ``generate`` says what its prompt is, and in a loop of your own the first pass is it.
-        generation: What ``generate`` of the model was called with, while it runs.
     """
 
     def __init__(self, model_map: ModelMap, tokenizer: Any = None) -> None:
@@ -68,8 +66,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         self._tokenizer = tokenizer
         self.batch: Mapping[str, Any] | None = None
         self.prompt_lengths: torch.Tensor | None = None
-        self.generation: Generation | None = None
-        self._notes = CacheNotes()
+        self._notes = CacheNotes(model_map)
         self._kept: int | torch.Tensor | None = None
         self._prompt: StepContext | None = None
         self._handles: list[Any] = []
@@ -82,7 +79,8 @@ class Attachment(AbstractContextManager["Attachment"]):
         try:
             self.add(model_map.backbone.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
             self.add(model_map.backbone.register_forward_hook(Hook(self._end)))
-            self.add(GenerateCalls([m for m in model_map.outer if not hasattr(type(m), "active_peft_config")], self))
+            self._calls = GenerateCalls([m for m in model_map.outer if not hasattr(type(m), "active_peft_config")])
+            self.add(self._calls)
         except BaseException:
             self.remove()
             raise
@@ -173,10 +171,9 @@ class Attachment(AbstractContextManager["Attachment"]):
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         step = self._read(args, kwargs)
         step.find_tokenizer, step.batch, step.kept = (lambda: self.tokenizer), self.batch, self._kept
-        step.known_prompt_lengths, step.generation = self.prompt_lengths, self.generation
+        step.known_prompt_lengths, step.generation = self.prompt_lengths, self._calls.of_this_pass()
         if self.prompt_lengths is None and self.batch is not None:
             step.known_prompt_lengths = self.batch.get("prompt_lengths")
-        step.virtual = self.model_map.virtual_tokens
         self._notes.read(step, cache_in(args, kwargs))
         if step.is_prefill:
             self._prompt = step

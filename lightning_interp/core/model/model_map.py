@@ -124,15 +124,6 @@ class ModelMap:
         return len(self.blocks)
 
     @property
-    def virtual_tokens(self) -> int:
-        """Virtual tokens that PEFT's prompt learning now puts before every text, in the cache or as embeddings."""
-        for outer in self.outer[:-1]:
-            config: Any = getattr(outer, "active_peft_config", None)
-            if getattr(config, "is_prompt_learning", False) and not getattr(outer, "_adapters_disabled", False):
-                return int(config.num_virtual_tokens)
-        return 0
-
-    @property
     def head(self) -> nn.Module | None:
         """The unembedding, or None for a model without one."""
         return self.shared["unembed"][0].module if "unembed" in self.shared else None
