@@ -41,7 +41,8 @@ def show_help(name: str, imports: Sequence[str] = ()) -> None:
     """Print what a recipe is about; code that a file brings does not run for that."""
     source = find_recipe(name)
     if source.settings is not None and (code := source.foreign_code(imports)):
-        print(f"{header(source.settings)}\n\nIts recipe is code of its own, which has not run: {code}.")
+        about = header(source.settings)
+        print(f"{about}{about and chr(10) * 2}Its recipe is code of its own, which has not run: {code}.")
         print(f"To see the fields: lightning-interp run {shlex.quote(name)} --help --import={shlex.quote(code)}")
     else:
         print_help(_loaded(source), source)

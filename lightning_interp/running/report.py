@@ -109,7 +109,7 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            text = shown(value)
+            text = re.sub(r"(?<=://)[^/\s@]+@", "***@", shown(value))  # a run of old may have kept a password
             yield f"{prefix}{key}", text if len(text) <= 300 else f"{text[:300]} ..."
 
 

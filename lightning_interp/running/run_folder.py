@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle  # for its error alone
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_interp.core.storage.content import drop_damaged_checkpoints
+from lightning_interp.errors import ManifestError
 
 if TYPE_CHECKING:
     from lightning_interp.core.storage.manifest import RunManifest
@@ -56,6 +58,9 @@ class RunFolder:
 
         Returns:
             The result.
+
+        Raises:
+            ManifestError: As ``RunManifest.phase``, or if a checkpoint holds more than numbers.
         """
 
         def begin(folder: Path) -> Any:
@@ -63,7 +68,13 @@ class RunFolder:
                 log.warning("phase %s: %s cannot be read (%s); deleted, what it held is done again", name, path, fault)
             if self.writes and not any(path.is_file() for path in folder.rglob("*")):  # anew: so are its curves
                 shutil.rmtree(self.path / "tensorboard" / name, ignore_errors=True)
-            return fn(folder)
+            try:
+                return fn(folder)
+            except pickle.UnpicklingError as error:
+                raise ManifestError(
+                    f"Phase {name!r}: a checkpoint in {str(folder)!r} holds more than numbers, so reading it could "
+                    f"run code, or is none. Delete it to begin the phase anew. ({str(error).splitlines()[0]:.200})"
+                ) from error
 
         return self._manifest.phase(name, begin, inputs=inputs, every_rank=every_rank)
 

@@ -117,6 +117,7 @@ def _parser(cls: type[Any], source: RecipeSource) -> ArgumentParser:
     parser = ArgumentParser(
         prog=f"lightning-interp run {source.title}",
         description=header(source.settings) if source.settings else None,
+        epilog="--import=MODULE: a module of yours, whose classes the settings of the Trainer may name; see README.",
         formatter_class=Formatter,
         parser_mode="omegaconf+",
         print_config=None,

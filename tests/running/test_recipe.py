@@ -386,3 +386,30 @@ def test_importing_recipes_costs_nothing_heavy():
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert out.stdout == "[]\n", out.stderr
+
+
+class _Command:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_that_could_run_code_ends_the_run_before_it_does(tmp_path, zipped):
+    for attempt in range(2):
+        with RunManifest.open(tmp_path / "run", config={}, name="demo") as manifest:
+
+            def fit(folder, first=attempt == 0):
+                if first:
+                    torch.save(_Command(tmp_path / "HIT"), folder / "last.ckpt", _use_new_zipfile_serialization=zipped)
+                    raise KeyboardInterrupt
+                return torch.load(folder / "last.ckpt")
+
+            error, match = (
+                (KeyboardInterrupt, "") if attempt == 0 else (ManifestError, r"holds more than numbers.*Delete")
+            )
+            with pytest.raises(error, match=match):
+                RunFolder(manifest).phase("fit", fit)
+    assert not (tmp_path / "HIT").exists()

@@ -175,6 +175,12 @@ def test_a_smoke_run_says_that_its_numbers_mean_nothing(tmp_path):
     assert "What may not be concluded" not in plain.words
 
 
+def test_an_address_that_a_run_of_old_kept_with_its_password_is_shown_without(tmp_path):
+    shown = page(finished(tmp_path, config={"seed": 0, "base_url": "http://me:word@host/v1"}))
+    assert "http://***@host/v1" in shown.words
+    assert not any("word@" in text for text in shown.words)
+
+
 def test_a_run_that_went_on_under_other_versions_says_so(tmp_path):
     found = page(finished(tmp_path, versions=[{"torch": "2.13"}, {"torch": "2.14"}]))
     assert "2.13, then 2.14" in found.words
