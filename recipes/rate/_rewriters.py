@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_interp.core.storage.files import atomic_write_json
+from lightning_interp.core.storage.json_reading import read_json
 from lightning_interp.errors import RecipeError
 
 if TYPE_CHECKING:
-    from lightning_interp.rate import Prices
+    from lightning_interp.rate import Prices, RewriteRun
     from lightning_interp.rate.rewriting.templates import Kind
 
 
@@ -148,3 +151,20 @@ def rewriter_settings(recipe: Any, defaults: dict[str, Any]) -> Told | None:
         wanted = ", ".join(f"--{name}=..." for name in lacking)
         raise RecipeError(f"rewriter={recipe.rewriter!r} needs {wanted}; see --help.")
     return own(**{entry.name: getattr(recipe, entry.name) for entry in fields(own)})
+
+
+def first_plan(folder: Path, job: RewriteRun) -> tuple[str, int]:
+    """What was planned, and how many texts of this writer there were, before the first was asked for.
+
+    It is kept in the phase's folder, so that a run that was killed and goes on says the same as one that was not.
+    """
+    path = folder / "plan.json"
+    if not path.exists():
+        atomic_write_json(path, {"plan": str(job.plan()), "there": written(job)})
+    found = read_json(path, own=True)
+    return str(found["plan"]), int(found["there"])
+
+
+def written(job: RewriteRun) -> int:
+    """How many texts of a writer are in its store."""
+    return sum(record.by == job.by for record in job.store.records(job.attr))

@@ -158,7 +158,7 @@ class RateAudit(ScoredBy, Recipe):
 
         from ._audit import agreed, rewrite_all
         from ._example import emphasis_rewriter, emphatic_units
-        from ._rewriters import Endpoint, Replay
+        from ._rewriters import Endpoint, Replay, first_plan, written
 
         told = self._told
         if isinstance(told, Replay):
@@ -174,9 +174,10 @@ class RateAudit(ScoredBy, Recipe):
         )  # fmt: skip
         plan = agreed(job, max_calls=self.max_calls, max_cost=self.max_cost) if asks else str(job.plan())
         print(plan)
+        plan, there = first_plan(folder, job)
         with run.progress("rewriting", total=job.plan().total_calls) as bar:
-            report = rewrite_all(job, bar.advance)
-        return store, job.by, plan, report.calls
+            rewrite_all(job, bar.advance)
+        return store, job.by, plan, written(job) - there
 
     def reviews(self) -> list[Any]:
         """Reviews of the example; made up in a smoke run."""

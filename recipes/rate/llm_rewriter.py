@@ -116,6 +116,8 @@ class LanguageModelRewriter(ScoredBy, Recipe):
         from lightning_interp.rate import Prices, RewriteRun, RewriteStore
         from lightning_interp.running.results import write_scalars
 
+        from ._rewriters import first_plan
+
         units = self.units(run)
         tried = self.tried([unit.text for unit in units])
         print(told(read_rows(self.scored_by(), units)))  # a wrong name is said before anything is paid for
@@ -132,7 +134,7 @@ class LanguageModelRewriter(ScoredBy, Recipe):
             plan = job.plan()
             if own:
                 print(f"{rewriter.name}\n{plan}")
-                found["plan"] = str(plan)
+                found["plan"], _ = first_plan(folder, job)
             with run.progress(f"rewriting ({rewriter.name})", total=plan.total_calls) as bar:
                 report = job.run(advance=bar.advance)
             if report.stopped or report.missing:

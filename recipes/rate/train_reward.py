@@ -117,6 +117,7 @@ class TrainReward(Recipe):
         """Rewrite every unit twice by rules, into a store."""
         from lightning_interp.rate import RewriteRun, RewriteStore
 
+        from ._rewriters import written
         from ._train_reward import ATTRIBUTES, tweet_rewriter
 
         calls = {}
@@ -124,7 +125,8 @@ class TrainReward(Recipe):
             store = RewriteStore.create(folder / "store", self.units(run, name), attr=name)
             job = RewriteRun(store, tweet_rewriter(name), attr=name)
             with run.progress(f"rewriting ({name})", total=job.plan().total_calls) as bar:
-                calls[name] = job.run(advance=bar.advance).calls
+                job.run(advance=bar.advance)
+            calls[name] = written(job)
         return calls
 
     def train(self, run: RunFolder, folder: Path) -> dict[str, Any]:

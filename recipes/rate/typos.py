@@ -103,6 +103,8 @@ class RateTypos(Recipe):
         from lightning_interp.rate import RewriteRun, RewriteStore, write_triples
         from lightning_interp.rate.report.typo_study import misspelt_units
 
+        from ._rewriters import written
+
         reviews, rewriter, asked = self.texts(), self.rewriter(), {}
         units = {
             rate: misspelt_units(reviews, rate, seed=self.seed, count=self.count, clusters=self.by_movie)
@@ -111,9 +113,10 @@ class RateTypos(Recipe):
         with run.progress("rewriting", total=2 * sum(map(len, units.values()))) as bar:
             for rate, found in units.items():
                 store = RewriteStore.create(folder / "store" / f"{rate:g}", found, attr=ATTRIBUTE)
-                report = RewriteRun(store, rewriter, attr=ATTRIBUTE).run(bar.advance)
+                job = RewriteRun(store, rewriter, attr=ATTRIBUTE)
+                job.run(bar.advance)
                 write_triples(folder, store.triples(ATTRIBUTE), name=f"{rate:g}")
-                asked[f"{rate:g}"] = report.calls
+                asked[f"{rate:g}"] = written(job)
         return {"asked": asked}
 
     def score(self, run: RunFolder, folder: Path) -> dict[str, Any]:

@@ -278,7 +278,7 @@ class TestOpening:
         opened(tmp_path, outputs=("config.yaml",)).close()
 
     def test_what_a_kill_left_of_a_write_is_swept(self, tmp_path):
-        atomic_write_text(tmp_path / ".manifest.json.123-abcd.tmp", '{"for')
+        atomic_write_text(tmp_path / ".manifest.json.123-abcd0123.tmp", '{"for')
         opened(tmp_path).close()
         assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "manifest.json"]
 

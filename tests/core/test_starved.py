@@ -200,3 +200,20 @@ def test_a_phase_goes_on_from_what_can_be_read(checkpoint, tmp_path, warned):
     with opened(tmp_path) as run:
         assert RunFolder(run).phase("fit", lambda folder: [path.name for path in folder.iterdir()]) == ["last.ckpt"]
     assert warned == []
+
+
+def test_what_a_kill_left_of_a_write_goes_and_other_hidden_files_stay(tmp_path):
+    def killed(folder):
+        for name in (".a.json.12-0123abcd.tmp", ".mine.tmp", "model/.b.13-0123abcd.tmp"):
+            atomic_write_text(folder / name, "half")
+        (folder / ".model.12-89abcdef.tmp").mkdir()
+        atomic_write_text(folder / ".model.12-89abcdef.tmp/config.json", "{}")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), opened(tmp_path) as run:
+        run.phase("fit", killed)
+    for name in ("figures/.f.png.12-0123abcd.tmp", ".manifest.json.12-0123abcd.tmp"):
+        atomic_write_text(tmp_path / name, "half")
+    with RunManifest.open(tmp_path, config={}, name="demo", outputs=("figures", "none")) as run:
+        run.phase("fit", lambda folder: 1)
+    assert [path.name for path in tmp_path.rglob(".*")] == [".lock", ".mine.tmp"]

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
@@ -104,11 +105,15 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
     return Path(folder)
 
 
-def sweep(folder: Path) -> None:
-    """Delete what kills in the middle of writes left in a folder."""
-    for path in folder.glob(".*.tmp"):
+def sweep(folder: Path, *, deep: bool = False) -> None:
+    """Delete what kills in the middle of writes left in a folder, and if ``deep`` below it."""
+    found = folder.rglob(".*.tmp") if deep else folder.glob(".*.tmp")
+    for path in sorted(found) if not folder.is_symlink() else ():
         if _TEMPORARY.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

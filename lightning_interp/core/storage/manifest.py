@@ -155,6 +155,8 @@ class RunManifest:
         try:
             known = stored_run(path, config, name, outputs, not_identity)  # again: another process may have been here
             sweep(path)
+            for output in outputs:
+                sweep(path / output, deep=True)
             state = new_manifest(name, config) if known is None else known | {"config": config}
             manifest = RunManifest(path, state, lock, place=place, not_identity=not_identity)
             manifest._begin_session(jsonable(versions, where="versions"))
@@ -365,6 +367,7 @@ class RunManifest:
         if entry is None or not token.fits(entry) or entry["status"] == "finished":
             entry = None
             delete_folder(folder)
+        sweep(folder, deep=True)
         entry = begun_entry(token, entry)
         self.phases[name] = entry
         self._text.changed(name)
