@@ -144,15 +144,22 @@ def _say(message: str, code: int) -> int:
     return code
 
 
+def _configured(name: str, overrides: Sequence[str], imports: Sequence[str] = ()) -> Any:
+    """The recipe that a command line asks for."""
+    from lightning_interp.running.asked import configured
+
+    return configured(name, overrides, imports)
+
+
 def _run(parsed: argparse.Namespace) -> int:
-    from lightning_interp.running.asked import configured, show_help, split_imports
+    from lightning_interp.running.asked import show_help, split_imports
 
     with _settings_are_usage():
         imports, overrides = split_imports([*(f"--import={name}" for name in parsed.imports), *parsed.overrides])
         if {"-h", "--help"} & set(overrides):
             show_help(parsed.recipe, imports)
             return 0
-        recipe = configured(parsed.recipe, overrides, imports)
+        recipe = _configured(parsed.recipe, overrides, imports)
     try:
         with _terminable(), _phase_lines():
             recipe.run()

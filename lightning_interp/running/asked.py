@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -67,7 +68,9 @@ def configured(name: str, overrides: Sequence[str], imports: Sequence[str] = ())
         recipe = dataclasses.replace(recipe, model=recipe.smoke_model)
     if recipe.run_dir is None and not source.named:
         recipe = dataclasses.replace(recipe, run_dir=f"runs/{source.title}{'-smoke' if recipe.smoke else ''}")
-    recipe.imports = (*recipe.imports, *modules)
+    functions = [argument.partition("=")[2] for argument in overrides if option_key(argument) in recipe.functions]
+    named_so = [function.partition(":")[0] for function in functions if re.fullmatch(r"[\w.]+:\w+", function)]
+    recipe.imports = (*recipe.imports, *modules, *named_so)
     _ = recipe.trainer_options
     return recipe
 

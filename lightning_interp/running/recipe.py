@@ -104,6 +104,8 @@ class Recipe(ABC):
     """Settings, with all below them, that may differ when a run goes on: they decide where and how it is computed and
     shown, not what. A subclass names its own, which are added to those of its bases."""
 
+    functions: ClassVar[tuple[str, ...]] = ()
+    """Fields that may name a function, as module:function, of a module that the user names."""
     imports = tuple[str, ...]()  # not a field: no settings file decides it
     """Modules beside Lightning's of which ``trainer`` may name classes; ``--import`` on the command line."""
 

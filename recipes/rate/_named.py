@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle  # for its error alone
 import re
+import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -203,14 +205,16 @@ def _function(name: str, module: str, function: str, imports: Sequence[str]) -> 
     if not any(f"{module}.".startswith(f"{one}.") for one in imports):
         raise RecipeError(
             f"{name!r} names a function, and its module is not imported unasked. If you trust that code, name it on "
-            f"the command line: --import={module}"
+            f"the command line: --import={module}; in Python, recipe.imports = ({module!r},)."
         )
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where it may lie: the command of an installed package has it not
     try:
         found = getattr(import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever a user's module raises
         raise RecipeError(
-            f"There is no function {name!r} ({error}). Give module:function, and start where the module can be "
-            "imported from (PYTHONPATH)."
+            f"There is no function {name!r} ({error}). Give module:function, of a module that lies here or can be "
+            "imported."
         ) from error
     if not callable(found):
         raise RecipeError(f"{name!r} is a {type(found).__name__}: expected a function of prompts and texts.")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 class ScoredBy:
     """The fields; a run folder holds them only where they say something, as those did that were begun without them."""
 
+    functions: ClassVar[tuple[str, ...]] = ("reward", "scorer")
     said_before: ClassVar[tuple[str, ...]] = ()
 
     dtype: str = "float32"

@@ -97,6 +97,30 @@ def test_a_function_of_a_named_module_scores(tmp_path, monkeypatch):
     assert effect(metrics) == 0.0  # one mark more in both arms
 
 
+MARKS = "def marks(prompts, texts):\n    return [text.count('!') for text in texts]\n"
+
+
+@pytest.mark.parametrize("how", ["named so", "import", "a file alone", "a file and import"])
+def test_whose_word_imports_a_module(tmp_path, monkeypatch, capsys, how):
+    """That of the command line, and never that of a settings file that somebody sent."""
+    (tmp_path / "sent_rewards.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n{MARKS}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "sent_rewards", raising=False)
+    given = {"data": data(tmp_path), "reward": "sent_rewards:marks", "run_dir": str(tmp_path / "run")}
+    name, options = "rate/audit", [f"--{key}={value}" for key, value in given.items()]
+    if how.startswith("a file"):
+        name, options = str(tmp_path / "sent.yaml"), []
+        lines = [f"{key}: {json.dumps(value)}\n" for key, value in {"recipe": "rate/audit", **given}.items()]
+        (tmp_path / "sent.yaml").write_text("".join(lines))
+    if "import" in how:
+        options.append("--import=sent_rewards")
+    fine = how != "a file alone"
+    assert cli.main(["run", name, *options]) == (0 if fine else 1)
+    assert (tmp_path / "ran").exists() == fine
+    assert fine or "--import=sent_rewards" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("reward", "more", "match"),
     [
@@ -104,6 +128,7 @@ def test_a_function_of_a_named_module_scores(tmp_path, monkeypatch):
         ("os:system", {"imports": ("my_rewards",)}, r"--import=os"),
         ("my_rewards:wrong", {"imports": ("my_rewards",)}, r"There is no function 'my_rewards:wrong'"),
         ("my_rewards:number", {"imports": ("my_rewards",)}, r"is a int: expected a function"),
+        ("my_broken:f", {"imports": ("my_broken",)}, r"There is no function 'my_broken:f' .division by zero"),
         ("no_module_there:f", {"imports": ("no_module_there",)}, r"There is no function 'no_module_there:f'"),
         ("no/such-model", {}, r"There is no model|cannot be loaded"),
         ("vadr", {}, r"There is no model"),
@@ -118,6 +143,7 @@ def test_a_function_of_a_named_module_scores(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["audit", "llm_rewriter"])
 def test_what_cannot_score_is_said_before_a_text_is_paid_for(tmp_path, monkeypatch, name, reward, more, match):
     module_of(tmp_path, monkeypatch, "number = 7\ndef marks(prompts, texts):\n    return [0.0] * len(texts)\n")
+    (tmp_path / "my_broken.py").write_text("1 / 0")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     if reward == "FOLDER":
         reward = str(saved(tmp_path / "rm", "llama"))
