@@ -22,7 +22,7 @@ from lightning_interp.grafting.plan import GraftPlan
 from lightning_interp.grafting.prefixes import PrefixTree
 from lightning_interp.grafting.prompts import EncodedPrompt, GraftPrompt, PromptBatch, encode, spans_of
 from lightning_interp.grafting.result import GraftResult
-from lightning_interp.grafting.runner import Rows, last_logits, whole_head
+from lightning_interp.grafting.runner import Rows, check_whole, last_logits, whole_head
 
 __all__ = ["AnyPlan", "GraftEvaluator", "GraftPrompt", "GraftResult"]
 
@@ -81,6 +81,7 @@ class GraftEvaluator:
         chosen = dict(paper_plans() if plans is None else plans)
         sources = [source for plan in chosen.values() if isinstance(plan, GraftPlan) for source in plan.sources]
         self.plans: dict[str, AnyPlan] = {"PRE": GraftPlan(), "SFT": GraftPlan.whole((*sources, "donor")[0]), **chosen}
+        _check_ends(self.plans)
         self.prompts = list(prompts)
         self.tokenizer = tokenizer
         self.top_k = top_k
@@ -113,6 +114,20 @@ class GraftEvaluator:
                 raise PositionError(f"Prompt {index} ({prompt.text!r}) has no tokens; expected some text.")
             yield encoded
 
+    def located(self) -> list[dict[str, Any]]:
+        """Which tokens every span is, one row a prompt and span."""
+        return [
+            {
+                "prompt": prompt.index,
+                "span": name,
+                "text": self.prompts[prompt.index].spans[name],
+                "columns": columns,
+                "tokens": [self.tokenizer.decode([prompt.ids[column]]) for column in columns],
+            }
+            for prompt in self.encoded
+            for name, columns in prompt.spans.items()
+        ]
+
     def evaluate(
         self,
         model: nn.Module | ModelMap,
@@ -130,7 +145,7 @@ class GraftEvaluator:
         Returns:
             One row for each prompt and plan.
         """
-        result = GraftResult(list(self.plans), self.top_k, dropped=list(self.dropped))
+        result = GraftResult(list(self.plans), self.top_k, dropped=list(self.dropped), located=self.located())
         for index, scores, top in self.scores(model, donor):
             for i, each in zip(index.tolist(), scores, strict=True):
                 self._add(result, self.prompts[i], i, each, top[i])
@@ -165,6 +180,7 @@ class GraftEvaluator:
         names = list(self.plans)
         grafts = [plan for plan in self.plans.values() if isinstance(plan, GraftPlan)]
         graft = Graft(donors, grafts, execution=self.execution)
+        check_whole(model_map, donors, torch.tensor(self.encoded[0].ids))
         with evaluating(model_map.model, *models), whole_head(model_map):
             for numbers in packed([len(prompt.ids) * len(names) for prompt in mine], self.token_budget):
                 chunk = [mine[number] for number in numbers]
@@ -230,6 +246,19 @@ class GraftEvaluator:
                     "predicted": self.tokenizer.decode([top[p]]),
                     **values,
                 }
+            )
+
+
+def _check_ends(plans: Mapping[str, AnyPlan]) -> None:
+    """Refuse other plans under the names of the two models, which all plans are compared with."""
+    sources = getattr(plans["SFT"], "sources", ())  # a patch has none
+    ends = {"PRE": (GraftPlan(),), "SFT": tuple(GraftPlan.whole(name) for name in sources)}
+    for name, known in ends.items():
+        if plans[name] not in known:
+            model = {"PRE": "recipient", "SFT": "donor"}[name]
+            raise RecipeError(
+                f"plans={{{name!r}: ...}} is another plan than the {model} itself, which {name!r} stands for. Give "
+                "your plan another name."
             )
 
 

@@ -18,6 +18,7 @@ import torch
 from lightning_interp.core.hooks.intervention import Attachment, Intervention
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
+from lightning_interp.core.tokens.repeats import rows_each
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.core.weights.counted_dropout import CountedDropout
 from lightning_interp.core.weights.holders import RowSource
@@ -238,5 +239,5 @@ class _Codes:
                 f"Graft has plans for {len(self.row_plan)} rows, but the batch has {step.batch_size}. Pass one plan a "
                 "row."
             )
-        beams = step.batch_size // len(self.row_plan)
+        beams = rows_each(step, len(self.row_plan), "Plans of Graft")
         return [p for p in self.row_plan for _ in range(beams)]

@@ -11,7 +11,7 @@ import torch
 from lightning_interp.core.tokens.batches import padded
 from lightning_interp.core.tokens.positions import FromBatch, Positions
 from lightning_interp.core.tokens.step import StepContext
-from lightning_interp.core.tokens.text import find_occurrence
+from lightning_interp.core.tokens.text import find_mention, is_whole
 from lightning_interp.errors import PositionError
 
 __all__ = [
@@ -117,6 +117,8 @@ def encode_prompt(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int,
 def locate_entity(tokenizer: Any, text: str, entity: str, *, which: str = "first") -> list[int]:
     """Indices of the tokens that hold any character of an entity.
 
+    Mentions that are words of their own count, or where there are none, those that tokens spell from end to end.
+
     Args:
         tokenizer: A fast tokenizer.
         text: The prompt.
@@ -127,22 +129,36 @@ def locate_entity(tokenizer: Any, text: str, entity: str, *, which: str = "first
         Token indices, special tokens counted.
 
     Raises:
-        PositionError: If the entity does not occur, or ``which`` is unknown.
+        PositionError: If the entity does not occur, or only as a piece of a token, or ``which`` is unknown.
 
     Example:
         >>> from lightning_interp.testing import byte_tokenizer
-        >>> locate_entity(byte_tokenizer(), "I saw Ann.", "Ann")
-        [6, 7, 8]
+        >>> locate_entity(byte_tokenizer(), "Anna saw Ann.", "Ann")
+        [9, 10, 11]
     """
     if which not in ("first", "last", "all"):
         raise PositionError(f"locate_entity(which={which!r}) is unknown; expected 'first', 'last' or 'all'.")
     _, spans = encode_prompt(tokenizer, text)
-    places = find_occurrence(text, entity, which) if entity else []
+    places = find_mention(text, entity, "all") if entity else []
     if not places:
         raise PositionError(
             f"Entity {entity!r} does not occur in the prompt {text!r}. Check the spelling and the case."
         )
+    if not is_whole(text, *places[0]):
+        places = [place for place in places if _spelled(text, spans, *place)]
+    if not places:
+        raise PositionError(
+            f"Entity {entity!r} is only a piece of other words in the prompt {text!r}, and of their tokens. Name the "
+            "whole word."
+        )
+    places = {"first": places[:1], "last": places[-1:], "all": places}[which]
     return [i for i, (a, b) in enumerate(spans) if b > a and any(a < end and b > begin for begin, end in places)]
+
+
+def _spelled(text: str, spans: Sequence[tuple[int, int]], begin: int, end: int) -> bool:
+    """Whether tokens hold the characters of a place and no others but spaces."""
+    touched = [(a, b) for a, b in spans if b > a and a < end and b > begin]
+    return not any(text[a:begin].strip() or text[end:b].strip() for a, b in touched)
 
 
 def first_target_token(tokenizer: Any, text: str, target: str) -> int:

@@ -31,12 +31,14 @@ class GraftResult:
         top_k: The k of the column ``top5``.
         rows: One a prompt and plan: prompt, unit, form, plan, switches, text, target, predicted token, and the metrics.
         dropped: Prompts that could not be scored, and why.
+        located: One row a prompt and span that a plan names: its text, the columns of its tokens, and these tokens.
     """
 
     plans: list[str]
     top_k: int = 5
     rows: list[dict[str, Any]] = field(default_factory=list)
     dropped: list[tuple[int, str]] = field(default_factory=list)
+    located: list[dict[str, Any]] = field(default_factory=list)
 
     def values(self, plan: str, metric: str, form: str | None = None) -> list[float]:
         """One value a unit: the mean over its prompts.

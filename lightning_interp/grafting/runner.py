@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_interp.core.measure.undisturbed import evaluating
 from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.model.own_hooks import suspended
 from lightning_interp.core.tokens.kv_cache import cache_argument, cache_of
-from lightning_interp.errors import UnsupportedStrategyError
+from lightning_interp.core.weights.sources import ModelSource, WeightSource
+from lightning_interp.errors import IncompatibleModelError, UnsupportedStrategyError
 from lightning_interp.grafting.intervention import Graft
+from lightning_interp.grafting.plan import GraftPlan
 from lightning_interp.grafting.prefixes import PrefixTree
 
-__all__ = ["Rows", "last_logits", "model_inputs", "whole_head"]
+__all__ = ["Rows", "check_whole", "last_logits", "model_inputs", "whole_head"]
+
+_WHOLE: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
+"""Donors that were compared with each recipient."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,39 @@ def _check_cache(model: nn.Module, output: Any) -> None:
             f"{type(model).__name__} returned {type(cache).__name__} as its cache, whose rows cannot be shared. Pass "
             "GraftEvaluator(share_prefixes=False)."
         )
+
+
+@torch.no_grad()
+def check_whole(model_map: ModelMap, donors: Mapping[str, WeightSource], ids: torch.Tensor) -> None:
+    """Refuse two models that differ in what no hook reaches: with everything grafted, the recipient is the donor.
+
+    Each pair is asked once, with one row of tokens ``[T]``; a donor that is no model at hand (an adapter, a folder) is
+    not.
+    """
+    asked = _WHOLE.setdefault(model_map.model, weakref.WeakSet())
+    for name, source in donors.items():
+        if type(source) is not ModelSource or source.map.model in asked:
+            continue
+        donor = source.map.model
+        valid = torch.ones_like(ids[None], dtype=torch.bool)
+        with suspended(model_map.model, donor), evaluating(model_map.model, donor):
+            expected = donor(**model_inputs(donor, ids[None], valid), use_cache=False).logits.double().cpu()
+            with Graft({name: source}, GraftPlan.whole(name)).attach(model_map):
+                inputs = model_inputs(model_map.model, ids[None], valid)
+                found = model_map.model(**inputs, use_cache=False).logits.double().cpu()
+        off = float((found - expected).norm() / (expected - expected.mean()).norm().clamp_min(1e-12))
+        if not off <= _tolerance(model_map.model, donor):
+            raise IncompatibleModelError(
+                f"GraftPlan.whole({name!r}) on {type(model_map.model).__name__} is not the donor: its logits are off "
+                f"by {off:.2g} of their spread, so the models differ in what no graft reaches (a buffer, a setting, "
+                "weights that are used past their module). Make these equal in both."
+            )
+        asked.add(donor)
+
+
+def _tolerance(*models: nn.Module) -> float:
+    exact = all(p.dtype in (torch.float32, torch.float64) for model in models for p in model.parameters())
+    return 2e-4 if exact and not torch.is_autocast_enabled(next(models[0].parameters()).device.type) else 3e-2
 
 
 @contextmanager

@@ -205,6 +205,11 @@ def metrics_of(found: GraftResult) -> dict[str, Any]:
     }
 
 
+def located_rows(found: GraftResult) -> list[dict[str, Any]]:
+    """Which tokens the named spans of every prompt are, as they are spelled."""
+    return [{**row, "tokens": " | ".join(row["tokens"]), "columns": str(row["columns"])} for row in found.located]
+
+
 def dropped_rows(found: GraftResult) -> list[dict[str, Any]]:
     """Number and reason of every prompt that was dropped; one row that says so if none was."""
     rows: list[dict[str, Any]] = [{"prompt": number, "reason": reason} for number, reason in found.dropped]

@@ -158,7 +158,7 @@ class GraftPair(Recipe):
         from lightning_interp.grafting import GraftResult
         from lightning_interp.grafting.generate import exact_match
 
-        from ._common import compact, dropped_rows, metrics_of
+        from ._common import compact, dropped_rows, located_rows, metrics_of
         from ._explained import DOSE_CAPTION, PLANS_CAPTION, findings, terms
         from ._figures import dose_figure, plans_figure
 
@@ -169,6 +169,7 @@ class GraftPair(Recipe):
             "plans_by_form": [row for form in found.forms() for row in found.summary(form=form)],
             "doses": [{"dose": row["dose"], **row["probability"]} for row in scored["curve"]],
             "prompts": found.rows,
+            "located": located_rows(found),
             "dropped": dropped_rows(found),
         }
         exact = {plan: estimate.to_dict() for plan, estimate in exact_match(scored["written"]).items()}

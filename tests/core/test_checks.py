@@ -17,7 +17,9 @@ from lightning_interp.core.hooks.checks import (
     check_weights,
     quantized_modules,
 )
+from lightning_interp.core.model.head import read_head
 from lightning_interp.core.model.sites import Site
+from lightning_interp.core.weights.fitting import quantized_kinds
 from lightning_interp.errors import CompiledModelError, QuantizedModelError, UnsupportedStrategyError
 from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.plan import GraftPlan
@@ -113,6 +115,93 @@ def test_why_compiled_models_are_refused(hook_guards):
         assert bool((compiled(ids) > 50).all()) is acts
         handle.remove()
         assert bool((compiled(ids) < 50).all())
+
+
+# Quantised
+
+
+class Packed(torch.Tensor):
+    """Weights that unpack themselves, as those of torchao: the module stays a plain ``nn.Linear``."""
+
+    @staticmethod
+    def __new__(cls, plain):
+        made = torch.Tensor._make_wrapper_subclass(cls, plain.shape, dtype=plain.dtype, requires_grad=False)
+        made.scale = plain.detach().abs().max() / 127
+        made.bytes = (plain.detach() / made.scale).round().to(torch.int8)
+        return made
+
+    def __tensor_flatten__(self):
+        return ["bytes", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts, *_):
+        made = cls(parts["bytes"].float())
+        made.bytes, made.scale = parts["bytes"], parts["scale"]
+        return made
+
+    def unpacked(self):
+        return self.bytes.float() * self.scale
+
+    @classmethod
+    def __torch_dispatch__(cls, function, kinds, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return args[0]
+        plain = [arg.unpacked() if isinstance(arg, Packed) else arg for arg in args]
+        return function(*plain, **(kwargs or {}))
+
+
+def packed(model, name="model.layers.1.mlp.up_proj"):
+    module = model.get_submodule(name)
+    module.weight = nn.Parameter(Packed(module.weight), requires_grad=False)
+    return model
+
+
+def with_weight(make):
+    def change(model):
+        module = model.model.layers[1].mlp.up_proj
+        weight = module._parameters.pop("weight")
+        make(module, weight)
+        return model
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        packed,
+        with_weight(lambda m, w: m.register_parameter("weight", nn.Parameter(w.to(torch.float8_e4m3fn), False))),
+        with_weight(lambda m, w: m.register_parameter("weight", nn.Parameter(w.to(torch.int8), False))),
+        with_weight(lambda m, w: m.register_parameter("W_q", nn.Parameter(w.to(torch.uint8), False))),
+        with_weight(lambda m, w: m.register_parameter("weight_packed", nn.Parameter(w.to(torch.int32), False))),
+        with_weight(lambda m, w: m.register_buffer("qweight", w.to(torch.int32))),
+        with_weight(lambda m, w: setattr(m, "weight", nn.Parameter(Packed(w), requires_grad=False))),
+    ],
+)
+def test_quantised_weights_are_told_by_their_tensors(change):
+    _, donor = tiny_pair("llama")
+    model = change(tiny_model("llama"))
+    assert quantized_modules(model) == ["model.layers.1.mlp.up_proj"]
+    with pytest.raises(QuantizedModelError, match=r"quantised base: model\.layers\.1\.mlp\.up_proj \(1 modules"):
+        Graft(donor, GraftPlan.whole()).attach(model)
+
+
+def test_dense_weights_of_any_kind_are_not_quantised():
+    for kind in (torch.float16, torch.bfloat16, torch.float64):
+        assert quantized_modules(tiny_model("gpt2").to(kind)) == []
+    model = tiny_model("llama")
+    model.register_buffer("steps", torch.arange(3))
+    model.model.layers[0].mlp.up_proj.register_buffer("mask", torch.ones(2, dtype=torch.bool))
+    assert quantized_modules(model.to("meta")) == []
+
+
+def test_kinds_of_packed_tensors_count():
+    assert quantized_kinds(packed(tiny_model("llama"))) == ["Linear of Packed"]
+
+
+def test_a_packed_head_is_read_as_the_map_that_it_applies():
+    model = packed(tiny_model("llama"), "lm_head")
+    torch.testing.assert_close(read_head(model).weight, model.lm_head.weight.unpacked(), atol=1e-6, rtol=1e-5)
 
 
 # Wrapped or sharded

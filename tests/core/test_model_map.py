@@ -11,8 +11,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lightning_interp.core.model.model_map import ModelMap, find_decoder
+from lightning_interp.core.model.places import check_distinct
 from lightning_interp.core.model.sites import GLOBAL_KINDS, Site
-from lightning_interp.errors import SiteError
+from lightning_interp.core.model.widths import check_width, site_width
+from lightning_interp.errors import IncompatibleModelError, SiteError
 from lightning_interp.testing import EXTRA_FAMILIES, FAMILIES, tiny_model
 
 # Parameters that belong to no row-wise component: latent attention, attention sinks, state-space branches, extra norms.
@@ -228,6 +230,60 @@ def test_gated_writes_say_what_gates_them():
     ):
         ModelMap.build(model).module(Site("attn_out", 1))
     assert ModelMap.build(model).module(Site("attn_out", 0)).path == "model.layers.0.self_attn"
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("component", ["q", "k"])
+def test_queries_and_keys_are_the_maps_and_not_their_norms(name, component):
+    model = build(name)
+    model_map, site = ModelMap.build(model), Site(f"linear:{component}", 1)
+    module = model_map.module(site).module
+    assert isinstance(module, nn.Linear)
+    assert model_map.linears(1)[component] is module
+    assert site_width(model_map, site) == module.out_features
+    with pytest.raises(IncompatibleModelError, match=f"width 3, but {site} of"):
+        check_width(model_map, site, 3, what="It")
+
+
+def test_norms_before_and_behind_a_sublayer_are_two_places():
+    model_map = ModelMap.build(tiny_model("gemma2"))
+    for component, sites in (("ln_attn", "'attn_in', 'attn_out'"), ("ln_mlp", "'mlp_in' or 'mlp_out'")):
+        with pytest.raises(SiteError, match=rf"linear:{component}\.2 of .* may be any of model\.layers.*{sites}"):
+            model_map.module(Site(f"linear:{component}", 2))
+    assert site_width(ModelMap.build(tiny_model("llama")), Site("linear:ln_attn", 0)) == 32
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("llama", ("resid_post.1", "resid_pre.2")),
+        ("gpt2", ("resid_post.-2", "resid_pre.3", "resid_post.2")),
+        ("llama", ("attn_out.1", "linear:o.1")),
+        ("llama", ("mlp_out.0", "linear:down.0")),
+        ("llama", ("attn_in.0", "linear:ln_attn.0")),
+        ("gpt2", ("mlp_in.3", "linear:ln_mlp.3")),
+        ("llama", ("final_norm", "linear:final_norm", "unembed_in")),
+        ("gpt2", ("logits", "linear:unembed")),
+        ("gemma2", ("resid_pre.1", "resid_post.0")),
+        ("llama", ("resid_pre.0", "linear:embed")),
+    ],
+)
+def test_one_place_of_several_names(family, names):
+    model_map = ModelMap.build(tiny_model(family))
+    first, *others = map(Site.parse, names)
+    for other in others:
+        with pytest.raises(SiteError, match=f"It names one place of .* twice, as {first} and as {other}; keep one"):
+            check_distinct(model_map, [first, other], what="It")
+
+
+def test_places_that_only_look_alike():
+    for family, names in {
+        "llama": ("resid_pre.0", "attn_in.1", "attn_out.1", "resid_post.0", "mlp_in.1", "mlp_out.1"),
+        "gemma2": ("attn_out.1", "linear:o.1", "mlp_out.1", "linear:down.1", "resid_pre.1", "logits", "unembed_in"),
+        "gpt2": ("resid_pre.0", "linear:embed", "linear:pos_embed"),
+        "gpt_neox": ("attn_in.1", "mlp_in.1", "resid_pre.1", "resid_post.1"),
+    }.items():
+        check_distinct(ModelMap.build(tiny_model(family)), map(Site.parse, names), what="It")
 
 
 def test_negative_layers_count_from_the_end():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lightning_interp.core.tokens.text import find_occurrence, template_mask, token_spans
+from lightning_interp.core.tokens.text import find_mention, find_occurrence, template_mask, token_spans
 from lightning_interp.errors import PositionError
 from lightning_interp.testing import byte_tokenizer
 
@@ -125,6 +125,27 @@ def test_mentions(text, part):
     assert find_occurrence(text, part, "last") == every[-1:]
 
 
+@pytest.mark.parametrize(
+    ("text", "part", "places"),
+    [
+        ("Anna saw Ann and Ann-Lou", "Ann", [(9, 12), (17, 20)]),
+        ("Alien, (Al)", "Al", [(8, 10)]),
+        ("Hanna", "Ann", []),
+        ("Hanna Annas", "ann", [(1, 4)]),
+        ("_Bo Bo2 Bo's", "Bo", [(8, 10)]),
+        ("東京都と東京", "東京", [(0, 2), (4, 6)]),
+        ("서울은 서울", "서울", [(0, 2), (4, 6)]),
+        ("Zoë Zo", "Zo", [(4, 6)]),
+        ("Zoe\u0308 Zoe", "Zoe", [(5, 8)]),
+        ("a+b +b", "+b", [(1, 3), (4, 6)]),
+    ],
+)
+def test_mentions_are_words_of_their_own_where_there_are_any(text, part, places):
+    assert find_mention(text, part, "all") == places
+    assert find_mention(text, part, "first") == places[:1]
+    assert find_mention(text, part, "last") == places[-1:]
+
+
 # Chat templates, and the same conversation laid out by hand: pieces of (who, text)
 
 
@@ -185,6 +206,22 @@ def plain(turns, ask):  # words instead of marks
         yield None, "Assistant: "
 
 
+def unannounced(turns, ask):  # as Vicuna: nothing stands before the system text
+    if turns[0][0] == "system":
+        yield from (("system", turns[0][1]), (None, " "))
+        turns = turns[1:]
+    for role, content in turns:
+        around = ("USER: ", " ") if role == "user" else ("ASSISTANT: ", "</s>")
+        yield from ((None, around[0]), (role, content), (None, around[1]))
+    if ask:
+        yield None, "ASSISTANT:"
+
+
+def announced_by_bos(turns, ask):  # the same behind a mark of the beginning, with a text of its own where none is given
+    yield None, "<s>"
+    yield from unannounced(turns if turns[0][0] == "system" else [("system", "Be good."), *turns], ask)
+
+
 _EACH = "{% for m in messages %}"
 _ASK = "{% endfor %}{% if add_generation_prompt %}"
 TEMPLATES = {
@@ -204,9 +241,13 @@ TEMPLATES = {
     "{% if loop.first and messages[0].role == 'system' %}"
     "{{ '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' }}{% endif %}{{ m.content + ' [/INST]' }}"
     "{% else %}{{ ' ' + m.content + ' </s>' }}{% endif %}{% endfor %}",
+    unannounced: _EACH + "{% if m.role == 'system' %}{{ m.content + ' ' }}{% elif m.role == 'user' %}"
+    "{{ 'USER: ' + m.content + ' ' }}{% else %}{{ 'ASSISTANT: ' + m.content + '</s>' }}{% endif %}" + _ASK
+    + "ASSISTANT:{% endif %}",
     plain: _EACH + "{{ m.role.title() + ': ' + m.content + '\n\n' }}" + _ASK + "Assistant: {% endif %}",
 }  # fmt: skip
-ROLES = {chatml: True, headers: True, no_system: False, brackets: False, implicit: True, nested: True, plain: True}
+TEMPLATES[announced_by_bos] = "<s>{% if messages[0].role != 'system' %}Be good. {% endif %}" + TEMPLATES[unannounced]
+ROLES = {layout: layout not in (no_system, brackets) for layout in TEMPLATES}
 
 SAYING = st.text("abcé 😀?'", min_size=1, max_size=8)
 
@@ -244,6 +285,25 @@ def test_parts_of_a_conversation(layout, conversation):
 def _own_template():
     yield
     BYTES.chat_template = TEMPLATES[chatml]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [  # as Mistral and Gemma: the system text is the beginning of the user's
+        "<s>" + _EACH + "{% if m.role == 'user' %}[INST] {% if loop.index0 == 1 and messages[0].role == 'system' %}"
+        "{{ messages[0].content + '\n\n' }}{% endif %}{{ m.content + ' [/INST]' }}{% elif m.role == 'assistant' %}"
+        "{{ m.content + '</s>' }}{% endif %}{% endfor %}",
+        _EACH + "{% if m.role == 'system' %}{{ 'USER: ' + m.content + '\n' }}{% elif m.role == 'user' %}"
+        "{{ ('' if loop.index0 == 1 and messages[0].role == 'system' else 'USER: ') + m.content + '\n' }}"
+        "{% else %}{{ 'ASSISTANT: ' + m.content + '\n' }}{% endif %}{% endfor %}",
+    ],
+)  # fmt: skip
+def test_system_text_inside_of_the_users_is_refused(template):
+    BYTES.chat_template = template
+    text = BYTES.apply_chat_template([{"role": r, "content": r} for r in ("system", "user")], tokenize=False)
+    with pytest.raises(PositionError, match=r"ChatTemplate\('system'\).* into the user's turn.*FromBatch"):
+        template_mask(BYTES, BYTES(text).input_ids, "system")
+    assert template_mask(BYTES, BYTES(text).input_ids, "user").any()
 
 
 def test_text_outside_of_any_turn_is_the_templates():

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 
 import pytest
 import torch
 from peft import inject_adapter_in_model
+from torch import nn
 
 from lightning_interp import All, FromBatch, Graft, GraftPlan, Last, Span, Substring, paper_plans
 from lightning_interp.errors import IncompatibleModelError, PositionError, RecipeError
-from lightning_interp.grafting import GraftEvaluator, GraftPrompt
+from lightning_interp.grafting import GraftEvaluator, GraftPrompt, GraftResult, PatchPlan
 from lightning_interp.grafting.metrics import METRICS, score_logits
 from lightning_interp.models import LoraSettings
 from lightning_interp.models.training.lora import inject_lora
@@ -175,6 +177,89 @@ def test_rows_say_how_they_were_made(pairs):
     assert (
         GraftEvaluator([GraftPrompt("x", "y", {"FE": "x"})], TOKENIZER).evaluate(*pairs("llama")).rows[0]["unit"] == "0"
     )
+
+
+def test_the_result_lists_the_tokens_of_every_span(pairs):
+    prompts = [GraftPrompt("Anna met Ann", "Bo", {"FE": "Ann"}), GraftPrompt("Bo", "Al", {"FE": "Bo"})]
+    result = evaluator(prompts).evaluate(*pairs("llama"))
+    assert result.located == [
+        {"prompt": 0, "span": "FE", "text": "Ann", "columns": [9, 10, 11], "tokens": ["A", "n", "n"]},
+        {"prompt": 1, "span": "FE", "text": "Bo", "columns": [0, 1], "tokens": ["B", "o"]},
+    ]
+    assert GraftResult(**asdict(result)) == result
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("PRE", GraftPlan.at(Last())),
+        ("SFT", GraftPlan.at(All())),
+        ("SFT", PatchPlan(Last())),
+        ("PRE", GraftPlan.whole()),
+    ],
+)
+def test_the_names_of_the_two_models_are_taken(name, plan):
+    with pytest.raises(RecipeError, match=rf"plans=\{{'{name}': ...\}} is another plan than the \w+ itself"):
+        evaluator(plans={name: plan})
+
+
+# What no graft reaches
+
+
+def moved_tables(recipient, donor):
+    donor.model.rotary_emb.inv_freq.mul_(1.5)
+
+
+def scaled_attention(recipient, donor):
+    donor.model.layers[2].self_attn.scaling *= 3
+
+
+@pytest.mark.parametrize("how", [moved_tables, scaled_attention])
+def test_a_whole_graft_that_is_not_the_donor_is_refused(how, hook_count):
+    recipient, donor = tiny_pair("llama")
+    evaluator().evaluate(recipient, donor)
+    how(recipient, donor)
+    evaluator().evaluate(recipient, donor)  # each pair is asked once
+    again = copy.deepcopy(donor)
+    with pytest.raises(
+        IncompatibleModelError, match=r"GraftPlan.whole\('donor'\) on LlamaForCausalLM is not the donor"
+    ):
+        evaluator().evaluate(recipient, again)
+    assert hook_count(recipient, donor, again) == 0
+
+
+def in_a_list(model):
+    for block in model.model.layers:
+        block.__dict__["input_layernorm"] = block._modules.pop("input_layernorm")
+        block.norms = [block.__dict__["input_layernorm"]]
+
+
+def in_a_dict(model):
+    block = model.model.layers[2].mlp
+    block.__dict__["down_proj"] = block._modules.pop("down_proj")
+    block.maps = {"down": block.__dict__["down_proj"]}
+
+
+def a_parameter(model):
+    block = model.model.layers[1].self_attn
+    block.scales = (nn.Parameter(torch.ones(2)),)
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        (in_a_list, r"Block 0 .* plain list \(LlamaDecoderLayer\.norms\)"),
+        (in_a_dict, r"Block 2 .* plain dict \(LlamaMLP\.maps\)"),
+        (a_parameter, r"Block 1 .* plain tuple \(LlamaAttention\.scales\)"),
+    ],
+)
+def test_weights_in_plain_containers_are_refused(how, named, hook_count):
+    recipient, donor = tiny_pair("llama")
+    how(recipient)
+    how(donor)
+    with pytest.raises(IncompatibleModelError, match=named):
+        Graft(donor, GraftPlan.at(Last())).attach(recipient)
+    assert hook_count(recipient, donor) == 0
 
 
 def test_progress_counts_prompts(pairs):

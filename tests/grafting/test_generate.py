@@ -100,7 +100,8 @@ def test_answers_are_those_of_each_plan_alone(decode, num_beams, pairs):
     recipient, donor = pairs("llama")
     tokenizer, plans = byte_tokenizer(), {"last": GraftPlan.at(Last())}
     rows = complete(evaluator(**plans), recipient, donor, max_new_tokens=4, decode=decode, num_beams=num_beams)
-    assert {row["decode"] for row in rows} == {decode}
+    ends = {"PRE": "recipient", "SFT": "donor"}
+    assert all(row["decode"] == ends.get(row["plan"], decode) for row in rows)
     assert len(rows) == 2 * 4
     for row in rows:
         prompt = PROMPTS[row["prompt"]]
@@ -109,12 +110,30 @@ def test_answers_are_those_of_each_plan_alone(decode, num_beams, pairs):
         begin = prompt.text.index(prompt.spans["FE"])
         mask = torch.zeros_like(ids, dtype=torch.bool)
         mask[:, begin : begin + len(prompt.spans["FE"])] = True
-        with Graft(donor, plan, decode=decode).attach(recipient) as attachment, torch.no_grad():
+        with Graft(donor, plan, decode=row["decode"]).attach(recipient) as attachment, torch.no_grad():
             attachment.batch = {"FE": mask.repeat(num_beams, 1)}
             written = recipient.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, num_beams=num_beams
             )
         assert tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True) == row["completion"]
+
+
+def beside(step):
+    return torch.ones(step.batch_size, step.length, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("decode", ["recipient", "donor", "like_last", "outside", lambda step: "donor", beside])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_the_two_models_answer_as_they_do_without_a_graft(decode, num_beams, pairs):
+    models = dict(zip(("PRE", "SFT"), pairs("gpt2"), strict=True))
+    asking = evaluator(last=GraftPlan.at(Last()))
+    rows = complete(asking, *models.values(), max_new_tokens=4, decode=decode, num_beams=num_beams)
+    for row in (row for row in rows if row["plan"] in models):
+        ids = torch.tensor([byte_tokenizer()(PROMPTS[row["prompt"]].text).input_ids])
+        written = models[row["plan"]].generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, num_beams=num_beams
+        )
+        assert byte_tokenizer().decode(written[0, ids.shape[1] :], skip_special_tokens=True) == row["completion"]
 
 
 def test_an_answer_is_exact_when_it_begins_with_the_target(pairs):
@@ -134,7 +153,7 @@ def test_patches_are_not_continued_and_the_rest_is_left_as_found(pairs, hook_cou
     recipient, donor = pairs("gpt2")
     rows = complete(evaluator(patch=PatchPlan(Last())), recipient, donor, max_new_tokens=2, decode=lambda step: "donor")
     assert {row["plan"] for row in rows} == {"PRE", "SFT", "FE"}
-    assert {row["decode"] for row in rows} == {"<lambda>"}
+    assert [row["decode"] for row in rows[:3]] == ["recipient", "donor", "<lambda>"]
     assert hook_count(recipient, donor) == 0
     with pytest.raises(RecipeError, match=r"max_new_tokens=0"):
         complete(evaluator(), recipient, donor, max_new_tokens=0)

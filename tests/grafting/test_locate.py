@@ -43,6 +43,11 @@ def of_bytes(text, begin, end):
         ("Zoë Çelik, 東京, 🙂 end", "🙂", "first", [(15, 16)]),
         ("é and é", "é", "last", [(6, 7)]),
         ("<bos>Ann", "Ann", "first", None),
+        ("Anna met Ann", "Ann", "first", [(9, 12)]),
+        ("Ann met Anna", "Ann", "last", [(0, 3)]),
+        ("Alien, Al and Alan saw Al", "Al", "all", [(7, 9), (23, 25)]),
+        ("東京都", "東京", "first", [(0, 2)]),
+        ("Bo2 Bo", "Bo", "first", [(4, 6)]),
     ],
 )
 def test_an_entity_is_where_its_bytes_are(text, entity, which, places):
@@ -74,7 +79,7 @@ def smallest(tokenizer, text, entity, begin):
     [
         ("Alaric Brandabury stars in a new film alongside", "Alaric Brandabury", "first"),
         ("The director cast Alaric Brandabury together with", "Alaric Brandabury", "first"),
-        ("Praise for Ann; Ann said that Annabel", "Ann", "last"),
+        ("Praise for Ann; Ann said that Bo", "Ann", "last"),
         ("In Tokyo (Tokyo!) they met", "Tokyo", "last"),
         ("unbelievable Xanthe Underthorne's co-star", "Xanthe Underthorne", "first"),
     ],
@@ -93,6 +98,22 @@ def test_every_byte_of_an_unusual_character_is_found(trained):
     found = locate_entity(trained, text, "🜚🜛")
     assert found == list(range(len(found)))
     assert trained.decode([tokens[i] for i in found]).strip() == "🜚🜛"
+
+
+@pytest.mark.bundled
+@pytest.mark.parametrize(
+    ("text", "entity", "tokens"),
+    [("Annabel met Ann", "Ann", [" Ann"]), ("Alien and Al", "Al", [" Al"]), ("He met Tokyoites", "Tokyo", [" Tokyo"])],
+)
+def test_whole_words_go_before_pieces_of_others(trained, text, entity, tokens):
+    ids = trained(text)["input_ids"]
+    assert [trained.decode([ids[i]]) for i in locate_entity(trained, text, entity)] == tokens
+
+
+@pytest.mark.bundled
+def test_a_piece_of_a_token_is_no_entity(trained):
+    with pytest.raises(PositionError, match=r"Entity 'oky' is only a piece of other words in the prompt 'In Tokyo'"):
+        locate_entity(trained, "In Tokyo", "oky")
 
 
 @pytest.mark.parametrize("target", ["Bo", "Zoë", "東"])

@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_interp.core.callbacks.monitor import Monitor, own_rows
 from lightning_interp.core.measure.reduced import KeyedRows, Sums
+from lightning_interp.core.model.own_hooks import Hook
 from lightning_interp.errors import CompiledModelError, RecipeError, UnsupportedStrategyError
 from lightning_interp.testing import CallbackContract
 
@@ -160,6 +161,15 @@ def test_training_is_the_same_to_the_bit_with_and_without(tmp_path, kind):
     assert all(torch.equal(a, b) for a, b in zip(ends[0][0], ends[1][0], strict=True))
     assert torch.equal(ends[0][1], ends[1][1])
     assert ends[0][2:] == ends[1][2:]
+
+
+def test_interventions_of_the_run_see_nothing_of_a_look(tmp_path):
+    module, seen = Module(), []
+    module.layer.register_forward_hook(Hook(lambda _, args, out: seen.append(len(args[0])) or out + 1))
+    watch = Watch(every=1, at_start=True)
+    trainer(tmp_path, watch, max_epochs=1).fit(module)
+    assert len(watch.history) == 5
+    assert seen == [2, 2, 2, 2]  # a look reads five rows
 
 
 @pytest.mark.parametrize("every", [1, "validation"])

@@ -8,8 +8,19 @@ import functools
 import pytest
 import torch
 
-from lightning_interp import All, Generated, GenerationSteps, Last, Site, Tokens
+from lightning_interp import (
+    ActivationCapture,
+    AddDirection,
+    All,
+    Compose,
+    Generated,
+    GenerationSteps,
+    Last,
+    Site,
+    Tokens,
+)
 from lightning_interp.core.model.fingerprint import model_fingerprint
+from lightning_interp.core.model.own_hooks import suspended
 from lightning_interp.core.tokens.kv_cache import cache_of
 from lightning_interp.errors import (
     CompiledModelError,
@@ -17,11 +28,14 @@ from lightning_interp.errors import (
     PositionError,
     RecipeError,
 )
+from lightning_interp.grafting import Graft, GraftPlan
 from lightning_interp.steering import ConceptProbe, CounterfactualPairs, DualSteering, PairMassGate, dual_steering
+from lightning_interp.steering.concepts.class_reader import ClassReader
 from lightning_interp.steering.softmax.curve import SolverOptions
 from lightning_interp.steering.softmax.dual import dual_steer
+from lightning_interp.steering.softmax.dual_intervention import DualMeter
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
-from lightning_interp.testing import InterventionContract, byte_tokenizer, tiny_model
+from lightning_interp.testing import InterventionContract, byte_tokenizer, tiny_model, tiny_pair
 
 IDS = torch.arange(5, 13).view(1, 8)
 PAIRS = CounterfactualPairs([(100 + i, 120 + i) for i in range(8)])
@@ -171,6 +185,41 @@ def test_beams_and_padding():
         generate(model, batch)
 
 
+def test_what_is_attached_already_sees_nothing_of_the_look_at_the_head():
+    model, head = tiny_model("llama"), Site("unembed_in")
+    capture, first = ActivationCapture([head, Site("resid_post", 1)], keep="all"), DualSteering(direction(), t=1.0)
+    meter = DualMeter()
+    first.meter = meter
+    with capture.attach(model), first.attach(model), dual_steering(model, direction(), kl_budget=0.1) as second:
+        ClassReader(PAIRS).attach(model).remove()
+        assert (capture.activations, capture.history, meter.compute()["tokens"]) == ({}, {}, 0)
+        generate(model)
+    assert meter.compute()["tokens"] == second.meter.compute()["tokens"] == len(capture.history[head]) == 4
+
+
+@torch.no_grad()
+def test_parts_with_one_strength_a_row_come_in_any_order():
+    model, rows = tiny_model("llama"), IDS.repeat(2, 1)
+    add = AddDirection(torch.ones(32), site="resid_post.1", strength=[0.0, 1.0])
+    dual = DualSteering(direction(), kl_budget=torch.tensor([0.1, 0.2]), alpha=0.5)
+    found = []
+    for parts in ((add, dual), (dual, add)):
+        with Compose(*parts).attach(model):
+            found.append(model(rows).logits)
+    assert torch.equal(*found)
+
+
+def test_a_head_that_has_other_weights_by_rows_is_refused():
+    recipient, donor = tiny_pair("llama")
+    with (
+        Graft(donor, GraftPlan.whole()).attach(recipient),
+        pytest.raises(IncompatibleModelError, match="unembedding of LlamaForCausalLM takes its weights row by row"),
+    ):
+        DualSteering(direction(), t=1.0).attach(recipient)
+    with Graft(donor, GraftPlan.at(Last())).attach(recipient):
+        DualSteering(direction(), t=1.0).attach(recipient).remove()
+
+
 def test_an_exception_while_generating_leaves_nothing():
     model = tiny_model("llama")
 
@@ -218,6 +267,24 @@ def test_bfloat16_model():
     with torch.no_grad(), dual_steering(model, direction(), kl_budget=0.5) as steering:
         assert model(IDS).logits.dtype == torch.bfloat16
     assert steering.meter.last.lam.dtype == torch.float32
+
+
+@pytest.mark.parametrize("method", ["dual", "euclidean"])
+@pytest.mark.parametrize("budget", [1e-4, 0.5])
+def test_what_rounding_to_the_models_type_adds_is_metered(budget, method):
+    model, seen = tiny_model("llama").bfloat16(), []
+    geometry = SoftmaxGeometry.from_model(model)
+    with dual_steering(model, direction(), kl_budget=budget, method=method, positions=All()) as steering:
+        model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+        with suspended(model):
+            model(IDS)
+        with torch.no_grad():
+            model(IDS)
+    before, after = (state.detach().double() for state in seen)
+    exact = SoftmaxGeometry(geometry.weight.double()).kl(before, after).mean()
+    measured = steering.meter.compute()
+    assert measured["kl"] == pytest.approx(float(exact), rel=1e-3)
+    assert measured["probe_change"] == pytest.approx(float(((after - before) @ direction().double()).mean()), rel=1e-3)
 
 
 class TestRefused:

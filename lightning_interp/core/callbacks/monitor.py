@@ -13,6 +13,7 @@ import torch
 
 from lightning_interp.core.hooks.checks import check_hookable, check_strategy, is_sharded
 from lightning_interp.core.measure.undisturbed import undisturbed
+from lightning_interp.core.model.own_hooks import suspended
 from lightning_interp.errors import RecipeError
 
 __all__ = ["Monitor", "log_reduced", "own_rows"]
@@ -26,7 +27,8 @@ class Monitor(L.Callback, ABC):
 
     A subclass says in :meth:`look` what is looked at. Each look runs in evaluation mode, under the precision of the
     run; the modes of all modules, ``requires_grad``, gradients and random states are left as found, so a run has the
-    same weights with and without it. ``Trainer.validate`` looks too; sanity checks never do.
+    same weights with and without it. Interventions that are attached meanwhile are set aside: the bare model is looked
+    at, and they count nothing. ``Trainer.validate`` looks too; sanity checks never do.
 
     Args:
         every: ``"epoch"``, ``"validation"`` (the first one counts), a number of optimiser steps, or several of
@@ -204,7 +206,8 @@ class Monitor(L.Callback, ABC):
         return self._seen != before
 
     def _run(self, trainer: Any, pl_module: Any, epoch: int, how: str = "epoch") -> None:
-        with undisturbed(pl_module, gradients=self.gradients), self._precision(trainer, pl_module):
+        aside = suspended(pl_module)
+        with aside, undisturbed(pl_module, gradients=self.gradients), self._precision(trainer, pl_module):
             found = {key: float(value) for key, value in self.look(trainer, pl_module).items()}
         self.history.append({"epoch": float(epoch), "step": float(trainer.global_step), **found})
         logged = {f"{self.prefix}/{key}": value for key, value in self.logged(found).items()}

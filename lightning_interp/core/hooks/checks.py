@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_interp.core.model.fingerprint import check_weights
+from lightning_interp.core.model.quantized import quantized_kind
 from lightning_interp.errors import CompiledModelError, QuantizedModelError, UnsupportedStrategyError
 
 __all__ = ["check_dense", "check_hookable", "check_strategy", "check_weights", "is_sharded", "quantized_modules"]
@@ -49,9 +50,8 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def quantized_modules(module: nn.Module) -> list[str]:
-    """Names of modules with quantised weights (bitsandbytes and transformers' own quantisers)."""
-    kinds = ("Linear4bit", "Linear8bitLt", "_NF4Linear", "_FP4Linear", "QuantLinear", "WQLinear_GEMM")
-    return [name for name, child in module.named_modules() if type(child).__name__ in kinds]
+    """Names of modules with quantised weights."""
+    return [name for name, child in module.named_modules() if quantized_kind(child) is not None]
 
 
 def check_dense(module: nn.Module, *, purpose: str, remedy: str) -> None:

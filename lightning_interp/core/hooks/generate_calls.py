@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
+from lightning_interp.core.hooks.passes import other_thread
 from lightning_interp.core.tokens.generation import Generation, read_generation
 from lightning_interp.errors import PositionError
 
@@ -26,6 +28,7 @@ class GenerateCalls:
     def __init__(self, models: Sequence[nn.Module]) -> None:
         self._current: Generation | None = None
         self._caller: nn.Module | None = None
+        self._thread, self._lock = threading.current_thread(), threading.Lock()
         self._unheard: Generation | None = None
         kinds: dict[str, Callable[..., Any]] = {
             "generate": self._generate,
@@ -36,8 +39,13 @@ class GenerateCalls:
 
     def of_this_pass(self) -> Generation | None:
         """What is known of the call that a pass which begins now belongs to; None outside of one."""
+        self._check_thread()
         unheard, self._unheard = self._unheard, None
         return self._current or unheard
+
+    def _check_thread(self) -> None:
+        if self._current is not None and self._thread is not threading.current_thread():
+            raise other_thread("generates")
 
     def remove(self) -> None:
         """Give the models their methods back."""
@@ -45,11 +53,14 @@ class GenerateCalls:
             self._methods.pop().remove()
 
     def _generate(self, model: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._check_thread()
         before = self._caller, self._current
         if before[0] is model and before[1] is not None and not before[1].doubt:
             return function(*args, **kwargs)  # it drafts for itself: the prompt is that of the outer call
         told = read_generation(function, getattr(model, "generation_config", None), args, kwargs)
-        self._caller, self._current = model, told
+        with self._lock:
+            self._check_thread()
+            self._caller, self._current, self._thread = model, told, threading.current_thread()
         try:
             return function(*args, **kwargs)
         finally:

@@ -16,7 +16,9 @@ from torch import nn
 from lightning_interp.core.hooks.cache_notes import CacheNotes
 from lightning_interp.core.hooks.checks import check_hookable
 from lightning_interp.core.hooks.generate_calls import GenerateCalls
+from lightning_interp.core.hooks.passes import OneThread, PassWatch
 from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.model.own_hooks import Hook
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.tokens.kv_cache import cache_in
 from lightning_interp.core.tokens.pass_arguments import argument_reader, step_reader
@@ -27,24 +29,6 @@ __all__ = ["Attachment", "Compose", "Hook", "Intervention", "join_output", "spli
 
 _PASSES = 32
 """Forward passes with gradients that an attachment remembers, for gradient checkpointing to replay."""
-
-
-class Hook:
-    """A hook that belongs to one attachment: a copied or unpickled module carries an inert one."""
-
-    __slots__ = ("function",)
-
-    def __init__(self, function: Callable[..., Any] | None = None) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any) -> Any:  # noqa: D102
-        return None if self.function is None else self.function(*args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
-        return Hook()
-
-    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
-        return Hook, ()
 
 
 class Attachment(AbstractContextManager["Attachment"]):
@@ -76,9 +60,10 @@ class Attachment(AbstractContextManager["Attachment"]):
         self._graph_task = -1
         self._passes: deque[tuple[int, StepContext]] = deque(maxlen=_PASSES)
         self._read = step_reader(model_map.backbone)
+        self._watch, self._threads = PassWatch(model_map), OneThread()
         try:
             self.add(model_map.backbone.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
-            self.add(model_map.backbone.register_forward_hook(Hook(self._end)))
+            self.add(model_map.backbone.register_forward_hook(Hook(self._end), always_call=True))
             self._calls = GenerateCalls([m for m in model_map.outer if not hasattr(type(m), "active_peft_config")])
             self.add(self._calls)
         except BaseException:
@@ -133,6 +118,11 @@ class Attachment(AbstractContextManager["Attachment"]):
         """Own a hook handle (anything with ``remove()``)."""
         self._handles.append(handle)
 
+    def expect(self, hook: Hook, path: str) -> None:
+        """Refuse a pass of the whole model that never calls the module at ``path``, which has this hook."""
+        if self._watch.add(hook, path):
+            self.add(self.model_map.model.register_forward_hook(Hook(lambda *_: self._watch.check(outside=True))))
+
     def on_remove(self, action: Callable[[], None]) -> None:
         """Run ``action`` once when the attachment is removed."""
         self._on_remove.append(action)
@@ -168,8 +158,10 @@ class Attachment(AbstractContextManager["Attachment"]):
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         step = self._read(args, kwargs)
+        self._threads.enter(step)
+        self._watch.begin((step.length == 1, module.training))
         step.find_tokenizer, step.batch, step.kept = (lambda: self.tokenizer), self.batch, self._kept
         step.known_prompt_lengths, step.generation = self.prompt_lengths, self._calls.of_this_pass()
         if self.prompt_lengths is None and self.batch is not None:
@@ -184,7 +176,10 @@ class Attachment(AbstractContextManager["Attachment"]):
             self._passes.append((torch._C._autograd._get_sequence_nr(), step))
 
     def _end(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        self._notes.made(output)
+        self._threads.running = False
+        if output is not None:  # else the pass failed
+            self._notes.made(output)
+            self._watch.check()
 
 
 class Intervention(ABC):
@@ -229,8 +224,7 @@ class Intervention(ABC):
 
         Args:
             site: Which of :meth:`sites`.
-            x: Activation ``[B, T, d]``; must not be changed in place. (``[B, T, heads, size]`` or heads first at
-                ``linear:q`` and ``linear:k`` of families that norm each head.)
+            x: Activation ``[B, T, d]``; must not be changed in place.
             step: The tokens of this pass.
 
         Returns:
@@ -361,10 +355,12 @@ def hook_site(
         new = changed(x)
         return None if new is x else join_output(new, rest)
 
+    hook = Hook(before if point.is_input else after)
     if point.is_input:
-        attachment.add(point.module.register_forward_pre_hook(Hook(before), with_kwargs=True))
+        attachment.add(point.module.register_forward_pre_hook(hook, with_kwargs=True))
     else:
-        attachment.add(point.module.register_forward_hook(Hook(after)))
+        attachment.add(point.module.register_forward_hook(hook))
+    attachment.expect(hook, point.path)
 
 
 def _by_row(x: torch.Tensor, step: StepContext) -> torch.Tensor:

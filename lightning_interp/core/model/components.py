@@ -21,6 +21,7 @@ __all__ = [
     "attention_of",
     "block_components",
     "has_post_norms",
+    "maps_of",
     "mixing_modules",
     "mlp_of",
     "own_map",
@@ -76,6 +77,17 @@ class Part:
 
 
 Components = dict[str, tuple[Part, ...]]
+
+
+def maps_of(parts: Sequence[Part]) -> Sequence[Part]:
+    """The parts of a component that are maps or tables, without norms beside them; all parts if none is one."""
+    return [part for part in parts if _is_map(part.module)] or parts
+
+
+def _is_map(module: nn.Module) -> bool:
+    base: Any = own_map(module) or module
+    weight = getattr(base, "weight", None)
+    return hasattr(base, "in_features") or (isinstance(weight, torch.Tensor) and weight.dim() > 1)
 
 
 def attention_of(block: nn.Module) -> str | None:

@@ -11,6 +11,8 @@ from torch import nn
 from lightning_interp.core.measure.undisturbed import evaluating
 from lightning_interp.core.model.fingerprint import check_weights
 from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.model.own_hooks import suspended
+from lightning_interp.core.model.quantized import is_packed
 from lightning_interp.errors import IncompatibleModelError, SiteError
 
 __all__ = ["SoftmaxHead", "read_head"]
@@ -81,7 +83,7 @@ def read_head(model: nn.Module | ModelMap, *, verify: bool = True) -> SoftmaxHea
 @torch.inference_mode(mode=False)
 @torch.no_grad()
 def _linear_map(module: nn.Module, model_map: ModelMap) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if type(module) is nn.Linear:
+    if type(module) is nn.Linear and not is_packed(module.weight):
         return module.weight, module.bias
     inner: Any = module
     width = int(model_map.config_value("hidden_size") or inner.in_features)
@@ -97,7 +99,7 @@ def _linear_map(module: nn.Module, model_map: ModelMap) -> tuple[torch.Tensor, t
 
 @torch.no_grad()
 def _observe(model_map: ModelMap, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the head reads, and the model's logits, at a few tokens."""
+    """What the head reads, and the model's logits, at a few tokens; what is attached to the model sees nothing."""
     model: Any = model_map.model
     device = next(module.parameters()).device
     rows = int(model_map.config_value("vocab_size"))
@@ -105,7 +107,7 @@ def _observe(model_map: ModelMap, module: nn.Module) -> tuple[torch.Tensor, torc
     seen: list[torch.Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     try:
-        with evaluating(model):
+        with suspended(model), evaluating(model):
             logits = model(input_ids=ids, use_cache=False).logits
     finally:
         handle.remove()

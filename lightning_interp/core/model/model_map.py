@@ -17,6 +17,7 @@ from lightning_interp.core.model.components import (
     attention_of,
     block_components,
     has_post_norms,
+    maps_of,
     mlp_of,
     residual_doubt,
 )
@@ -133,6 +134,11 @@ class ModelMap:
         """The norm before the unembedding, or None."""
         return self.shared["final_norm"][0].module if "final_norm" in self.shared else None
 
+    @property
+    def backbone_path(self) -> str:
+        """Dotted path of the backbone below :attr:`model`."""
+        return self._paths[self.backbone]
+
     def layer(self, index: int) -> int:
         """Check a block index and make it non-negative.
 
@@ -146,7 +152,7 @@ class ModelMap:
     def linears(self, layer: int) -> dict[str, nn.Module]:
         """Canonical linear maps of one layer, by name (fused maps appear under each of their names)."""
         table = self.components[self.layer(layer)]
-        return {name: parts[0].module for name, parts in table.items() if not name.startswith("ln_")}
+        return {name: maps_of(parts)[0].module for name, parts in table.items() if not name.startswith("ln_")}
 
     def parts(self, component: str, layer: int | None = None) -> tuple[Part, ...]:
         """Modules of one canonical component.
@@ -201,7 +207,13 @@ class ModelMap:
             SiteError: If this family lacks the site, or it means something else there.
         """
         if site.component is not None:
-            part = self.parts(site.component, site.layer)[-1]
+            parts = self.parts(site.component, site.layer)
+            part, *others = parts[-1:] if site.layer is None else maps_of(parts)
+            if others:
+                raise SiteError(
+                    f"{site} of {self._name} may be any of {', '.join(p.path for p in (part, *others))}. Hook "
+                    "'attn_in', 'attn_out', 'mlp_in' or 'mlp_out' instead."
+                )
             if part.columns is not None:
                 raise SiteError(
                     f"{self._name} fuses {site.component!r} into {part.path}, so {site} is not the output of one "

@@ -28,7 +28,8 @@ class Site:
     what the sub-layer receives, ``attn_out`` and ``mlp_out`` what it adds to the residual stream,
     ``final_norm`` the output of the last norm, ``unembed_in`` what the head multiplies (``[B, n, d]``, of the last
     ``n`` columns where a caller asks for fewer logits), ``logits`` the head's output, and ``linear:<component>`` the
-    output of one canonical component (``linear:q``, ``linear:down``, ``linear:embed``, ...).
+    output of one canonical component (``linear:q``, ``linear:down``, ``linear:embed``, ...); of a map inside of a block
+    before any norm that follows it, as of queries and keys.
 
     Args:
         kind: The kind of site.

@@ -43,5 +43,6 @@ def _sizes(module: nn.Module) -> tuple[int | None, int | None]:
         return None, base.embedding_dim
     if hasattr(base, "nf"):  # transformers' Conv1D
         return int(base.weight.shape[0]), int(base.nf)
-    found = getattr(base, "in_features", None), getattr(base, "out_features", None)
-    return found[0], found[1]
+    if (weight := getattr(base, "weight", None)) is not None and weight.dim() == 1:  # a norm
+        return len(weight), len(weight)
+    return getattr(base, "in_features", None), getattr(base, "out_features", None)

@@ -303,7 +303,8 @@ class Substring(Positions):
     """The tokens that spell a piece of the prompt's text.
 
     Args:
-        text: What to find, for example an entity's name. A token that holds any of its characters is chosen.
+        text: What to find, for example an entity's name, also inside of a longer word. A token that holds any of its
+            characters is chosen.
         which: ``first``, ``last`` or ``all`` mentions.
         missing: ``raise``, or ``ignore`` to choose nothing in rows without it.
     """

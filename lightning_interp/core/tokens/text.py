@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import re
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,20 +14,39 @@ from lightning_interp.errors import PositionError
 if TYPE_CHECKING:
     from lightning_interp.core.tokens.step import StepContext
 
-__all__ = ["PARTS", "find_occurrence", "ids_of", "mask_by_text", "template_mask", "token_spans"]
+__all__ = [
+    "PARTS",
+    "find_mention",
+    "find_occurrence",
+    "ids_of",
+    "is_whole",
+    "mask_by_text",
+    "template_mask",
+    "token_spans",
+]
 
 PARTS = ("user", "assistant", "system", "template")
 """What a token of a templated conversation can belong to."""
 
+_UNSPACED = "\u0e00-\u0fff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\uff66-\uffdc"
+"""Thai, Tibetan, Burmese, Khmer, Chinese, Japanese; Korean, whose particles follow names without a space."""
+_LETTER = rf"[^\W{_UNSPACED}\U00020000-\U0003ffff]"
+_JOINED = re.compile(rf"(?:{_LETTER}|[\u0300-\u036f])(?:{_LETTER}|[\u0300-\u036f])")
 _HALF = "\ufffd"  # a tokenizer's stand-in for the first bytes of an unfinished character
 
 
 class Mark(NamedTuple):
-    """How one role's turn opens and ends."""
+    """How one role's turn opens and ends, the last by its ``tail``; one without a header comes after ``lead``."""
 
     role: str
     header: str
     end: str
+    tail: str = ""
+    lead: str = ""
+
+
+_FOLDED = Mark("system", "", "")
+"""Of a template that writes system text where the user's stands."""
 
 
 def token_spans(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
@@ -59,8 +79,22 @@ def find_occurrence(text: str, part: str, which: str) -> list[tuple[int, int]]:
     while at >= 0:
         starts.append(at)
         at = text.find(part, at + 1)
-    chosen = {"first": starts[:1], "last": starts[-1:], "all": starts}[which]
-    return [(start, start + len(part)) for start in chosen]
+    return _chosen([(start, start + len(part)) for start in starts], which)
+
+
+def find_mention(text: str, part: str, which: str) -> list[tuple[int, int]]:
+    """The same for a name: mentions that are words of their own; without any, pieces (the ``Ann`` of ``Anna``)."""
+    places = find_occurrence(text, part, "all")
+    return _chosen([place for place in places if is_whole(text, *place)] or places, which)
+
+
+def is_whole(text: str, begin: int, end: int) -> bool:
+    """Whether no word goes on beyond a place; scripts that are written without spaces have no such bounds."""
+    return not any(_JOINED.fullmatch(text[max(0, at - 1) : at + 1]) for at in (begin, end))
+
+
+def _chosen(places: list[tuple[int, int]], which: str) -> list[tuple[int, int]]:
+    return {"first": places[:1], "last": places[-1:], "all": places}[which]
 
 
 def template_mask(tokenizer: Any, ids: Sequence[int], part: str) -> torch.Tensor:
@@ -79,6 +113,11 @@ def template_mask(tokenizer: Any, ids: Sequence[int], part: str) -> torch.Tensor
         raise PositionError(
             f"Cannot tell how this tokenizer's chat template lays out turns: {error!r}. Mark positions with FromBatch."
         ) from error
+    if part == "system" and _FOLDED in marks:
+        raise PositionError(
+            "ChatTemplate('system'): this tokenizer's chat template writes the system text into the user's turn, so "
+            "the two cannot be told apart. Mark positions with FromBatch, or name the text with Substring."
+        )
     turns = _turns(text, marks)
     if part == "template":
         inside = [any(a >= begin and b <= end for _, begin, end in turns) for a, b in spans]
@@ -99,19 +138,24 @@ def _marks(tokenizer: Any) -> list[Mark]:
     _, to_assistant, to_user, _ = render("user", "assistant", "user")
     _, _, assistant_end = render("user", "assistant")
     user, assistant = _header(to_user, assistant_end), _header(to_assistant, user_end)
+    ends = {"user": _end(user_end, to_assistant), "assistant": _end(assistant_end, to_user)}
     marks = [
-        Mark("user", user, _trim(user_end) or to_assistant),
-        Mark("assistant", assistant, _trim(assistant_end) or to_user),
-        Mark("assistant", _header(render("user", ask=True)[1], user_end), _trim(assistant_end) or to_user),
+        Mark("user", user, *ends["user"]),
+        Mark("assistant", assistant, *ends["assistant"]),
+        Mark("assistant", _header(render("user", ask=True)[1], user_end), *ends["assistant"]),
     ]
     try:
         opening, gap, _ = render("system", "user")
     except Exception:  # a template may refuse system turns with any error it likes
         return marks
-    opening = opening.removeprefix(before.removesuffix(user)) if before.endswith(user) else opening
-    if gap.endswith(user):
-        return [*marks, Mark("system", opening, _trim(gap.removesuffix(user)) or gap)]
-    return [*marks, Mark("system", opening, gap), Mark("user", gap, marks[0].end)]
+    lead = before.removesuffix(user) if before.endswith(user) else ""
+    header, ends_with_user = opening.removeprefix(lead), gap.endswith(user) and bool(user.strip())
+    if not header.strip() or (not header.removesuffix(user).strip() and not ends_with_user):
+        # Nothing stands before the system text, or what stands before any user's.
+        return [*marks, Mark("system", "", gap, lead=opening) if ends_with_user else _FOLDED]
+    if ends_with_user:
+        return [*marks, Mark("system", header, *_end(gap.removesuffix(user), gap))]
+    return [*marks, Mark("system", header, gap), Mark("user", gap, *ends["user"])]
 
 
 def _cut(text: str, i: int, count: int) -> list[str]:
@@ -127,15 +171,18 @@ def _header(transition: str, end: str) -> str:
     return rest if rest.strip() else transition
 
 
-def _trim(end: str) -> str:
-    """Line breaks behind an end mark may be missing after the last turn."""
-    return end.rstrip("\n") or end
+def _end(end: str, transition: str) -> tuple[str, str]:
+    """What ends a turn, and the last one: a blank end is none, as texts hold blanks, but for the next turn's header.
+
+    Line breaks behind an end mark may be missing after the last turn.
+    """
+    return (end.rstrip("\n"), "") if end.strip() else (transition.rstrip(), end)
 
 
 def _turns(text: str, marks: Sequence[Mark]) -> list[tuple[str, int, int]]:
     """(role, begin, end) of what each role said, by reading the text from left to right."""
-    turns: list[tuple[str, int, int]] = []
-    at = 0
+    turns = list(_unannounced(text, marks))
+    at = turns[-1][2] if turns else 0
     while True:
         found = [(text.find(mark.header, at), -len(mark.header), mark) for mark in marks if mark.header]
         found = [place for place in found if place[0] >= 0]
@@ -144,9 +191,19 @@ def _turns(text: str, marks: Sequence[Mark]) -> list[tuple[str, int, int]]:
         start, length, mark = min(found, key=lambda place: place[:2])
         begin = start - length
         end = text.find(mark.end, begin)
-        end = len(text) if end < 0 else end
+        end = max(begin, len(text) - len(mark.tail) * text.endswith(mark.tail)) if end < 0 else end
         turns.append((mark.role, begin, end))
         at = end
+
+
+def _unannounced(text: str, marks: Sequence[Mark]) -> Iterator[tuple[str, int, int]]:
+    """The system text that opens a conversation without a header."""
+    for mark in marks:
+        if mark.role == "system" and not mark.header and mark is not _FOLDED:
+            begin = len(mark.lead) if text.startswith(mark.lead) else 0
+            end = text.find(mark.end, begin)
+            if end >= 0 and not any(text.startswith(other.header, begin) for other in marks if other.header):
+                yield mark.role, begin, end
 
 
 def mask_by_text(

@@ -9,9 +9,18 @@ from torch import nn
 from lightning_interp.core.hooks.checks import quantized_modules
 from lightning_interp.core.model.components import own_map
 from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.model.quantized import quantized_kind
 from lightning_interp.errors import IncompatibleModelError
 
-__all__ = ["adapted_layers", "adapters_of", "check_same_shapes", "check_settings", "quantized_kinds", "takes_empty"]
+__all__ = [
+    "adapted_layers",
+    "adapters_of",
+    "check_registered",
+    "check_same_shapes",
+    "check_settings",
+    "quantized_kinds",
+    "takes_empty",
+]
 
 _WEIGHTLESS = (
     "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "activation_function", "rope_parameters",
@@ -44,6 +53,26 @@ def check_same_shapes(recipient: ModelMap, donor: ModelMap) -> None:
         )
 
 
+def check_registered(recipient: ModelMap) -> None:
+    """Refuse blocks with weights that are no parameters of theirs, as of norms in a plain list: no graft sees them."""
+    for number, block in enumerate(recipient.blocks):
+        inside = {id(each) for each in (*block.modules(), *block.parameters())}
+        for module in block.modules():
+            for name, value in vars(module).items():
+                held = value.values() if type(value) is dict else value if type(value) in (list, tuple) else ()
+                if any(id(each) not in inside and _has_weights(each) for each in held):
+                    raise IncompatibleModelError(
+                        f"Block {number} of {type(recipient.model).__name__} keeps weights in a plain "
+                        f"{type(value).__name__} ({type(module).__name__}.{name}), so they are no parameters of it "
+                        "and stay the recipient's in every graft. Keep them in a ModuleList or ParameterList."
+                    )
+
+
+def _has_weights(value: Any) -> bool:
+    found = isinstance(value, nn.Module) and next(value.parameters(), None) is not None
+    return found or isinstance(value, nn.Parameter)
+
+
 def check_settings(recipient: Any, donor: Any) -> None:
     """Refuse configurations that differ in what has no weights."""
     for name in _WEIGHTLESS:
@@ -64,14 +93,14 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
         shape, (path, _, leaf) = tuple(parameter.shape), name.rpartition(".")
         if path in packed and leaf == "weight":
             module: Any = model.get_submodule(path)
-            shape = (module.out_features, module.in_features)
+            shape = (module.out_features, module.in_features) if hasattr(module, "out_features") else shape
         plain[name.replace(".base_layer", "").replace(".original_module", "")] = shape
     return plain
 
 
 def quantized_kinds(model: nn.Module) -> list[str]:
-    """Class names of the quantised modules of a model."""
-    return sorted({type(model.get_submodule(name)).__name__ for name in quantized_modules(model)})
+    """How the modules of a model are quantised, each way once."""
+    return sorted({kind for module in model.modules() if (kind := quantized_kind(module)) is not None})
 
 
 def adapted_layers(model_map: ModelMap) -> list[tuple[str, Any, list[str]]]:

@@ -80,6 +80,7 @@ def hold(attachment: Attachment, claim: Claim) -> None:
     else:
         hooks = MaskedHooks(_SharedMap.of((claim,)))
     attachment.add(_Release(hooks, claim))
+    attachment.expect(hooks.hook, claim.part.path)
 
 
 def held_adapters(module: nn.Module) -> frozenset[str]:

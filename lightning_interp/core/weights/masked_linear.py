@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lightning_interp.core.hooks.intervention import Hook, first_input, join_output, split_output
+from lightning_interp.core.hooks.intervention import first_input, join_output, split_output
 from lightning_interp.core.measure.seeding import generators_of
+from lightning_interp.core.model.own_hooks import Hook
 from lightning_interp.core.weights.row_masks import RowLayout, RowMask
 from lightning_interp.errors import IncompatibleModelError
 
@@ -93,7 +94,8 @@ class MaskedHooks:
         self.masked = masked
         self._pending: list[tuple[torch.Tensor, Sequence[tuple[torch.Tensor | None, RowMask]], str]] = []
         self._random: list[tuple[torch.Generator, torch.Tensor]] = []
-        before = masked.module.register_forward_pre_hook(Hook(self._before), with_kwargs=True)
+        self.hook = Hook(self._before)
+        before = masked.module.register_forward_pre_hook(self.hook, with_kwargs=True)
         after = masked.module.register_forward_hook(Hook(self._after), with_kwargs=True, prepend=True)
         self.key, self._handles = before.id, (before, after)
 

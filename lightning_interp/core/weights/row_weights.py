@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_interp.core.hooks.intervention import Attachment, Hook, Intervention
+from lightning_interp.core.hooks.intervention import Attachment, Intervention
 from lightning_interp.core.model.components import Part, mixing_modules, own_map
 from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.model.own_hooks import Hook
 from lightning_interp.core.model.sites import Site
+from lightning_interp.core.tokens.repeats import rows_each
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.core.weights.counted_dropout import CountedDropout
 from lightning_interp.core.weights.fitting import adapted_layers
@@ -127,7 +129,7 @@ def expand_rows(codes: torch.Tensor, step: StepContext, what: str = "Codes") -> 
         raise PositionError(
             f"{what} are given for {len(codes)} rows, but the batch has {step.batch_size}. Give one a row."
         )
-    return codes.repeat_interleave(step.batch_size // len(codes))[:, None].expand(-1, step.length)
+    return codes.repeat_interleave(rows_each(step, len(codes), what))[:, None].expand(-1, step.length)
 
 
 def check_sources(model_map: ModelMap, sources: Sequence[WeightSource]) -> None:

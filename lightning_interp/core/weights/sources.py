@@ -23,6 +23,7 @@ from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.weights.fitting import (
     adapted_layers,
     adapters_of,
+    check_registered,
     check_same_shapes,
     check_settings,
     quantized_kinds,
@@ -102,6 +103,7 @@ class ModelSource(WeightSource):
             check_weights(model, purpose="Grafting from a full-weight donor")
         self._check_quantized(recipient)
         check_same_shapes(recipient, self.map)
+        check_registered(recipient)
         check_settings(recipient.model.config, self.map.model.config)
         fitting.add(self)
 

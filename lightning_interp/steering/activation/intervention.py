@@ -19,12 +19,14 @@ from lightning_interp.core.hooks.intervention import Attachment, Intervention, h
 from lightning_interp.core.measure.reduced import Sums
 from lightning_interp.core.model.fingerprint import tensor_hash
 from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.model.places import check_distinct
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.model.widths import check_width
 from lightning_interp.core.storage.files import jsonable
 from lightning_interp.core.tokens.positions import All, Positions
+from lightning_interp.core.tokens.repeats import rows_each
 from lightning_interp.core.tokens.step import StepContext
-from lightning_interp.errors import IncompatibleModelError, RecipeError, SiteError
+from lightning_interp.errors import IncompatibleModelError, RecipeError
 from lightning_interp.steering.activation.selectors import (
     CheckModel,
     Sites,
@@ -155,12 +157,9 @@ class Steering(Intervention):
             IncompatibleModelError: If widths differ, or the vector is of another model.
         """
         super().check(model_map)
-        name, seen = type(self).__name__, dict[tuple[str, bool], Site]()
+        name = type(self).__name__
+        check_distinct(model_map, self.tensors, what=name)
         for site, tensors in self.tensors.items():
-            point = model_map.module(site)
-            first = seen.setdefault((point.path, point.is_input), site)
-            if first is not site:
-                raise SiteError(f"{name} names one place of the model twice, as {first} and as {site}; keep one.")
             check_width(model_map, site, tensors[0].shape[-1], what=f"{name}'s direction")
         if self.vector is not None:
             check_vector_model(self.vector, model_map, self.check_model, what=name)
@@ -213,7 +212,9 @@ class Steering(Intervention):
             return known if isinstance(known, float) else known.to(x.device)
         amount: Amount = self.strength
         if isinstance(amount, Tensor):
-            amount = per_row(amount.to(x.device), x.shape[0], what=type(self).__name__)
+            given, what = amount, type(self).__name__
+            amount = per_row(given.to(x.device), x.shape[0], what=what)
+            rows_each(step, given.numel(), f"Strengths of {what}")
         if self.schedule is not None:
             factor = step.fit(factors(self.schedule, step.generation_steps), x.shape[1])
             amount = amount * factor[..., None].to(x.device)

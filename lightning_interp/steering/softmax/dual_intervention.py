@@ -18,6 +18,7 @@ from lightning_interp.core.model.sites import Site
 from lightning_interp.core.model.widths import check_width
 from lightning_interp.core.storage.files import jsonable
 from lightning_interp.core.tokens.positions import Last, Positions
+from lightning_interp.core.tokens.repeats import rows_each
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import RecipeError
 from lightning_interp.steering.activation.selectors import bind_positions, check_positions, describe_positions
@@ -26,7 +27,7 @@ from lightning_interp.steering.softmax.curve import SolverOptions
 from lightning_interp.steering.softmax.dual import dual_steer, dual_step
 from lightning_interp.steering.softmax.euclidean import euclidean_steer
 from lightning_interp.steering.softmax.geometry import Softcap, SoftmaxGeometry
-from lightning_interp.steering.softmax.request import SteerResult, Target
+from lightning_interp.steering.softmax.request import SteerResult, Target, rounded
 from lightning_interp.steering.vectors.reading import as_direction, check_made_for
 
 __all__ = ["DUAL_MEASURES", "DualMeter", "DualSteering", "dual_steering"]
@@ -37,7 +38,7 @@ _HEAD = Site("unembed_in")
 
 
 class DualMeter(Sums):
-    """Means over the states that were steered; ``last`` is the latest solve."""
+    """Means over the states that were steered, as the model stores them; ``last`` is the latest solve."""
 
     def __init__(self) -> None:
         super().__init__("tokens", *DUAL_MEASURES)
@@ -197,6 +198,7 @@ class DualSteering(Intervention):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _act(self, geometry: SoftmaxGeometry, positions: Positions, x: Tensor, step: StepContext) -> Tensor:
         goal = self.target.values(len(x), self.target.numbers.dtype, x.device)[:, None].expand(x.shape[:2])
+        rows_each(step, self.target.numbers.numel(), f"Targets {self.target.kind} of DualSteering")
         mask = step.choose(positions, x).to(x.device)
         if self.target.kind in ("t", "probe_delta", "kl_budget"):
             mask = mask & (goal != 0)
@@ -204,10 +206,11 @@ class DualSteering(Intervention):
             return x
         lam = x[mask]
         found = self.solve(geometry, lam.detach(), goal[mask])
-        self.meter.update(found)
         steered = self._differentiable(geometry, lam, found) if lam.requires_grad else found.lam
+        steered = steered.to(x.dtype)
+        self.meter.update(rounded(geometry, lam.detach(), found, self.direction, steered.detach()))
         new = x.clone()
-        new[mask] = steered.to(x.dtype)
+        new[mask] = steered
         return new
 
     def _differentiable(self, geometry: SoftmaxGeometry, lam: Tensor, found: SteerResult) -> Tensor:

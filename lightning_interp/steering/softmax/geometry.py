@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_interp.core.model.head import SoftmaxHead, read_head
 from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.weights.masked_linear import MaskedHooks
 from lightning_interp.errors import IncompatibleModelError
 from lightning_interp.steering.softmax.arithmetic import centred, divergence, entropy, exact_arithmetic, working_dtype
 from lightning_interp.steering.softmax.newton import REASONS, NewtonResult, Potential, minimise
@@ -89,7 +90,13 @@ class SoftmaxGeometry:
             IncompatibleModelError: If the logits are no function of the head's input that this geometry knows.
             SiteError: If the model has no head.
         """
-        return cls.from_head(read_head(model), on_softcap=on_softcap, vocab_size=vocab_size)
+        model_map = model if isinstance(model, ModelMap) else ModelMap.build(model)
+        if model_map.head is not None and MaskedHooks.on(model_map.head) is not None:
+            raise IncompatibleModelError(
+                f"The unembedding of {type(model_map.model).__name__} takes its weights row by row from what is "
+                "attached, so there is no one softmax family. Leave 'unembed' out of the graft, or remove it first."
+            )
+        return cls.from_head(read_head(model_map), on_softcap=on_softcap, vocab_size=vocab_size)
 
     @classmethod
     def from_head(

@@ -17,7 +17,7 @@ from lightning_interp.steering.softmax.curve import SolverOptions
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
 from lightning_interp.steering.softmax.newton import NewtonResult
 
-__all__ = ["SteerRequest", "SteerResult", "Target", "check_alpha", "described", "ends_there"]
+__all__ = ["SteerRequest", "SteerResult", "Target", "check_alpha", "described", "ends_there", "rounded"]
 
 TARGETS = ("t", "probe_value", "probe_delta", "probe_prob", "target_prob", "kl_budget")
 
@@ -268,6 +268,18 @@ def described(
         certified=(resid <= max(CERTIFIED, 10 * request.options.accepted(lam.dtype))) & kl.isfinite(),
         alpha=request.alpha,
     )
+
+
+def rounded(geometry: SoftmaxGeometry, start: Tensor, found: SteerResult, beta: Tensor, stored: Tensor) -> SteerResult:
+    """A result whose divergence and probe values are those of states ``[B, d]`` that were rounded to be stored."""
+    dtype = found.lam.dtype
+    if stored.dtype == dtype:
+        return found
+    kl = []
+    for first, last in zip(*(torch.split(x, geometry.max_rows) for x in (start, stored)), strict=True):
+        z, change = geometry.logits(first.to(dtype)), geometry.logits_change(last.to(dtype) - first.to(dtype))
+        kl.append(geometry.kl_of_move(z, z + change, change))
+    return replace(found, lam=stored.to(dtype), kl=torch.cat(kl), probe_after=stored.to(dtype) @ beta.to(found.lam))
 
 
 def ends_there(
