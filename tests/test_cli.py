@@ -287,6 +287,10 @@ class TestForeignFiles:
             ("model: !!python/name:os.system\n", "is no plain value"),
             ("model: !mine x\n", "line 2: '!mine' is no plain value"),
             ("trainer: &a {x: *a}\n", "by references"),
+            ("? [a, b]\n: 1\n", "line 2: a key is no text"),
+            ("# \x1b[31m\n", "special characters are not allowed in"),
+            ("model: https://me:word@host/m\n", "model holds a key, or an address with a user or a password"),
+            ("trainer: {x: [{y: 'https://me:word@host/m'}]}\n", "trainer holds a key, or an address with a user"),
             ("model: " + "[" * 3000 + "]" * 3000 + "\n", "nested too deeply"),
             (
                 "model: ["

@@ -170,7 +170,7 @@ def yaml_keys(path: Path) -> dict[str, tuple[int, Any]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
         raise RecipeError(f"{path}{where}: {problem}. Correct the YAML there.") from error
     except RecursionError as error:
         raise RecipeError(f"{path}: it is nested too deeply to be settings. Give 'key: value' lines.") from error
@@ -181,6 +181,8 @@ def yaml_keys(path: Path) -> dict[str, tuple[int, Any]]:
 
     def collect(node: yaml.MappingNode, prefix: str) -> None:
         for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise RecipeError(f"{path}, line {key_node.start_mark.line + 1}: a key is no text. Write 'key: value'.")
             key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
             if key in keys:
                 raise RecipeError(f"{path}, line {line}: the key {key!r} is there twice (also in line {keys[key][0]}).")

@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lightning_interp.core.storage.redaction import check_address, keep_secret
+from lightning_interp.core.storage.redaction import check_settings
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.running.run_folder import RunFolder
 
@@ -133,18 +133,7 @@ class Recipe(ABC):
             raise RecipeError(f"run_dir={self.run_dir!r}: expected a folder, or nothing for runs/<name>.")
         if self.run_dir is not None and not str(self.run_dir).isprintable():
             raise RecipeError(f"run_dir={self.run_dir!r}: it holds a line break or another control character.")
-        for entry in fields(self):  # addresses, and names of the variables that hold their keys
-            if entry.name.endswith("_url"):
-                check_address(getattr(self, entry.name), entry.name)
-            if entry.name.endswith("_key_env"):
-                keep_secret(getattr(self, entry.name))
-        try:
-            os.fsencode(self.run_path)
-        except UnicodeEncodeError as error:
-            raise RecipeError(
-                f"run_dir={self.run_dir!r}: file names are in {error.encoding} here, which lacks letters of it. Set "
-                "PYTHONUTF8=1, or LC_ALL=C.UTF-8."
-            ) from error
+        check_settings({entry.name: getattr(self, entry.name) for entry in fields(self)})
         if not isinstance(self.trainer, dict):
             raise RecipeError(f"trainer={self.trainer!r}: expected a dict of Trainer arguments.")
 

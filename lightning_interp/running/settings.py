@@ -113,10 +113,11 @@ def _parser(cls: type[Any], source: RecipeSource) -> ArgumentParser:
     class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """Keeps the lines of the YAML file's header."""
 
+    about = header(source.settings) if source.settings else ""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=f"lightning-interp run {source.title}",
-        description=header(source.settings) if source.settings else None,
+        description=about.replace("%", "%%") if "%(prog)" in about else about,  # which argparse fills in
         epilog="--import=MODULE: a module of yours, whose classes the settings of the Trainer may name; see README.",
         formatter_class=Formatter,
         parser_mode="omegaconf+",

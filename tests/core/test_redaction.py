@@ -1,7 +1,13 @@
 import pytest
 
 from lightning_interp.core.storage.manifest_file import message_of
-from lightning_interp.core.storage.redaction import check_address, check_no_secret, keep_secret, redacted
+from lightning_interp.core.storage.redaction import (
+    check_address,
+    check_no_secret,
+    holds_secret,
+    keep_secret,
+    redacted,
+)
 from lightning_interp.errors import RecipeError
 
 KEY = "my/secret+key=1"
@@ -61,6 +67,13 @@ def test_settings_that_are_written_hold_no_secret():
     for settings in ({"api_key": "x"}, {"extra_headers": {"Authorization": "Bearer x"}}, {"a": [f"b{KEY}"]}):
         with pytest.raises(RecipeError, match=r"extra.* holds a key or a password as '.*environment variable"):
             check_no_secret(settings, "extra")
+
+
+def test_settings_of_any_kind_are_looked_at():
+    for value in (f"a{KEY}", [1, f"{KEY}"], {"x": {"y": ("http://me:word@host",)}}, "s3://me@host/x"):
+        assert holds_secret(value)
+    for value in ("a@b.org", "https://host/@me", 3, None, ["x"], {"x": 1}):
+        assert not holds_secret(value)
 
 
 @pytest.mark.parametrize("name", ["sk-abcdefghijklmnop0123", "sk_abcdefghijklmnop0123", "A KEY", ""])

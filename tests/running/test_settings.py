@@ -133,6 +133,15 @@ def test_help_shows_header_fields_types_and_the_values_of_the_yaml(tmp_path, cap
         print_help(Study, RecipeSource("x", None, atomic_write_text(path, "recipe: x\nepocs: 5\n")))
 
 
+def test_help_takes_a_header_for_text_and_not_for_a_format(tmp_path, capsys):
+    for text in ("100% sure", "%(prog)s is 100% %(x)d sure", "%s %"):
+        path = atomic_write_text(tmp_path / "mine.yaml", f"# {text}\nrecipe: x\nwords: ['5% of %(default)s']\n")
+        print_help(Study, RecipeSource("x", None, path))
+        out = " ".join(capsys.readouterr().out.split())
+        assert f" {text} options:" in out
+        assert "default: ['5% of %(default)s']" in out
+
+
 def test_text_that_looks_like_an_interpolation_reads_back_from_written_settings(tmp_path):
     words = ["Pay ${amount}.", "${", "plain", "a $x {y}"]
     read = load(tmp_path, yaml.safe_dump(literal({"words": words})))

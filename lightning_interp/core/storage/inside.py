@@ -7,6 +7,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from lightning_interp.core.storage.files import write_error
 from lightning_interp.errors import ManifestError
 
 __all__ = ["check_inside", "is_inside_name", "open_own"]
@@ -37,7 +38,10 @@ def check_inside(folder: str | os.PathLike[str], names: Iterable[str] = RUN_PART
                     f"{str(folder)!r}. Delete the link, or put what it points to in its place."
                 )
         elif stat.S_ISDIR(mode):
-            waiting += path.iterdir()
+            try:
+                waiting += path.iterdir()
+            except OSError as error:
+                raise write_error(path, error) from error
         elif not stat.S_ISREG(mode):
             raise ManifestError(f"{str(path)!r} is neither a file nor a folder. Delete it.")
 

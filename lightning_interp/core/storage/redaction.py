@@ -10,11 +10,12 @@ from urllib.parse import parse_qsl, quote, urlsplit
 
 from lightning_interp.errors import RecipeError
 
-__all__ = ["check_address", "check_no_secret", "keep_secret", "redacted"]
+__all__ = ["check_address", "check_no_secret", "check_settings", "holds_secret", "keep_secret", "redacted"]
 
 _VARIABLES = {"OPENAI_API_KEY", "HF_TOKEN"}
 _SHORTEST = 6  # letters of a secret; words such as "none" and "EMPTY" stand for no key
 _NAME = re.compile(r"(?i)(^|[-_.])(api[-_]?key|key|token|secret|passw(or)?d|pwd|sig|signature|auth(orization)?)$")
+_USER = re.compile(r"://[^/\s@]+@")  # and perhaps a password, before the host
 _LOOKS_SECRET = re.compile(r"(?<![A-Za-z0-9])(sk|hf|gsk|pk|xai)[-_][A-Za-z0-9_-]{16,}")
 
 
@@ -56,6 +57,29 @@ def check_address(address: str | None, name: str = "base_url") -> None:
         )
     if not web or not address.isprintable():
         raise RecipeError(f"{name}={address!r}: expected an address such as http://localhost:8000/v1.")
+
+
+def holds_secret(value: Any) -> bool:
+    """Whether a setting holds the value of a secret, or an address with a user or a password."""
+    if isinstance(value, Mapping):
+        return any(map(holds_secret, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(holds_secret, value))
+    return isinstance(value, str) and bool(redacted(value) != value or _USER.search(value))
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that hold a secret; ``..._url`` is an address, ``..._key_env`` names the variable of a key."""
+    for name, value in settings.items():
+        if name.endswith("_url"):
+            check_address(value, name)
+        if name.endswith("_key_env"):
+            keep_secret(value)
+    if lost := next((name for name, value in settings.items() if holds_secret(value)), None):
+        raise RecipeError(
+            f"{lost} holds a key, or an address with a user or a password, and settings are written into files. Leave "
+            "it out: an environment variable carries it."
+        )
 
 
 def check_no_secret(settings: Mapping[str, Any], name: str) -> None:
