@@ -27,6 +27,7 @@ from lightning_interp.models import PreferenceDataModule, RewardModel, load_rewa
 from lightning_interp.models.scoring.score_head import label_index
 from lightning_interp.models.scoring.text_scorer import TextScorer
 from lightning_interp.rate import as_scorer
+from lightning_interp.testing import tiny_model
 
 THIN = [("llama", "one"), ("gpt2", "weights"), ("bert", "one"), ("roberta", "one"), ("distilbert", "named weights")]
 FULL = [pair for pair in itertools.product((*DECODERS, *ENCODERS), OUTPUTS) if pair not in THIN]
@@ -204,6 +205,53 @@ class TestWhatWasLeft:
         close(as_scorer(folder).score(PROMPTS, TEXTS), theirs(folder, rows)[:, 0])
 
 
+class TestWhatPads:
+    """Where the end token also pads, transformers' classes read (and are trained) at the last token before it."""
+
+    def folder(self, path, *, chat):
+        model, tokenizer = model_of("llama"), tokenizer_of("llama", chat=chat)
+        model.config.pad_token_id = tokenizer.eos_token_id
+        tokenizer.pad_token = tokenizer.eos_token
+        if chat:
+            tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        return path
+
+    @pytest.mark.parametrize("way", ["trl", "chat", "given"])
+    def test_it_is_read_as_it_was_trained(self, tmp_path, way):
+        folder = self.folder(tmp_path / "rm", chat=way == "chat")
+        if way == "trl":
+            leave_card(folder)
+        between = "<eos>" if way == "chat" else ""
+        rows = [(f"{prompt}{between}{text}<eos>",) for prompt, text in zip(PROMPTS, TEXTS, strict=True)]
+        given = {"add_eos": True} if way == "given" else {}
+        module = RewardModel(str(folder), **given)
+        for scorer in (as_scorer(folder, **given), module.scorer, as_scorer(module.export(tmp_path / "out"))):
+            close(scorer.score(PROMPTS, TEXTS), theirs(folder, rows)[:, 0], rtol=1e-5, atol=5e-6)
+            assert {"of": "read before", "is": "<eos>"}.items() <= scorer.reading("a", "b")[-3].items()
+            assert scorer.identity()["ends_before"] == 2
+
+    def test_an_adapter_of_trl_has_the_padding_of_its_tokenizer(self, tmp_path):
+        folder, wrapped = with_adapter(tmp_path / "adapter", "llama")
+        leave_card(folder)
+        tokenizer = tokenizer_of("llama", chat=False)
+        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.save_pretrained(folder)
+        wrapped.config.pad_token_id = 2  # as the trainer did before the first step
+        rows = [(prompt + text + "<eos>",) for prompt, text in zip(PROMPTS, TEXTS, strict=True)]
+        expected = theirs(folder, rows, wrapped)[:, 0]
+        close(as_scorer(folder).score(PROMPTS, TEXTS), expected, rtol=1e-5, atol=5e-6)
+
+    def test_a_fresh_head_is_trained_at_the_end(self, tmp_path):
+        tokenizer = tokenizer_of("llama", chat=False)
+        tokenizer.pad_token = tokenizer.eos_token
+        module = RewardModel(tiny_model("llama", pad_token_id=2), tokenizer=tokenizer)
+        loaded = as_scorer(module.export(tmp_path / "out"))
+        close(loaded.score(PROMPTS, TEXTS), module.score(PROMPTS, TEXTS))
+        assert loaded.encoder.encode_texts(["a"], ["b"])[0].ids[-1] == 2
+
+
 class TestReading:
     def rows(self, scorer):
         return {row["of"]: (row["is"], row["because"]) for row in scorer.reading(PROMPTS[0], TEXTS[0])}
@@ -248,6 +296,14 @@ class TestRefusals:
         folder = saved(tmp_path / "rm", "llama")
         self.kind(folder, name)
         with pytest.raises(IncompatibleModelError, match=rf"is a {name}, .*function of prompts and texts"):
+            as_scorer(folder)
+
+    @pytest.mark.parametrize("task", ["TOKEN_CLS", "QUESTION_ANS"])
+    def test_adapters_that_score_tokens(self, tmp_path, task):
+        folder, _ = with_adapter(tmp_path / "adapter", "llama")
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"task_type": task}))
+        with pytest.raises(IncompatibleModelError, match=rf"scores tokens \({task}\).*function of prompts and texts"):
             as_scorer(folder)
 
     @pytest.mark.parametrize("auto", ["AutoModelForSequenceClassification", "AutoModel"])
@@ -309,6 +365,15 @@ class TestRefusals:
         for scorer in (len, TextScorer(model_of("llama"), tokenizer_of("llama"))):
             with pytest.raises(RecipeError, match=r"as_scorer\(\) got device for a .* loaded here"):
                 as_scorer(scorer, device="cpu")
+
+    def test_no_text_is_longer_than_the_positions(self, tmp_path):
+        """RoBERTa begins to count behind its padding token, so it takes fewer tokens than it has positions."""
+        folder = saved(tmp_path / "rm", "roberta")
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 10**30}))
+        scorer = as_scorer(folder)
+        found = scorer.scores([""], ["fine words " * 100])
+        assert (scorer.encoder.max_length, found.truncated.tolist()) == (65, [True])
 
     def test_a_folder_is_loaded_as_asked(self, tmp_path):
         folder = saved(tmp_path / "rm", "bert")

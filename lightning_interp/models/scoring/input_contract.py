@@ -122,6 +122,10 @@ def settle_text(
         settle("chat", template, "the tokenizer has a chat template" if template else "there is no chat template")
         _settle_pair(settle, tokenizer, decoder or bool(text["chat"]), marks)
         _settle_end(settle, tokenizer, text, fresh, marks, named)
+        # TRL's trainer sets the one by the other; an adapter's folder does not hold the configuration.
+        pad = tokenizer.pad_token_id if marks.trainer == "TRL" else getattr(model.config, "pad_token_id", None)
+        if named and not fresh and not saved and decoder and pad is not None and pad == tokenizer.eos_token_id:
+            settle("ends_before", pad, "it also pads")
         settle("max_length", length_limit(model, tokenizer), "the limit of model and tokenizer")
     label = label_index(model, text["label"])
     return {**text, "label": label}, why
@@ -178,12 +182,13 @@ def reading_of(encoder: RewardEncoder, label: Any, why: Mapping[str, str], promp
     way = "one text, the answer behind the prompt" if encoder.pair is False else "one text alone, without a prompt"
     ways = {"chat": "a chat by the tokenizer's template", "pair": "two segments, prompt and answer"}
     system = "as the template has it" if encoder.system_prompt is None else repr(encoder.system_prompt)
-    kind = "chat" if encoder.chat else "pair"
+    kind, before = "chat" if encoder.chat else "pair", encoder.ends_before
     rows = [
         ("texts", ways[kind] if encoder.chat or encoder.pair else way, kind),
         *([("system text", system, "system_prompt")] if encoder.chat else [("end token", end, "add_eos")]),
         ("reward", f"output {label}", "label"),
         ("most tokens", encoder.max_length or "no limit", "max_length"),
+        *([("read before", encoder.tokenizer.decode([before]), "ends_before")] if before is not None else []),
         ("an example, as it is read", _shortened(encoder.tokenizer.decode(read.ids)), ""),
         (f"its {len(read.ids)} token ids", _shortened(" ".join(map(str, read.ids))), ""),
     ]

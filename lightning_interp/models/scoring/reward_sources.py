@@ -231,6 +231,13 @@ def _adapter(folder: Path, options: LoadOptions, seed: int) -> LoadedReward:
             f"The adapter in {folder} names {base!r} as its base, which is an adapter itself. Merge that one into its "
             "base and name the merged folder."
         )
+    task = parse_json((folder / "adapter_config.json").read_bytes(), twice=True).get("task_type")
+    if task in ("TOKEN_CLS", "QUESTION_ANS"):
+        raise IncompatibleModelError(
+            f"The adapter in {folder} is of a model that scores tokens ({task}), such as a process reward model, and "
+            "no whole texts. Name one of a sequence classifier, or make one number of it in a function of prompts and "
+            "texts."
+        )
     loaded = _load(base, replace(options, revision=revision), seed)
     if loaded.fresh:
         _widen(loaded.model, folder)
@@ -270,7 +277,11 @@ def read_text_settings(folder: Path) -> dict[str, Any]:
         return {}
     try:
         found = parse_json(path.read_bytes())
-        return {**{name: found[name] for name in _TEXT}, "pair": bool(found.get("pair", False))}
+        return {
+            **{name: found[name] for name in _TEXT},
+            "pair": bool(found.get("pair")),
+            "ends_before": found.get("ends_before"),
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} does not say how texts are written ({error!r}). Export the model again, or delete the file and "
@@ -294,8 +305,8 @@ def complete_folder(
         atomic_write_json(folder / "adapter_config.json", {**config, "modules_to_save": ["score"]})
     else:
         _name_class(folder / "config.json", model, tokenizer)
-    pair = {"pair": text["pair"]} if text["pair"] else {}
-    atomic_write_json(folder / _FILE, {**{name: text[name] for name in _TEXT}, **pair})
+    more = {name: text[name] for name in ("pair", "ends_before") if text[name]}
+    atomic_write_json(folder / _FILE, {**{name: text[name] for name in _TEXT}, **more})
 
 
 def _name_class(path: Path, model: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -68,6 +68,8 @@ class RewardText:
             or what the trainer that left the folder does.
         pair: Prompt and text are a tokenizer's two segments, with its separator and token types between them, as
             encoders are trained; by default of those that say so.
+        ends_before: A token that is taken off the end of texts, for a model that reads its score before it; by default
+            the end token of a foreign model's folder, if that also pads: transformers' classes look behind no padding.
         max_length: Most tokens of a text; by default what the model and tokenizer can take.
         token_budget: Most tokens of one batch when texts are scored.
         batch_size: Most texts of one batch. A score does not depend on the texts scored with it in float32; in a
@@ -82,6 +84,7 @@ class RewardText:
     system_prompt: str | None = None
     add_eos: bool | None = None
     pair: bool | None = None
+    ends_before: int | None = None
     max_length: int | None = None
     token_budget: int = 8192
     batch_size: int | None = None
@@ -107,6 +110,7 @@ class RewardEncoder(Encoder):
     Attributes:
         max_length: Most tokens of a text; longer ones are cut where the tokenizer's ``truncation_side`` says.
         pair: Whether prompt and text are two segments; None if nobody knows, and then only an empty prompt is taken.
+        ends_before: A token that is taken off the end of texts.
 
     Raises:
         RecipeError: If ``max_length`` is below 1, or ``pair`` is asked for beside ``chat``.
@@ -120,6 +124,7 @@ class RewardEncoder(Encoder):
 
     max_length: int | None = None
     pair: bool | None = False
+    ends_before: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,7 +136,8 @@ class RewardEncoder(Encoder):
     def settings(self) -> dict[str, Any]:
         """How texts are written, as plain values: what two scorers must share to be the same scorer."""
         found = {name: getattr(self, name) for name in ("chat", "system_prompt", "add_eos", "max_length")}
-        return {**found, "pair": True} if self.pair else found
+        more = {"pair": self.pair or None, "ends_before": self.ends_before}
+        return found | {name: value for name, value in more.items() if value is not None}
 
     @property
     def pad_id(self) -> int:
@@ -170,6 +176,8 @@ class RewardEncoder(Encoder):
                 ids, types = self._ids([text], truncation=True, max_length=room)[0]
             if end and ids[-1:] != end:
                 ids, types = ids + end, [*types, *types[-1:]]
+            while len(ids) > 1 and ids[-1] == self.ends_before:
+                ids, types = ids[:-1], types[:-1]
             found.append(EncodedText(ids, cut, types if any(types) else ()))
         return found
 

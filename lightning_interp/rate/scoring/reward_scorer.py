@@ -54,6 +54,7 @@ class RewardScorer(L.LightningModule):
         chunk: Texts a step; after each, the rewards are on disk. By default 256 for a model; a function is called text
             by text, so that one that dies has lost none of its answers (it may say its own ``batch_size``).
         name: What to call a scorer that has no name.
+        **settings: Of :func:`~lightning_interp.rate.scoring.scores.as_scorer`, for a folder or id.
 
     Raises:
         RecipeError: If ``chunk`` is below 1, or the scorer is a lambda without a name.
@@ -77,11 +78,12 @@ class RewardScorer(L.LightningModule):
         *,
         chunk: int | None = None,
         name: str | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__()
         if chunk is not None and chunk < 1:
             raise RecipeError(f"RewardScorer(chunk={chunk!r}): expected at least 1 text a step.")
-        self.scorer, self.triples, self.path = as_scorer(scorer, name=name), triples, Path(path)
+        self.scorer, self.triples, self.path = as_scorer(scorer, name=name, **settings), triples, Path(path)
         self.chunk, at_once = chunk or _CHUNK, _CHUNK
         if isinstance(self.scorer, CallableScorer):
             at_once = getattr(self.scorer.function, "batch_size", 1)

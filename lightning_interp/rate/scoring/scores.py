@@ -263,12 +263,13 @@ class TripleScores:
         return rate_effects(**given, **options)
 
 
-def score_triples(scorer: Any, triples: RewriteTriples) -> TripleScores:
+def score_triples(scorer: Any, triples: RewriteTriples, **settings: Any) -> TripleScores:
     """Score all texts of complete units here and now; for many texts or devices see ``RewardScorer``.
 
     Args:
         scorer: Anything that :func:`as_scorer` takes.
         triples: The units.
+        **settings: Of :func:`as_scorer`, for a folder or id.
 
     Returns:
         Rewards by stage.
@@ -279,7 +280,7 @@ def score_triples(scorer: Any, triples: RewriteTriples) -> TripleScores:
         >>> score_triples(marks, RewriteTriples.from_rows([row])).reward["original"].tolist()
         [1.0]
     """
-    known = as_scorer(scorer)
+    known = as_scorer(scorer, **settings)
     texts = [text for stage in triples.stages for text in triples.texts(stage)]
     found = known.scores(list(triples.prompts) * len(triples.stages), texts)
     return TripleScores.stacked(known.name, triples.stages, *found)
