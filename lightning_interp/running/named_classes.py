@@ -33,7 +33,7 @@ def classes_of(imports: Sequence[str] = ()) -> Iterator[None]:
     from jsonargparse import _common, set_parsing_settings
     from jsonargparse.typing import register_type
 
-    register_type(Plain, serializer=lambda value: value, deserializer=_loaded, type_check=_is_loaded)
+    register_type(Plain, serializer=_as_it_is, deserializer=_loaded, type_check=_is_loaded)
     before = dict(_common.parsing_settings)  # the settings are the whole process's; there is no public way to read them
     try:
         set_parsing_settings(
@@ -122,6 +122,10 @@ def _loaded(text: Any) -> Any:
     except yaml.YAMLError:
         return text
     return text if isinstance(value, str) else value
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 def _is_loaded(value: Any, kind: type) -> bool:

@@ -127,7 +127,7 @@ class Recipe(ABC):
                 f"{type(self).__name__} has the fields {', '.join(own['__annotations__'])} but is no dataclass, so "
                 "they would be ignored. Put @dataclass(kw_only=True) above the class."
             )
-        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
+        if isinstance(self.seed, bool) or not hasattr(self.seed, "__index__") or not 0 <= self.seed < 2**32:
             raise RecipeError(f"seed={self.seed!r}: expected a number from 0 to 2**32 - 1.")
         if self.run_dir is not None and not str(self.run_dir).strip():
             raise RecipeError(f"run_dir={self.run_dir!r}: expected a folder, or nothing for runs/<name>.")

@@ -220,3 +220,19 @@ class TestReplay:
     def test_a_function_that_returns_something_else(self):
         with pytest.raises(RecipeError, match="function of 'odd' returned 3 for 'a'"):
             FunctionGenerator(lambda request: 3, name="odd").generate([TextRequest(prompt="a")])
+
+
+@pytest.mark.parametrize("name", ["completions.jsonl", "completions.torn", "writers.json", ".lock", "shard-00001"])
+@pytest.mark.parametrize("target", ["outside", "missing"])
+def test_a_store_whose_files_lead_elsewhere_is_neither_read_nor_written(tmp_path, name, target):
+    (tmp_path / "outside").write_text("as it was")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / name).symlink_to(tmp_path / target)
+    with pytest.raises(ManifestError, match=r"is a link to '.*Delete the link"):
+        CompletionStore(tmp_path / "store")
+    assert (tmp_path / "outside").read_text() == "as it was"
+    assert not (tmp_path / "missing").exists()
+    (tmp_path / "store" / name).unlink()
+    (tmp_path / "store/notes").symlink_to(tmp_path / "outside")  # none of the store's
+    (tmp_path / "name").symlink_to(tmp_path / "store")  # as the user names it
+    assert len(CompletionStore(tmp_path / "name")) == 0

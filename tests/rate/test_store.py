@@ -459,3 +459,15 @@ def test_readers_may_look_while_somebody_writes(tmp_path):
         thread.join()
     assert seen == sorted(seen)
     assert len(store.records()) == 30
+
+
+@pytest.mark.parametrize("name", ["units.jsonl", "rewrites.jsonl", "rewriters.json", ".lock"])
+def test_a_store_whose_files_lead_elsewhere_is_neither_read_nor_written(tmp_path, name):
+    store_of(tmp_path / "store", 2)
+    outside = atomic_write_text(tmp_path / "outside", "as it was")
+    (tmp_path / "store" / name).unlink(missing_ok=True)
+    (tmp_path / "store" / name).symlink_to(outside)
+    for use in (lambda: RewriteStore(tmp_path / "store"), lambda: store_of(tmp_path / "store", 3)):
+        with pytest.raises(ManifestError, match=r"is a link to '.*Delete the link"):
+            use()
+    assert outside.read_text() == "as it was"

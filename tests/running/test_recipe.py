@@ -302,6 +302,11 @@ class TestFields:
         ("fields", "message"),
         [
             ({"seed": -1}, "seed=-1: expected a number from 0"),
+            ({"seed": None}, "seed=None: expected a number from 0"),
+            ({"seed": True}, "seed=True: expected a number from 0"),
+            ({"seed": 1.0}, "seed=1.0: expected a number from 0"),
+            ({"run_dir": "a\nb"}, "it holds a line break or another control character"),
+            ({"run_dir": "a\u2028b"}, "it holds a line break or another control character"),
             ({"seed": 2**32}, "seed=4294967296"),
             ({"run_dir": " "}, "run_dir=' ': expected a folder"),
             ({"trainer": ["a"]}, r"trainer=\['a'\]: expected a dict"),

@@ -96,6 +96,6 @@ def check_no_secret(settings: Mapping[str, Any], name: str) -> None:
 
 def _secrets() -> list[str]:
     """Values of the variables, and as they stand in an address; the longest first."""
-    values = {os.environ.get(name, "") for name in _VARIABLES}
+    values = {os.environ.get(name, "").strip() for name in _VARIABLES}
     values = {value for value in values if len(value) >= _SHORTEST}
     return sorted(values | {quote(value, safe="") for value in values}, key=len, reverse=True)
