@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ CODE = '''
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -134,7 +136,7 @@ class TestRun:
         assert "method/squares: points" in out
         assert out.splitlines()[-1] == "report: runs/method/squares/report.html"
         assert "phase fit: finished in " in err
-        assert "Tip:" not in err
+        assert [line for line in err.splitlines() if not re.match(r"\d\d:\d\d:\d\d (run folder|phase )", line)] == []
         written = yaml.safe_load((tmp_path / "work/runs/method/squares/config.yaml").read_text())
         assert written["recipe"] == "method/squares"
         assert written["trainer"] == {"max_epochs": 3, "limit_train_batches": 1}
