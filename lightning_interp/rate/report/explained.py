@@ -20,6 +20,7 @@ TERMS: Mapping[str, str] = {
     "besides",
     "double rewrite (RATE)": "once against twice rewritten texts: both went through the rewriter, so its own style "
     "cancels",
+    "round trip": "twice rewritten texts minus their originals: what the rewriter does to the reward; best at zero",
     "ATE": "average effect of the attribute over all texts; ATT: over those that have it, ATU: over the others",
     "in sd": "in standard deviations of the rewards of the originals",
     "[a, b]": "95 % interval over units (texts, or the groups that they come in)",
@@ -66,5 +67,5 @@ def effect_findings(result: RateResult, *, of: str, on: str) -> list[str]:
 
 def _sign(effect: Estimate) -> str:
     if effect.low <= 0 <= effect.high:
-        return "no effect is within the interval"
+        return "the interval holds zero"
     return "no interval" if math.isnan(effect.low) else f"the interval is {'above' if effect.low > 0 else 'below'} zero"
