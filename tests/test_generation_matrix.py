@@ -23,6 +23,7 @@ from lightning_interp.core.model.sites import Site
 from lightning_interp.core.tokens.kv_cache import cache_argument, cache_of
 from lightning_interp.core.tokens.positions import (
     All,
+    ChatTemplate,
     FromBatch,
     Generated,
     GenerationSteps,
@@ -69,6 +70,7 @@ SELECTORS = {
     "Tokens": (Tokens(TOKENIZER.encode("a", add_special_tokens=False)), lambda ids, p: spelt(ids, "a", len(ids))),
     "Substring": (Substring("b", "last"), lambda ids, p: {max(spelt(ids, "b", p))}),
     "not Substring": (~Substring("b", "all"), lambda ids, p: set(range(len(ids))) - spelt(ids, "b", p)),
+    "ChatTemplate": (ChatTemplate(), lambda ids, p: set(range(p))),  # a text without turns is all template
     "FromBatch": (FromBatch("marked"), lambda ids, p: marked(p)),
     "Prompt": (Prompt(), lambda ids, p: set(range(p))),
     "Generated": (Generated(), lambda ids, p: set(range(p, len(ids)))),
@@ -236,8 +238,8 @@ PHASED = {
     "Last", "Last(2)", "Span from the end", "Prompt", "Generated", "Generated window", "GenerationSteps",
     "not Prompt or first",
 }  # fmt: skip
-TEXT = {"Substring", "not Substring"}
-EARLY = {"All", "Span", "Span beyond", "Tokens", "not Substring", "FromBatch", "Prompt", "not Prompt or first"}
+TEXT = {"Substring", "not Substring", "ChatTemplate"}
+EARLY = {"All", "Span", "Span beyond", "Tokens", "FromBatch", "Prompt", "not Prompt or first"} | (TEXT - {"Substring"})
 AT_THE_END = {"Last", "Last(2)", "Span", "Span from the end", "GenerationSteps", "Substring", "FromBatch"}
 
 # The third entry is what must be refused; everything else must be right.
@@ -258,6 +260,7 @@ WAYS = {
     "prompt lookup": Way(using(prompt_lookup_num_tokens=4), rows=1),
     "assistant": Way(lambda m, b, a: plainly(m, b, a, assistant_model=assistant()), rows=1),
     "itself as assistant": Way(lambda m, b, a: plainly(m, b, a, assistant_model=m), rows=1),
+    "early exit as assistant": Way(using(assistant_early_exit=2), rows=1),
     "a loop as custom_generate": Way(using(custom_generate=looped)),
     "embeddings": Way(embedded, before=embeddings, refused=TEXT | {"Tokens"}),
     "a prefix": Way(prefixed, refused=AT_THE_END),
@@ -408,3 +411,20 @@ def test_grafts(way, selector, decode):
         Graft(donor, plan), recipient, written.sequences, mask, width, m=located, new=new.expand_as(mask)
     )
     agree(written, expanded, expected, width)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "bloom", "opt", "qwen2_moe"])
+def test_ways_agree_in_other_families(family):
+    """Sliding windows, absolute positions and experts: greedy decoding by every way gives one text."""
+    recipient, donor = tiny_pair(family)
+    batch = batch_of(TEXTS[:1])
+    ways = [{}, {"use_cache": False}, {"prefill_chunk_size": 4}, {"prompt_lookup_num_tokens": 3}]
+    where = Last() | Span(1, 3)
+    for intervention in (
+        AddDirection(DIRECTION, site=SITE, positions=where),
+        Graft(donor, GraftPlan.at(where, "BLOCK"), decode="like_last"),
+    ):
+        with intervention.attach(recipient):
+            texts = [recipient.generate(**batch, **settings(**way)).sequences.tolist() for way in ways]
+        assert texts == texts[:1] * len(ways)
+        assert texts[0] != recipient.generate(**batch, **settings()).sequences.tolist()

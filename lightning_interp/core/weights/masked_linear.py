@@ -96,7 +96,11 @@ class MaskedHooks:
         self._random: list[tuple[torch.Generator, torch.Tensor]] = []
         self.hook = Hook(self._before)
         before = masked.module.register_forward_pre_hook(self.hook, with_kwargs=True)
-        after = masked.module.register_forward_hook(Hook(self._after), with_kwargs=True, prepend=True)
+        try:
+            after = masked.module.register_forward_hook(Hook(self._after), with_kwargs=True, prepend=True)
+        except BaseException:
+            before.remove()
+            raise
         self.key, self._handles = before.id, (before, after)
 
     @staticmethod
