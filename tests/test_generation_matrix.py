@@ -219,13 +219,17 @@ class Way:
         return {name: x.repeat_interleave(len(written.sequences) // len(x), 0) for name, x in batch.items()}
 
 
-def sample(ways, selectors, *more, shift=0):
-    """Every cell, of which one selector a way runs by default and the others where slow tests do."""
+def sample(ways, selectors, *more, shift=0, every=1):
+    """Every cell, of which one selector for ``every`` so many ways runs by default, and the others as slow tests."""
     cells, names = [], list(selectors)
     for w, way in enumerate(ways):
         for s, name in enumerate(names):
             for m, rest in enumerate(itertools.product(*more)):
-                thin = (w * 4 + shift * 5 + m * 0) % len(names) == s and m == w % max(1, math.prod(map(len, more)))
+                thin = (
+                    w % every == 0
+                    and (5 * w + w // every + 3 * shift) % len(names) == s
+                    and m == w % max(1, math.prod(map(len, more)))
+                )
                 cells.append(pytest.param(way, name, *rest, marks=() if thin else pytest.mark.slow))
     return cells
 
@@ -371,7 +375,7 @@ def test_steering(way, selector):
         agree(written, expanded, steered_once(model_and_donor()[0], written.sequences, mask, width, chosen), width)
 
 
-@pytest.mark.parametrize(("way", "selector"), sample(WAYS, SELECTORS, shift=1))
+@pytest.mark.parametrize(("way", "selector"), sample(WAYS, SELECTORS, shift=1, every=4))
 def test_dual_steering(way, selector):
     how, positions, batch = case(way, selector)
     written = outcome(how, dual(positions), batch, selector in how.refused)
@@ -382,7 +386,7 @@ def test_dual_steering(way, selector):
         agree(written, expanded, expected, width)
 
 
-@pytest.mark.parametrize(("way", "selector", "decode"), sample(WAYS, SELECTORS, DECODE, shift=2))
+@pytest.mark.parametrize(("way", "selector", "decode"), sample(WAYS, SELECTORS, DECODE, shift=2, every=2))
 def test_grafts(way, selector, decode):
     how, positions, batch = case(way, selector)
     recipient, donor = model_and_donor()
@@ -413,7 +417,9 @@ def test_grafts(way, selector, decode):
     agree(written, expanded, expected, width)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "bloom", "opt", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "family", ["gemma2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt2", "bloom", "opt", "qwen2_moe"))]
+)
 def test_ways_agree_in_other_families(family):
     """Sliding windows, absolute positions and experts: greedy decoding by every way gives one text."""
     recipient, donor = tiny_pair(family)
