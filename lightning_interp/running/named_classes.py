@@ -90,23 +90,26 @@ def takes_none(hint: Any) -> bool:
 
 
 def check_paths(trainer: Any, named: Sequence[str], place: str) -> None:
-    """Refuse a path or an address in the arguments of an object that leads elsewhere, unless the user ``named`` it."""
+    """Refuse a path or an address, of the Trainer or in the arguments of an object, that leads elsewhere.
+
+    What the user ``named`` on the command line is let be.
+    """
     for text in _texts(trainer, False):
         elsewhere = os.path.isabs(text) or text.startswith("~") or ".." in PurePath(text).parts or "://" in text
         if elsewhere and not any(text in argument for argument in named):
             raise RecipeError(
-                f"{place}: an object of the Trainer is to use {text!r}, which a settings file cannot decide. Look at "
-                "it, and give that argument on the command line: --trainer.callbacks=..."
+                f"{place}: the Trainer is to use {text!r}, which a settings file cannot decide. Look at it, and give "
+                "that argument on the command line, such as --trainer.callbacks=..."
             )
 
 
 def _texts(value: Any, inside: bool) -> Iterator[str]:
-    """Texts in a value that are arguments of an object."""
+    """Texts in a value that are arguments of an object, or the Trainer's own folder."""
     if isinstance(value, str) and inside:
         yield value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _texts(item, inside or key in ("init_args", "dict_kwargs"))
+            yield from _texts(item, inside or key in ("init_args", "dict_kwargs", "default_root_dir"))
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _texts(item, inside)

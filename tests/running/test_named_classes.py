@@ -14,7 +14,7 @@ from lightning_interp.core.storage.files import atomic_write_text
 from lightning_interp.errors import RecipeError
 from lightning_interp.running.asked import configured, show_help, split_imports
 from lightning_interp.running.catalog import RecipeSource, find_recipe, load_class, recipe_names
-from lightning_interp.running.named_classes import Plain, plain_hint, takes_none
+from lightning_interp.running.named_classes import Plain, classes_of, plain_hint, takes_none
 from lightning_interp.running.recipe import Recipe
 from lightning_interp.running.settings import load_settings, trainer_arguments
 
@@ -115,6 +115,17 @@ class TestTrainer:
                 trainer_arguments({"callbacks": [given]})()
         assert not leaves.exists()
 
+    def test_every_class_that_lightning_offers_may_be_named(self):
+        from jsonargparse import _common
+        from lightning.pytorch import callbacks, loggers, plugins, profilers, strategies
+
+        with classes_of():
+            for offered in (callbacks, loggers, plugins, profilers, strategies):
+                for name in offered.__all__:
+                    found = getattr(offered, name)
+                    path = f"{found.__module__}.{found.__qualname__}"
+                    assert _common.denying_import_path_entry(path) is None, path
+
     def test_the_settings_of_another_reader_in_this_process_stay_as_they_are(self):
         from jsonargparse import _common
 
@@ -131,11 +142,15 @@ def paths_of(text):
 @pytest.mark.parametrize("place", ["/etc/cron.d", "~/.ssh", "../../outside", "a/../../b", "s3://bucket/x", "file:///x"])
 def test_a_file_sends_no_object_to_a_place_that_the_user_did_not_name(place):
     given = f"[{{class_path: ModelCheckpoint, init_args: {{dirpath: '{place}'}}}}]"
-    with pytest.raises(RecipeError, match=r"mine.yaml, line 2: an object of the Trainer is to use '.*'.*--trainer"):
+    with pytest.raises(RecipeError, match=r"mine.yaml, line 2: the Trainer is to use '.*'.*--trainer"):
         load_settings(Free, paths_of(given))
     read = load_settings(Free, paths_of("[]"), [f"--trainer.callbacks={given}"])
     assert read.trainer["callbacks"][0]["init_args"] == {"dirpath": place}
     assert load_settings(Free, paths_of(given.replace(place, "marks"))).trainer["callbacks"]
+    root = paths_of(f"[], default_root_dir: '{place}'")
+    with pytest.raises(RecipeError, match="the Trainer is to use"):
+        load_settings(Free, root)
+    assert load_settings(Free, root, [f"--trainer.default_root_dir={place}"]).trainer["default_root_dir"] == place
 
 
 @dataclasses.dataclass
