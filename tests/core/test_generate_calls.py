@@ -46,7 +46,7 @@ def names(model):
     return METHODS & set(vars(model))
 
 
-METHODS = {"generate", "prepare_inputs_for_generation", "init_continuous_batching"}
+METHODS = {"generate", "init_continuous_batching"}
 
 
 def test_the_method_comes_back_in_any_order():
@@ -103,15 +103,31 @@ def test_nothing_is_remembered_of_a_call_that_failed():
     assert [int(mask.sum()) for mask in watch.masks] == [7, 14]
 
 
-def test_a_call_through_the_class_is_heard_by_nobody():
-    model, watch = tiny_model("llama"), Watch(Generated())
-    with watch.attach(model):
-        type(model).generate(model, IDS, **HOW)  # with a cache its passes tell
-        with pytest.raises(PositionError, match=r"called through the class, not as model\.generate"):
-            type(model).generate(model, IDS, **HOW, use_cache=False)
+def grow(model, ids, **more):
+    with torch.no_grad():
+        for _ in range(3):
+            ids = torch.cat([ids, model(ids, **more).logits[:, -1:].argmax(-1)], 1)
+
+
+@pytest.mark.parametrize("positions", [Generated(), Last(), Prompt(), Span(-2, -1), GenerationSteps()])
+@pytest.mark.parametrize("how", ["class", "backbone", "loop"])
+def test_a_text_that_grows_without_a_cache_is_refused_where_nobody_tells(how, positions):
+    model = tiny_model("llama")
+    steer = AddDirection(VECTOR, site=SITE, positions=positions)
+    with steer.attach(model.model if how == "backbone" else model) as attachment:
+        run = {
+            "class": lambda: type(model).generate(model, IDS, **HOW, use_cache=False),
+            "backbone": lambda: model.generate(IDS, **HOW, use_cache=False),
+            "loop": lambda: grow(model, IDS, use_cache=False),
+        }[how]
+        with pytest.raises(PositionError, match=r"came again with one more token \(8 columns.*Set attachment"):
+            run()
+        attachment.prompt_lengths = torch.tensor([7])
+        run()
+        attachment.prompt_lengths = None
         with torch.no_grad():
             model(IDS)
-    assert [int(mask.sum()) for mask in watch.masks] == [0, 1, 1, 1, 1, 0]
+            model(torch.cat([IDS + 1, IDS[:, :1]], 1))  # another text, longer by one
 
 
 def test_continuous_batching_is_refused():

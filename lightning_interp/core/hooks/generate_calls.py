@@ -29,19 +29,13 @@ class GenerateCalls:
         self._current: Generation | None = None
         self._caller: nn.Module | None = None
         self._thread, self._lock = threading.current_thread(), threading.Lock()
-        self._unheard: Generation | None = None
-        kinds: dict[str, Callable[..., Any]] = {
-            "generate": self._generate,
-            "prepare_inputs_for_generation": self._prepare,
-            "init_continuous_batching": _refuse,
-        }
+        kinds: dict[str, Callable[..., Any]] = {"generate": self._generate, "init_continuous_batching": _refuse}
         self._methods = [MethodHook(m, name, do) for name, do in kinds.items() for m in models if hasattr(m, name)]
 
     def of_this_pass(self) -> Generation | None:
         """What is known of the call that a pass which begins now belongs to; None outside of one."""
         self._check_thread()
-        unheard, self._unheard = self._unheard, None
-        return self._current or unheard
+        return self._current
 
     def _check_thread(self) -> None:
         if self._current is not None and self._thread is not threading.current_thread():
@@ -65,11 +59,6 @@ class GenerateCalls:
             return function(*args, **kwargs)
         finally:
             self._caller, self._current = before
-
-    def _prepare(self, _: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._current is None and kwargs.get("use_cache") is False:  # each pass would look like a longer prompt
-            self._unheard = Generation(0, doubt="it was called through the class, not as model.generate(...)")
-        return function(*args, **kwargs)
 
 
 def _refuse(model: nn.Module, *_: Any) -> Any:

@@ -48,6 +48,7 @@ class StepContext:
         follows: Whether the cache was filled by passes that were seen.
         rewound: Whether part of what was read has been taken off the cache again.
         before: The pass that filled the cache and was taken for the whole prompt, though more of it comes now.
+        shorter: The pass before, where it was one token shorter, as in a loop that reads the whole text anew each time.
         assumed: What gates answer where there is no activation to ask.
         activation: What the running site holds, ``[B, n, d]``, for selectors that depend on it; see :meth:`choose`.
 
@@ -76,6 +77,7 @@ class StepContext:
     follows: bool = False
     rewound: bool = False
     before: StepContext | None = field(default=None, repr=False)
+    shorter: StepContext | None = field(default=None, repr=False)
     assumed: bool | None = None
     activation: torch.Tensor | None = field(default=None, repr=False)
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -104,6 +106,7 @@ class StepContext:
             end = told.columns + self.virtual
             return "new" if self.past >= end else "prompt" if self.past + self.length <= end else "mixed"
         if self.is_prefill and not self.follows:
+            self._check_not_grown()
             return "prompt"
         if self.length == 1:
             return "new"
@@ -190,6 +193,19 @@ class StepContext:
             mask[:, self.virtual :] = repeat_rows(told.mask, self.batch_size).to(mask)
         return mask
 
+    def _check_not_grown(self) -> None:
+        """Refuse a text that is read anew with one more token: only its first pass was the prompt."""
+        before = self.shorter
+        if before is None or before.input_ids is None or self.input_ids is None:
+            return
+        if "grown" not in self.cache:
+            self.cache["grown"] = torch.equal(self.input_ids[:, :-1], before.input_ids)
+        if self.cache["grown"]:
+            raise PositionError(
+                f"The text of the pass before came again with one more token ({self.length} columns, no cache), so "
+                "where the prompt ends is not known. Set attachment.prompt_lengths, or call model.generate."
+            )
+
     def _check_told(self, told: Generation) -> None:
         """Refuse a call whose prompts do not end where their columns end."""
         end = told.columns + self.virtual
@@ -233,7 +249,7 @@ class StepContext:
             ids = torch.cat([repeat_rows(self.before.input_ids, self.batch_size), self.input_ids], dim=1)
         part: dict[str, Any] = {
             "input_ids": None if ids is None else ids[:, : total - self.virtual],
-            "prompt": None, "activation": None, "unseen": 0, "before": None, "follows": False,
+            "prompt": None, "activation": None, "unseen": 0, "before": None, "shorter": None, "follows": False,
         }  # fmt: skip
         remedy = (
             f"{self.unseen} columns were cached before attaching, where nothing can be done any more. Attach before "
@@ -320,6 +336,7 @@ class StepContext:
             "known_prompt_lengths": self.prompt_lengths[index] if told else None,
             "generation": None if self.generation is None else self.generation.rows(index, self.batch_size),
             "before": None,
+            "shorter": None,
         }
         if self.before is not None:
             times = self.batch_size // self.before.batch_size
