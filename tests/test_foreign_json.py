@@ -16,6 +16,7 @@ from lightning_interp.models.sources.pretrained import LoadOptions, load_folder
 from lightning_interp.rate import read_effects, read_own, read_rewrites
 from lightning_interp.steering import ConceptProbe, CounterfactualPairs, SteeringVector
 from lightning_interp.steering.concepts.moments import ClassMoments
+from lightning_interp.testing import byte_tokenizer, tiny_model
 
 DEEP, WIDE = b"[" * 100_000, b'{"a":' * 2000 + b"1" + b"}" * 2000
 WORST = {
@@ -84,3 +85,36 @@ def test_equal_keys_are_refused_in_files_of_ours_and_read_as_others_read_them(tm
         json.dumps({"base_model_name_or_path": "x/a"})[:-1] + ', "base_model_name_or_path": "x/b"}',
     )
     assert adapter_base(tmp_path)[0] == "x/b"
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", 10**300),
+        ("hidden_size", "x"),
+        ("num_attention_heads", 0),
+        ("num_attention_heads", []),
+        ("vocab_size", None),
+        ("intermediate_size", -1),
+        ("model_type", {"a": 1}),
+        ("rope_parameters", [1]),
+        ("num_hidden_layers", "many"),
+    ],
+)
+def test_a_model_whose_configuration_makes_no_sense(key, value, model_folder, tmp_path):
+    for path in model_folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "config.json").unlink()
+    atomic_write_text(
+        tmp_path / "config.json", json.dumps(json.loads((model_folder / "config.json").read_text()) | {key: value})
+    )
+    with pytest.raises(InterpError):
+        load_folder(tmp_path, LoadOptions())

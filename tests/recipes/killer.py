@@ -51,10 +51,9 @@ class Moments:
             touched = isinstance(args[2], int) and bool(args[2] & WRITES)
         else:
             touched = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
-        if not touched or not isinstance(args[0], str | os.PathLike):
-            return
-        if not os.path.abspath(os.fspath(args[0])).startswith(self.folder):
-            return
+        places = [os.path.abspath(place) for place in args[:2] if isinstance(place, str | os.PathLike)]
+        if not touched or not any(place.startswith(self.folder) for place in places):
+            return  # of a rename the target counts too: checkpoints are moved into the folder
         number = self.counts[self.phase]
         self.counts[self.phase] += 1
         if self.aim is not None and self.aim[:2] == (self.phase, number):
