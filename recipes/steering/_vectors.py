@@ -110,11 +110,12 @@ def score_sweep(
     found = torch.zeros(len(layers), len(strengths), len(texts), dtype=torch.float64)
     batches = packed([len(text.ids) for text in texts], max(1, token_budget // len(strengths)))
     for place, layer in enumerate(layers):
-        steer = AddDirection(vector, site=Site("resid_post", layer), strength=list(strengths), positions=All())
-        with steer.attach(model), undisturbed(model.model):
-            for numbers in batches:
+        for numbers in batches:
+            each = [strength for strength in strengths for _ in numbers]
+            steer = AddDirection(vector, site=Site("resid_post", layer), strength=each, positions=All())
+            with steer.attach(model), undisturbed(model.model):
                 scores = _score(model, [texts[i] for i in numbers], len(strengths))
-                found[place, :, numbers] = scores.double().cpu()
+            found[place, :, numbers] = scores.double().cpu()
         advance(1)
     return found
 
@@ -276,7 +277,8 @@ def write_sweep(
         Rows ``{"strength", "prompt", "text"}``, strength by strength.
     """
     asked = [TextRequest(prompt=prompt, max_new_tokens=new_tokens, temperature=0.0) for prompt in prompts]
-    steer = AddDirection(vector, site=Site("resid_post", layer), strength=list(strengths))
+    each = [strength for strength in strengths for _ in prompts]
+    steer = AddDirection(vector, site=Site("resid_post", layer), strength=each)
     with steer.attach(model):
         written = LocalSampler(model.model, tokenizer).write(asked * len(strengths))
     named = [(strength, prompt) for strength in strengths for prompt in prompts]
