@@ -219,7 +219,7 @@ class Dying:
         return [float(len(text)) for text in texts]
 
 
-@pytest.mark.parametrize("at", [0, 1, 17, 186])
+@pytest.mark.parametrize("at", [0, 186])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_function_that_dies_has_lost_nothing(tmp_path, at, error):
     """All that it was asked is kept, and asked for no more."""

@@ -29,7 +29,7 @@ from lightning_interp.models.scoring.text_scorer import TextScorer
 from lightning_interp.rate import as_scorer
 from lightning_interp.testing import tiny_model
 
-THIN = [("llama", "one"), ("gpt2", "weights"), ("bert", "one"), ("roberta", "one"), ("distilbert", "named weights")]
+THIN = [("llama", "weights"), ("bert", "one"), ("distilbert", "named weights")]
 FULL = [pair for pair in itertools.product((*DECODERS, *ENCODERS), OUTPUTS) if pair not in THIN]
 CASES = [*THIN, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in FULL)]
 
@@ -96,8 +96,8 @@ class TestMatrix:
         ("kind", "output"),
         [
             ("llama", "weights"),
-            ("bert", "one"),
             *(pytest.param(*pair, marks=pytest.mark.slow) for pair in itertools.product(("gpt2", "opt"), OUTPUTS)),
+            pytest.param("bert", "one", marks=pytest.mark.slow),
             *(pytest.param(kind, "index", marks=pytest.mark.slow) for kind in ENCODERS),
         ],
     )
@@ -173,6 +173,19 @@ class TestWhatWasLeft:
         for load in (as_scorer, lambda path: RewardModel(str(path))):
             with pytest.raises(IncompatibleModelError, match=r"say so: add_eos=True or add_eos=False"):
                 load(folder)
+
+    @pytest.mark.parametrize(
+        "card",
+        [b"\xff\xfe", b"---\ntags: reward-trainer\n", b"- reward-trainer\n", b"---\na: b\n---\n- reward-trainer\n"],
+    )
+    def test_a_card_of_something_else_says_nothing(self, tmp_path, card):
+        folder = saved(tmp_path / "rm", "llama")
+        (folder / "README.md").write_bytes(card)
+        with pytest.raises(IncompatibleModelError, match="add_eos=True or add_eos=False"):
+            as_scorer(folder)
+        (folder / "README.md").unlink()
+        (folder / "README.md").mkdir()
+        assert as_scorer(folder, add_eos=True).encoder.add_eos
 
     @pytest.mark.parametrize("mark", ["config", "card", "labels"])
     def test_pairs_that_say_so(self, tmp_path, mark):

@@ -10,6 +10,8 @@ from rewriting import ATTR, Counting, store_of, units
 
 from lightning_interp.core.storage.files import atomic_write_text
 from lightning_interp.errors import DataError, ManifestError
+from lightning_interp.rate.estimators.triples import RewriteTriples
+from lightning_interp.rate.report.study_files import read_triples, write_triples
 from lightning_interp.rate.rewriting.driver import RewriteRun
 from lightning_interp.rate.rewriting.records import (
     Request,
@@ -471,3 +473,46 @@ def test_a_store_whose_files_lead_elsewhere_is_neither_read_nor_written(tmp_path
         with pytest.raises(ManifestError, match=r"is a link to '.*Delete the link"):
             use()
     assert outside.read_text() == "as it was"
+
+
+class TestHalfACharacter:
+    """A text with a lone surrogate was paid for and is kept; it cannot be scored, and it stops nothing."""
+
+    def store(self, folder, text):
+        store = store_of(folder, 4)
+        half = {("text 1", 0): RewriteResult(text=text)}
+        RewriteRun(store, Counting(answers=half), attr=ATTR).run()
+        return store
+
+    @pytest.mark.parametrize("text", ["half \ud83d", "\udc9d", "\ud83d\n", "a \udfff b"])
+    def test_its_unit_is_left_out(self, tmp_path, text):
+        self.store(tmp_path, text)
+        store, again = RewriteStore.open(tmp_path), Counting()
+        assert RewriteRun(store, again, attr=ATTR).run().calls == 0
+        with pytest.warns(UserWarning, match="left out"):
+            triples = store.triples(ATTR, missing="drop")
+        assert triples.ids == ["u0", "u2", "u3"]
+        assert triples.dropped == {"rewrite_truncated": {"w1": 1}}
+        with pytest.raises(DataError, match=r"1 with 'rewrite_truncated'. Their ids: 'u1'"):
+            store.triples(ATTR)
+
+    def test_a_line_from_before_does_not_count_as_usable(self, tmp_path):
+        self.store(tmp_path, "half \ud83d")
+        lines = (tmp_path / "rewrites.jsonl").read_text().splitlines()
+        old = [json.loads(line) | ({"status": "ok", "error": None} if "half" in line else {}) for line in lines]
+        (tmp_path / "rewrites.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+        store = RewriteStore.open(tmp_path)
+        assert [record.result.status for record in store.records() if "half" in record.result.text] == ["truncated"]
+        again = Counting()
+        RewriteRun(store, again, attr=ATTR, retry_final=True).run()
+        assert set(again.asked) == {("text 1", "prompt 1", 0, 0), ("[0.0] text 1", "prompt 1", 1, 0)}
+        assert len(RewriteStore.open(tmp_path).triples(ATTR)) == 4
+
+    def test_units_that_hold_one_are_written_and_read(self, tmp_path):
+        row = {"id": "a", "w": 1, "original": "oh \ud83d!", "rewrite": "oh", "rewrite2": "oh!"}
+        triples = RewriteTriples.from_rows([row])
+        assert read_triples(write_triples(tmp_path, triples)) == triples
+        for name in ("a.csv", "a.parquet"):
+            with pytest.raises(DataError, match=rf"{name} cannot hold a text with half of a character"):
+                write_triples(tmp_path, triples, name=name)
+            assert not (tmp_path / name).exists()

@@ -100,7 +100,10 @@ def test_a_function_of_a_named_module_scores(tmp_path, monkeypatch):
 MARKS = "def marks(prompts, texts):\n    return [text.count('!') for text in texts]\n"
 
 
-@pytest.mark.parametrize("how", ["named so", "import", "a file alone", "a file and import"])
+@pytest.mark.parametrize(
+    "how",
+    ["named so", "a file alone", *(pytest.param(x, marks=pytest.mark.slow) for x in ("import", "a file and import"))],
+)
 def test_whose_word_imports_a_module(tmp_path, monkeypatch, capsys, how):
     """That of the command line, and never that of a settings file that somebody sent."""
     (tmp_path / "sent_rewards.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n{MARKS}")
@@ -131,16 +134,18 @@ def test_whose_word_imports_a_module(tmp_path, monkeypatch, capsys, how):
         ("my_broken:f", {"imports": ("my_broken",)}, r"There is no function 'my_broken:f' .division by zero"),
         ("no_module_there:f", {"imports": ("no_module_there",)}, r"There is no function 'no_module_there:f'"),
         ("no/such-model", {}, r"There is no model|cannot be loaded"),
-        ("vadr", {}, r"There is no model"),
+        pytest.param("vadr", {}, r"There is no model", marks=pytest.mark.slow),
         ("columns", {}, r"reward='columns', but rewriter='endpoint'"),
         ("FOLDER", {}, r"say so: add_eos=True or add_eos=False"),
         ("FOLDER", {"reward_eos": True, "reward_output": "kind"}, r"has no output label='kind'"),
-        ("FOLDER", {"reward_eos": True, "reward_chat": True}, r"chat=True needs a chat template"),
+        pytest.param(
+            "FOLDER", {"reward_eos": True, "reward_chat": True}, r"chat=True needs a chat", marks=pytest.mark.slow
+        ),
         ("vader", {"reward_pair": True}, r"keeps its own settings, but pair=True"),
         ("no.ckpt", {}, r"There is no checkpoint 'no.ckpt'"),
     ],
 )
-@pytest.mark.parametrize("name", ["audit", "llm_rewriter"])
+@pytest.mark.parametrize("name", ["audit", pytest.param("llm_rewriter", marks=pytest.mark.slow)])
 def test_what_cannot_score_is_said_before_a_text_is_paid_for(tmp_path, monkeypatch, name, reward, more, match):
     module_of(tmp_path, monkeypatch, "number = 7\ndef marks(prompts, texts):\n    return [0.0] * len(texts)\n")
     (tmp_path / "my_broken.py").write_text("1 / 0")
@@ -172,6 +177,7 @@ def test_outputs_on_a_command_line():
         named_scorer("x.ckpt")
 
 
+@pytest.mark.slow
 def test_a_run_from_before_these_settings_goes_on(tmp_path):
     """A manifest without them is the same run's; one that a setting was changed of is not."""
     folder = saved(tmp_path / "rm", "llama", chat=True)

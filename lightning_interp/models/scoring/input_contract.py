@@ -59,21 +59,24 @@ def trainer_marks(beside: Callable[[str], Path | None], config: Mapping[str, Any
     card, arguments = _read(beside("README.md")).decode("utf-8", "replace"), _arguments(beside("training_args.bin"))
     if b"trl.trainer.reward_config" in arguments:
         return Marks("TRL", end=b"eos_token" in arguments)
-    tags = set(re.findall(r"^- ([\w-]+)\s*$", card.split("\n---", 1)[0], re.MULTILINE))
+    head = card.split("\n---", 1)[0] if card.startswith("---") else ""
+    tags = set(re.findall(r"^- ([\w-]+)\s*$", head, re.MULTILINE))
     if "reward-trainer" in tags:
         version = _TRL.search(card)
         return Marks("TRL", end=None if version is None else (int(version[1]), int(version[2])) >= _FIRST_END)
     if "sentence_transformers" in config or "cross-encoder" in tags:
         return Marks("sentence-transformers", pair=True)
-    labels = {str(name).lower() for name in (config.get("id2label") or {}).values()}
+    named = config.get("id2label")
+    labels = {str(name).lower() for name in named.values()} if isinstance(named, Mapping) else set[str]()
     return Marks("training on pairs, by its labels", pair=True) if labels & _PAIR_LABELS else Marks()
 
 
 def _read(path: Path | None) -> bytes:
-    if path is None or not path.is_file():
+    try:
+        with open(path or "", "rb") as file:
+            return file.read(_MOST)
+    except OSError:
         return b""
-    with open(path, "rb") as file:
-        return file.read(_MOST)
 
 
 def _arguments(path: Path | None) -> bytes:

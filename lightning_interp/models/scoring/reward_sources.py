@@ -149,7 +149,7 @@ def _config(name: str, path: Path, options: LoadOptions) -> dict[str, Any]:
     try:
         where = str(path) if path.is_dir() else name
         return dict(PreTrainedConfig.get_config_dict(where, revision=options.revision or "main")[0])
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}  # loading it as a language model says what is wrong
 
 

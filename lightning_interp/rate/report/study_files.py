@@ -69,8 +69,8 @@ def write_triples(folder: str | os.PathLike[str], triples: RewriteTriples, *, na
         rows = ({key: None if value != value else value for key, value in row.items()} for row in triples.rows())
         return write_json_lines(path, rows)  # no reward: null
     if path.suffix in (".csv", ".parquet"):
-        frame = triples.to_frame()
         try:
+            frame = triples.to_frame()
             data = frame.to_csv(index=False).encode() if path.suffix == ".csv" else frame.to_parquet(index=False)
         except UnicodeEncodeError as error:
             raise DataError(
