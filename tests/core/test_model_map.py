@@ -245,12 +245,10 @@ def test_queries_and_keys_are_the_maps_and_not_their_norms(name, component):
         check_width(model_map, site, 3, what="It")
 
 
-def test_norms_before_and_behind_a_sublayer_are_two_places():
+def test_norms_are_the_last_ones_and_have_a_width():
     model_map = ModelMap.build(tiny_model("gemma2"))
-    for component, sites in (("ln_attn", "'attn_in', 'attn_out'"), ("ln_mlp", "'mlp_in' or 'mlp_out'")):
-        with pytest.raises(SiteError, match=rf"linear:{component}\.2 of .* may be any of model\.layers.*{sites}"):
-            model_map.module(Site(f"linear:{component}", 2))
-    assert site_width(ModelMap.build(tiny_model("llama")), Site("linear:ln_attn", 0)) == 32
+    assert model_map.module(Site("linear:ln_attn", 2)).path == "model.layers.2.post_attention_layernorm"
+    assert site_width(model_map, Site("linear:ln_attn", 2)) == 32
 
 
 @pytest.mark.parametrize(

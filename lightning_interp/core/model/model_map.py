@@ -208,12 +208,7 @@ class ModelMap:
         """
         if site.component is not None:
             parts = self.parts(site.component, site.layer)
-            part, *others = parts[-1:] if site.layer is None else maps_of(parts)
-            if others:
-                raise SiteError(
-                    f"{site} of {self._name} may be any of {', '.join(p.path for p in (part, *others))}. Hook "
-                    "'attn_in', 'attn_out', 'mlp_in' or 'mlp_out' instead."
-                )
+            part = (parts if site.layer is None else maps_of(parts))[-1]
             if part.columns is not None:
                 raise SiteError(
                     f"{self._name} fuses {site.component!r} into {part.path}, so {site} is not the output of one "
