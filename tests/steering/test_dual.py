@@ -367,3 +367,21 @@ def test_bad_input(change, error, text):
 def test_targets_are_repeated_for_beams():
     values = Target(kl_budget=torch.tensor([0.25, 0.5])).values(4, torch.float64, "cpu")
     assert values.tolist() == [0.25, 0.25, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("lead", "budget", "seed", "most"),
+    [(50, 1e-7, 51, 30), (150, 1e-12, 150, 35), (150, 1e-12, 151, 35), (50, 1.0, 50, 15), (50, 1.0, 51, 15)],
+)
+def test_starts_with_one_token_that_is_nearly_certain(lead, budget, seed, most):
+    """The tangent's first step would be 1e10 times too long; ``lead`` is the top logit's in nats."""
+    draw = torch.Generator().manual_seed(seed)
+    rows, lam, beta = torch.randn(400, 16, generator=draw), torch.zeros(8, 16), torch.randn(16, generator=draw)
+    for row, token in enumerate(rows.norm(dim=-1).topk(8).indices):
+        ahead = (rows[token] - rows) @ rows[token]
+        ahead[token] = torch.inf
+        lam[row] = lead / ahead.min() * rows[token]
+    found = dual_steer(SoftmaxGeometry(rows), lam, beta, kl_budget=budget)
+    assert found.reached.all(), found.reason
+    torch.testing.assert_close(found.kl, torch.full_like(found.kl, budget), rtol=0.1, atol=0)
+    assert int(found.hvps.max()) <= most

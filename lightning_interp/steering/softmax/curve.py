@@ -123,6 +123,10 @@ class DualCurve:
 
 
 _GROWTH, _EXPANSIONS = 8.0, 10
+_NATS = 64.0
+"""Logits by which the first step of a search moves a token at most, against the others."""
+_FAR = 2.0
+"""Logarithm of a factor by which the root of a KL is far off."""
 _UNREACHABLE, _ROUNDING, _MAX_SEARCH = (REASONS.index(name) for name in ("unreachable", "rounding", "max_search"))
 
 
@@ -291,8 +295,11 @@ class _Search:
 
     def _proposed(self, ahead: Tensor) -> Tensor:
         rise = (self.slope * ahead).sum(-1)
-        rise = torch.where(self.t == 0, self._first_rise(ahead, rise), rise)
+        first, most = self._first(ahead, rise)
+        rise = torch.where(self.t == 0, first, rise)
         newton = self.t + (self.goal - self.value) / rise
+        if isinstance(self.measure, KlMeasure):
+            newton = torch.where(self.t == 0, newton.minimum(most), self._by_factors(newton, rise))
         edge, away = torch.where(self.value < self.goal, self.low, self.high), torch.sign(self.goal - self.value)
         reach = torch.where(edge == 0, torch.full_like(edge, torch.inf), _GROWTH * edge.abs())
         newton = torch.minimum(torch.maximum(newton, self.t - reach), self.t + reach)
@@ -307,14 +314,25 @@ class _Search:
         size: Tensor = 8 * torch.finfo(ahead.dtype).eps * self.slope.norm(dim=-1) * ahead.norm(dim=-1)
         return size
 
-    def _first_rise(self, ahead: Tensor, rise: Tensor) -> Tensor:
-        """At the start the root of the KL grows by half the tangent's Fisher length squared, under the root."""
+    def _by_factors(self, newton: Tensor, rise: Tensor) -> Tensor:
+        """Newton's step on the logarithm, where the root of the KL is far off and so may grow like an exponential."""
+        factor = (self.goal / self.value).log()
+        step = self.t + self.value * factor / rise
+        far = (factor.abs() > _FAR) & (step > self.low) & (step < self.high)
+        return torch.where(far & factor.isfinite(), step, newton)
+
+    def _first(self, ahead: Tensor, rise: Tensor) -> tuple[Tensor, Tensor]:
+        """How the measure rises at the start, and the longest step there.
+
+        The root of the KL grows by half the tangent's Fisher length squared, under the root; where one token is nearly
+        certain that is nearly nothing, and the step that it asks for endless.
+        """
         if not isinstance(self.measure, KlMeasure):
-            return rise
+            return rise, torch.full_like(rise, torch.inf)
         p = self.z.softmax(-1)
         u = self.curve.family.logits_change(ahead)
-        variance = (p * (u - (p * u).sum(-1, keepdim=True)).square()).sum(-1)
-        return (0.5 * variance).sqrt()
+        u = u - (p * u).sum(-1, keepdim=True)
+        return (0.5 * (p * u.square()).sum(-1)).sqrt(), _NATS / u.abs().amax(-1)
 
     def _look(self) -> None:
         value, slope = self.measure.at(self.curve, self.z, self.lam)
