@@ -11,6 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from lightning_interp import cli
+from lightning_interp.core.storage.files import atomic_write_text
+from lightning_interp.core.weights.tensors import TensorFolder
 from lightning_interp.errors import DataError
 from lightning_interp.grafting import GraftEvaluator, GraftPrompt
 from lightning_interp.testing import byte_tokenizer, tiny_pair
@@ -173,3 +175,10 @@ def test_no_prompts_at_all(tmp_path):
         read_prompts(tmp_path / "p.jsonl")
     with pytest.raises(DataError, match=r"gone.jsonl cannot be read: No such file"):
         read_prompts(tmp_path / "gone.jsonl")
+
+
+def test_a_half_made_donor_of_a_run_that_was_starved_is_made_anew(tmp_path):
+    atomic_write_text(tmp_path / "donor/config.json", "{")
+    folder = cli._configured("grafting/pair", ["--smoke=true"]).example_donor(tmp_path)
+    TensorFolder(folder).check()
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"

@@ -1,0 +1,45 @@
+import shutil
+
+import pytest
+from rig import QUIET
+
+from lightning_interp.models import CausalLM, TextDataModule
+from lightning_interp.models.training.resumable import fit_and_export
+
+ROWS = [{"text": text} for text in ("Ann likes tea.", "Bo likes rye.", "Cy likes jam.", "Di likes figs.")]
+
+
+def trained(folder, epochs=2):
+    module = CausalLM("tiny:llama", lr=1e-3)
+    data = TextDataModule(ROWS, tokenizer=module.tokenizer, batch_size=2, val=ROWS[:1])
+    options = QUIET | {"default_root_dir": folder, "enable_checkpointing": True, "max_epochs": epochs}
+    return fit_and_export(module, data, folder, options | {"log_every_n_steps": 1})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, trained(folder)
+
+
+def weights(folder):
+    return (folder / "model/model.safetensors").read_bytes()
+
+
+def test_what_was_logged_last_is_told(whole):
+    assert {"train/loss", "val/loss"} <= set(whole[1])
+
+
+@pytest.mark.parametrize("kept", [("checkpoints",), ("checkpoints", "model")])  # killed before, or after the export
+def test_a_training_that_was_finished_says_the_same_when_it_goes_on(whole, kept, tmp_path):
+    for name in kept:
+        shutil.copytree(whole[0] / name, tmp_path / name)
+    assert trained(tmp_path) == whole[1]
+    assert weights(tmp_path) == weights(whole[0])
+
+
+def test_it_goes_on_at_the_checkpoint(whole, tmp_path):
+    first = trained(tmp_path, epochs=1)
+    assert first != whole[1]
+    assert trained(tmp_path) == whole[1]
+    assert weights(tmp_path) == weights(whole[0])
