@@ -202,7 +202,8 @@ def _message(text: str, places: Mapping[str, str]) -> str:
     elif interpolation := re.search(r"full_key: (\S+)", text):
         key, details = interpolation[1], [first]
     else:
-        return f"Wrong settings: {' '.join(lines)}. Give fields as --field=value."
+        locale = " or set PYTHONUTF8=1 where the locale has no UTF-8" if "codec can't decode" in text else ""
+        return f"Wrong settings: {' '.join(lines)}. Give fields as --field=value{locale}."
     place = places.get(key) or next((where for name, where in places.items() if key.startswith(f"{name}.")), key)
     return f"{place}: the value of {key!r} does not fit: {_expected(details)}"
 
