@@ -185,6 +185,13 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     return folder_of
 
 
+@pytest.fixture(scope="module")
+def two_layers() -> Iterator[None]:
+    """Tiny models of two layers, which train as those of four do, in three quarters of the time."""
+    with mock.patch("lightning_interp.models.sources.tiny._LAYERS", 2):
+        yield
+
+
 @pytest.fixture(scope="session")
 def portable_4bit() -> Iterator[None]:
     """4-bit maps as every CPU computes them: with AVX512-BF16, bitsandbytes repacks the weights and works in bf16."""

@@ -27,6 +27,8 @@ from lightning_interp.errors import (
 from lightning_interp.models import CausalLM, LoraSettings, Optimisation, RewardModel, TextDataModule, load_causal_lm
 from lightning_interp.testing import byte_tokenizer, tiny_model
 
+pytestmark = pytest.mark.usefixtures("two_layers")
+
 MAPS = ("v_proj", "down_proj", "query_key_value", "c_attn")  # two of each layer, or one; all would train more slowly
 LORA = LoraSettings(r=4, alpha=8, target_modules=MAPS)
 ROWS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(1, 4) for b in range(5, 9)]
@@ -149,7 +151,7 @@ def test_bf16_mixed_trains_float32_weights(tmp_path, lora):
     before = trainer(tmp_path).validate(module, data(val=ROWS), verbose=False)[0]["val/loss"]
     run.fit(module, data(val=ROWS))
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
-    assert float(run.callback_metrics["val/loss"]) < 0.9 * before
+    assert float(run.callback_metrics["val/loss"]) < 0.96 * before
     assert run.callback_metrics["train/loss"].dtype == torch.float32
 
 
@@ -159,7 +161,7 @@ def test_a_bf16_base_under_a_float32_adapter_trains(tmp_path):
     run = trainer(tmp_path)
     before = trainer(tmp_path).validate(module, data(val=ROWS), verbose=False)[0]["val/loss"]
     run.fit(module, data(val=ROWS))
-    assert float(run.callback_metrics["val/loss"]) < 0.9 * before
+    assert float(run.callback_metrics["val/loss"]) < 0.96 * before
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
@@ -408,7 +410,7 @@ A = "model.model.layers.0.mlp.down_proj.lora_A.default.weight"
             lambda state: state.update({A: state[A][:2]}),
             r"with shape \(2, 64\), expected \(4, 64\) \(1 of another shape",
         ),
-        (lambda state: state.clear(), r"this CausalLM on 'tiny:llama': it lacks .* \(16 missing\)"),
+        (lambda state: state.clear(), r"this CausalLM on 'tiny:llama': it lacks .* \(8 missing\)"),
     ],
 )
 def test_an_adapters_checkpoint_that_does_not_fit_is_refused(tmp_path, adapter_ckpt, change, match):
@@ -656,7 +658,7 @@ def test_an_adapter_trains_on_a_quantised_base(tmp_path, full_ckpt, quantization
 
 def test_a_quantised_base_is_not_trained_in_full():
     with pytest.raises(
-        QuantizedModelError, match=r"all weights of 'tiny:llama': model.layers.0.self_attn.q_proj and 27"
+        QuantizedModelError, match=r"all weights of 'tiny:llama': model.layers.0.self_attn.q_proj and 13"
     ):
         CausalLM("tiny:llama", quantization="4bit")
 

@@ -20,6 +20,8 @@ from lightning_interp.core.model.own_hooks import Hook
 from lightning_interp.errors import CompiledModelError, RecipeError, UnsupportedStrategyError
 from lightning_interp.testing import CallbackContract
 
+pytestmark = pytest.mark.usefixtures("two_layers")
+
 ROWS = torch.arange(5.0)[:, None]
 
 

@@ -21,6 +21,8 @@ from lightning_interp.models import LoraSettings, PreferenceDataModule, RewardMo
 from lightning_interp.models.scoring.score_head import scoring_model
 from lightning_interp.testing import byte_tokenizer, tiny_model
 
+pytestmark = pytest.mark.usefixtures("two_layers")
+
 LORA = LoraSettings(r=4, alpha=8)
 DROPOUT = {"resid_pdrop": 0.2, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 MODES = pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])

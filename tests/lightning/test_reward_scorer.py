@@ -15,6 +15,8 @@ from lightning_interp.rate.scoring.reward_scorer import RewardScorer
 from lightning_interp.rate.scoring.rewards import MissingRewardError, read_rewards
 from lightning_interp.rate.scoring.scores import CallableScorer, score_triples
 
+pytestmark = pytest.mark.usefixtures("two_layers")
+
 QUIET = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False}
 
 

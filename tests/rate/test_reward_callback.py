@@ -25,6 +25,8 @@ from lightning_interp.rate.rewriting.rewriters import CallableRewriter
 from lightning_interp.rate.scoring.scores import CallableScorer, score_triples
 from lightning_interp.testing import CallbackContract, byte_tokenizer, tiny_model
 
+pytestmark = pytest.mark.usefixtures("two_layers")
+
 NAMES = {"ate", "att", "atu", "ate_se", "naive", "single"}
 DDP = {"devices": 2, "strategy": "ddp_fork"}
 

@@ -20,6 +20,8 @@ from lightning_interp.grafting.plan import GraftPlan
 from lightning_interp.testing import tiny_pair
 from lightning_interp.testing.contract_lightning import CallbackContract
 
+pytestmark = pytest.mark.usefixtures("two_layers")
+
 
 class Shift(Intervention):
     """x + 1 at chosen tokens."""

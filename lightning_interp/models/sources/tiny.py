@@ -29,6 +29,7 @@ FAMILIES: tuple[str, ...] = ("llama", "gpt2", "gpt_neox", "gemma2", "bloom", "op
 EXTRA_FAMILIES: tuple[str, ...] = ("gemma3", "qwen3", "phi3")
 """Families with a norm on queries and keys, or with fused gate and up maps, for tests of components alone."""
 
+_LAYERS = 4
 _PAD, _BOS, _EOS = "<pad>", "<bos>", "<eos>"
 _SPECIALS = (_PAD, _BOS, _EOS, "<|im_start|>", "<|im_end|>")
 _VOCAB_SIZE = len(_SPECIALS) + 256
@@ -94,7 +95,7 @@ def tiny_config(family: str = "llama", **overrides: Any) -> PreTrainedConfig:
     settings = {
         "vocab_size": _VOCAB_SIZE,
         "hidden_size": 32,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": _LAYERS,
         "num_attention_heads": 4,
         "pad_token_id": _SPECIALS.index(_PAD),
         "bos_token_id": _SPECIALS.index(_BOS),
