@@ -213,3 +213,21 @@ def test_hooks_come_back_after_an_error_and_grafts_are_set_aside_too():
             raise ZeroDivisionError
         close(logits(recipient), logits(donor), 0)
     close(logits(recipient), plain, 0)
+
+
+@pytest.mark.parametrize("other", ["generate", "forward"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_second_thread_beside_a_generation_is_refused(other, use_cache):
+    model, errors, how = tiny_model("llama"), [], {"max_new_tokens": 3, "do_sample": False, "use_cache": use_cache}
+    ask = {"generate": lambda: model.generate(IDS[:, :3], **how), "forward": lambda: logits(model, IDS[:, :3])}[other]
+
+    def between(ids, scores):  # after a pass of the generation, before the next one
+        errors.append(in_thread(ask).error)
+        return scores
+
+    with Add(Site("resid_post", 1), positions=Generated()).attach(model):
+        expected = model.generate(IDS, **how)
+        assert torch.equal(model.generate(IDS, logits_processor=[between], **how), expected)
+        assert in_thread(ask).error is None
+    assert [type(error) for error in errors] == [UnsupportedStrategyError] * 3
+    assert "Another thread generates" in str(errors[0])

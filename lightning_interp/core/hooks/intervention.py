@@ -161,10 +161,11 @@ class Attachment(AbstractContextManager["Attachment"]):
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         step = self._read(args, kwargs)
+        step.generation = self._calls.of_this_pass()
         self._threads.enter(step)
         self._watch.begin((step.length == 1, module.training))
         step.find_tokenizer, step.batch, step.kept = (lambda: self.tokenizer), self.batch, self._kept
-        step.known_prompt_lengths, step.generation = self.prompt_lengths, self._calls.of_this_pass()
+        step.known_prompt_lengths = self.prompt_lengths
         if self.prompt_lengths is None and self.batch is not None:
             step.known_prompt_lengths = self.batch.get("prompt_lengths")
         self._notes.read(step, cache_in(args, kwargs))
