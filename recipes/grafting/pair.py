@@ -175,7 +175,8 @@ class GraftPair(Recipe):
         exact = {plan: estimate.to_dict() for plan, estimate in exact_match(scored["written"]).items()}
         if scored["written"]:
             tables["completions"] = scored["written"]
-            tables["exact"] = [{"plan": plan, "decode": self.decode, **estimate} for plan, estimate in exact.items()]
+            decoded = {row["plan"]: row["decode"] for row in scored["written"]}
+            tables["exact"] = [{"plan": plan, "decode": decoded[plan], **estimate} for plan, estimate in exact.items()]
         return RecipeResult(
             metrics={"forms": metrics_of(found), "exact": exact, "dropped": len(found.dropped)},
             tables=tables,

@@ -89,7 +89,9 @@ def test_two_folders(files, stream):
     dropped = table(files, "dropped")
     assert [row["prompt"] for row in dropped] == ["2"]
     assert "'Zed' does not occur" in dropped[0]["reason"]
-    assert {row["decode"] for row in table(files, "completions")} == {"recipient"}
+    for name in ("completions", "exact"):  # the donor's own text is its own under every policy
+        assert all((row["decode"] == "donor") == (row["plan"] == "SFT") for row in table(files, name))
+    assert [row["tokens"] for row in table(files, "located")][:1] == [" | ".join(ROWS[0]["spans"]["FE"])]
     doses = table(files, "doses")
     assert [float(row["dose"]) for row in doses] == [0, 0.25, 0.5, 0.75, 1]
     ends = [sum(found[i, plan] for i in (0, 1)) / 2 for plan in ("PRE", "FE+LT")]
