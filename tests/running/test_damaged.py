@@ -16,7 +16,7 @@ from lightning_interp.running.report import write_report
 from lightning_interp.running.results import read_run, write_results
 
 FILES = ("manifest.json", "metrics.json", "tables/points.csv", "children/one/manifest.json", "phases/fit/result.json")
-MUTATIONS = 25  # a file; 4,000 were tried once
+MUTATIONS = 25  # a file
 
 
 @pytest.fixture(scope="module")
