@@ -170,7 +170,7 @@ class Attachment(AbstractContextManager["Attachment"]):
             step.known_prompt_lengths = self.batch.get("prompt_lengths")
         self._notes.read(step, cache_in(args, kwargs))
         if step.is_prefill:
-            self._prompt, step.shorter = step, _shorter(self._prompt, step)
+            self._prompt, step.shorter = step, None if module.training else _shorter(self._prompt, step)
         step.prompt = self._prompt if self._prompt is not step else None
         self._step, self._graph_task = step, torch._C._current_graph_task_id()
         replays = any(getattr(block, "gradient_checkpointing", False) for block in self.model_map.blocks)

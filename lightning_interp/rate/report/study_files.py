@@ -107,7 +107,10 @@ def read_triples(path: str | os.PathLike[str]) -> RewriteTriples:
     try:
         if file.suffix in (".jsonl", ".csv", ".tsv", ".parquet"):
             numbers = ("w", "draw", *(f"reward_{stage}" for stage in STAGES))
-            return RewriteTriples.from_rows((row for _, row in file_rows(file, numbers=numbers)), source=str(file))
+            rows = [row for _, row in file_rows(file, numbers=numbers)]
+            if file.suffix in (".csv", ".tsv"):  # an empty cell is a text here
+                rows = [dict.fromkeys(set(STAGES) & set[str]().union(*rows), "") | row for row in rows]
+            return RewriteTriples.from_rows(rows, source=str(file))
         plain = json_object(file.read_bytes(), str(file), own=True)
         if plain.get("reward"):
             plain["reward"] = {stage: [as_reward(value) for value in row] for stage, row in plain["reward"].items()}
