@@ -111,6 +111,8 @@ def _dequantise(path: Path, options: LoadOptions) -> tuple[PreTrainedModel, PreT
     model.is_quantized = False
     model.config._name_or_path = str(path.resolve())
     try:
+        if "tokenizer.ggml.model" not in read_gguf(path).fields:  # transformers 5.17 would take it for one of llama's
+            raise ValueError("it does not name its kind (tokenizer.ggml.model).")
         return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # transformers raises many kinds for tokenizers that it cannot convert
         raise DataError(
