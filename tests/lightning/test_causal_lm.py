@@ -29,6 +29,13 @@ from lightning_interp.testing import byte_tokenizer, tiny_model
 
 pytestmark = pytest.mark.usefixtures("two_layers")
 
+
+@pytest.fixture
+def four_layers(monkeypatch):
+    """The tiny model as it is."""
+    monkeypatch.setattr("lightning_interp.models.sources.tiny._LAYERS", 4)
+
+
 MAPS = ("v_proj", "down_proj", "query_key_value", "c_attn")  # two of each layer, or one; all would train more slowly
 LORA = LoraSettings(r=4, alpha=8, target_modules=MAPS)
 ROWS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(1, 4) for b in range(5, 9)]
@@ -145,23 +152,23 @@ def test_half_precision_models_get_float32_master_weights(tmp_path):
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
-def test_bf16_mixed_trains_float32_weights(tmp_path, lora):
+def test_bf16_mixed_trains_float32_weights(tmp_path, lora, four_layers):
     module = CausalLM("tiny:llama", lora=lora, lr=5e-3)
     run = trainer(tmp_path, precision="bf16-mixed", num_sanity_val_steps=0)
     before = trainer(tmp_path).validate(module, data(val=ROWS), verbose=False)[0]["val/loss"]
     run.fit(module, data(val=ROWS))
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
-    assert float(run.callback_metrics["val/loss"]) < 0.96 * before
+    assert float(run.callback_metrics["val/loss"]) < 0.9 * before
     assert run.callback_metrics["train/loss"].dtype == torch.float32
 
 
-def test_a_bf16_base_under_a_float32_adapter_trains(tmp_path):
+def test_a_bf16_base_under_a_float32_adapter_trains(tmp_path, four_layers):
     module = CausalLM("tiny:llama", lora=LORA, dtype="bfloat16", lr=1e-2)
     assert module.model.lm_head.weight.dtype == torch.bfloat16
     run = trainer(tmp_path)
     before = trainer(tmp_path).validate(module, data(val=ROWS), verbose=False)[0]["val/loss"]
     run.fit(module, data(val=ROWS))
-    assert float(run.callback_metrics["val/loss"]) < 0.96 * before
+    assert float(run.callback_metrics["val/loss"]) < 0.9 * before
 
 
 @pytest.mark.parametrize("lora", [None, LORA])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -12,7 +12,7 @@ from lightning_interp.core.tokens.kv_cache import cache_in, cache_of, installed_
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import PositionError
 
-__all__ = ["CacheNotes"]
+__all__ = ["CacheNotes", "one_token_shorter"]
 
 _NAME = "_seen_by_attachments"
 _KEYS = count()
@@ -68,6 +68,14 @@ def _virtual_columns(model_map: ModelMap, past: int, embedded: bool) -> int:
             )
         return count if (past >= count if cached else past or embedded) else 0
     return 0
+
+
+def one_token_shorter(before: StepContext | None, step: StepContext) -> StepContext | None:
+    """The pass before, where this one may be its text with one more token; only their shapes are looked at."""
+    if before is None or before.past != step.past or before.input_ids is None or step.input_ids is None:
+        return None
+    grown = (before.batch_size, before.length + 1) == (step.batch_size, step.length)
+    return replace(before, shorter=None, cache={}) if grown else None
 
 
 @dataclass

@@ -7,14 +7,13 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_interp.core.hooks.cache_notes import CacheNotes
+from lightning_interp.core.hooks.cache_notes import CacheNotes, one_token_shorter
 from lightning_interp.core.hooks.checks import check_hookable
 from lightning_interp.core.hooks.generate_calls import GenerateCalls
 from lightning_interp.core.hooks.passes import OneThread, PassWatch
@@ -170,7 +169,7 @@ class Attachment(AbstractContextManager["Attachment"]):
             step.known_prompt_lengths = self.batch.get("prompt_lengths")
         self._notes.read(step, cache_in(args, kwargs))
         if step.is_prefill:
-            self._prompt, step.shorter = step, None if module.training else _shorter(self._prompt, step)
+            self._prompt, step.shorter = step, None if module.training else one_token_shorter(self._prompt, step)
         step.prompt = self._prompt if self._prompt is not step else None
         self._step, self._graph_task = step, torch._C._current_graph_task_id()
         replays = any(getattr(block, "gradient_checkpointing", False) for block in self.model_map.blocks)
@@ -182,14 +181,6 @@ class Attachment(AbstractContextManager["Attachment"]):
         if output is not None:  # else the pass failed
             self._notes.made(output)
             self._watch.check()
-
-
-def _shorter(before: StepContext | None, step: StepContext) -> StepContext | None:
-    """The pass before, where this one may be its text with one more token; only their shapes are looked at."""
-    if before is None or before.past != step.past or before.input_ids is None or step.input_ids is None:
-        return None
-    grown = (before.batch_size, before.length + 1) == (step.batch_size, step.length)
-    return replace(before, shorter=None, cache={}) if grown else None
 
 
 class Intervention(ABC):

@@ -125,7 +125,7 @@ class SoftmaxGeometry:
     def spread(self) -> float:
         """Mean variance of the logits' gradients over the vocabulary, ``trace(Cov_uniform[g]) / d``; 0 if all equal."""
         rows = self.weight.to(torch.float32)
-        found, rounded = rows.var(dim=0, correction=0).mean(), torch.finfo(torch.float32).eps * rows.abs().max()
+        found, rounded = rows.var(dim=0, correction=0).mean(), torch.finfo(torch.float32).eps * rows.norm(p=torch.inf)
         return float(found) * self.scale**2 if bool(found > rounded**2) else 0.0
 
     def resolve_alpha(self, alpha: float | Literal["auto"], *, kappa: float = 5.0) -> float:
