@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 import threading
+from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -165,3 +167,20 @@ def faults(text):
         shaped(text).replace(b'"index"', b'"index": 1, "index"'),
     ]
     return again, kept
+
+
+class Bad:
+    """Up to three faults a text, then an answer in one of many shapes; counts the answers that were given."""
+
+    def __init__(self):
+        self.asked, self.paid = Counter(), Counter()
+
+    def __call__(self, body):
+        text = body["messages"][-1]["content"]
+        tries, self.asked[text] = self.asked[text], self.asked[text] + 1
+        again, kept = faults(f"answer to {text}")
+        own = random.Random(text)  # noqa: S311 - a behaviour, no secrets
+        if tries < own.randint(0, 3):
+            return random.Random(f"{text} {tries}").choice(again)  # noqa: S311
+        self.paid[text] += 1
+        return own.choice([shaped(f"answer to {text}"), *kept])

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
 import warnings
-from collections import Counter
 from importlib.util import find_spec
 
 import pytest
-from served import completion, faults, serving, shaped
+from served import Bad, completion, serving
 
 from lightning_interp.core.storage.files import digest
 from lightning_interp.generation.completion_store import CompletionStore, write_all
@@ -36,23 +34,6 @@ def writer_of(served, *, waits=None, **more):
     wait = (lambda seconds: None) if waits is None else waits.append
     pace = {"max_concurrency": AT_ONCE, "sleep": wait, "backoff": Backoff(first=0, most=0), **more}
     return EndpointGenerator("m", base_url=served.url, pace=Pace(**pace))
-
-
-class Bad:
-    """Up to three faults a text, then an answer in one of many shapes; counts the answers that were given."""
-
-    def __init__(self):
-        self.asked, self.paid = Counter(), Counter()
-
-    def __call__(self, body):
-        text = body["messages"][-1]["content"]
-        tries, self.asked[text] = self.asked[text], self.asked[text] + 1
-        again, kept = faults(f"answer to {text}")
-        own = random.Random(text)  # noqa: S311 - a behaviour, no secrets
-        if tries < own.randint(0, 3):
-            return random.Random(f"{text} {tries}").choice(again)  # noqa: S311
-        self.paid[text] += 1
-        return own.choice([shaped(f"answer to {text}"), *kept])
 
 
 def check(bad, folder, writer, lost, count=COUNT):
