@@ -68,6 +68,12 @@ _MAY_CHANGE = {
 }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from tests that need none: autograd starts a thread for each, and then no forked process may train."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip tests of the bundled model where it is not installed; on CI that is a failure, never a silent skip."""
     reason = missing_bundled() if item.get_closest_marker("bundled") else None
