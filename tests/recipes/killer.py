@@ -76,7 +76,9 @@ def run(
         code = 99  # an error that is none of ours
         try:
             from lightning_interp.cli import main
+            from lightning_interp.running import results
 
+            results.png = lambda _: b"\x89PNG\r\n\x1a\n"  # half the time of a small run goes into drawing its figures
             moments = Moments(folder, aim)
             moments.install()
             if size:
