@@ -19,6 +19,7 @@ __all__ = ["render_report", "write_report"]
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 MAX_ROWS, MAX_ROWS_ASIDE = 500, 40  # on the page, of the main table and of the others; the files hold all
 OPEN_ROWS, OPEN_ROWS_ASIDE = 24, 8  # a longer table is folded
+OPEN_COLUMNS_ASIDE = 9  # a wider table is folded too
 LONG_TEXT = 24  # letters from which on a column of text is given some width
 
 
@@ -43,14 +44,17 @@ def render_report(run: StoredRun) -> str:
     summary = run.outcome["summary"]
     return template.render(
         name=run.manifest["name"],
+        name_parts=re.split(r"(?<=[/_])", run.manifest["name"]),  # where a narrow page may break it
         outcome=run.outcome,
         about=run.outcome.get("about", "").split("\n\n")[0],
-        main=_table(summary, run.tables[summary], MAX_ROWS, OPEN_ROWS) if summary else None,
+        main=_table(summary, run.tables[summary], MAX_ROWS, OPEN_ROWS, None) if summary else None,
         tables=[
-            _table(name, rows, MAX_ROWS_ASIDE, OPEN_ROWS_ASIDE) for name, rows in run.tables.items() if name != summary
+            _table(name, rows, MAX_ROWS_ASIDE, OPEN_ROWS_ASIDE, OPEN_COLUMNS_ASIDE)
+            for name, rows in run.tables.items()
+            if name != summary
         ],
         figures=[
-            {"title": _title(name), "caption": run.outcome["captions"].get(name, ""), "data": _inline(path)}
+            {"title": _title(name), "caption": run.outcome["captions"].get(name, ""), **_inline(path)}
             for name, path in run.figures.items()
         ],
         metrics=list(_leaves(run.metrics)),
@@ -62,12 +66,12 @@ def render_report(run: StoredRun) -> str:
             for name, phase in run.manifest["phases"].items()
         ],
         versions=_versions(run),
-        config_file=str(run.path / "config.yaml"),
     )
 
 
-def _table(name: str, rows: list[dict[str, Any]], limit: int, unfolded: int) -> dict[str, Any]:
+def _table(name: str, rows: list[dict[str, Any]], limit: int, unfolded: int, width: int | None) -> dict[str, Any]:
     names, cells = columns(rows), shown_rows(rows[:limit])
+    wide = width is not None and len(names) > width
     return {
         "title": _title(name),
         "file": f"tables/{name}.csv",
@@ -75,8 +79,8 @@ def _table(name: str, rows: list[dict[str, Any]], limit: int, unfolded: int) -> 
         "kinds": [_kind([row.get(column) for row in rows]) for column in names],
         "rows": [list(map(_with_minus, line)) for line in cells],
         "left_out": len(rows) - len(cells),
-        "count": len(rows),
-        "folded": len(rows) > unfolded,
+        "size": f"{len(rows)} row{'' if len(rows) == 1 else 's'}{f', {len(names)} columns' if wide else ''}",
+        "folded": len(rows) > unfolded or wide,
     }
 
 
@@ -95,13 +99,15 @@ def _title(name: str) -> str:
     return name.replace("_", " ").strip().capitalize() if name.islower() else name.replace("_", " ")
 
 
-def _inline(path: Path) -> str:
+def _inline(path: Path) -> dict[str, Any]:
     try:
-        return base64.b64encode(path.read_bytes()).decode("ascii")
+        content = path.read_bytes()
     except OSError as error:
         raise ManifestError(
             f"Cannot read the figure {str(path)!r}: {error.strerror}. Restore it, or start the run again."
         ) from error
+    width, height = int.from_bytes(content[16:20]), int.from_bytes(content[20:24])  # of PNG's first chunk
+    return {"data": base64.b64encode(content).decode("ascii"), "wide": width > 1.6 * height}
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -109,7 +115,9 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            text = re.sub(r"(?<=://)[^/\s@]+@", "***@", shown(value))  # a run of old may have kept a password
+            text = re.sub(
+                r"(?<=://)[^/\s@]+@", "***@", shown(value) if value not in ("", [], {}) else "-"
+            )  # a run of old may have kept a password
             yield f"{prefix}{key}", text if len(text) <= 300 else f"{text[:300]} ..."
 
 

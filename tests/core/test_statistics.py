@@ -121,6 +121,21 @@ def test_an_estimate_is_json_and_text():
 
 
 @pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ((0.00096, 0.000439, 0.00139), "0.0010 [0.0004, 0.0014]"),
+        ((0.0574, 0.0574, 0.0574), "0.057 [0.057, 0.057]"),
+        ((-0.001, -0.004, 0.25), "0.00 [0.00, 0.25]"),  # no zero with a minus
+        ((0.0, 0.0, 0.0), "0.00 [0.00, 0.00]"),
+        ((1e-12, math.nan, math.nan), "0.00000000"),
+        ((math.nan, math.nan, math.nan), "nan"),
+    ],
+)
+def test_a_small_estimate_does_not_read_as_zero(numbers, text):
+    assert str(Estimate(*numbers, 3, 0.95, "bootstrap")) == text
+
+
+@pytest.mark.parametrize(
     ("call", "match"),
     [
         (lambda: proportion_interval([0.5, 1.5]), r"got 1\.5; expected shares"),

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from lightning_interp.core.storage.manifest import RunManifest
 from lightning_interp.errors import ManifestError
 from lightning_interp.running.report import write_report
-from lightning_interp.running.results import write_results
+from lightning_interp.running.results import write_figure, write_results
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&"
 
@@ -16,7 +16,7 @@ EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&"
 class Page(HTMLParser):
     """Reads a page as a browser does: tags, attributes, visible text."""
 
-    VOID = frozenset({"meta", "img", "link", "br"})
+    VOID = frozenset({"meta", "img", "link", "br", "wbr"})
 
     def __init__(self, text):
         super().__init__()
@@ -145,9 +145,17 @@ def test_what_was_found_is_said_first_then_what_it_does_not_show_then_the_rest(t
         "What may not be concluded",
         "Few points.",
         "Seed",
-        "Points",
     ]
-    order += ["What the names mean", "FE", "the first entity", "Figures", "By plan.", "See the bar.", "All numbers"]
+    order += [
+        "What the names mean",
+        "FE",
+        "the first entity",
+        "Points",
+        "Figures",
+        "By plan.",
+        "See the bar.",
+        "All numbers",
+    ]
     places = [words.index(word) for word in order]
     assert places == sorted(places)
 
@@ -156,7 +164,7 @@ def test_long_tables_are_folded_and_short_ones_are_not(tmp_path):
     tables = {"main_one": [{"a": i} for i in range(20)], "few": [{"a": 1}], "many": [{"a": i} for i in range(9)]}
     found = page(finished(tmp_path / "a", tables=tables))
     assert found.tags.count("details") == 2  # the longer one aside, and all numbers
-    assert {"9 rows", "1 numbers"} <= set(found.words)
+    assert {"9 rows", "1 number"} <= set(found.words)
     longer = page(finished(tmp_path / "b", tables={"main_one": [{"a": i} for i in range(25)]}))
     assert "25 rows" in longer.words
 
@@ -210,3 +218,27 @@ def test_what_is_missing_is_named(tmp_path):
     (folder / "tables/points.csv").unlink()
     with pytest.raises(ManifestError, match=r"Cannot read the table '.*points\.csv'"):
         write_report(folder)
+
+
+def test_a_wide_table_aside_is_folded_and_says_its_size(tmp_path):
+    wide = {f"column {number}": number for number in range(10)}
+    told = page(
+        finished(tmp_path, tables={"main_one": [wide], "wide": [wide], "one": [{"a": 1}] * 9}, metrics={"a": 1})
+    )
+    assert {"1 row, 10 columns", "9 rows", "1 number"} <= set(told.words)
+    assert told.tags.count("details") == 3  # the main table stays open
+
+
+def test_the_command_that_repeats_it_and_empty_settings_name_no_machine(tmp_path):
+    write_report(finished(tmp_path, config={"seed": 0, "model": "m", "trainer": {}, "prompts": "", "run_dir": "x"}))
+    source = (tmp_path / "report.html").read_text()
+    assert str(tmp_path) not in source
+    assert "<code>lightning-interp run config.yaml --run_dir=ANOTHER_FOLDER</code>" in source
+    assert source.count("<td>-</td>") == 2
+
+
+@pytest.mark.parametrize(("size", "wide"), [((4, 2), True), ((2, 2), False)])
+def test_only_a_wide_figure_scrolls_on_a_phone(tmp_path, size, wide):
+    folder = finished(tmp_path)
+    write_figure(folder / "figures/by_plan.png", Figure(figsize=size))
+    assert ("img", "class", "wide") in page(folder).attributes if wide else "wide" not in str(page(folder).attributes)

@@ -42,8 +42,12 @@ class Estimate:
         return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(self).items()}
 
     def __str__(self) -> str:
-        interval = "" if math.isnan(self.low) else f" [{self.low:.2f}, {self.high:.2f}]"
-        return f"{self.value:.2f}{interval}"
+        """Two decimals; where all would read as zero or nearly so, two digits of the largest."""
+        numbers = [self.value] if math.isnan(self.low) else [self.value, self.low, self.high]
+        largest = max(map(abs, numbers))
+        decimals = 1 - math.floor(math.log10(largest)) if 0 < largest < 0.1 else 2
+        value, *ends = (f"{number:z.{min(decimals, 8)}f}" for number in numbers)
+        return f"{value} [{', '.join(ends)}]" if ends else value
 
 
 def proportion_interval(shares: Sequence[float], *, level: float = 0.95) -> Estimate:
