@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 import sys
+import tempfile
+from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -78,14 +83,19 @@ def config_of(kind, labels):
     return AutoConfig.for_model(kind, **small, **more)
 
 
-def model_of(kind, labels=1, seed=3):
-    """A classifier in which every weight matters."""
-    torch.manual_seed(seed)
+@cache
+def _model_of(kind, labels):
+    torch.manual_seed(3)
     model = AutoModelForSequenceClassification.from_config(config_of(kind, labels)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model
+
+
+def model_of(kind, labels=1):
+    """A classifier in which every weight matters."""
+    return copy.deepcopy(_model_of(kind, labels))
 
 
 def tokenizer_of(kind, *, chat=True):
@@ -95,23 +105,27 @@ def tokenizer_of(kind, *, chat=True):
     return tokenizer
 
 
+@cache
+def _saved(kind, labels, chat):
+    kept = tempfile.TemporaryDirectory()  # goes with the process
+    _model_of(kind, labels).save_pretrained(kept.name)
+    tokenizer_of(kind, chat=chat).save_pretrained(kept.name)
+    return kept
+
+
 def saved(folder, kind, *, labels=1, chat=False):
-    """A folder of transformers; gives the path."""
-    model_of(kind, labels).save_pretrained(folder)
-    tokenizer_of(kind, chat=chat).save_pretrained(folder)
-    return folder
+    """A folder of transformers, the test's own; gives the path."""
+    return shutil.copytree(_saved(kind, labels, chat).name, folder)
 
 
-def with_adapter(folder, kind, *, labels=1, chat=False):
-    """A folder of PEFT on a language model or classifier beside it; gives the path and the wrapped model."""
+@cache
+def _with_adapter(kind, labels):
     from peft import LoraConfig, get_peft_model
 
-    base = folder.parent / f"{folder.name}-base"
-    if kind in DECODERS:
-        tiny_model(kind).save_pretrained(base)
-    else:
-        model_of(kind, labels).save_pretrained(base)
-    tokenizer_of(kind, chat=chat).save_pretrained(base)
+    kept = tempfile.TemporaryDirectory()
+    base = Path(kept.name) / "base"
+    (tiny_model(kind) if kind in DECODERS else _model_of(kind, labels)).save_pretrained(base)
+    tokenizer_of(kind, chat=False).save_pretrained(base)
     torch.manual_seed(5)
     config = config_of(kind, labels)
     model = AutoModelForSequenceClassification.from_pretrained(base, config=config)
@@ -124,8 +138,15 @@ def with_adapter(folder, kind, *, labels=1, chat=False):
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name or "modules_to_save" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    wrapped.save_pretrained(folder)
-    return folder, wrapped.eval()
+    wrapped.save_pretrained(Path(kept.name) / "adapter")
+    return kept, wrapped.eval()
+
+
+def with_adapter(folder, kind, *, labels=1):
+    """A folder of PEFT, the test's own; gives its path, that of the model below it, and the model with the adapter."""
+    kept, wrapped = _with_adapter(kind, labels)
+    shutil.copytree(f"{kept.name}/adapter", folder)
+    return folder, Path(kept.name) / "base", copy.deepcopy(wrapped)
 
 
 CARD = """---
@@ -168,9 +189,18 @@ def leave_arguments(folder, monkeypatch, **settings):
     torch.save(arguments, folder / "training_args.bin")
 
 
-def theirs(folder, rows, model=None, dtype=torch.float32):
-    """Logits by transformers alone, a text at a time; a row is one text, or a prompt and a text."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = model or AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype)
+_loaded = {}  # of theirs(), by what is in the files
+
+
+def theirs(folder, rows, model=None, dtype=torch.float32, *, together=False):
+    """Logits by transformers alone, row by row or in one padded batch; a row is a text, or a prompt and a text."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+    if model is None:
+        content = [(Path(folder) / name).read_bytes() for name in ("config.json", "model.safetensors")]
+        if (key := (*content, dtype)) not in _loaded:
+            _loaded[key] = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype)
+        model = _loaded[key]
+    batches = [list(zip(*rows, strict=True))] if together else [[[part] for part in row] for row in rows]
     with torch.no_grad():
-        return torch.cat([model.eval()(**tokenizer(*row, return_tensors="pt")).logits.float() for row in rows])
+        given = [tokenizer(*map(list, batch), return_tensors="pt", padding=together) for batch in batches]
+        return torch.cat([model.eval()(**one).logits.float() for one in given])

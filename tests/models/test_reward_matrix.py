@@ -34,6 +34,10 @@ FULL = [pair for pair in itertools.product((*DECODERS, *ENCODERS), OUTPUTS) if p
 CASES = [*THIN, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in FULL)]
 
 
+JOINED = [(prompt + text,) for prompt, text in zip(PROMPTS, TEXTS, strict=True)]
+ENDED = [(f"{text}<eos>",) for (text,) in JOINED]  # as TRL writes them
+
+
 def close(found, expected, **tolerance):
     assert float(expected.std()) > 1e-3
     torch.testing.assert_close(found.float(), expected.float(), **{"rtol": 1e-6, "atol": 1e-6, **tolerance})
@@ -51,10 +55,12 @@ class TestMatrix:
         folder = saved(tmp_path / "rm", kind, labels=labels)
         alone = TextScorer.load(folder, label=label, batch_size=1, **ends(kind))
         close(alone.score([""] * 5, TEXTS), take(theirs(folder, [(text,) for text in TEXTS])))
-        together = [prompt + text for prompt, text in zip(PROMPTS, TEXTS, strict=True)]
-        joined = TextScorer.load(folder, label=label, pair=False, **ends(kind))  # in batches, with padding
-        close(joined.score(PROMPTS, TEXTS), take(theirs(folder, [(text,) for text in together])), rtol=1e-5, atol=5e-6)
-        pairs = TextScorer.load(folder, label=label, pair=True, batch_size=1, **ends(kind))
+        model, tokenizer = alone.model, alone.encoder.tokenizer
+        joined = TextScorer(model, tokenizer, label=label, pair=False)
+        # Decoders score padded batches, encoders those of one length: padding moves their scores by rounding.
+        expected = take(theirs(folder, JOINED, together=kind in DECODERS))
+        close(joined.score(PROMPTS, TEXTS), expected)
+        pairs = TextScorer(model, tokenizer, label=label, pair=True, batch_size=1)
         expected = take(theirs(folder, list(zip(PROMPTS, TEXTS, strict=True))))
         close(pairs.score(PROMPTS, TEXTS), expected)
         if kind in ENCODERS:
@@ -90,7 +96,9 @@ class TestMatrix:
             for prompt, text in zip(PROMPTS, TEXTS, strict=True)
         ]
         written = tokenizer_of(kind).apply_chat_template(turns, tokenize=False)
-        close(as_scorer(folder).score(PROMPTS, TEXTS), theirs(folder, [(text,) for text in written])[:, 0])
+        close(
+            as_scorer(folder).score(PROMPTS, TEXTS), theirs(folder, [(text,) for text in written], together=True)[:, 0]
+        )
 
     @pytest.mark.parametrize(
         ("kind", "output"),
@@ -106,12 +114,10 @@ class TestMatrix:
         label = {"kind": 1}.get(label, label) if isinstance(label, str) else label
         if isinstance(label, dict):
             label = [0.0, 1.0, -0.25]
-        folder, wrapped = with_adapter(tmp_path / "adapter", kind, labels=labels)
+        folder, base, wrapped = with_adapter(tmp_path / "adapter", kind, labels=labels)
         scorer = TextScorer.load(folder, label=label, **(ends(kind) or {"pair": True}))
-        rows = list(zip(PROMPTS, TEXTS, strict=True))
-        rows = [("".join(row),) for row in rows] if kind in DECODERS else rows
-        base = folder.parent / f"{folder.name}-base"
-        close(scorer.score(PROMPTS, TEXTS), take(theirs(base, rows, wrapped)), rtol=1e-5, atol=5e-6)
+        rows = JOINED if kind in DECODERS else list(zip(PROMPTS, TEXTS, strict=True))
+        close(scorer.score(PROMPTS, TEXTS), take(theirs(base, rows, wrapped, together=kind in DECODERS)))
 
     @pytest.mark.parametrize(
         "kind", ["gpt2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "opt"))]
@@ -120,8 +126,7 @@ class TestMatrix:
     def test_of_trl_on_plain_text(self, tmp_path, monkeypatch, kind, left):
         folder = saved(tmp_path / "rm", kind)
         leave_card(folder) if left == "card" else leave_arguments(folder, monkeypatch, eos_token=None)
-        rows = [(prompt + text + "<eos>",) for prompt, text in zip(PROMPTS, TEXTS, strict=True)]
-        expected = theirs(folder, rows)[:, 0]
+        expected = theirs(folder, ENDED, together=True)[:, 0]
         for scorer in (as_scorer(folder), RewardModel(str(folder)).scorer):
             close(scorer.score(PROMPTS, TEXTS), expected)
             assert scorer.encoder.add_eos
@@ -131,11 +136,9 @@ class TestMatrix:
 
 class TestWhatWasLeft:
     def test_an_adapter_of_trl(self, tmp_path):
-        folder, wrapped = with_adapter(tmp_path / "adapter", "llama")
+        folder, base, wrapped = with_adapter(tmp_path / "adapter", "llama")
         leave_card(folder)
-        rows = [(prompt + text + "<eos>",) for prompt, text in zip(PROMPTS, TEXTS, strict=True)]
-        base = folder.parent / "adapter-base"
-        close(as_scorer(folder).score(PROMPTS, TEXTS), theirs(base, rows, wrapped)[:, 0])
+        close(as_scorer(folder).score(PROMPTS, TEXTS), theirs(base, ENDED, wrapped, together=True)[:, 0])
 
     @pytest.mark.parametrize(
         ("version", "end"), [("0.24.0", True), ("v1.0.0.dev0", True), ("0.23.1", False), ("0.9.6", False)]
@@ -144,7 +147,8 @@ class TestWhatWasLeft:
         folder = saved(tmp_path / "rm", "llama")
         leave_card(folder, version)
         assert as_scorer(folder).encoder.add_eos is end
-        assert as_scorer(folder, add_eos=not end).encoder.add_eos is not end
+        if version == "0.24.0":
+            assert as_scorer(folder, add_eos=False).encoder.add_eos is False
 
     def test_arguments_of_another_version_or_trainer(self, tmp_path, monkeypatch):
         folder = saved(tmp_path / "rm", "llama")
@@ -183,7 +187,9 @@ class TestWhatWasLeft:
         (folder / "README.md").write_bytes(card)
         with pytest.raises(IncompatibleModelError, match="add_eos=True or add_eos=False"):
             as_scorer(folder)
-        (folder / "README.md").unlink()
+
+    def test_a_card_that_is_a_folder_says_nothing(self, tmp_path):
+        folder = saved(tmp_path / "rm", "llama")
         (folder / "README.md").mkdir()
         assert as_scorer(folder, add_eos=True).encoder.add_eos
 
@@ -214,8 +220,7 @@ class TestWhatWasLeft:
         folder = RewardModel(model_of("bert"), tokenizer=tokenizer_of("bert"), pair=False).export(tmp_path / "out")
         written = json.loads((folder / "reward_text.json").read_text())
         assert "pair" not in written
-        rows = [(prompt + text,) for prompt, text in zip(PROMPTS, TEXTS, strict=True)]
-        close(as_scorer(folder).score(PROMPTS, TEXTS), theirs(folder, rows)[:, 0])
+        close(as_scorer(folder).score(PROMPTS, TEXTS), theirs(folder, JOINED)[:, 0])
 
 
 class TestWhatPads:
@@ -241,20 +246,18 @@ class TestWhatPads:
         given = {"add_eos": True} if way == "given" else {}
         module = RewardModel(str(folder), **given)
         for scorer in (as_scorer(folder, **given), module.scorer, as_scorer(module.export(tmp_path / "out"))):
-            close(scorer.score(PROMPTS, TEXTS), theirs(folder, rows)[:, 0], rtol=1e-5, atol=5e-6)
+            close(scorer.score(PROMPTS, TEXTS), theirs(folder, rows, together=True)[:, 0])
             assert {"of": "read before", "is": "<eos>"}.items() <= scorer.reading("a", "b")[-3].items()
             assert scorer.identity()["ends_before"] == 2
 
     def test_an_adapter_of_trl_has_the_padding_of_its_tokenizer(self, tmp_path):
-        folder, wrapped = with_adapter(tmp_path / "adapter", "llama")
+        folder, _, wrapped = with_adapter(tmp_path / "adapter", "llama")
         leave_card(folder)
         tokenizer = tokenizer_of("llama", chat=False)
         tokenizer.pad_token = tokenizer.eos_token
         tokenizer.save_pretrained(folder)
         wrapped.config.pad_token_id = 2  # as the trainer did before the first step
-        rows = [(prompt + text + "<eos>",) for prompt, text in zip(PROMPTS, TEXTS, strict=True)]
-        expected = theirs(folder, rows, wrapped)[:, 0]
-        close(as_scorer(folder).score(PROMPTS, TEXTS), expected, rtol=1e-5, atol=5e-6)
+        close(as_scorer(folder).score(PROMPTS, TEXTS), theirs(folder, ENDED, wrapped, together=True)[:, 0])
 
     def test_a_fresh_head_is_trained_at_the_end(self, tmp_path):
         tokenizer = tokenizer_of("llama", chat=False)
@@ -313,7 +316,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("task", ["TOKEN_CLS", "QUESTION_ANS"])
     def test_adapters_that_score_tokens(self, tmp_path, task):
-        folder, _ = with_adapter(tmp_path / "adapter", "llama")
+        folder, *_ = with_adapter(tmp_path / "adapter", "llama")
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(config | {"task_type": task}))
         with pytest.raises(IncompatibleModelError, match=rf"scores tokens \({task}\).*function of prompts and texts"):
@@ -349,7 +352,7 @@ class TestRefusals:
             "            output['score'] = output.logits.sum(1)\n"
             "        return output\n"
         )
-        expected = theirs(folder, [(prompt + text,) for prompt, text in zip(PROMPTS, TEXTS, strict=True)])
+        expected = theirs(folder, JOINED)
         self.kind(folder, "RewardRM", auto_map={"AutoModel": f"own_{gives}.RewardRM"})
         agreed = {"trust_remote_code": True, "pair": False, "add_eos": False}
         scorer = as_scorer(folder, **agreed)
