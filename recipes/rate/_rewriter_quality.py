@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_interp.core.measure.statistics import Estimate, proportion_interval
 from lightning_interp.errors import RecipeError
-from lightning_interp.figures import BLUE, GREY, ORANGE, in_house_style, label, legend_below, panels
+from lightning_interp.figures import BLUE, GREY, INK, ORANGE, in_house_style, label, legend_below, panels
 from lightning_interp.generation.labellers import Labeller, labels
 from lightning_interp.rate import EffectStudy, RateResult, RewriteStore, RewriteTriples, TripleScores
 from lightning_interp.rate.checks.diagnostics import ThirdRewrite
@@ -228,10 +228,11 @@ def verdict(quality: RewriterQuality, study: EffectStudy | None, third: ThirdRew
     Returns:
         The sentences.
     """
-    name, both = quality.rewriter, quality.both
+    named, both = f"rewriter {quality.rewriter!r}", quality.both
+    name = f"The {named}"
     notes = [
-        f"{name}: of {quality.units} units {quality.complete} are complete, and in {len(quality.compliant)} "
-        f"({both.value:.0%}, 95 % interval {both.low:.0%} to {both.high:.0%}) both rewrites have the value asked for."
+        f"{name} brought usable rewrites of {quality.complete} of {quality.units} units; on a share of {both} of all "
+        "units both rewrites have the value asked for."
     ]
     if both.high < 0.5:
         notes.append(f"{name} fails on most units: an effect from it says little about the attribute.")
@@ -244,10 +245,10 @@ def verdict(quality: RewriterQuality, study: EffectStudy | None, third: ThirdRew
     hint = None if study.attenuation is None else study.attenuation.factor["ate"]
     if hint is not None and 1.05 < hint < float("inf"):
         notes.append(
-            f"If the failed rewrites of {name} changed nothing and all others were perfect, the effect would be "
+            f"If the failed rewrites of the {named} changed nothing and all others were perfect, the effect would be "
             f"{hint:.1f} times what is reported."
         )
-    return notes + _unequal(name, study) + _third(name, third or study.third)
+    return notes + _unequal(f"the {named}", study) + _third(f"the {named}", third or study.third)
 
 
 def _unequal(name: str, study: EffectStudy) -> list[str]:
@@ -260,7 +261,7 @@ def _unequal(name: str, study: EffectStudy) -> list[str]:
             found.append(f"{measure} {shown}")
     if not found:
         return []
-    what = f"What {name} changes in pass 2 depends on the direction ({'; '.join(found)})"
+    what = f"What {name} changes besides in pass 2 depends on the direction ({'; '.join(found)})"
     return [f"{what}: the effect is that of the attribute together with this."]
 
 
@@ -302,7 +303,15 @@ def quality_figure(qualities: Sequence[RewriterQuality], *, title: str = "") -> 
         axis.barh(range(len(bars)), widths, left=left, color=colour, label=name, height=0.72)
         for place, (start, width) in enumerate(zip(left, widths, strict=True)):
             if width > 0.07:
-                axis.text(start + width / 2, place, f"{width:.0%}", ha="center", va="center", fontsize=8, color="white")
+                axis.text(
+                    start + width / 2,
+                    place,
+                    f"{width:.0%}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color=INK if name == "cannot tell" else "white",
+                )
         left = [start + width for start, width in zip(left, widths, strict=True)]
     labels = [f"{name}, pass {one.number}, {one.direction} ({one.asked})" for name, one in bars]
     axis.set_yticks(range(len(bars)), labels)

@@ -10,7 +10,7 @@ from lightning_interp.core.measure.statistics import Estimate
 from lightning_interp.errors import RecipeError
 from lightning_interp.figures import INK, band, in_house_style, label, legend_below, panels
 from lightning_interp.rate.estimators.result import Effect, RateResult
-from lightning_interp.rate.report.figures import COLOURS, LABELS, effects_figure
+from lightning_interp.rate.report.figures import COLOURS, LABELS, MARKERS, effects_figure
 
 _ERRORS = {"naive": "naive_se", "single": "single_se", "ate": "ate_se"}
 _NAMES = {"naive": "naive", "single": "single", "ate": "rate"}
@@ -53,7 +53,7 @@ def _band(axis: Any, history: History, key: str, estimator: str) -> None:
     steps, values = _scaled(history, key)
     reach = [_Z * se for se in _scaled(history, _ERRORS[key])[1]]
     found = [Estimate(v, v - r, v + r, 0, 0.95, "normal") for v, r in zip(values, reach, strict=True)]
-    band(axis, steps, found, COLOURS[estimator], LABELS[estimator])
+    band(axis, steps, found, COLOURS[estimator], LABELS[estimator], marker=MARKERS[estimator])
 
 
 def _scaled(history: History, key: str) -> tuple[list[float], list[float]]:

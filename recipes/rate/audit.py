@@ -273,7 +273,7 @@ class RateAudit(ScoredBy, Recipe):
             },
             figures=study.figures(title),
             artifacts={"effects": run.folder("effects") / "effects.json"},
-            question=f"How much does the reward {scored['scorer']} change because of {self.named}?",
+            question=f"How much does the reward {scored['scorer']!r} change because of {self.named}?",
             findings=[*study.findings(self.named), *self.known(scored)],
             captions=study.captions(),
             terms=TERMS,
@@ -283,8 +283,8 @@ class RateAudit(ScoredBy, Recipe):
 
     def known(self, scored: dict[str, Any]) -> list[str]:
         """The answer of the example, in words."""
-        truth = scored["truth"] or {}
-        return [f"The known answer, by exact edits ({name}): {value:.3f}." for name, value in truth.items()]
+        known = " and ".join(f"{value:.3f} ({name})" for name, value in (scored["truth"] or {}).items())
+        return [f"The known answer, by exact edits of the texts, is {known}."] if known else []
 
     @property
     def used_model(self) -> str:

@@ -219,11 +219,16 @@ class LanguageModelRewriter(ScoredBy, Recipe):
             tables=tables,
             figures=figures,
             artifacts={"store": run.folder("rewrite") / "store"},
-            question=f"What is {qualities[0].rewriter} worth as a rewriter of {tried.name}?",
-            findings=[*notes, *(note for study in studies.values() for note in study.findings()[:1])],
+            question=f"What is {qualities[0].rewriter!r} worth as a rewriter of {tried.name}?",
+            findings=[
+                *notes,
+                *(study.findings(f"the attribute {tried.name!r}, rewritten by {name!r}")[0]
+                  for name, study in studies.items()),
+            ],
             captions={
                 "rewrites": "A bar is a rewriter and a direction: the share of units whose rewrites have the value "
-                "asked for, have it not, or cannot be used. See how much is left to compare.",
+                "asked for, have it not, leave it open, or cannot be used (from left to right). See how much is left "
+                "to compare.",
                 **{name: CAPTIONS[name.partition("_")[0]] for name in figures if name != "rewrites"},
             },
             terms=TERMS,
@@ -256,7 +261,7 @@ class LanguageModelRewriter(ScoredBy, Recipe):
                 if few is not None and few.counts.n1 > 1 and few.counts.n0 > 1:
                     effects[f"{name}: selected, both complied"] = few
                 else:
-                    notes.append(f"{name} complied on too few units for an effect among those alone.")
+                    notes.append(f"The rewriter {name!r} complied on too few units for an effect among those alone.")
         return qualities, studies, effects, thirds, notes
 
     def caveats(self, tried: Any, chosen: dict[str, Any]) -> list[str]:

@@ -232,13 +232,14 @@ class TrainReward(Recipe):
             artifacts={"reward_model": run.folder("train") / "model", "store": run.folder("rewrite") / "store"},
             question="How much does a reward depend on exclamation marks and on thanks, and who finds out?",
             findings=[
-                f"{name.capitalize()}: the true effect on the reward of {label} is {truths[name]}. "
-                f"{' '.join(study.findings(name))}"
+                " ".join([rate, f"The true effect, by exact edits, is {truths[name].text(3)}.", *others])
                 for name, study in studies.items()
+                for rate, *others in [study.findings("exclamation marks" if name == "exclamation" else name)]
             ],
             captions={
-                "training": "Effects at each validation while the reward model trains, in standard deviations; 'exact' "
-                "is the truth by editing the originals. See which line follows it.",
+                "training": "Effects at each validation while the reward model trains, in standard deviations, with "
+                "bands for 95 % intervals; the dashed line is the truth, by editing the originals. See which line "
+                "follows it.",
                 "effects": "What each estimator found beside the truth, with 95 % intervals: see which ones hold it.",
                 **{
                     key: text

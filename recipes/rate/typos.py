@@ -181,6 +181,7 @@ class RateTypos(Recipe):
             values = [_value(result, name) for result in results.values()]
             write_scalars(run.path / "tensorboard" / "effects", f"rate/{ATTRIBUTE}/{name}", values)
         raw = [result.rate.ate.value for result in results.values()]
+        naive = [result.naive.value for result in results.values()]
         named = {f"{rate:g} %": result for rate, result in results.items()}
         top = f"{self.rates[-1]:g} % typos"
         return RecipeResult(
@@ -204,13 +205,13 @@ class RateTypos(Recipe):
             question="Does a review's first letter change its reward, or is it the typos that go with it?",
             findings=[
                 f"True effect of the opening, by exact edits of texts without typos: {truth:.3f}.",
-                f"With {top}: {' '.join(study.findings('a vowel at the beginning'))}",
-                f"From {self.rates[0]:g} to {self.rates[-1]:g} % typos, the double rewrite lies between {min(raw):.3f} "
-                f"and {max(raw):.3f}.",
+                " ".join(study.findings(f"a vowel at the beginning, with {top}")),
+                f"From {self.rates[0]:g} to {self.rates[-1]:g} % typos, the double rewrite moves by "
+                f"{max(raw) - min(raw):.3f} and the naive difference by {max(naive) - min(naive):.3f}.",
             ],
             captions={
                 "effects_by_rate": "Effects against the share of misspelt words, with bands for 95 % intervals; the "
-                "dashed line is the true effect. See which estimator stays flat while typos grow.",
+                "dotted line is the true effect. See which estimator stays flat while typos grow.",
                 "side_by_side": CAPTIONS["effects"],
                 **study.captions("top_"),
             },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from lightning_interp.rate import (
     dummy_outcome_check,
     effects_rows,
     permutation_check,
+    rate_effects,
     read_triples,
     score_triples,
     study_effects,
@@ -25,6 +27,7 @@ from lightning_interp.rate import (
     write_effects,
     write_triples,
 )
+from lightning_interp.rate.report.explained import effect_findings
 
 N = 40
 
@@ -208,3 +211,25 @@ def test_no_unit_at_all():
     )  # fmt: skip
     with pytest.raises(DataError, match=r"'mark' has no complete unit: .*rewrite_empty"):
         study_effects(units, TripleScores("x", {}, {}))
+
+
+@pytest.mark.parametrize(
+    ("shift", "said"),
+    [
+        (1.0, "A mark: the reward 'r' rises by 1.0"),
+        (-1.0, "A mark: the reward 'r' falls by 1.0"),
+        (0.0, "A mark: no effect on the reward 'r' is shown, the interval holds zero: "),
+    ],
+)
+def test_the_finding_says_which_way_the_reward_goes_and_no_more_than_the_interval(shift, said):
+    noise = [0.01, -0.01] * 4
+    w = [1, 1, 0, 0] * 2
+    texts = [
+        [value + shift * arm for value, arm in zip(noise, arms, strict=True)] for arms in (w, [1 - a for a in w], w)
+    ]
+    first, naive, _ = effect_findings(rate_effects(w, *texts), of="a mark", on="the reward 'r'")
+    assert first.startswith(said)
+    assert first.endswith(", on average over 8 units, by the double rewrite.")
+    assert naive.startswith("The naive difference of the 4 texts with it and the 4 without is ")
+    low, high = map(float, re.search(r"\[(.*?), (.*?)\]", first).groups())
+    assert low <= abs(shift) <= high

@@ -112,7 +112,9 @@ def told(store, passes=2, reward=lambda text: float("!" in text)):
 class TestVerdict:
     def test_says_no_more_than_eight_units_carry(self, store):
         said = told(store)
-        assert "of 8 units 5 are complete, and in 3 (38%, 95 % interval 14% to 69%)" in said
+        assert said.startswith(
+            "The rewriter 'flip' brought usable rewrites of 5 of 8 units; on a share of 0.38 [0.14, 0.69]"
+        )
         assert "on part of the units" in said
         assert "would be 1.7 times what is reported" in said  # of complete units 3 of 5 and 5 of 5 passes complied
 
@@ -121,7 +123,7 @@ class TestVerdict:
         said = told(filled(tmp_path, texts, lambda text, prompt, w: text.rstrip("!") + "!" * w, passes=3), passes=3)
         assert "nearly always does what it is asked to" in said
         assert "times what is reported" not in said
-        assert "A third rewrite by flip shows no other effect" in said
+        assert "A third rewrite by the rewriter 'flip' shows no other effect" in said
 
     def test_one_that_never_does_it(self, tmp_path):
         texts = [f"text {i}{'!' * (i % 2)}" for i in range(20)]
@@ -141,13 +143,13 @@ class TestVerdict:
         triples = slow.triples("mark", passes=3)
         assert triples.rewrite3 is not None
         said = told(slow, 3, reward=lambda text: text.count("~") ** 2 * (2.0 if "!" in text else 1.0))
-        assert "A third rewrite by flip gives another effect" in said
+        assert "A third rewrite by the rewriter 'flip' gives another effect" in said
 
     def test_nothing_complete(self, tmp_path):
         store = filled(tmp_path, ["long a!", "rude b!"])
         (first, *_), found = verdict(quality(store), None), verdict(quality(store), None)
-        assert "of 2 units 0 are complete" in first
-        assert found[-1] == "flip left no complete unit, so there is no effect to report."
+        assert "usable rewrites of 0 of 2 units" in first
+        assert found[-1] == "The rewriter 'flip' left no complete unit, so there is no effect to report."
 
 
 def test_the_figure_shows_the_shares(store):

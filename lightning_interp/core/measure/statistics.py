@@ -42,11 +42,14 @@ class Estimate:
         return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(self).items()}
 
     def __str__(self) -> str:
-        """Two decimals; where all would read as zero or nearly so, two digits of the largest."""
+        return self.text()
+
+    def text(self, decimals: int = 2) -> str:
+        """The number and its interval; of small ones two digits of the largest, as they would else read as zero."""
         numbers = [self.value] if math.isnan(self.low) else [self.value, self.low, self.high]
         largest = max(map(abs, numbers))
-        decimals = 1 - math.floor(math.log10(largest)) if 0 < largest < 0.1 else 2
-        value, *ends = (f"{number:z.{min(decimals, 8)}f}" for number in numbers)
+        needed = 1 - math.floor(math.log10(largest)) if 0 < largest < math.inf else 0
+        value, *ends = (f"{number:z.{min(max(decimals, needed), 8)}f}" for number in numbers)
         return f"{value} [{', '.join(ends)}]" if ends else value
 
 

@@ -17,6 +17,7 @@ from lightning_interp.rate.estimators.result import Effect, RateResult
 __all__ = ["effects_figure", "overlay_figure", "sensitivity_figure", "trend_figure"]
 
 COLOURS = {"naive": GREY, "single": ORANGE, "rate": BLUE}
+MARKERS = {"naive": "s", "single": "^", "rate": "o"}
 _UNITS = {True: "effect on the reward (standard deviations)", False: "effect on the reward (reward units)"}
 LABELS = {"naive": "naive (originals of the two arms)", "single": "single rewrite", "rate": "double rewrite (RATE)"}
 
@@ -101,8 +102,8 @@ def overlay_figure(result: RateResult, *, bins: int = 40, title: str = "") -> An
     edges = np.histogram_bin_edges(np.concatenate([units.r_orig, units.r_rw2]), bins=bins)
     arms = ((units.w, 1, result.rewrite_effect_w1), (~units.w, 0, result.rewrite_effect_w0))
     for axis, (arm, value, shift) in zip(axes, arms, strict=True):
-        _histogram(axis, units.r_orig[arm], edges, "original", BLUE)
-        _histogram(axis, units.r_rw2[arm], edges, "rewritten twice", ORANGE)
+        _histogram(axis, units.r_orig[arm], edges, "original", BLUE, "-")
+        _histogram(axis, units.r_rw2[arm], edges, "rewritten twice", ORANGE, "--")
         moved = ""
         if shift is not None and not math.isnan(shift.value):
             ends = "" if math.isnan(shift.low) else f" [{shift.low:.2g}, {shift.high:.2g}]"
@@ -113,13 +114,13 @@ def overlay_figure(result: RateResult, *, bins: int = 40, title: str = "") -> An
     return figure
 
 
-def _histogram(axis: Any, rewards: Vector, edges: Vector, name: str, colour: str) -> None:
+def _histogram(axis: Any, rewards: Vector, edges: Vector, name: str, colour: str, style: str) -> None:
     if rewards.size == 0:
-        axis.plot([], [], color=colour, label=name)
+        axis.plot([], [], color=colour, linestyle=style, label=name)
         return
     axis.hist(rewards, bins=edges, density=True, histtype="stepfilled", alpha=0.25, color=colour)
-    axis.hist(rewards, bins=edges, density=True, histtype="step", color=colour, label=name)
-    axis.axvline(float(rewards.mean()), color=colour, linestyle="--", linewidth=1)
+    axis.hist(rewards, bins=edges, density=True, histtype="step", color=colour, linestyle=style, label=name)
+    axis.axvline(float(rewards.mean()), color=colour, linestyle=":")
 
 
 @in_house_style
@@ -137,9 +138,15 @@ def sensitivity_figure(line: SensitivityLine, *, title: str = "") -> Any:
     figure, (axis,) = panels(1, size=(5.4, 3.8))
     band(axis, line.asymmetry, line.effect, COLOURS["rate"], marker="")
     across = f"asymmetry D of an off-target feature worth {line.beta:.3g}"
-    label(axis, across, "ATE - beta D", title="\n".join(part for part in (title, beyond) if part), zero=True)
+    label(
+        axis,
+        across,
+        "effect that is left (ATE - beta D)",
+        title="\n".join(part for part in (title, beyond) if part),
+        zero=True,
+    )
     if min(line.asymmetry, default=0) <= line.zero <= max(line.asymmetry, default=0):
-        axis.plot([line.zero], [0], "o", color=COLOURS["single"], label=f"zero at D = {line.zero:.2g}")
+        axis.plot([line.zero], [0], "o", color=COLOURS["single"], label=f"zero at D = {line.zero:z.2g}")
         axis.legend()
     return figure
 
@@ -178,10 +185,10 @@ def trend_figure(
     for estimator, colour in COLOURS.items():
         line = {place: table[estimator] for place, table in zip(places, tables, strict=True) if estimator in table}
         if line:
-            band(axis, list(line), list(line.values()), colour, LABELS[estimator])
+            band(axis, list(line), list(line.values()), colour, LABELS[estimator], marker=MARKERS[estimator])
     label(axis, across, _UNITS[standardized], zero=True)
     if truth is not None:
         unit = (results[places[0]].reward_std or math.nan) if standardized else 1.0
-        axis.axhline(truth / unit, color=INK, linewidth=1, linestyle=":", label="true effect")
+        axis.axhline(truth / unit, color=INK, linestyle=":", zorder=5, label="true effect")
     legend_below(figure, 2)
     return figure

@@ -120,7 +120,7 @@ class EffectStudy:
     def findings(self, named: str = "") -> list[str]:
         """What was found, each number with its interval; ``named`` is the attribute in words."""
         return effect_findings(
-            self.result, of=named or f"the attribute {self.triples.attr!r}", on=f"the reward of {self.scores.scorer}"
+            self.result, of=named or f"the attribute {self.triples.attr!r}", on=f"the reward {self.scores.scorer!r}"
         )
 
     def caveats(self) -> list[str]:

@@ -63,8 +63,7 @@ def _effect_row(estimator: str, estimand: str, raw: Effect, scaled: Effect | Non
 
 def shown(effect: Estimate) -> str:
     """An effect with its interval."""
-    ends = "" if math.isnan(effect.low) else f" [{effect.low:.3f}, {effect.high:.3f}]"
-    return f"{effect.value:.3f}{ends}"
+    return effect.text(3)
 
 
 def used_rows(triples: RewriteTriples, result: RateResult) -> list[Row]:
