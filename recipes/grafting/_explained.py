@@ -28,6 +28,7 @@ _MEANINGS: Mapping[str, str] = {
     "PAPER_ALL": "all components of the blocks, and the input embedding",
 }
 _COLUMNS: Mapping[str, str] = {
+    "recipient, donor": "the model that weights are put into, and the one that they come from",
     "top-5": "share of facts whose answer begins with one of the five likeliest next tokens",
     "probability": "mean probability of the answer's first token",
     "median rank": "place of that token among all, 1 is the likeliest",
@@ -112,9 +113,19 @@ def best_of(found: GraftResult, plans: Iterable[str], what: str) -> str:
     best = max(names, key=lambda plan: found.estimate(plan, "target_prob").value)
     return (
         f"Of {len(names)} {what}, {best!r} gives the answer the highest mean probability: "
-        f"{found.estimate(best, 'target_prob')} (PRE {found.estimate('PRE', 'target_prob')}, SFT "
-        f"{found.estimate('SFT', 'target_prob')}). The best of many is partly so by chance."
+        f"{found.estimate(best, 'target_prob')} over {len(found.values(best, 'target_prob'))} facts (PRE, no graft: "
+        f"{found.estimate('PRE', 'target_prob')}; SFT, the finetuned model: {found.estimate('SFT', 'target_prob')}). "
+        "The best of many is partly so by chance."
     )
+
+
+def dropped_note(found: GraftResult) -> list[str]:
+    """A caveat, where prompts were left out."""
+    count = len(found.dropped)
+    one = count == 1
+    return [
+        f"{count} prompt{'' if one else 's'} {'was' if one else 'were'} left out; the table 'dropped' says why."
+    ] * (count > 0)
 
 
 PLANS_CAPTION = (
@@ -122,8 +133,8 @@ PLANS_CAPTION = (
     "with its 95 % interval over facts. See whether FE+LT is as long as SFT, and its complement as short as PRE."
 )
 TRAINING_CAPTION = (
-    "Each line is a plan, scored while the model was finetuned: see when finetuned weights begin to bring the answer, "
-    "and whether FE+LT rises with SFT. No intervals: the table has them for the end."
+    "Each line is a plan, scored while the model was finetuned (dashed: a complement, ^C): see when finetuned weights "
+    "begin to bring the answer, and whether FE+LT goes with SFT. No intervals: the first table has them for the end."
 )
 DOSE_CAPTION = "The line is the mean over facts, the band its 95 % interval: see whether the answer comes gradually."
 GRID_CAPTION = (

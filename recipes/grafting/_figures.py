@@ -19,7 +19,7 @@ def plans_figure(result: GraftResult, *, forms: Sequence[str] | None = None, tit
     shown = list(forms) if forms is not None else result.forms()
     n = len(result.values(result.plans[0], "top5", shown[0]))
     title = f"{title}\n{n} {'fact' if n == 1 else 'facts'}; bars: 95 % intervals over facts"
-    figure, (left, right) = panels(2, size=(10, 4.2), title=title, sharey=True)
+    figure, (left, right) = panels(2, size=(8.4, max(3.8, 0.24 * len(result.plans) + 1.4)), title=title, sharey=True)
     height = 0.8 / len(shown)
     for axis, metric, across in (
         (left, "top5", f"target among the top {result.top_k} (share of facts)"),
@@ -34,7 +34,8 @@ def plans_figure(result: GraftResult, *, forms: Sequence[str] | None = None, tit
         axis.grid(False, axis="y")
     left.set_yticks(range(len(result.plans)), result.plans)
     left.invert_yaxis()
-    legend_below(figure, len(shown), title="prompt form")
+    if len(shown) > 1 or shown[0]:
+        legend_below(figure, len(shown), title="prompt form")
     return figure
 
 
@@ -50,7 +51,10 @@ def curves_figure(history: Sequence[Mapping[str, float]], *, metric: str = "targ
         axis.plot(
             epochs, values, style, marker=_MARKERS[p // len(COLOURS) % 3], color=COLOURS[p % len(COLOURS)], label=plan
         )
-    label(axis, "epoch", metric.replace("_", " "), title=title)
+    label(
+        axis, "epoch", "probability of the target" if metric == "target_prob" else metric.replace("_", " "), title=title
+    )
+    axis.xaxis.get_major_locator().set_params(integer=True)
     if plans:
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
@@ -64,7 +68,7 @@ def grid_figure(result: GraftResult, grid: GraftGrid, *, form: str | None = None
     high = max(3.2, 0.22 * len(grid.rows) + 1.6)
     n = len(result.values("PRE", "target_prob", form))
     title = f"{title}\n{grid.title}; {n} {'fact' if n == 1 else 'facts'}"
-    figure, axes = panels(2, size=(max(7.0, 1.1 * len(grid.columns) * 2 + 2.5), high), title=title, sharey=True)
+    figure, axes = panels(2, size=(max(7.0, 0.8 * len(grid.columns) * 2 + 2.5), high), title=title, sharey=True)
     for axis, metric, name in (
         (axes[0], "target_prob", "probability of the target"),
         (axes[1], "target_rank", "median rank of the target"),

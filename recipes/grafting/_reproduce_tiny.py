@@ -121,7 +121,7 @@ def fresh_model(folder: Path, tokenizer: Any, *, layers: int, width: int, heads:
 
 
 def pattern(top5: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The published pattern as inequalities ``value <= bound`` between top-5 accuracies of the standard plans."""
+    """The published pattern as inequalities ``left <= right`` between top-5 accuracies of the standard plans."""
     pre, both, most = top5["PRE"], top5["FE+LT"], max(top5["FE"], top5["LT"])
     claims = (
         ("the facts are new: PRE <= .10", pre, 0.10, pre <= 0.10),
@@ -131,4 +131,15 @@ def pattern(top5: Mapping[str, float]) -> list[dict[str, Any]]:
         ("entity alone helps or does nothing: PRE <= FE", pre, top5["FE"], pre <= top5["FE"]),
         ("last token alone helps or does nothing: PRE <= LT", pre, top5["LT"], pre <= top5["LT"]),
     )
-    return [{"claim": text, "value": low, "bound": high, "holds": bool(holds)} for text, low, high, holds in claims]
+    return [{"claim": text, "left": low, "right": high, "holds": bool(holds)} for text, low, high, holds in claims]
+
+
+def pattern_finding(claims: Sequence[Mapping[str, Any]], facts: int) -> str:
+    """Whether the pattern is there, in a sentence that names what does not hold."""
+    failed = [row["claim"].partition(":")[0] for row in claims if not row["holds"]]
+    answer = "Yes" if not failed else "In part" if len(failed) < len(claims) else "No"
+    less = f"; not {', '.join(map(repr, failed))}" if failed else ""
+    return (
+        f"{answer}: {len(claims) - len(failed)} of the {len(claims)} claims of the published pattern (table 'pattern') "
+        f"hold for the point estimates over {facts} facts{less}."
+    )

@@ -94,12 +94,12 @@ class GraftComponents(Recipe):
         from lightning_interp.grafting import GraftResult, component_plans
 
         from ._common import compact, dropped_rows, metrics_of
-        from ._explained import GRID_CAPTION, TRAINING_CAPTION, best_of, findings, terms
+        from ._explained import GRID_CAPTION, TRAINING_CAPTION, best_of, dropped_note, findings, terms
         from ._figures import curves_figure, grid_figure
 
         found = GraftResult(**scored["result"])
         grids = self.grids(scored["layers"])
-        fed, unshared = scored["tokens"]["fed"], scored["tokens"]["without sharing"]
+        width = min(self.window, scored["layers"])
         title = f"{scored['label']}, {self.facts} invented facts"
         return RecipeResult(
             metrics={"forms": metrics_of(found), "tokens": scored["tokens"], "train_loss": trained["loss"]},
@@ -125,15 +125,14 @@ class GraftComponents(Recipe):
             question="Which layers and components carry a finetuned fact, at the entity and at the last token?",
             findings=[*findings(found), best_of(found, component_plans(), "sets of components at the last token")],
             captions={**dict.fromkeys(grids, GRID_CAPTION), "training": TRAINING_CAPTION},
-            terms=terms(["PRE", "SFT", *self.ends(), *component_plans()]),
+            terms=terms(["PRE", "SFT", *self.ends(), *component_plans(), "(FE+LT)^C"]),
             caveats=[
-                f"Model: {scored['label']}.",
+                f"One model, {scored['label']}: another may differ.",
                 f"{self.facts} invented facts, one training run, one seed: the intervals are over facts only.",
                 f"The maps have {sum(len(grid.plans) for grid in grids.values())} cells: some look special by chance.",
-                f"Cells are windows of {self.window} layers, which overlap.",
+                "A cell is one layer." if width == 1 else f"Cells are windows of {width} layers, which overlap.",
                 "A cell that brings the fact back is sufficient there; one that does not may still be necessary.",
-                f"Sharing prefixes fed {fed} tokens instead of {unshared}.",
-                f"Prompts dropped because the entity was not found: {len(found.dropped)}.",
+                *dropped_note(found),
             ],
         )
 

@@ -107,7 +107,7 @@ class GraftFacts(Recipe):
         from lightning_interp.grafting import GraftResult
 
         from ._common import compact_groups, dropped_rows, metrics_of
-        from ._explained import DOSE_CAPTION, PLANS_CAPTION, TRAINING_CAPTION, findings, terms
+        from ._explained import DOSE_CAPTION, PLANS_CAPTION, TRAINING_CAPTION, dropped_note, findings, terms
         from ._figures import curves_figure, dose_figure, plans_figure
 
         found, more = GraftResult(**scored["result"]), GraftResult(**scored["experiments"])
@@ -142,14 +142,14 @@ class GraftFacts(Recipe):
             terms=terms([*found.plans, *more.plans])
             | {"E3, E4, E7, E8, E10": "experiments of the paper by their number; what each is about stands beside it"},
             caveats=[
-                f"Model: {scored['label']}.",
+                f"One model, {scored['label']}: another may differ.",
                 f"{self.facts} invented facts, one training run, one seed: the intervals are over facts only.",
                 "The facts were trained on; this measures how they are retrieved, not what the model generalises.",
                 "The target is the first token of the second name. Top-5 flatters: read it beside the probability.",
                 f"Grafts use the {self.head}'s unembedding and the {self.final_norm}'s final norm; SFT is the whole "
                 "model.",
                 "Graft dropout is drawn anew for each position and averaged over two seeds, which is few.",
-                f"Prompts dropped because the entity was not found: {len(found.dropped)}.",
+                *dropped_note(found),
             ],
         )
 

@@ -98,7 +98,7 @@ class GraftHybrid(Recipe):
         from lightning_interp.grafting import GraftResult
 
         from ._common import compact_groups, dropped_rows, metrics_of
-        from ._explained import PLANS_CAPTION, TRAINING_CAPTION, best_of, terms
+        from ._explained import PLANS_CAPTION, TRAINING_CAPTION, best_of, dropped_note, terms
         from ._figures import curves_figure, plans_figure
 
         found = GraftResult(**scored["result"])
@@ -122,28 +122,32 @@ class GraftHybrid(Recipe):
             artifacts={name: run.folder(name) / "model" for name in ("one", "both")},
             question="Is recall at the last token task attention, or extraction by output and feed-forward maps?",
             findings=[
-                f"The model that read both orders has the answer among its {found.top_k} likeliest tokens for "
-                f"{found.estimate('SFT', 'top5')} of the facts (a share), the one that read one order for "
-                f"{found.estimate(TASK, 'top5')}, the base for {found.estimate('PRE', 'top5')}.",
+                f"The model that read both orders has the answer among its {found.top_k} likeliest tokens for a share "
+                f"of {found.estimate('SFT', 'top5')} of the {len(found.values('SFT', 'top5'))} facts, the one that "
+                f"read one order for {found.estimate(TASK, 'top5')}, the base for {found.estimate('PRE', 'top5')}.",
                 *(best_of(found, group, what) for what, group in self.groups().items()),
             ],
-            captions={"plans": PLANS_CAPTION.partition(" See")[0], "training": TRAINING_CAPTION},
-            terms=terms(["PRE", "SFT", "FE", "LT", "ATTN+O+FFN"])
+            captions={
+                "plans": PLANS_CAPTION.partition("See")[0] + "See which are as long as SFT's.",
+                "training": TRAINING_CAPTION,
+            },
+            terms=terms(["PRE", "SFT", "FE", "LT", "ATTN+O+FFN", "(FE+LT)^C"])
             | {
                 TASK: "the task model: it read the facts in one order alone, and is asked in the other",
                 "E5": "the task model, with parts of the relation model (which read both orders) at the last token",
-                "E6": "the base, with the task model's attention and the relation model's other maps; 'intended' as "
-                "the paper describes it, 'literal' as its code does it",
+                "E6": "a hybrid: the base, with the task model's attention and the relation model's other maps at the "
+                "last token ('LT only'), and at the entity parts of the task model ('FE task ...', FULL: all of them); "
+                "'intended' as the paper describes it, 'literal' as its code does it",
             },
             caveats=[
-                f"Model: {scored['label']}.",
+                f"One model, {scored['label']}: another may differ.",
                 f"{self.facts} invented facts, one training run of each adapter, one seed: intervals are over facts "
                 "only.",
                 f"How far the reversal holds is measured, not assumed: top-5 of the one-order model on the untrained "
                 f"order is {found.estimate(TASK, 'top5')}, of the both-orders model {found.estimate('SFT', 'top5')}.",
                 "The two adapters differ in more than the tested order: each is a training run of its own.",
                 "Recovery is from the base (PRE) to the both-orders model (SFT).",
-                f"Prompts dropped because the entity was not found: {len(found.dropped)}.",
+                *dropped_note(found),
             ],
         )
 

@@ -159,11 +159,14 @@ class GraftPair(Recipe):
         from lightning_interp.grafting.generate import exact_match
 
         from ._common import compact, dropped_rows, located_rows, metrics_of
-        from ._explained import DOSE_CAPTION, PLANS_CAPTION, findings, terms
+        from ._explained import DOSE_CAPTION, PLANS_CAPTION, dropped_note, findings, terms
         from ._figures import dose_figure, plans_figure
 
         found = GraftResult(**scored["result"])
         units = len(found.values("PRE", "target_prob"))
+        donor = (
+            Path(self.donor).name if Path(self.donor).is_dir() and self.donor else self.donor or "a tiny random donor"
+        )
         tables: dict[str, Any] = {
             "plans": [compact(found, plan) for plan in self.plans()],
             "plans_by_form": [row for form in found.forms() for row in found.summary(form=form)],
@@ -184,12 +187,14 @@ class GraftPair(Recipe):
             question="Which weights of the finetuned model, used at which token, make its answers?",
             findings=findings(found) if self.direction == "sft2pre" else findings(found)[:1],
             captions={"plans": PLANS_CAPTION, "doses": DOSE_CAPTION},
-            terms=terms(found.plans, **self.reversed()),
+            terms=terms(found.plans, **self.reversed())
+            | {"facts": "units of the prompts: all prompts of a unit count once"},
             caveats=[
-                f"Recipient {scored['label']}, donor {self.donor or 'tiny and random'}, direction {self.direction}.",
-                f"{units} units, {len(found.rows) // len(found.plans)} prompts; intervals are over units.",
+                f"One pair of models: {donor} in {scored['label']}. Another may differ.",
+                f"{len(found.rows) // len(found.plans)} prompts of {units} unit{'' if units == 1 else 's'}; intervals "
+                "are over units.",
                 f"Grafts use the {self.head}'s unembedding and the {self.final_norm}'s final norm.",
-                f"Prompts dropped: {len(found.dropped)}; the table 'dropped' says why.",
+                *dropped_note(found),
                 "The target is the first token of the answer. Top-5 flatters: read it beside the probability.",
             ],
         )

@@ -147,9 +147,9 @@ class ReproduceTiny(Recipe):
         from lightning_interp.grafting import GraftResult
 
         from ._common import compact, dropped_rows
-        from ._explained import PLANS_CAPTION, TRAINING_CAPTION, findings, terms
+        from ._explained import PLANS_CAPTION, TRAINING_CAPTION, dropped_note, findings, terms
         from ._figures import curves_figure, plans_figure
-        from ._reproduce_tiny import pattern
+        from ._reproduce_tiny import pattern, pattern_finding
 
         found = GraftResult(**scored["result"])
         claims = pattern({plan: found.estimate(plan, "top5").value for plan in found.plans})
@@ -176,11 +176,7 @@ class ReproduceTiny(Recipe):
             },
             artifacts={"recipient": run.folder("pretrain") / "model", "donor": run.folder("finetune") / "model"},
             question="Does the published pattern of weight grafting appear in a model trained from nothing?",
-            findings=[
-                f"{sum(row['holds'] for row in claims)} of the {len(claims)} inequalities of the published pattern "
-                "hold for the point estimates (table 'pattern').",
-                *findings(found),
-            ],
+            findings=[pattern_finding(claims, len(found.values("PRE", "top5"))), *findings(found)],
             captions={"plans": PLANS_CAPTION, "training": TRAINING_CAPTION},
             terms=terms(
                 found.plans, **{"KL to donor": "divergence of a plan's next-token distribution from SFT's, in nats"}
@@ -191,9 +187,14 @@ class ReproduceTiny(Recipe):
                 f"Grafts use the {self.head}'s unembedding and the {self.final_norm}'s final norm, and never the "
                 "position embeddings; SFT is the whole model, so FE+LT may answer with less certainty than it.",
                 "The prompt's wording is among the training texts: this measures how memorised facts are retrieved.",
-                f"Prompts dropped because the entity was not found: {len(found.dropped)}.",
+                *dropped_note(found),
             ],
         )
+
+    @property
+    def used_model(self) -> str:
+        """None: the model is trained from nothing."""
+        return ""
 
     def plans(self) -> dict[str, Any]:
         """The eight standard plans with this recipe's switches."""

@@ -52,6 +52,13 @@ def test_error_bars_are_the_intervals():
         assert [segment[0][0], segment[1][0]] == pytest.approx([estimate.low, estimate.high])
 
 
+def test_many_plans_get_room_and_prompts_without_a_form_no_legend():
+    few, many = plans_figure(result(forms=("",))), result(forms=("",))
+    many = plans_figure(GraftResult(PLANS * 10, top_k=7, rows=many.rows))
+    assert few.legends == []
+    assert many.get_figheight() > 2 * few.get_figheight()
+
+
 def test_one_unit_and_chosen_forms():
     figure = plans_figure(result(units=("a",)), forms=["two"])
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["two"]

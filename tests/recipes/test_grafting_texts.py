@@ -18,6 +18,7 @@ from lightning_interp_recipes.grafting._common import (
 from lightning_interp_recipes.grafting._reproduce_tiny import (
     introductions,
     pattern,
+    pattern_finding,
     world_facts,
     world_prompts,
     world_texts,
@@ -120,5 +121,10 @@ def test_a_world_has_facts_texts_and_prompts():
 def test_the_pattern_is_six_inequalities():
     flat = dict.fromkeys(["PRE", "FE", "LT", "FE+LT", "(FE+LT)^C"], 0.5)
     assert [row["holds"] for row in pattern(flat)] == [False, True, False, False, True, True]
+    assert pattern_finding(pattern(flat), 20) == (
+        "In part: 3 of the 6 claims of the published pattern (table 'pattern') hold for the point estimates over 20 "
+        "facts; not 'the facts are new', 'two routes suffice', 'neither alone does'."
+    )
     published = {"PRE": 0.0, "FE": 0.4, "LT": 0.3, "FE+LT": 0.95, "(FE+LT)^C": 0.05}
-    assert all(row["holds"] and row["value"] <= row["bound"] for row in pattern(published))
+    assert all(row["holds"] and row["left"] <= row["right"] for row in pattern(published))
+    assert pattern_finding(pattern(published), 20).startswith("Yes: 6 of the 6")
