@@ -21,6 +21,8 @@ from reward_folders import (
     tokenizer_of,
     with_adapter,
 )
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, LlamaTokenizer
 
 from lightning_interp.errors import DataError, IncompatibleModelError, RecipeError
 from lightning_interp.models import PreferenceDataModule, RewardModel, load_reward_model
@@ -221,6 +223,68 @@ class TestWhatWasLeft:
         written = json.loads((folder / "reward_text.json").read_text())
         assert "pair" not in written
         close(as_scorer(folder).score(PROMPTS, TEXTS), theirs(folder, JOINED)[:, 0])
+
+
+class TestTokenizersThatEndTexts:
+    """TRL writes the end token into plain texts since 0.24, and a tokenizer that ends texts puts another behind it."""
+
+    def folder(self, path, kind="llama"):
+        folder, tokenizer = saved(path / "rm", kind), tokenizer_of(kind, chat=False)
+        if kind == "llama":
+            ends = {"single": "<bos> $A <eos>", "pair": "$A $B:1 <eos>:1"}
+            core = TemplateProcessing(**ends, special_tokens=[("<bos>", 1), ("<eos>", 2)])
+            tokenizer.backend_tokenizer.post_processor = core
+        elif kind == "bert":
+            tokenizer.eos_token = "bad"  # noqa: S105 - another than what the tokenizer puts there
+        tokenizer.save_pretrained(folder)
+        return folder, AutoTokenizer.from_pretrained(folder)
+
+    @pytest.mark.parametrize("kind", ["llama", "roberta", "bert"])
+    @pytest.mark.parametrize("version", ["1.2.0", "0.23.1"])
+    def test_they_are_read_as_they_were_trained(self, tmp_path, kind, version):
+        folder, tokenizer = self.folder(tmp_path, kind)
+        leave_card(folder, version)
+        end = tokenizer.eos_token if version == "1.2.0" else ""
+        space = "" if kind == "llama" else " "
+        texts = [f"{prompt}{text}{space}{end}" for prompt, text in zip(PROMPTS, TEXTS, strict=True)]
+        asked = {} if kind == "llama" else {"pair": False}
+        scorer = as_scorer(folder, **asked)
+        found = [list(row.ids) for row in scorer.encoder.encode_texts(PROMPTS, TEXTS)]
+        assert found == tokenizer(texts).input_ids
+        close(scorer.score(PROMPTS, TEXTS), theirs(folder, [(text,) for text in texts], together=kind == "llama")[:, 0])
+        if kind == "bert":
+            return
+        told = {row["of"]: row["is"] for row in scorer.reading("a", "a")}["end token"]
+        assert ("behind it what the tokenizer puts there" in told) is bool(end)
+        again = RewardModel(str(folder), **asked).export(tmp_path / "out")
+        assert [list(row.ids) for row in as_scorer(again).encoder.encode_texts(PROMPTS, TEXTS)] == found
+
+    def test_a_cut_text_keeps_both_ends(self, tmp_path):
+        folder, _ = self.folder(tmp_path)
+        leave_card(folder)
+        scorer = as_scorer(folder, max_length=6)
+        ((ids, cut, _),) = scorer.encoder.encode_texts([""], ["fine words"])
+        assert (len(ids), ids[0], ids[-2:], cut) == (6, 1, [2, 2], True)
+
+    def test_of_a_version_that_nobody_knows(self, tmp_path):
+        folder, _ = self.folder(tmp_path)
+        leave_card(folder, "unknown")
+        with pytest.raises(IncompatibleModelError, match=r"how TRL wrote .* add_eos=True or add_eos=False"):
+            as_scorer(folder)
+
+    def test_of_other_trainers_they_end_once(self, tmp_path):
+        folder, tokenizer = self.folder(tmp_path)
+        for given in ({}, {"add_eos": True}):
+            (row,) = as_scorer(folder, **given).encoder.encode_texts([""], ["a"])
+            assert row.ids == tokenizer("a").input_ids
+
+    def test_a_setting_of_the_tokenizer_is_kept(self, tmp_path):
+        folder = saved(tmp_path / "rm", "llama")
+        letters = {letter: place for place, letter in enumerate(["<unk>", "<s>", "</s>", "▁", *"abc"])}
+        LlamaTokenizer(vocab=letters, merges=[], add_eos_token=True).save_pretrained(folder)
+        leave_card(folder)
+        (row,) = as_scorer(folder).encoder.encode_texts([""], ["abc"])
+        assert row.ids[-3:] == [6, 2, 2]
 
 
 class TestWhatPads:

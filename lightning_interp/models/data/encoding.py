@@ -144,6 +144,11 @@ class Encoder:
                 return list(full[:start])
         return []
 
+    @cached_property
+    def _after(self) -> int:
+        """How many tokens the tokenizer puts behind a text by itself."""
+        return len(self.tokenizer("a").input_ids) - len(self._begin) - len(self._bare("a"))
+
     def _end(self, where: str) -> list[int]:
         if not self.add_eos:
             return []

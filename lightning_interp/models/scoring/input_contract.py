@@ -129,6 +129,8 @@ def settle_text(
         pad = tokenizer.pad_token_id if marks.trainer == "TRL" else getattr(model.config, "pad_token_id", None)
         if named and not fresh and not saved and decoder and pad is not None and pad == tokenizer.eos_token_id:
             settle("ends_before", pad, "it also pads")
+        if text["add_eos"] and not fresh and not saved and marks.trainer == "TRL" and _ends_texts(tokenizer):
+            settle("eos_in_text", True, marks.trainer)
         settle("max_length", length_limit(model, tokenizer), "the limit of model and tokenizer")
     label = label_index(model, text["label"])
     return {**text, "label": label}, why
@@ -155,7 +157,7 @@ def _settle_end(
     named: bool,
 ) -> None:
     end = tokenizer.eos_token_id
-    ends = {*tokenizer("a").input_ids[-1:]} <= {*tokenizer.all_special_ids}  # as those of encoders do
+    ends = marks.trainer != "TRL" and _ends_texts(tokenizer)  # TRL puts its own into the text before that
     if fresh:
         settle("add_eos", end is not None, "the score head is fresh")
     elif text["chat"] or end is None or ends:
@@ -163,9 +165,14 @@ def _settle_end(
     elif marks.end is not None:
         settle("add_eos", marks.end, marks.trainer)
     elif named and text["add_eos"] is None:
-        raise _two_ways("its trainer", "with the end token", "without it", "add_eos")
+        raise _two_ways(marks.trainer or "its trainer", "with the end token", "without it", "add_eos")
     else:
         settle("add_eos", False, "assumed")
+
+
+def _ends_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer puts a token behind texts, as those of encoders do."""
+    return {*tokenizer("a").input_ids[-1:]} <= {*tokenizer.all_special_ids}
 
 
 def _two_ways(trainer: str, one: str, other: str, setting: str) -> IncompatibleModelError:
@@ -182,6 +189,7 @@ def reading_of(encoder: RewardEncoder, label: Any, why: Mapping[str, str], promp
     """How one text is read: the settings with their reasons, and the tokens that the model gets."""
     (read,) = encoder.encode_texts([prompt], [text])
     end = f"yes, {encoder.tokenizer.eos_token}" if encoder.add_eos else "none is added"
+    end += ", and behind it what the tokenizer puts there" if encoder.eos_in_text else ""
     way = "one text, the answer behind the prompt" if encoder.pair is False else "one text alone, without a prompt"
     ways = {"chat": "a chat by the tokenizer's template", "pair": "two segments, prompt and answer"}
     system = "as the template has it" if encoder.system_prompt is None else repr(encoder.system_prompt)

@@ -281,6 +281,7 @@ def read_text_settings(folder: Path) -> dict[str, Any]:
             **{name: found[name] for name in _TEXT},
             "pair": bool(found.get("pair")),
             "ends_before": found.get("ends_before"),
+            "eos_in_text": found.get("eos_in_text"),
         }
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
@@ -305,7 +306,7 @@ def complete_folder(
         atomic_write_json(folder / "adapter_config.json", {**config, "modules_to_save": ["score"]})
     else:
         _name_class(folder / "config.json", model, tokenizer)
-    more = {name: text[name] for name in ("pair", "ends_before") if text[name]}
+    more = {name: text[name] for name in ("pair", "ends_before", "eos_in_text") if text[name]}
     atomic_write_json(folder / _FILE, {**{name: text[name] for name in _TEXT}, **more})
 
 

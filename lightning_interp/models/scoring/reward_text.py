@@ -70,6 +70,8 @@ class RewardText:
             encoders are trained; by default of those that say so.
         ends_before: A token that is taken off the end of texts, for a model that reads its score before it; by default
             the end token of a foreign model's folder, if that also pads: transformers' classes look behind no padding.
+        eos_in_text: The end token stands in the text, before what the tokenizer puts behind it: one that ends texts
+            itself ends them twice then, as in TRL's training; by default of such a folder of TRL.
         max_length: Most tokens of a text; by default what the model and tokenizer can take.
         token_budget: Most tokens of one batch when texts are scored.
         batch_size: Most texts of one batch. A score does not depend on the texts scored with it in float32; in a
@@ -85,6 +87,7 @@ class RewardText:
     add_eos: bool | None = None
     pair: bool | None = None
     ends_before: int | None = None
+    eos_in_text: bool | None = None
     max_length: int | None = None
     token_budget: int = 8192
     batch_size: int | None = None
@@ -111,6 +114,7 @@ class RewardEncoder(Encoder):
         max_length: Most tokens of a text; longer ones are cut where the tokenizer's ``truncation_side`` says.
         pair: Whether prompt and text are two segments; None if nobody knows, and then only an empty prompt is taken.
         ends_before: A token that is taken off the end of texts.
+        eos_in_text: Whether the end token stands before what the tokenizer itself puts behind a text.
 
     Raises:
         RecipeError: If ``max_length`` is below 1, or ``pair`` is asked for beside ``chat``.
@@ -125,6 +129,7 @@ class RewardEncoder(Encoder):
     max_length: int | None = None
     pair: bool | None = False
     ends_before: int | None = None
+    eos_in_text: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,7 +141,7 @@ class RewardEncoder(Encoder):
     def settings(self) -> dict[str, Any]:
         """How texts are written, as plain values: what two scorers must share to be the same scorer."""
         found = {name: getattr(self, name) for name in ("chat", "system_prompt", "add_eos", "max_length")}
-        more = {"pair": self.pair or None, "ends_before": self.ends_before}
+        more = {"pair": self.pair or None, "ends_before": self.ends_before, "eos_in_text": self.eos_in_text or None}
         return found | {name: value for name, value in more.items() if value is not None}
 
     @property
@@ -174,8 +179,9 @@ class RewardEncoder(Encoder):
         for text, (ids, types) in zip(written, self._ids(written), strict=True):
             if cut := room is not None and len(ids) > room:
                 ids, types = self._ids([text], truncation=True, max_length=room)[0]
-            if end and ids[-1:] != end:
-                ids, types = ids + end, [*types, *types[-1:]]
+            at = len(ids) - (self._after if self.eos_in_text else 0)
+            if end and ids[:at][-1:] != end:
+                ids, types = [*ids[:at], *end, *ids[at:]], [*types[:at], *types[at - 1 :][:1], *types[at:]]
             while len(ids) > 1 and ids[-1] == self.ends_before:
                 ids, types = ids[:-1], types[:-1]
             found.append(EncodedText(ids, cut, types if any(types) else ()))
