@@ -107,7 +107,7 @@ def _inline(path: Path) -> dict[str, Any]:
             f"Cannot read the figure {str(path)!r}: {error.strerror}. Restore it, or start the run again."
         ) from error
     width, height = int.from_bytes(content[16:20]), int.from_bytes(content[20:24])  # of PNG's first chunk
-    return {"data": base64.b64encode(content).decode("ascii"), "wide": width > 1.6 * height}
+    return {"data": base64.b64encode(content).decode("ascii"), "wide": width > 1.8 * height}
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_interp.core.measure.statistics import Estimate
 from lightning_interp.core.storage.json_reading import read_json
 from lightning_interp.core.storage.jsonl import text_lines
 from lightning_interp.core.storage.row_files import file_rows
@@ -36,6 +37,7 @@ TERMS = {
     "rank_difference": "how far the order of the other tokens has changed; 0 is not at all",
     "total_kl": "KL divergence of the steered distribution from the unsteered one, in nats, the concept included",
     "KL": "divergence of the steered next-token distribution from the unsteered one, in nats: what steering costs",
+    "oracle": "what no steering can do better: the pairs alone exchange probability, and nothing else moves",
     "alpha": "regularisation of dual steering where the distribution is peaked",
     "pair_share": "share of target tokens among the written tokens of pairs; 0.5 where there is none",
     "perplexity": "how surprising the text is to the unsteered model; low may also mean repetitive",
@@ -45,6 +47,32 @@ TERMS = {
     "[a, b]": "95 % interval",
 }
 """What the names in tables and figures mean, for readers of a report alone."""
+
+_CONCEPTS = {
+    "letters": "upper-case letters (the target) against lower-case ones (the base)",
+    "capitalised": "words with a capital (the target) against without (the base)",
+    "number_digit": "numbers in digits (the target) against in words (the base)",
+    "verb_ing": "verbs with -ing (the target) against infinitives (the base)",
+    "verb_past": "verbs with -ed (the target) against infinitives (the base)",
+    "verb_third": "verbs with -s (the target) against infinitives (the base)",
+}
+
+
+def concept_term(concept: str, pairs: int) -> dict[str, str]:
+    """What a concept is, for the terms of a report."""
+    return {
+        "concept": f"{concept!r}, {_CONCEPTS.get(concept, 'target words against base words')}: {pairs} pairs of tokens"
+    }
+
+
+def moved(effect: Estimate, up: str, down: str, still: str) -> str:
+    """The words that the interval of an effect allows."""
+    return up if effect.low > 0 else down if effect.high < 0 else still
+
+
+def differs(gap: Estimate) -> str:
+    """How dual and Euclidean steering differ, no more than the interval says."""
+    return f"dual minus Euclidean: {gap}, {moved(gap, 'dual is higher', 'dual is lower', 'no difference is shown')}"
 
 
 def concept_pairs(tokenizer: Any, concept: str) -> CounterfactualPairs:

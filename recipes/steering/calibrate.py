@@ -95,13 +95,18 @@ class CalibrateSteering(Recipe):
     def result(self, run: RunFolder, swept: dict[str, Any]) -> RecipeResult:
         """The curve, the choice and its confirmation."""
         from ._calibrate import calibration_figure, shortfall, summarised
-        from ._common import TERMS
+        from ._common import TERMS, concept_term
 
         curve, test = summarised(swept["rows"]), summarised(swept["test"])
-        chosen, missed = test[-1], shortfall(swept["rows"], swept["strength"], self.wanted)
+        chosen, there, missed = (
+            test[-1],
+            test[-1]["target_prob"],
+            shortfall(swept["rows"], swept["strength"], self.wanted),
+        )
         if missed:
             print(missed)
-        name = "KL budget (nats)" if self.method == "dual" else "strength"
+        dual, holds = self.method == "dual", "holds" if there.low <= self.wanted <= there.high else "does not hold"
+        name = "KL budget (nats)" if dual else "strength"
         title = f"{swept['label']}, {self.concept}, {self.method}: {name} {swept['strength']:.3g}"
         table = [
             {"half": half, name: row["strength"], "P(W=1)": str(row["target_prob"]), "KL": str(row["kl"]),
@@ -117,12 +122,12 @@ class CalibrateSteering(Recipe):
             tables={"strengths": table, "prompts": swept["rows"], "test": swept["test"]},
             figures={"curve": calibration_figure(curve, chosen, self.wanted, across=name, title=title)},
             artifacts={"calibrated": run.folder("sweep") / "calibrated.json"},
-            question=f"How strong must steering be for the concept to reach P(W=1) = {self.wanted:g}?",
+            question=f"How strong must steering be for {self.concept!r} to have probability {self.wanted:g}?",
             findings=[
                 *([missed] if missed else []),
-                f"With a {name} of {swept['strength']:.3g}, the mean P(W=1) of {chosen['kl'].n} prompts that it was "
-                f"not chosen on is {chosen['target_prob']} (wanted: {self.wanted:g}); unsteered it is "
-                f"{test[0]['target_prob']}.",
+                f"With a {'KL budget' if dual else 'strength'} of {swept['strength']:.3g}{' nats' if dual else ''} the "
+                f"concept's probability P(W=1) is {there} on average over {there.n} prompts that it was not chosen on; "
+                f"unsteered it is {test[0]['target_prob']}. Wanted was {self.wanted:g}, which the interval {holds}.",
                 f"That costs {chosen['kl']} nats of KL divergence a prompt.",
             ],
             captions={
@@ -130,12 +135,13 @@ class CalibrateSteering(Recipe):
                 "interval; the diamond is the chosen strength on the other prompts, the dashed line what was wanted. "
                 "See whether the diamond lies on both: then the choice holds for prompts that it was not made on."
             },
-            terms={key: TERMS[key] for key in ("P(W=1)", "KL")}
+            terms=concept_term(self.concept, swept["pairs"])
+            | {"P(W=1)": TERMS["P(W=1)"] + " (target_prob)", "KL": TERMS["KL"]}
             | {"pair mass": TERMS["pair_mass"], "[a, b]": TERMS["[a, b]"] + " over prompts"},
             caveats=[
-                f"Chosen on {curve[0]['kl'].n} prompts, confirmed on {chosen['kl'].n} others; intervals: prompts.",
+                f"Chosen on {curve[0]['kl'].n} prompts, confirmed on {there.n} others; intervals are over prompts.",
                 "The mean over prompts is calibrated, not each prompt.",
-                f"P(W=1) at the last token alone. Numbers of {swept['label']}; {swept['pairs']} pairs.",
+                f"One model, {swept['label']}, and one concept; P(W=1) at the last token alone.",
             ],
             summary="strengths",
         )  # fmt: skip

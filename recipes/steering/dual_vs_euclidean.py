@@ -9,7 +9,10 @@ from typing import Any, Literal
 from lightning_interp.recipe import Recipe, RecipeResult, RunFolder
 
 SCORES = ("off_target_kl", "pair_mass", "rank_difference", "total_kl")
-_MEASURED = {"off_target_kl": "off-target KL (nats)", "pair_mass": "mass of the pairs"}
+_MEASURED = {
+    "off_target_kl": "what else moved (off-target KL, nats)",
+    "pair_mass": "the probability of all tokens of the pairs",
+}
 
 
 @dataclass(kw_only=True)
@@ -130,7 +133,7 @@ class DualVersusEuclidean(Recipe):
         """Tables, the three panels, and the comparison at equal effect."""
         from lightning_interp.steering import PathScores, steering_figure
 
-        from ._common import TERMS
+        from ._common import TERMS, concept_term, differs
 
         result = PathScores.from_rows(scored["rows"])
         compared = [
@@ -160,10 +163,10 @@ class DualVersusEuclidean(Recipe):
             artifacts={"probe": run.folder("paths") / "probe.safetensors"},
             question="What else moves when a concept of the next token is moved, in either geometry?",
             findings=[
-                f"At P(W=1) = {self.match:g}, along the {row['probe']} probe, the {_MEASURED[row['score']]} is "
-                f"{row['dual']} for dual and {row['euclidean']} for Euclidean steering; the difference is "
-                f"{row['difference']} over {row['contexts']} contexts."
-                for row in table
+                f"Where the concept has probability {self.match:g}, along the probe {row['probe']}, "
+                f"{_MEASURED[row['score']]} is {row['dual']} with dual and {row['euclidean']} with Euclidean steering, "
+                f"over {row['contexts']} contexts; {differs(_estimate(told['difference']))}."
+                for row, told in zip(table, compared, strict=True)
                 if row["score"] in ("off_target_kl", "pair_mass")
             ],
             captions={
@@ -171,23 +174,29 @@ class DualVersusEuclidean(Recipe):
                 "the concept's probability rises. A low off-target KL and rank difference, and a pair mass that stays "
                 "where it began, mean that little else moved. Compare the lines at the same place on the axis below."
             },
-            terms={name: TERMS[name] for name in ("dual", "euclidean", "dual_md", "primal_md", "P(W=1)")}
+            terms=concept_term(self.concept, scored["pairs"])
+            | {name: TERMS[name] for name in ("dual", "euclidean", "dual_md", "primal_md", "P(W=1)", "oracle")}
             | {name: TERMS[name] for name in (*SCORES, "alpha", "[a, b]")},
             caveats=[
                 f"Compared where both paths reach P(W=1) = {self.match:g}. At equal probe value the dual path has the "
                 "smaller KL by theorem; at equal P(W=1) nothing is proved, and near 1 the order may turn.",
-                f"Contexts: {self.top} likeliest tokens on one side with mass {self.mass:g} (the paper: 3 and 0.7), "
+                f"Contexts: the {'likeliest token' if self.top == 1 else f'{self.top} likeliest tokens'} on one side "
+                f"with mass {self.mass:g} (the paper: 3 and 0.7), "
                 f"{scored['base']} base and {scored['target']} target among {scored['seen']} tokens.",
                 f"Intervals are over {self.contexts} contexts of one probe each; texts, split and seed are one.",
                 f"alpha = {scored['alpha']:.3g} decides the direction at peaked states; see the table of alphas.",
-                f"Text: {'yours' if self.texts else 'written by the model itself'}. Numbers of {scored['label']}.",
+                f"Text: {'yours' if self.texts else 'written by the model itself'}. One model, {scored['label']}.",
             ],
             summary="matched",
         )
 
 
-def _shown(estimate: dict[str, Any]) -> str:
+def _estimate(estimate: dict[str, Any]) -> Any:
     from lightning_interp.core.measure.statistics import Estimate
 
     values: dict[str, Any] = {k: float("nan") if v is None and k != "method" else v for k, v in estimate.items()}
-    return str(Estimate(**values))
+    return Estimate(**values)
+
+
+def _shown(estimate: dict[str, Any]) -> str:
+    return str(_estimate(estimate))

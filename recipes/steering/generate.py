@@ -9,6 +9,10 @@ from typing import Any, Literal
 
 from lightning_interp.recipe import Recipe, RecipeResult, RunFolder
 
+_MEASURED = {
+    "pair_share": "The share of target tokens among the written tokens of pairs",
+    "perplexity": "The perplexity of what was written",
+}
 Method = Literal["unsteered", "dual", "euclidean"]
 METHODS: tuple[Method, ...] = ("unsteered", "dual", "euclidean")
 
@@ -93,7 +97,7 @@ class SteeredGeneration(Recipe):
         """Means over prompts with intervals, and every text."""
         from lightning_interp.core.measure.statistics import mean_interval
 
-        from ._common import TERMS
+        from ._common import TERMS, concept_term, differs
         from ._generate import MEASURES, generation_figure
 
         estimates = {
@@ -110,6 +114,13 @@ class SteeredGeneration(Recipe):
             for method, found in estimates.items()
         ]  # fmt: skip
         label, pairs = written["dual"]["label"], written["dual"]["pairs"]
+        gate = f" that the gate ({self.gate}, above {self.above:g}) lets through" if self.gate != "none" else ""
+        gaps = {
+            name: mean_interval(
+                [a[name] - b[name] for a, b in zip(*(written[m]["rows"] for m in ("dual", "euclidean")), strict=True)]
+            )
+            for name in _MEASURED
+        }
         samples = [{"method": method, **row} for method, told in written.items() for row in told["rows"]]
         return RecipeResult(
             metrics={m: {n: e.to_dict() for n, e in found.items()} for m, found in estimates.items()}
@@ -118,23 +129,23 @@ class SteeredGeneration(Recipe):
             figures={"methods": generation_figure(estimates, title=f"{label}, {self.concept}: {pairs} pairs")},
             question="What do texts gain and lose when every token spends the same KL on one concept?",
             findings=[
-                f"{title}: {', '.join(f'{method} {found[name]}' for method, found in estimates.items())}."
-                for name, title in (
-                    ("pair_share", "Share of target tokens among written tokens of pairs"),
-                    ("perplexity", "Perplexity of what was written"),
-                )
+                f"{title} is {estimates['unsteered'][name]} unsteered, {estimates['dual'][name]} with dual and "
+                f"{estimates['euclidean'][name]} with Euclidean steering, over {gaps[name].n} prompts; "
+                f"{differs(gaps[name])}."
+                for name, title in _MEASURED.items()
             ],
             captions={
                 "methods": "A panel is a measure, a bar a method with its 95 % interval over prompts: see what "
                 "steering gains (pair share) and what it costs (perplexity, repetition) against the unsteered texts."
             },
-            terms={key: TERMS[key] for key in (*METHODS, *MEASURES, "products a steered token", "[a, b]")},
+            terms=concept_term(self.concept, pairs)
+            | {key: TERMS[key] for key in (*METHODS, *MEASURES, "products a steered token", "[a, b]")},
             caveats=[
                 "The theorem speaks of one next-token distribution; no published result covers whole generations.",
-                f"Budget {self.kl_budget:g} nats at each token that the gate ({self.gate}, above {self.above:g}) lets "
-                "through; the methods write different texts, so they meet different tokens.",
+                f"Budget {self.kl_budget:g} nats at each token{gate}; the methods write different texts, so they meet "
+                "different tokens.",
                 "Perplexity is that of the unsteered model on what was written; low may also mean repetitive.",
-                f"Intervals are over {table[0]['prompts']} prompts; one direction, one seed. Numbers of {label}.",
+                f"Intervals are over {table[0]['prompts']} prompts; one direction, one seed, one model ({label}).",
             ],
             summary="methods",
         )

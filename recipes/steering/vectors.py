@@ -131,8 +131,10 @@ class SteeringVectors(Recipe):
         """Cells on the reporting part, chosen on the other; two figures; every text."""
         from lightning_interp.core.measure.statistics import mean_interval
 
+        from ._common import moved
         from ._vectors import layer_figure, sweep_figure
 
+        most = f"with a cost of at most {self.max_damage:g} nats a token" if self.max_damage < 100 else "at any cost"
         chosen, report = self.chosen(swept), self.cells(swept, "report")
         here = [cell for cell in report if cell.layer == chosen.layer]
         best = next(cell for cell in here if cell.strength == chosen.strength)
@@ -169,9 +171,11 @@ class SteeringVectors(Recipe):
             artifacts={"vector": folder / "vector.safetensors", "control_vector": folder / "vector.gguf"},
             question=f"At which layer and strength does a vector for {self.concept!r} act, and at what cost?",
             findings=[
-                f"Chosen: layer {best.layer}, strength {best.strength:g}. There a positive ending becomes likelier "
-                f"than its negative one by {best.effect} nats a token, over {best.effect.n} other items.",
-                f"Neutral text loses {best.damage} nats a token.",
+                f"At layer {best.layer} and strength {best.strength:g}, which were chosen on other items, positive "
+                f"endings {moved(best.effect, 'gain', 'lose', 'are not shown to move')} against their negative ones: "
+                f"{best.effect} nats a token, over {best.effect.n} items.",
+                f"Neutral text {moved(best.damage, 'gets less likely', 'gets likelier', 'is not shown to move')}: a "
+                f"loss of {best.damage} nats a token, over {best.damage.n} texts.",
             ],
             captions={
                 "sweep": "A cell is a layer (upwards) at a strength (across), on the reporting part; left the effect, "
@@ -190,9 +194,10 @@ class SteeringVectors(Recipe):
                 "[a, b]": "95 % interval over held-out items, or neutral texts",
             },
             caveats=[
-                f"Model: {made['label']}. Method {self.method}, {self.read} tokens read, {len(parts.train)} items.",
-                f"Layer and strength were chosen on {len(parts.choose)} items (largest effect with a cost of at most "
-                f"{self.max_damage:g} nats a token) and are reported on {len(parts.report)} others.",
+                f"One model, {made['label']}, and one vector ({self.method.replace('_', ' ')}, {self.read} tokens "
+                f"read, {len(parts.train)} items): others may differ.",
+                f"Layer and strength were chosen on {len(parts.choose)} items (largest effect {most}) and are reported "
+                f"on {len(parts.report)} others.",
                 "Intervals are over held-out items and neutral texts: one division of one set, one vector.",
                 f"The cost is measured on {best.damage.n} neutral texts and belongs to the same texts in both parts.",
                 "Endings differ in more than the behaviour, such as length and word frequency; only the change against "

@@ -120,12 +120,19 @@ def test_a_smoke_run_leaves_a_report_that_needs_no_other_file(name, smoke_run):
 def test_a_report_explains_itself(name, smoke_run):
     outcome = read_manifest(smoke_run(name))["outcome"]
     assert any(re.search(r"\d \[.*\d, .*\d\]", finding) for finding in outcome["findings"])  # with its interval
+    assert any(re.search(r"\d+ (?:facts|units|prompts|items|contexts)\b", finding) for finding in outcome["findings"])
+    said = " ".join([*outcome["findings"], *outcome["caveats"]])
+    assert not re.search(r"\b1 (?:layer|fact|unit|prompt|item|context|text|token)s\b|[( ]-0\.0+[] ,.;)]|e\+\d", said)
     assert set(outcome["captions"]) == set(outcome["figures"])
     assert all(len(text) > 60 for text in outcome["captions"].values())
     page = re.sub('src="[^"]*"', "", (smoke_run(name) / "report.html").read_text(encoding="utf-8"))
-    codes = set(re.findall(r"\b(?:PRE|SFT|FE|LT|E[3-8]|RATE|ATE|P\(W=1\)|dual_md|primal_md)(?![\w])", page))
+    codes = set(
+        re.findall(r"\b(?:PRE|SFT|FE|LT|FULL|E[3-8]|RATE|ATE|P\(W=1\)|dual_md|primal_md|pair_share)(?![\w])", page)
+    )
     explained = " ".join([*outcome["terms"], *outcome["terms"].values()])
     assert [code for code in codes if code not in explained] == []
+    if "PRE/top1" in page:  # the curves of a training show the complements too
+        assert "^C" in outcome["terms"]
     assert bool(outcome["source"]) == ("tiny:" in page)  # a language model is named where one was used
 
 

@@ -5,16 +5,26 @@ from __future__ import annotations
 import csv
 import json
 import re
+from typing import get_args
 
 import pytest
 import torch
 
 from lightning_interp import cli, load_causal_lm
+from lightning_interp.core.measure.statistics import Estimate
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.steering import SoftmaxGeometry, dual_steer
+from lightning_interp.steering.concepts.vocabulary import PairKind
 from lightning_interp_recipes.steering import _calibrate as calibrate
 from lightning_interp_recipes.steering._calibrate import chosen_strength, shortfall, strength_effects, summarised
-from lightning_interp_recipes.steering._common import concept_direction, concept_pairs, read_texts, sample_texts
+from lightning_interp_recipes.steering._common import (
+    concept_direction,
+    concept_pairs,
+    concept_term,
+    differs,
+    read_texts,
+    sample_texts,
+)
 from lightning_interp_recipes.steering._dual_vs_euclidean import sides_of_texts, steered_paths
 from lightning_interp_recipes.steering._generate import PROMPTS, measured_generation
 
@@ -197,3 +207,22 @@ def test_no_start_is_an_error(world):
     geometry, pairs, direction = world
     with pytest.raises(RecipeError, match="no state to start from"):
         steered_paths(geometry, pairs, torch.zeros(0, 32), {"mean": direction}, [0.5], alpha=0.5)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(0.1, 0.3, "dual is higher"), (-0.3, -0.1, "dual is lower"), (-0.1, 0.3, "no difference is shown")],
+)
+def test_a_difference_is_said_to_be_one_only_beyond_its_interval(low, high, said):
+    gap = Estimate((low + high) / 2, low, high, 9, 0.95, "bootstrap")
+    assert differs(gap) == f"dual minus Euclidean: {gap}, {said}"
+
+
+def test_a_concept_is_explained_by_its_two_sides():
+    kinds = [*get_args(PairKind), "letters"]
+    told = [concept_term(kind, 7)["concept"] for kind in kinds]
+    assert all(
+        text.startswith(f"{kind!r}, ") and text.endswith(": 7 pairs of tokens")
+        for kind, text in zip(kinds, told, strict=True)
+    )
+    assert not any("target words" in text for text in told)  # that is said of a file

@@ -12,7 +12,7 @@ __all__ = ["path_figure", "steering_figure"]
 
 LABELS = {
     "target_prob": "P(W=1)",
-    "pair_mass": "mass of the pairs, p(S0) + p(S1)",
+    "pair_mass": "mass of the pairs",
     "off_target_kl": "off-target KL (nats)",
     "rank_difference": "rank difference",
     "rank_difference_full": "rank difference (full vocabulary)",
