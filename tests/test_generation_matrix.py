@@ -33,7 +33,7 @@ from lightning_interp.core.tokens.positions import (
     Substring,
     Tokens,
 )
-from lightning_interp.errors import PositionError
+from lightning_interp.errors import IncompatibleModelError, PositionError
 from lightning_interp.grafting.intervention import DECODE
 from lightning_interp.grafting.plan import GraftRule
 from lightning_interp.testing import byte_tokenizer, tiny_pair
@@ -201,14 +201,14 @@ def assistant():
 
 @dataclass
 class Way:
-    """How to write, what must be refused (everything else must be right), and whether grafts work at all."""
+    """How to write, what must be refused (everything else must be right), and the policies that grafts work with."""
 
     write: Callable
     rows: int = 2
     before: Callable | None = None
     refused: Collection[str] = ()
     side: str = "left"
-    graft: bool = True
+    graft: Collection[str] = DECODE
 
     @property
     def multiple(self):
@@ -266,7 +266,12 @@ WAYS = {
     "itself as assistant": Way(lambda m, b, a: plainly(m, b, a, assistant_model=m), rows=1),
     "early exit as assistant": Way(using(assistant_early_exit=2), rows=1),
     "a loop as custom_generate": Way(using(custom_generate=looped)),
-    "embeddings": Way(embedded, before=embeddings, refused=TEXT | {"Tokens"}),
+    "embeddings": Way(
+        embedded,
+        before=embeddings,
+        refused=TEXT | {"Tokens"},
+        graft=set(DECODE) - {"donor"},  # whose embeddings too
+    ),
     "a prefix": Way(prefixed, refused=AT_THE_END),
     "a copied prefix": Way(functools.partial(prefixed, copied=True), refused=AT_THE_END),
     "the rest after a prefix": Way(functools.partial(prefixed, whole=False), refused=AT_THE_END),
@@ -274,14 +279,14 @@ WAYS = {
     "a prefix from before": Way(after_prefix, before=prefix_cache, refused=EARLY),
     "a loop": Way(by_hand),
     "a loop in pieces": Way(
-        functools.partial(by_hand, pieces=(4, None)), refused=PHASED | TEXT | {"FromBatch", "Span"}, graft=False
+        functools.partial(by_hand, pieces=(4, None)), refused=PHASED | TEXT | {"FromBatch", "Span"}, graft=()
     ),
     "a loop in pieces, told": Way(
         functools.partial(by_hand, pieces=(4, None), told=True), refused=TEXT | {"FromBatch"}
     ),
     "static cache": Way(using(cache_implementation="static"), refused=set(SELECTORS)),
-    "guidance": Way(using(guidance_scale=1.5), refused=PHASED | TEXT | {"FromBatch", "Span"}, graft=False),
-    "right padding": Way(using(), side="right", refused=PHASED | TEXT | {"Span"}, graft=False),
+    "guidance": Way(using(guidance_scale=1.5), refused=PHASED | TEXT | {"FromBatch", "Span"}, graft=()),
+    "right padding": Way(using(), side="right", refused=PHASED | TEXT | {"Span"}, graft=()),
 }
 
 
@@ -347,7 +352,7 @@ def outcome(way, intervention, batch, refused):
             attachment.batch["marked"] = attachment.batch["marked"].repeat_interleave(way.multiple, 0)
         given = () if prepared is None else (prepared,)
         if refused:
-            with pytest.raises(PositionError, match=REMEDY):
+            with pytest.raises((PositionError, IncompatibleModelError), match=REMEDY):
                 way.write(model, batch, attachment, *given)
             return None
         written = way.write(model, batch, attachment, *given)
@@ -394,7 +399,7 @@ def test_grafts(way, selector, decode):
         how,
         Graft(donor, GraftPlan.at(positions, "BLOCK"), decode=decode),
         batch,
-        selector in how.refused or not how.graft,
+        selector in how.refused or decode not in how.graft,
     )
     if written is None:
         return

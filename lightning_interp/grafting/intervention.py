@@ -179,7 +179,6 @@ class _Codes:
 
     def __init__(self, graft: Graft, compiled: CompiledPlans) -> None:
         self.graft, self.compiled = graft, compiled
-        self.last_codes: torch.Tensor | None = None
         place = {plan: i for i, plan in enumerate(compiled.plans)}
         self.row_plan = [place[plan] for plan in graft.plans]
 
@@ -203,8 +202,8 @@ class _Codes:
             return
         last = step.valid & (step.positions == step.prompt_lengths[:, None] - 1)
         found = codes.gather(1, last.long().argmax(dim=1, keepdim=True))[:, 0]
-        known = self.last_codes if step.past > step.virtual and step.known_prompt_lengths is not None else None
-        self.last_codes = found if known is None else torch.where(last.any(dim=1), found, known)
+        known = step.carried.get(self) if step.known_prompt_lengths is not None else None
+        step.carried[self] = found if known is None else torch.where(last.any(dim=1), found, known)
 
     def _decoding(self, step: StepContext, rows: list[int]) -> torch.Tensor:
         """Codes of generated tokens, as the decode policy says."""
@@ -221,12 +220,13 @@ class _Codes:
         if policy == "outside":
             return self.compiled.codes(replace(step, rolling=False, cache={}), rows)
         if policy == "like_last":
-            if self.last_codes is None:
+            last = step.carried.get(self)
+            if last is None:
                 raise PositionError(
                     f"Graft(decode='like_last') has not seen the prompt's last token of these {step.batch_size} rows, "
                     f"{step.past} columns of which are cached. Attach before the prompt is read."
                 )
-            return expand_rows(self.last_codes, step, "The codes of the prompt's last tokens")
+            return expand_rows(last, step, "The codes of the prompt's last tokens")
         if policy not in DECODE:
             raise PositionError(f"The decode function gave {policy!r}; expected a mask or one of {', '.join(DECODE)}.")
         return (start + (EVERYWHERE if policy == "donor" else NOWHERE)).expand(-1, step.length)

@@ -11,17 +11,28 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from transformers import CompileConfig
 
 from lightning_interp import ActivationCapture, AddDirection, Graft, GraftPlan
 from lightning_interp.core.hooks.intervention import Intervention
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.tokens.generation import read_generation
 from lightning_interp.core.tokens.kv_cache import cache_argument, cache_of
-from lightning_interp.core.tokens.positions import All, FromBatch, Generated, GenerationSteps, Last, Prompt, Span
+from lightning_interp.core.tokens.positions import (
+    All,
+    FromBatch,
+    Generated,
+    GenerationSteps,
+    Last,
+    Prompt,
+    Span,
+    Substring,
+    Tokens,
+)
 from lightning_interp.core.tokens.step import StepContext
-from lightning_interp.errors import PositionError
+from lightning_interp.errors import CompiledModelError, PositionError
 from lightning_interp.steering import LinearDecay, ProbeGate
-from lightning_interp.testing import tiny_model, tiny_pair
+from lightning_interp.testing import byte_tokenizer, tiny_model, tiny_pair
 
 SITE = Site("resid_post", 1)
 IDS = torch.tensor([[11, 12, 11, 12, 13, 11, 12]])
@@ -46,7 +57,7 @@ def names(model):
     return METHODS & set(vars(model))
 
 
-METHODS = {"generate", "init_continuous_batching"}
+METHODS = {"generate", "init_continuous_batching", "get_compiled_call"}
 
 
 def test_the_method_comes_back_in_any_order():
@@ -128,6 +139,104 @@ def test_a_text_that_grows_without_a_cache_is_refused_where_nobody_tells(how, po
         with torch.no_grad():
             model(IDS)
             model(torch.cat([IDS + 1, IDS[:, :1]], 1))  # another text, longer by one
+
+
+# Several texts in turns
+
+
+def written(model, ids):
+    """Logits of a loop of one's own, one pass at a time."""
+    given = {}
+    for _ in range(3):
+        with torch.no_grad():
+            out = model(ids, use_cache=True, **given)
+        given, ids = cache_argument(model, cache_of(out)), out.logits[:, -1:].argmax(-1)
+        yield out.logits[:, -1]
+
+
+def grafted(decode):
+    return lambda donor: Graft(donor, GraftPlan.at(Tokens((12,)), "BLOCK"), decode=decode)
+
+
+HELD = ProbeGate(VECTOR, above=0.0, site="resid_post.0", hold=True)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda _: AddDirection(VECTOR, site=SITE, positions=Generated(1, 3)),
+        lambda _: AddDirection(VECTOR, site=SITE, positions=GenerationSteps(0, 2) | Span(-1, 0)),
+        lambda _: AddDirection(VECTOR, site=SITE, schedule=LinearDecay(3)),
+        lambda _: AddDirection(VECTOR, site=SITE, positions=HELD),
+        grafted("like_last"),
+    ],
+    ids=["window", "steps", "schedule", "held gate", "like_last"],
+)
+@pytest.mark.parametrize("told", [False, True])
+def test_texts_in_turns_do_not_mix(make, told):
+    model, donor = tiny_pair("llama")
+    texts = [IDS, torch.tensor([[12, 14, 15]])]
+    with make(donor).attach(model) as attachment:
+        alone = [list(written(model, ids)) for ids in texts]
+        loops = [written(model, ids) for ids in texts]
+        for each in zip(*alone, strict=True):
+            for ids, loop, logits in zip(texts, loops, each, strict=True):
+                attachment.prompt_lengths = torch.tensor([ids.shape[1]]) if told else None
+                torch.testing.assert_close(next(loop), logits)
+
+
+def test_texts_that_grow_in_turns_are_noticed():
+    model = tiny_model("llama")
+    texts = [IDS, IDS + 1]
+    with AddDirection(VECTOR, site=SITE, positions=Last()).attach(model), torch.no_grad():
+        grown = [torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1) for ids in texts]
+        for ids in grown:
+            with pytest.raises(PositionError, match="came again with one more token"):
+                model(ids)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda _: AddDirection(VECTOR, site=SITE, positions=Generated()), grafted("like_last")]
+)
+def test_a_generate_inside_of_another_has_its_own_prompt(make):
+    model, donor = tiny_pair("llama")
+    other, inside = torch.tensor([[12, 14, 15]]), []
+
+    def ask(ids, scores):
+        inside.append(model.generate(other, **how).tolist())
+        return scores
+
+    how = {**HOW, "max_new_tokens": 3, "min_new_tokens": 3}
+    with make(donor).attach(model):
+        alone = [model.generate(ids, **how).tolist() for ids in (IDS, other)]
+        assert model.generate(IDS, **how, logits_processor=[ask]).tolist() == alone[0]
+    assert inside == [alone[1]] * 3
+
+
+def longer(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    """A custom_generate that puts a token before the prompt."""
+    with torch.no_grad():
+        out = model(torch.cat([input_ids[:, :1], input_ids], 1))
+    return out.logits
+
+
+@pytest.mark.parametrize("positions", [Generated(), Last(), FromBatch("m"), Substring("a", missing="ignore"), Span(1)])
+def test_a_generate_that_reads_another_text_is_refused(positions):
+    model = tiny_model("llama")
+    steer = AddDirection(VECTOR, site=SITE, positions=positions)
+    with steer.attach(model, tokenizer=byte_tokenizer()) as attachment:
+        attachment.batch = {"m": torch.ones_like(IDS).bool()}
+        with pytest.raises(PositionError, match="a pass reads another text than it was given"):
+            model.generate(IDS, **HOW, custom_generate=longer)
+
+
+def test_decoding_that_generate_compiles_is_refused(monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "0")  # which transformers sets
+    model = tiny_model("llama")
+    config = CompileConfig(backend="eager", mode=None)
+    config._compile_all_devices = True  # as on a GPU, where a static cache is all it takes
+    with Watch().attach(model), pytest.raises(CompiledModelError, match="LlamaForCausalLM has something attached, whi"):
+        model.generate(IDS, **HOW, cache_implementation="static", compile_config=config)
 
 
 def test_continuous_batching_is_refused():

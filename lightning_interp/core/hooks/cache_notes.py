@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
+
+import torch
 
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.tokens.kv_cache import cache_in, cache_of, installed_versions
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import PositionError
 
-__all__ = ["CacheNotes", "one_token_shorter"]
+__all__ = ["CacheNotes"]
 
 _NAME = "_seen_by_attachments"
 _KEYS = count()
+_TEXTS = 8
+"""Texts that were read whole, one of which may come again with one more token."""
 
 
 class CacheNotes:
@@ -24,6 +29,7 @@ class CacheNotes:
     def __init__(self, model_map: ModelMap) -> None:
         self.model_map = model_map
         self._key, self._open = next(_KEYS), _Seen()
+        self._texts: deque[torch.Tensor] = deque(maxlen=_TEXTS)
 
     def read(self, step: StepContext, cache: Any | None) -> None:
         """Tell a pass what came before it, and note that it came."""
@@ -35,11 +41,21 @@ class CacheNotes:
         step.unseen = 0 if step.follows else before
         step.rewound = seen is not None and before < seen.columns
         told = step.generation is not None or step.known_prompt_lengths is not None
-        first = (None if told or before else step) if seen is None else seen.prompt
+        first = (None if told or before else step) if seen is None else seen.first
         if told and before and first is not None and first.past + first.length == step.past:
             step.before = first
-        self._open = _Seen(before + step.length, first, step.virtual)
+        if seen is not None:
+            step.carried, step.prompt = dict(seen.carried), None if step.is_prefill else seen.prompt
+        self._open = _Seen(before + step.length, first, step.virtual, step.prompt or step, step.carried)
         self._note(cache)
+
+    def read_text(self, step: StepContext) -> None:
+        """Tell a pass over a whole text which others were its text but for the last token, by their shapes alone."""
+        if step.input_ids is None or step.past > step.virtual:
+            return
+        shape = (step.batch_size, step.length - 1)
+        step.shorter = tuple(ids for ids in self._texts if ids.shape == shape)
+        self._texts.append(step.input_ids)
 
     def made(self, output: Any) -> None:
         """Note the cache that a pass made, where it was given none."""
@@ -70,21 +86,15 @@ def _virtual_columns(model_map: ModelMap, past: int, embedded: bool) -> int:
     return 0
 
 
-def one_token_shorter(before: StepContext | None, step: StepContext) -> StepContext | None:
-    """The pass before, where this one may be its text with one more token; only their shapes are looked at."""
-    if before is None or before.past != step.past or before.input_ids is None or step.input_ids is None:
-        return None
-    grown = (before.batch_size, before.length + 1) == (step.batch_size, step.length)
-    return replace(before, shorter=None, cache={}) if grown else None
-
-
 @dataclass
 class _Seen:
-    """Columns that were read, and the pass that was taken for the whole prompt for lack of a better knowledge."""
+    """What is known of one cache."""
 
     columns: int = -1
-    prompt: StepContext | None = None
+    first: StepContext | None = None  # the pass that was taken for the whole prompt for lack of a better knowledge
     virtual: int = 0
+    prompt: StepContext | None = None  # the pass that read the prompt's end
+    carried: dict[Any, Any] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Seen:
         return self

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_interp.core.hooks.passes import other_thread
 from lightning_interp.core.tokens.generation import Generation, read_generation
-from lightning_interp.errors import PositionError
+from lightning_interp.errors import CompiledModelError, PositionError
 
 __all__ = ["GenerateCalls", "MethodHook"]
 
@@ -29,7 +29,11 @@ class GenerateCalls:
         self._current: Generation | None = None
         self._caller: nn.Module | None = None
         self._thread, self._lock = threading.current_thread(), threading.Lock()
-        kinds: dict[str, Callable[..., Any]] = {"generate": self._generate, "init_continuous_batching": _refuse}
+        kinds: dict[str, Callable[..., Any]] = {
+            "generate": self._generate,
+            "init_continuous_batching": _refuse,
+            "get_compiled_call": _refuse_compiled,
+        }
         self._methods = [MethodHook(m, name, do) for name, do in kinds.items() for m in models if hasattr(m, name)]
 
     def of_this_pass(self) -> Generation | None:
@@ -49,8 +53,9 @@ class GenerateCalls:
     def _generate(self, model: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._check_thread()
         before = self._caller, self._current
-        if before[0] is model and before[1] is not None and not before[1].doubt:
-            return function(*args, **kwargs)  # it drafts for itself: the prompt is that of the outer call
+        drafts = getattr(kwargs.get("generation_config"), "is_assistant", False)
+        if drafts and before[0] is model and before[1] is not None and not before[1].doubt:
+            return function(*args, **kwargs)  # for itself: the prompt is that of the outer call
         told = read_generation(function, getattr(model, "generation_config", None), args, kwargs)
         with self._lock:
             self._check_thread()
@@ -65,6 +70,13 @@ def _refuse(model: nn.Module, *_: Any) -> Any:
     raise PositionError(
         f"{type(model).__name__} has something attached, but continuous batching packs the tokens of several requests "
         "into one row, so that which token is whose is not known. Call generate with a padded batch."
+    )
+
+
+def _refuse_compiled(model: nn.Module, *_: Any) -> Any:
+    raise CompiledModelError(
+        f"{type(model).__name__} has something attached, which the passes that generate compiles for a static cache "
+        "may never see. Generate with a dynamic cache."
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_interp.core.hooks.cache_notes import CacheNotes, one_token_shorter
+from lightning_interp.core.hooks.cache_notes import CacheNotes
 from lightning_interp.core.hooks.checks import check_hookable
 from lightning_interp.core.hooks.generate_calls import GenerateCalls
 from lightning_interp.core.hooks.passes import OneThread, PassWatch
@@ -52,7 +52,6 @@ class Attachment(AbstractContextManager["Attachment"]):
         self.prompt_lengths: torch.Tensor | None = None
         self._notes = CacheNotes(model_map)
         self._kept: int | torch.Tensor | None = None
-        self._prompt: StepContext | None = None
         self._handles: list[Any] = []
         self._on_remove: list[Callable[[], None]] = []
         self._on_installed: list[Callable[[], None]] = []
@@ -142,7 +141,7 @@ class Attachment(AbstractContextManager["Attachment"]):
             self._handles.pop().remove()
         while self._on_remove:
             self._on_remove.pop()()
-        self._step = self._prompt = None
+        self._step = None
         self._passes.clear()
 
     def watch_head(self) -> None:
@@ -168,9 +167,8 @@ class Attachment(AbstractContextManager["Attachment"]):
         if self.prompt_lengths is None and self.batch is not None:
             step.known_prompt_lengths = self.batch.get("prompt_lengths")
         self._notes.read(step, cache_in(args, kwargs))
-        if step.is_prefill:
-            self._prompt, step.shorter = step, None if module.training else one_token_shorter(self._prompt, step)
-        step.prompt = self._prompt if self._prompt is not step else None
+        if not module.training:
+            self._notes.read_text(step)
         self._step, self._graph_task = step, torch._C._current_graph_task_id()
         replays = any(getattr(block, "gradient_checkpointing", False) for block in self.model_map.blocks)
         if replays and torch.is_grad_enabled():

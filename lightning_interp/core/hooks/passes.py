@@ -63,8 +63,8 @@ class PassWatch:
             raise IncompatibleModelError(
                 f"{named} of {type(self.model_map.model).__name__} should have acted in this pass, but was never "
                 "called: a fused block or kernel works out what it does from its weights (or inputs_embeds pass an "
-                "embedding by), so nothing was changed there. Use the model without such kernels, or choose sites and "
-                "components that it calls."
+                "embedding by), so nothing was changed there. Use the model without such kernels, pass input_ids, or "
+                "choose sites and components that it calls."
             )
 
 

@@ -380,6 +380,7 @@ class FromBatch(Positions):
         """A mask covers the prompt, or the sequence as far as it is read; of a part nobody knows where it lies."""
         told, read = step.generation, step.past - step.virtual + step.length
         if told is not None and not told.doubt:
+            step.check_text()
             fits, columns = width == told.columns, told.columns
         elif step.past <= step.virtual:
             fits, columns = width == read, read

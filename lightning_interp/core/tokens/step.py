@@ -48,7 +48,9 @@ class StepContext:
         follows: Whether the cache was filled by passes that were seen.
         rewound: Whether part of what was read has been taken off the cache again.
         before: The pass that filled the cache and was taken for the whole prompt, though more of it comes now.
-        shorter: The pass before, where it was one token shorter, as in a loop that reads the whole text anew each time.
+        shorter: Ids of texts that were read before and are one token shorter, as in a loop that reads the whole text
+            anew each time.
+        carried: What earlier passes over the same KV cache left for later ones.
         assumed: What gates answer where there is no activation to ask.
         activation: What the running site holds, ``[B, n, d]``, for selectors that depend on it; see :meth:`choose`.
 
@@ -77,7 +79,8 @@ class StepContext:
     follows: bool = False
     rewound: bool = False
     before: StepContext | None = field(default=None, repr=False)
-    shorter: StepContext | None = field(default=None, repr=False)
+    shorter: tuple[torch.Tensor, ...] = field(default=(), repr=False)
+    carried: dict[Any, Any] = field(default_factory=dict, repr=False)
     assumed: bool | None = None
     activation: torch.Tensor | None = field(default=None, repr=False)
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -195,19 +198,30 @@ class StepContext:
 
     def _check_not_grown(self) -> None:
         """Refuse a text that is read anew with one more token: only its first pass was the prompt."""
-        before = self.shorter
-        if before is None or before.input_ids is None or self.input_ids is None:
+        if not self.shorter or self.input_ids is None:
             return
         if "grown" not in self.cache:
-            self.cache["grown"] = torch.equal(self.input_ids[:, :-1], before.input_ids)
+            self.cache["grown"] = any(torch.equal(self.input_ids[:, :-1], ids) for ids in self.shorter)
         if self.cache["grown"]:
             raise PositionError(
-                f"The text of the pass before came again with one more token ({self.length} columns, no cache), so "
+                f"The text of a pass before came again with one more token ({self.length} columns, no cache), so "
                 "where the prompt ends is not known. Set attachment.prompt_lengths, or call model.generate."
             )
 
+    def check_text(self) -> None:
+        """Refuse a pass that reads another text than its call of ``generate`` was given."""
+        told, start = self.generation, self.past - self.virtual
+        if "told" in self.cache or told is None or told.ids is None or self.input_ids is None or told.doubt:
+            return
+        ids = repeat_rows(told.ids, self.batch_size)[:, start : start + self.length]
+        if not torch.equal(self.input_ids[:, : ids.shape[1]], ids.to(self.device)):
+            told.doubt = "a pass reads another text than it was given, as the loop of a custom_generate may"
+            self._check_told(told)
+        self.cache["told"] = True
+
     def _check_told(self, told: Generation) -> None:
         """Refuse a call whose prompts do not end where their columns end."""
+        self.check_text()
         end = told.columns + self.virtual
         if told.doubt or "checked" not in told.notes:
             mask = told.mask
@@ -249,7 +263,7 @@ class StepContext:
             ids = torch.cat([repeat_rows(self.before.input_ids, self.batch_size), self.input_ids], dim=1)
         part: dict[str, Any] = {
             "input_ids": None if ids is None else ids[:, : total - self.virtual],
-            "prompt": None, "activation": None, "unseen": 0, "before": None, "shorter": None, "follows": False,
+            "prompt": None, "activation": None, "unseen": 0, "before": None, "shorter": (), "follows": False,
         }  # fmt: skip
         remedy = (
             f"{self.unseen} columns were cached before attaching, where nothing can be done any more. Attach before "
@@ -336,7 +350,7 @@ class StepContext:
             "known_prompt_lengths": self.prompt_lengths[index] if told else None,
             "generation": None if self.generation is None else self.generation.rows(index, self.batch_size),
             "before": None,
-            "shorter": None,
+            "shorter": (),
         }
         if self.before is not None:
             times = self.batch_size // self.before.batch_size

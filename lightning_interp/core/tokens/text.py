@@ -221,6 +221,7 @@ def _prompt_part(
 ) -> torch.Tensor:
     """The same over the prompt's columns ``[B, P]``, once a call of ``generate``; ``[B, 0]`` where none is read."""
     told = step.generation
+    step.check_text()
     notes, key = (step.cache, "prompt part") if told is None else (told.notes, step.batch_size)
     if (selector, key) not in notes:
         part = (
