@@ -28,8 +28,10 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     run = read_run(Path(run_dir))
     if not run.outcome:
         phases = ", ".join(f"{name} ({phase['status']})" for name, phase in run.manifest["phases"].items())
+        why = f" ({run.message})" if run.message else ""
         raise ManifestError(
-            f"The run in {str(run_dir)!r} has no results yet: it is {run.status}, with the phases {phases or 'none'}. "
+            f"The run in {str(run_dir)!r} has no results yet: it is {run.state}{why}, with the phases "
+            f"{phases or 'none'}. "
             "Start its command again to go on."
         )
     return atomic_write_text(run.path / "report.html", render_report(run))
@@ -66,6 +68,8 @@ def render_report(run: StoredRun) -> str:
             for name, phase in run.manifest["phases"].items()
         ],
         versions=_versions(run),
+        last_start="" if run.status == "finished" else f"{run.state}{f' ({run.message})' if run.message else ''}",
+        children=[(name, f"{child.state}, {_duration(child.seconds)}") for name, child in run.children.items()],
     )
 
 

@@ -209,7 +209,10 @@ def test_what_is_missing_is_named(tmp_path):
         write_report(tmp_path)
     with pytest.raises(ValueError, match="half"), RunManifest.open(tmp_path / "half", config={}, name="demo") as run:
         run.phase("fit", lambda folder: int("half"))
-    with pytest.raises(ManifestError, match=r"half' has no results yet: it is failed, with the phases fit \(failed\)"):
+    with pytest.raises(
+        ManifestError,
+        match=r"half' has no results yet: it is failed \(ValueError: .*\), with the phases fit \(failed\)",
+    ):
         write_report(tmp_path / "half")
     folder = finished(tmp_path / "run")
     (folder / "figures/by_plan.png").unlink()
@@ -242,3 +245,14 @@ def test_only_a_wide_figure_scrolls_on_a_phone(tmp_path, size, wide):
     folder = finished(tmp_path)
     write_figure(folder / "figures/by_plan.png", Figure(figsize=size))
     assert ("img", "class", "wide") in page(folder).attributes if wide else "wide" not in str(page(folder).attributes)
+
+
+def test_a_later_start_that_failed_and_runs_inside_are_said(tmp_path):
+    finished(tmp_path)
+    assert "did not finish" not in write_report(tmp_path).read_text()
+    with RunManifest.open(tmp_path, config={"seed": 7, "model": "m"}, name="demo") as run:
+        run.child("cycle-0", config={}).close("failed", "no more disk")
+        run.close("failed", "out of memory")
+    words = " ".join(page(tmp_path).words)
+    assert "The last start of this run did not finish: failed (out of memory). What stands here is of a start" in words
+    assert "Runs inside this run cycle-0 failed, 0.0 s" in words
