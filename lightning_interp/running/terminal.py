@@ -57,7 +57,7 @@ def shown(value: Any) -> str:
 def shown_column(values: Sequence[Any]) -> list[str]:
     """Return the cells of one column, numbers with equally many decimals so that they can be compared at a glance.
 
-    A number that would read as zero without being it keeps its own digits.
+    A number that would read as zero without being it keeps its first digit.
     """
     numbers = [value for value in values if isinstance(value, float) and math.isfinite(value)]
     largest = max(map(abs, numbers), default=0.0)
@@ -145,7 +145,7 @@ def _with_decimals(value: Any, decimals: int) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return shown(value)
     text = f"{value:.{decimals}f}"
-    return shown(value) if value and not float(text) else text
+    return f"{value:.1g}" if value and not float(text) else text
 
 
 def _is_numeric(rows: Sequence[Mapping[str, Any]], name: str) -> bool:

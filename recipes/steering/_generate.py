@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -96,7 +97,8 @@ def generation_figure(estimates: Mapping[str, Mapping[str, Estimate]], *, title:
     Returns:
         A matplotlib figure.
     """
-    names = list(next(iter(estimates.values())))
+    known = [name for found in estimates.values() for name, estimate in found.items() if not math.isnan(estimate.value)]
+    names = list(dict.fromkeys(known))  # a short text has no four-token pieces to repeat
     size = (2.7 * len(names) + 0.3, 3.4)
     figure, axes = panels(len(names), size=size, title=f"{title}\nmeans and 95 % intervals over prompts")
     for axis, name in zip(axes, names, strict=True):

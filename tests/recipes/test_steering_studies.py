@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from typing import get_args
 
@@ -26,7 +27,7 @@ from lightning_interp_recipes.steering._common import (
     sample_texts,
 )
 from lightning_interp_recipes.steering._dual_vs_euclidean import sides_of_texts, steered_paths
-from lightning_interp_recipes.steering._generate import PROMPTS, measured_generation
+from lightning_interp_recipes.steering._generate import PROMPTS, generation_figure, measured_generation
 
 MODEL = "tiny:llama"
 
@@ -226,3 +227,9 @@ def test_a_concept_is_explained_by_its_two_sides():
         for kind, text in zip(kinds, told, strict=True)
     )
     assert not any("target words" in text for text in told)  # that is said of a file
+
+
+def test_a_measure_without_a_value_gets_no_panel():
+    known, none = (Estimate(value, math.nan, math.nan, 3, 0.95, "bootstrap") for value in (0.5, math.nan))
+    figure = generation_figure({"dual": {"pair_share": known, "repeated_4": none}})
+    assert [axis.get_title() for axis in figure.axes] == ["pair share"]

@@ -37,6 +37,7 @@ def test_cells_are_short_and_say_when_there_is_nothing():
 def test_numbers_of_a_column_have_equally_many_decimals_and_none_becomes_zero():
     assert shown_column([0.25, 1, 1.0, -0.5, "x", None, 0.0]) == ["0.25", "1.00", "1.00", "-0.50", "x", "-", "0.00"]
     assert shown_column([123.4, 0.04, 1e-9]) == ["123", "0.04", "1e-09"]
+    assert shown_column([2.53, -0.000999]) == ["2.53", "-0.001"]
     assert shown_column([0.00331, 0.0002]) == ["0.00331", "0.00020"]
     assert shown_column([1e-5, 2e-6]) == ["1e-05", "2e-06"]
     assert shown_column([1e7, 0.5]) == ["1e+07", "0.5"]
