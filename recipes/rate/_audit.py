@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -63,11 +64,11 @@ def labelled(given: ForeignRewrites, labeller: Labeller | None) -> ForeignRewrit
     return replace(given, units=list(units))
 
 
-def agreed(run: RewriteRun, *, max_calls: int | None, max_cost: float | None) -> str:
+def agreed(*runs: RewriteRun, max_calls: int | None, max_cost: float | None) -> str:
     """Refuse to call a service before somebody has agreed to what that may cost.
 
     Args:
-        run: What would be asked for.
+        *runs: What would be asked for.
         max_calls: Calls that are agreed to.
         max_cost: Money that is agreed to.
 
@@ -77,15 +78,32 @@ def agreed(run: RewriteRun, *, max_calls: int | None, max_cost: float | None) ->
     Raises:
         RecipeError: If calls are to be made and neither is given; says what they would be.
     """
-    plan = run.plan()
-    if plan.total_calls and max_calls is None and max_cost is None:
-        cost = "" if plan.cost is None else f", {plan.cost:.2f} in money"
+    plans = [run.plan() for run in runs]
+    calls, costs = sum(plan.total_calls for plan in plans), [plan.cost for plan in plans if plan.cost is not None]
+    if calls and max_calls is None and max_cost is None:
+        cost = f", {sum(costs):.2f} in money" if costs else ""
         raise RecipeError(
-            f"{run.rewriter.name} would be called up to {plan.total_calls} times: about {plan.tokens_in:,} tokens read "
-            f"and {plan.tokens_out:,} written{cost}. Nothing was called; agree with --max_calls={plan.total_calls}, or "
-            "with --max_cost=... and prices."
+            f"{runs[0].rewriter.name} would be called up to {calls} times: about "
+            f"{sum(plan.tokens_in for plan in plans):,} tokens read and {sum(plan.tokens_out for plan in plans):,} "
+            f"written{cost}. Nothing was called; agree with --max_calls={calls}, or with --max_cost=... and prices."
         )
-    return str(plan)
+    return "\n".join(map(str, plans))
+
+
+def left_of(budget: Any, spent: Sequence[float], least: float) -> Any:
+    """What is left of a budget, and never less than the least that can be one; None without one."""
+    return None if budget is None else max(budget - sum(spent), least)
+
+
+def check_spent(run: RewriteRun, reports: Sequence[RewriteReport], **budgets: Any) -> None:
+    """Refuse to go on where the attributes before this one have used up the budget of the whole run."""
+    spent = {"max_calls": sum(one.calls for one in reports), "max_cost": sum(one.cost or 0.0 for one in reports)}
+    for name, budget in budgets.items():
+        if budget is not None and spent[name] >= budget and run.plan().total_calls:
+            raise RecipeError(
+                f"The rewriting ended at {name}={budget} before attribute {run.attr!r}. All answers are kept: start "
+                "the same command again to go on, with another budget if you like."
+            )
 
 
 def rewrite_all(run: RewriteRun, advance: Callable[[int], object] | None = None) -> RewriteReport:

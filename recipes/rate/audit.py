@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,10 +19,15 @@ class RateAudit(ScoredBy, Recipe):
     Texts are JSONL: `text`, and if you like `prompt`, `w` (1 if the text has the attribute, 0 if not), `id`, `cluster`;
     `rewrite` and `rewrite2`, if they are rewritten already; `reward`, `reward_rewrite` and `reward_rewrite2`, if they
     are scored. The layouts of the paper's authors are read too. Without texts an example with a known answer is run.
+    With `attributes` or `rewards` one run estimates the effect of each attribute on each reward.
     """
 
     not_identity: ClassVar[tuple[str, ...]] = ("requests_per_minute", "max_calls", "max_cost", "reward_device")
     said_before: ClassVar[tuple[str, ...]] = ("dtype", "max_length")
+    phases = ("rewrite", "score", "effects")  # no fields: where an audit lies among those of a run with several
+    prefix = ""
+    called = ("", "")
+    reports = tuple[Any, ...]()
 
     model: str = "smollm2-135m-instruct"
     """The language model that rewrites: a source for rewriter=local, its name at the endpoint for rewriter=endpoint."""
@@ -29,6 +35,9 @@ class RateAudit(ScoredBy, Recipe):
     """JSONL of your own, or .json and .jsonl of the paper's authors; by default an example made of real reviews."""
     attribute: str = "attribute"
     """What to call the attribute; for rewriter=replay the name that it has in the store."""
+    attributes: list[dict[str, str | list[str]]] = field(default_factory=list)
+    """Several: of each its name (attribute) and what is its own of data, label, check, toggle, always, template, store
+    and whose, such as {attribute: length, template: length, label: length}."""
     label: str = ""
     """Label the texts by vowel, length, length:200, words:40, contains:PATTERN or vader; by default the column w."""
     check: str = ""
@@ -68,6 +77,9 @@ class RateAudit(ScoredBy, Recipe):
     reward: str = "vader"
     """vader, fluency, columns (of the file), a model of the authors' file, a reward model (id, folder, .ckpt), or
     module:function of prompts and texts, of a module named with --import."""
+    rewards: list[str | dict[str, str | int | bool]] = field(default_factory=list)
+    """Several: names, or of each its name (reward) and what is its own of the settings reward_*, dtype and max_length,
+    such as {reward: org/model, reward_output: helpful}."""
     drop_truncated: bool = False
     """Leave out units of which a text was cut."""
     missing: Literal["raise", "drop"] = "raise"
@@ -88,6 +100,9 @@ class RateAudit(ScoredBy, Recipe):
         from ._scored import output_of
 
         super().__post_init__()
+        if self.several:
+            self.cells()  # refuses what one of them cannot be
+            return
         defaults = {name: entry.default for name, entry in type(self).__dataclass_fields__.items()}
         defaults |= {"always": [], "model": self.model if self.model == self.smoke_model else defaults["model"]}
         self._told = rewriter_settings(self, defaults)
@@ -99,17 +114,38 @@ class RateAudit(ScoredBy, Recipe):
         if self.passes not in (2, 3) or self.draws < 1:
             raise RecipeError(f"passes={self.passes}, draws={self.draws}: expected 2 or 3 passes and at least 1 draw.")
 
+    def config(self) -> dict[str, Any]:
+        """The recipe's fields; those for several are left out where they say nothing, as in runs that knew none."""
+        kept = {"attributes", "rewards"}
+        return {name: value for name, value in super().config().items() if name not in kept or value}
+
+    @property
+    def several(self) -> bool:
+        """Whether there are several attributes or rewards."""
+        return bool(self.attributes or self.rewards)
+
+    def cells(self) -> list[list[RateAudit]]:
+        """An audit for each attribute and reward; see :func:`cells_of`."""
+        from ._audit_cells import cells_of
+
+        return cells_of(self)
+
     def study(self, run: RunFolder) -> RecipeResult:
         """Rewrite, score, estimate."""
+        from ._audit_cells import scores, study_cells
+
+        if self.several:
+            return study_cells(self.cells(), run)
         texts = run.phase("rewrite", lambda folder: self.rewrite(run, folder))
-        scored = run.phase("score", lambda folder: self.score(run, folder), every_rank=True)
-        return self.result(run, texts, scored)
+        scored = run.phase("score", lambda folder: scores([self], run, folder)[0], every_rank=True)
+        return self.result(run, texts, scored, self.effects(run, scored))
 
     @property
     def example(self) -> bool:
         """Whether the worked example is run."""
         return not self.data and self.rewriter == ""
 
+    @cached_property
     def given(self) -> Any:
         """The user's texts, labelled."""
         from ._audit import labelled, read_any
@@ -126,9 +162,9 @@ class RateAudit(ScoredBy, Recipe):
         how: dict[str, Any] = {"missing": self.missing, "identical": self.identical}
         plan, calls, reads = "", 0, list[dict[str, str]]()
         if self.rewriter == "" and not self.example:
-            triples = self.given().triples(self.attribute, **how)
+            triples = self.given.triples(self.attribute, **how)
         else:
-            if self.rewriter not in ("", "replay"):  # before anything is paid for
+            if self.rewriter not in ("", "replay") and not self.prefix:  # before anything is paid for
                 reads = self.tried()
                 print(told(reads))
             store, by, plan, calls = self.stored(run, folder)
@@ -147,37 +183,73 @@ class RateAudit(ScoredBy, Recipe):
                 f"reward={self.reward!r}, but rewriter={self.rewriter!r} makes texts that the file has no rewards of. "
                 "Name a reward that can score them."
             )
-        scorer, units = self.scorer_of(self.reward), self.given().units
+        scorer, units = self.scorer(), self.units()
         if isinstance(scorer, TextScorer):
             scorer.scores([units[0].prompt], [units[0].text])
         return read_rows(scorer, units)
 
-    def stored(self, run: RunFolder, folder: Path) -> tuple[Any, Any, str, int]:
-        """The store, who wrote, what was planned and how often was asked; the plan is shown before that."""
+    def scorer(self) -> Any:
+        """The reward; a made-up one for a smoke run of the example."""
+        from ._example import made_up_scorer
+
+        made_up = self.example and self.smoke and self.reward == "vader"
+        return made_up_scorer() if made_up else self.scorer_of(self.reward)
+
+    def units(self) -> list[Any]:
+        """The texts that are rewritten."""
+        from lightning_interp.rate import RewriteStore
+
+        from ._example import emphatic_units
+        from ._rewriters import Replay
+
+        if isinstance(self._told, Replay):
+            return RewriteStore.open(self._told.store).units(self.attribute)
+        return emphatic_units(self.reviews(), seed=self.seed) if self.example else list(self.given.units)
+
+    def job(self, folder: Path) -> Any:
+        """What would be asked for, with what is left of the budget; the store is in the folder, if none is named."""
         from lightning_interp.rate import RewriteRun, RewriteStore
 
-        from ._audit import agreed, rewrite_all
-        from ._example import emphasis_rewriter, emphatic_units
-        from ._rewriters import Endpoint, Replay, first_plan, written
+        from ._audit import left_of
+        from ._example import emphasis_rewriter
+        from ._rewriters import Endpoint
+
+        told: Any = self._told
+        writer = told.rewriter(self.source, self.seed) if told else emphasis_rewriter()
+        store = RewriteStore.create(self.store or folder / "store", self.units(), attr=self.attribute)
+        return RewriteRun(
+            store, writer, attr=self.attribute, passes=self.passes, draws=self.draws,
+            prices=told.prices if isinstance(told, Endpoint) else None,
+            max_calls=left_of(self.max_calls, [report.calls for report in self.reports], 1),
+            max_cost=left_of(self.max_cost, [report.cost or 0.0 for report in self.reports], 1e-9),
+        )  # fmt: skip
+
+    def agreed(self, *jobs: Any) -> str:
+        """What would be asked for; refused where an endpoint has to be paid and nobody has said how much."""
+        from ._audit import agreed
+        from ._rewriters import Endpoint
+
+        if isinstance(self._told, Endpoint):
+            return agreed(*jobs, max_calls=self.max_calls, max_cost=self.max_cost)
+        return "\n".join(str(job.plan()) for job in jobs)
+
+    def stored(self, run: RunFolder, folder: Path) -> tuple[Any, Any, str, int]:
+        """The store, who wrote, what was planned and how often was asked; the plan is shown before that."""
+        from lightning_interp.rate import RewriteStore
+
+        from ._audit import check_spent, rewrite_all
+        from ._rewriters import Replay, first_plan, written
 
         told = self._told
         if isinstance(told, Replay):
             return RewriteStore.open(told.store), told.whose or None, "", 0
-        units = self.given().units if told else emphatic_units(self.reviews(), seed=self.seed)
-        writer = told.rewriter(self.source, self.seed) if told else emphasis_rewriter()
-        store = RewriteStore.create(self.store or folder / "store", units, attr=self.attribute)
-        asks = isinstance(told, Endpoint)
-        prices = told.prices if isinstance(told, Endpoint) else None
-        job = RewriteRun(
-            store, writer, attr=self.attribute, passes=self.passes, draws=self.draws,
-            max_calls=self.max_calls, max_cost=self.max_cost, prices=prices,
-        )  # fmt: skip
-        plan = agreed(job, max_calls=self.max_calls, max_cost=self.max_cost) if asks else str(job.plan())
-        print(plan)
+        job = self.job(folder)
+        check_spent(job, self.reports, max_calls=self.max_calls, max_cost=self.max_cost)
+        print(self.agreed(job))
         plan, there = first_plan(folder, job)
         with run.progress("rewriting", total=job.plan().total_calls) as bar:
-            rewrite_all(job, bar.advance)
-        return store, job.by, plan, written(job) - there
+            self.reports = (*self.reports, rewrite_all(job, bar.advance))
+        return job.store, job.by, plan, written(job) - there
 
     def reviews(self) -> list[Any]:
         """Reviews of the example; made up in a smoke run."""
@@ -190,43 +262,23 @@ class RateAudit(ScoredBy, Recipe):
         """The texts."""
         from lightning_interp.rate import read_triples
 
-        return read_triples(run.folder("rewrite") / "triples.json")
+        return read_triples(run.folder(self.phases[0]) / "triples.json")
+
+    @property
+    def in_file(self) -> bool:
+        """Whether the file holds the rewards that are asked for."""
+        from lightning_interp.rate.texts.readers import OWN_REWARDS
+
+        return not (self.example or self.rewriter) and (self.reward == OWN_REWARDS or self.reward in self.given.rewards)
 
     def finished(self, triples: Any) -> dict[str, list[float]] | None:
         """Rewards that are in the file, if those are asked for."""
         from lightning_interp.errors import DataError
         from lightning_interp.rate.texts.readers import OWN_REWARDS
 
-        if self.example or self.rewriter:
-            if self.reward == OWN_REWARDS:
-                raise DataError(f"reward={self.reward!r}: a store holds no rewards. Name one that can score its texts.")
-            return None
-        given = self.given()
-        if self.reward != OWN_REWARDS and self.reward not in given.rewards:
-            return None
-        found: dict[str, list[float]] = given.scores(self.reward, triples)
-        return found
-
-    def score(self, run: RunFolder, folder: Path) -> dict[str, Any]:
-        """Rewards of all texts; those of a model are written text by text, so that a killed run goes on."""
-        from lightning_interp.rate import RewardScorer
-
-        from ._example import exact_effects, made_up_scorer
-
-        triples = self.triples(run)
-        finished = self.finished(triples)
-        if finished is not None:
-            return {"scorer": self.reward, "rewards": finished, "truth": None, "reads": []}
-        made_up = self.example and self.smoke and self.reward == "vader"
-        scorer = made_up_scorer() if made_up else self.scorer_of(self.reward)
-        settings = self.trainer_kwargs(run, logger=False, enable_checkpointing=False)
-        RewardScorer(scorer, triples, folder / "rewards.jsonl").run(**settings)
-        return {
-            "scorer": scorer.name,
-            "rewards": None,
-            "truth": exact_effects(triples, scorer) if self.example else None,
-            "reads": scorer.reading(triples.prompts[0], triples.original[0]),
-        }
+        if (self.example or self.rewriter) and self.reward == OWN_REWARDS:
+            raise DataError(f"reward={self.reward!r}: a store holds no rewards. Name one that can score its texts.")
+        return self.given.scores(self.reward, triples) if self.in_file else None
 
     def effects(self, run: RunFolder, scored: dict[str, Any]) -> Any:
         """The effects with all checks."""
@@ -236,7 +288,7 @@ class RateAudit(ScoredBy, Recipe):
 
         triples = self.triples(run)
         if scored["rewards"] is None:
-            scores = read_rewards(run.folder("score") / "rewards.jsonl").scores(triples, scored["scorer"])
+            scores = read_rewards(run.folder(self.phases[1]) / "rewards.jsonl").scores(triples, scored["scorer"])
         else:
             scores = TripleScores.from_dict({"scorer": scored["scorer"], "reward": scored["rewards"]})
         name = "contains:!" if self.example else self.check or self.label
@@ -248,7 +300,7 @@ class RateAudit(ScoredBy, Recipe):
             **options,
         )  # fmt: skip
 
-    def result(self, run: RunFolder, texts: dict[str, Any], scored: dict[str, Any]) -> RecipeResult:
+    def result(self, run: RunFolder, texts: dict[str, Any], scored: dict[str, Any], study: Any) -> RecipeResult:
         """Tables, figures, and what speaks against the numbers."""
         from lightning_interp.rate.report.explained import TERMS
         from lightning_interp.rate.report.study_files import write_effects
@@ -256,29 +308,29 @@ class RateAudit(ScoredBy, Recipe):
 
         from ._audit import running_estimates
 
-        study = self.effects(run, scored)
-        run.phase("effects", lambda folder: {"file": write_effects(folder, study, seed=self.seed).name})
+        phase, prefix = self.phases[2], self.prefix
+        run.phase(phase, lambda folder: {"file": write_effects(folder, study, seed=self.seed).name})
         settling = running_estimates(study.result, seed=self.seed)
         for name in ("naive", "single", "rate"):
             values = [float(row[name]) for row in settling if row[name] == row[name]]
-            write_scalars(run.path / "tensorboard" / "effects", f"rate/{self.attribute}/{name}", values)
+            write_scalars(run.path / "tensorboard" / phase, f"rate/{self.attribute}/{name}", values)
         title = f"{self.named}, {scored['scorer']}"
         return RecipeResult(
             metrics={**study.metrics(), "truth": scored["truth"], "calls": texts["calls"], "plan": texts["plan"]},
             tables={
-                **study.tables(),
-                "by_units": settling,
-                **self.truths(scored, study),
-                **({"reading": scored["reads"]} if scored.get("reads") else {}),
+                **study.tables(prefix),
+                f"{prefix}by_units": settling,
+                **({f"{prefix}truth": self.truths(scored, study)} if scored["truth"] else {}),
+                **({f"{prefix}reading": scored["reads"]} if scored.get("reads") else {}),
             },
-            figures=study.figures(title),
-            artifacts={"effects": run.folder("effects") / "effects.json"},
+            figures=study.figures(title, prefix),
+            artifacts={f"{prefix}effects": run.folder(phase) / "effects.json"},
             question=f"How much does the reward {scored['scorer']!r} change because of {self.named}?",
             findings=[*study.findings(self.named), *self.known(scored)],
-            captions=study.captions(),
+            captions=study.captions(prefix),
             terms=TERMS,
             caveats=[*self.about(), *study.caveats()],
-            summary="effects",
+            summary=f"{prefix}effects",
         )
 
     def known(self, scored: dict[str, Any]) -> list[str]:
@@ -296,15 +348,13 @@ class RateAudit(ScoredBy, Recipe):
         """The attribute, as it is shown."""
         return "three exclamation marks" if self.example else self.attribute
 
-    def truths(self, scored: dict[str, Any], study: Any) -> dict[str, list[dict[str, Any]]]:
+    def truths(self, scored: dict[str, Any], study: Any) -> list[dict[str, Any]]:
         """The known answer of the example beside what was estimated."""
-        if not scored["truth"]:
-            return {}
         table = study.result.raw
         found = {"naive": table.naive, "single rewrite": table.single.ate, "double rewrite (RATE)": table.rate.ate}
         estimates = [(name, e.value, f"[{e.low:.4f}, {e.high:.4f}]") for name, e in found.items()]
         rows = [*((f"exact edits, {name}", value, "") for name, value in scored["truth"].items()), *estimates]
-        return {"truth": [{"of": name, "reward units": value, "interval": ends} for name, value, ends in rows]}
+        return [{"of": name, "reward units": value, "interval": ends} for name, value, ends in rows]
 
     def about(self) -> list[str]:
         """What the texts are."""

@@ -127,7 +127,7 @@ class EffectStudy:
         """What the numbers may not be used for, and what was seen that speaks against them."""
         counts = self.result.counts
         notes = [
-            f"{counts.n} units, {counts.n1} with the attribute and {counts.n0} without; scorer {self.scores.scorer!r}. "
+            f"{counts.n} units, {counts.n1} with the attribute and {counts.n0} without; scorer {self.scores.scorer!r}.",
             "The instruction of the rewriter defines what was changed: another wording is another effect.",
             "The effect is one on texts as they look after the rewriter. It says neither whether the dependence is "
             "right nor how accurate the reward is.",

@@ -54,11 +54,13 @@ class RewardScorer(L.LightningModule):
         chunk: Texts a step; after each, the rewards are on disk. By default 256 for a model; a function is called text
             by text, so that one that dies has lost none of its answers (it may say its own ``batch_size``).
         name: What to call a scorer that has no name.
+        also: Units of further attributes, scored along: a text that they share is scored once. ``read_rewards`` of the
+            file gives their rewards.
         **settings: Of :func:`~lightning_interp.rate.scoring.scores.as_scorer`, for a folder or id.
 
     Raises:
         RecipeError: If ``chunk`` is below 1, or the scorer is a lambda without a name.
-        DataError: If the scorer cannot score texts, or a unit occurs twice.
+        DataError: If the scorer cannot score texts, or a unit of an attribute occurs twice.
 
     Example:
         >>> import tempfile
@@ -78,6 +80,7 @@ class RewardScorer(L.LightningModule):
         *,
         chunk: int | None = None,
         name: str | None = None,
+        also: Sequence[RewriteTriples] = (),
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -93,7 +96,7 @@ class RewardScorer(L.LightningModule):
                 "RewardScorer got a lambda, and stored rewards are known by their scorer's name. Pass name=, another "
                 "one for each function."
             )
-        self.rows = rows_of(triples)
+        self.rows = [row for units in (triples, *also) for row in rows_of(units)]
         if isinstance(model := getattr(self.scorer, "model", None), nn.Module):
             self.model = model  # as a part of this module it goes where the Trainer puts it
         self._sha = scorer_sha(self.scorer)
