@@ -20,7 +20,7 @@ _TEMPLATE = Path(__file__).with_name("report.html.j2")
 MAX_ROWS, MAX_ROWS_ASIDE = 500, 40  # on the page, of the main table and of the others; the files hold all
 OPEN_ROWS, OPEN_ROWS_ASIDE = 24, 8  # a longer table is folded
 OPEN_COLUMNS_ASIDE = 9  # a wider table is folded too
-LONG_TEXT = 24  # letters from which on a column of text is given some width
+LONG_TEXT = 32  # letters from which on a column of text is given some width
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
