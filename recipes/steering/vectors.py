@@ -150,6 +150,7 @@ class SteeringVectors(Recipe):
             if (rows := [row for row in written["rows"] if row["strength"] == strength])
         ]
         folder, parts = run.folder("extract"), self.split()
+        shown = parts.report[0]
         return RecipeResult(
             metrics={
                 "chosen": {"layer": best.layer, "strength": best.strength, "effect": best.effect.to_dict(),
@@ -184,6 +185,8 @@ class SteeringVectors(Recipe):
                 "vector rises evenly through zero, and costs little between its ends.",
             },
             terms={
+                "item": f"a beginning with two endings that differ in {self.concept!r}, such as {shown.prompt!r:.80}: "
+                f"{shown.positive.strip()!r:.80} (positive) and {shown.negative.strip()!r:.80} (negative)",
                 "strength": "how much of the vector is added: 1 carries the mean of the negative texts to that of the "
                 "positive ones, 0 is not steered",
                 "effect": "how much likelier (nats a token, against strength 0) the positive ending of an item becomes "

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from lightning_interp import Site, cli, load_causal_lm
+from lightning_interp.core.storage.manifest_file import read_manifest
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.steering import AddDirection, SteeringVector, load_control_vector
 from lightning_interp_recipes.steering._contrasts import read_contrasts, split_contrasts
@@ -52,6 +53,16 @@ def test_tables_hold_every_cell_and_text(finished):
     assert [row["strength"] for row in table(folder, "writing")] == ["-2.0", "0.0", "2.0"]
     assert metrics["chosen"]["effect"]["n"] == 3
     assert metrics["chosen"]["strength"] in (-2.0, 2.0)
+
+
+def test_the_report_shows_an_item_and_says_which_way_the_effect_goes(finished):
+    folder, metrics = finished
+    outcome = read_manifest(folder)["outcome"]
+    assert "differ in 'mood'" in outcome["terms"]["item"]
+    assert "(positive)" in outcome["terms"]["item"]
+    effect = metrics["chosen"]["effect"]
+    way = "gain" if effect["low"] > 0 else "lose" if effect["high"] < 0 else "are not shown to move"
+    assert f"positive endings {way} against their negative ones: " in outcome["findings"][0]
 
 
 def test_the_same_seed_gives_the_same_numbers_and_a_finished_run_is_read_back(finished, tmp_path, undrawn):
