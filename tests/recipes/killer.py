@@ -20,7 +20,7 @@ from pathlib import Path
 
 UNSTABLE = ("manifest.json", ".lock", "report.html", "config.yaml")  # times, paths and process ids
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND
-STARVED = (300, 3_000, 30_000, 300_000)  # bytes that a file may have
+STARVED = (2, 5.5)  # between which powers of ten the bytes lie that a file may have
 MOST_STARTS = 4
 
 
@@ -167,7 +167,7 @@ def main() -> None:
         )
         done.append({"aim": aim, "killed": code < 0, "cut": cut})
         wrong += [{"aim": aim, "cut": cut, "fault": fault}] if fault else []
-    for size in STARVED[: 2 * kills]:
+    for size in [int(10 ** draws.uniform(*STARVED)) for _ in range(2 * kills)]:
         place = folder / f"starved{size}"
         code, _ = run(recipe, place, log, size=size)
         fault = gone_on(recipe, place, log, wanted) if code in (0, 1) else f"code {code}: {log.read_text()[-1500:]}"
