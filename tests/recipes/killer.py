@@ -95,8 +95,8 @@ def run(
             sys.stderr.flush()
             os._exit(code)
     _, status = os.waitpid(pid, 0)
-    counts = json.loads(told.read_text()) if told.exists() else {}
-    return os.waitstatus_to_exitcode(status), counts
+    code = os.waitstatus_to_exitcode(status)
+    return code, {} if code else json.loads(told.read_text())  # a kill may hit the counts themselves
 
 
 def content(folder: Path) -> dict[str, str]:
