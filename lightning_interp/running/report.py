@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_interp.core.measure.statistics import counted
 from lightning_interp.core.storage.files import atomic_write_text
 from lightning_interp.errors import ManifestError
 from lightning_interp.running.results import StoredRun, read_run
@@ -83,7 +84,7 @@ def _table(name: str, rows: list[dict[str, Any]], limit: int, unfolded: int, wid
         "kinds": [_kind([row.get(column) for row in rows]) for column in names],
         "rows": [list(map(_with_minus, line)) for line in cells],
         "left_out": len(rows) - len(cells),
-        "size": f"{len(rows)} row{'' if len(rows) == 1 else 's'}{f', {len(names)} columns' if wide else ''}",
+        "size": f"{counted(len(rows), 'row')}{f', {len(names)} columns' if wide else ''}",
         "folded": len(rows) > unfolded or wide,
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from lightning_interp.core.measure.statistics import counted
 from lightning_interp.grafting import GraftResult
 
 _MEANINGS: Mapping[str, str] = {
@@ -85,7 +86,7 @@ def findings(found: GraftResult, *, form: str | None = None) -> list[str]:
     units = len(found.values("PRE", "top5", form))
     said = [
         f"The finetuned model has the answer among its {found.top_k} likeliest tokens for a share of {share('SFT')} of "
-        f"the {units} facts, the plain model for {share('PRE')}.",
+        f"the {counted(units, 'fact')}, the plain model for {share('PRE')}.",
     ]
     if {"FE", "LT", "FE+LT", "(FE+LT)^C"} <= set(found.plans):
         said += [
@@ -113,9 +114,9 @@ def best_of(found: GraftResult, plans: Iterable[str], what: str) -> str:
     best = max(names, key=lambda plan: found.estimate(plan, "target_prob").value)
     return (
         f"Of {len(names)} {what}, {best!r} gives the answer the highest mean probability: "
-        f"{found.estimate(best, 'target_prob')} over {len(found.values(best, 'target_prob'))} facts (PRE, no graft: "
-        f"{found.estimate('PRE', 'target_prob')}; SFT, the finetuned model: {found.estimate('SFT', 'target_prob')}). "
-        "The best of many is partly so by chance."
+        f"{found.estimate(best, 'target_prob')} over {counted(len(found.values(best, 'target_prob')), 'fact')} (PRE, "
+        f"no graft: {found.estimate('PRE', 'target_prob')}; SFT, the finetuned model: "
+        f"{found.estimate('SFT', 'target_prob')}). The best of many is partly so by chance."
     )
 
 

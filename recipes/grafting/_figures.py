@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_interp.core.measure.statistics import Estimate
+from lightning_interp.core.measure.statistics import Estimate, counted
 from lightning_interp.figures import BLUE, COLOURS, band, bars, heat_map, in_house_style, label, legend_below, panels
 from lightning_interp.grafting import GraftGrid, GraftResult
 
@@ -18,7 +18,7 @@ def plans_figure(result: GraftResult, *, forms: Sequence[str] | None = None, tit
     """Accuracy and target probability of every plan, one colour a prompt form, with intervals over facts."""
     shown = list(forms) if forms is not None else result.forms()
     n = len(result.values(result.plans[0], "top5", shown[0]))
-    title = f"{title}\n{n} {'fact' if n == 1 else 'facts'}; bars: 95 % intervals over facts"
+    title = f"{title}\n{counted(n, 'fact')}; bars: 95 % intervals over facts"
     figure, (left, right) = panels(2, size=(8.4, max(3.8, 0.24 * len(result.plans) + 1.4)), title=title, sharey=True)
     height = 0.8 / len(shown)
     for axis, metric, across in (
@@ -67,7 +67,7 @@ def grid_figure(result: GraftResult, grid: GraftGrid, *, form: str | None = None
 
     high = max(3.2, 0.22 * len(grid.rows) + 1.6)
     n = len(result.values("PRE", "target_prob", form))
-    title = f"{title}\n{grid.title}; {n} {'fact' if n == 1 else 'facts'}"
+    title = f"{title}\n{grid.title}; {counted(n, 'fact')}"
     figure, axes = panels(2, size=(max(7.0, 0.8 * len(grid.columns) * 2 + 2.5), high), title=title, sharey=True)
     for axis, metric, name in (
         (axes[0], "target_prob", "probability of the target"),

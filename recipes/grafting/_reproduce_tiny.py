@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lightning_interp.core.measure.seeding import seeded_rng
+from lightning_interp.core.measure.statistics import counted
 from lightning_interp.errors import RecipeError
 from lightning_interp.grafting import GraftPrompt
 
@@ -141,5 +142,5 @@ def pattern_finding(claims: Sequence[Mapping[str, Any]], facts: int) -> str:
     less = f"; not {', '.join(map(repr, failed))}" if failed else ""
     return (
         f"{answer}: {len(claims) - len(failed)} of the {len(claims)} claims of the published pattern (table 'pattern') "
-        f"hold for the point estimates over {facts} facts{less}."
+        f"hold for the point estimates over {counted(facts, 'fact')}{less}."
     )

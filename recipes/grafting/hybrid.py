@@ -95,6 +95,7 @@ class GraftHybrid(Recipe):
 
     def result(self, run: RunFolder, trained: dict[str, Any], scored: dict[str, Any]) -> RecipeResult:
         """One table of all plans, with the measured reversal."""
+        from lightning_interp.core.measure.statistics import counted
         from lightning_interp.grafting import GraftResult
 
         from ._common import compact_groups, dropped_rows, metrics_of
@@ -123,8 +124,9 @@ class GraftHybrid(Recipe):
             question="Is recall at the last token task attention, or extraction by output and feed-forward maps?",
             findings=[
                 f"The model that read both orders has the answer among its {found.top_k} likeliest tokens for a share "
-                f"of {found.estimate('SFT', 'top5')} of the {len(found.values('SFT', 'top5'))} facts, the one that "
-                f"read one order for {found.estimate(TASK, 'top5')}, the base for {found.estimate('PRE', 'top5')}.",
+                f"of {found.estimate('SFT', 'top5')} of the {counted(len(found.values('SFT', 'top5')), 'fact')}, the "
+                f"one that read one order for {found.estimate(TASK, 'top5')}, the base for "
+                f"{found.estimate('PRE', 'top5')}.",
                 *(best_of(found, group, what) for what, group in self.groups().items()),
             ],
             captions={

@@ -155,6 +155,7 @@ class GraftPair(Recipe):
 
     def result(self, run: RunFolder, scored: dict[str, Any]) -> RecipeResult:
         """Tables with intervals over units, and the curve over doses."""
+        from lightning_interp.core.measure.statistics import counted
         from lightning_interp.grafting import GraftResult
         from lightning_interp.grafting.generate import exact_match
 
@@ -191,7 +192,7 @@ class GraftPair(Recipe):
             | {"facts": "units of the prompts: all prompts of a unit count once"},
             caveats=[
                 f"One pair of models: {donor} in {scored['label']}. Another may differ.",
-                f"{len(found.rows) // len(found.plans)} prompts of {units} unit{'' if units == 1 else 's'}; intervals "
+                f"{counted(len(found.rows) // len(found.plans), 'prompt')} of {counted(units, 'unit')}; intervals "
                 "are over units.",
                 f"Grafts use the {self.head}'s unembedding and the {self.final_norm}'s final norm.",
                 *dropped_note(found),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_interp.core.measure.statistics import Estimate, proportion_interval
+from lightning_interp.core.measure.statistics import Estimate, counted, proportion_interval
 from lightning_interp.errors import RecipeError
 from lightning_interp.figures import BLUE, GREY, INK, ORANGE, in_house_style, label, legend_below, panels
 from lightning_interp.generation.labellers import Labeller, labels
@@ -231,8 +231,8 @@ def verdict(quality: RewriterQuality, study: EffectStudy | None, third: ThirdRew
     named, both = f"rewriter {quality.rewriter!r}", quality.both
     name = f"The {named}"
     notes = [
-        f"{name} brought usable rewrites of {quality.complete} of {quality.units} units; on a share of {both} of all "
-        "units both rewrites have the value asked for."
+        f"{name} brought usable rewrites of {quality.complete} of {counted(quality.units, 'unit')}; on a share of "
+        f"{both} of all units both rewrites have the value asked for."
     ]
     if both.high < 0.5:
         notes.append(f"{name} fails on most units: an effect from it says little about the attribute.")
@@ -272,7 +272,7 @@ def _third(name: str, third: ThirdRewrite | None) -> list[str]:
     if math.isnan(gap.low):
         return []
     if gap.low <= 0 <= gap.high:
-        return [f"A third rewrite by {name} shows no other effect (difference {gap}, {gap.n} units)."]
+        return [f"A third rewrite by {name} shows no other effect (difference {gap}, {counted(gap.n, 'unit')})."]
     return [f"A third rewrite by {name} gives another effect (difference {gap}): the assumptions do not hold."]
 
 

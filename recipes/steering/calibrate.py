@@ -94,6 +94,8 @@ class CalibrateSteering(Recipe):
 
     def result(self, run: RunFolder, swept: dict[str, Any]) -> RecipeResult:
         """The curve, the choice and its confirmation."""
+        from lightning_interp.core.measure.statistics import counted
+
         from ._calibrate import calibration_figure, shortfall, summarised
         from ._common import TERMS, concept_term
 
@@ -126,8 +128,9 @@ class CalibrateSteering(Recipe):
             findings=[
                 *([missed] if missed else []),
                 f"With a {'KL budget' if dual else 'strength'} of {swept['strength']:.3g}{' nats' if dual else ''} the "
-                f"concept's probability P(W=1) is {there} on average over {there.n} prompts that it was not chosen on; "
-                f"unsteered it is {test[0]['target_prob']}. Wanted was {self.wanted:g}, which the interval {holds}.",
+                f"concept's probability P(W=1) is {there} on average over {counted(there.n, 'prompt')} that it was "
+                f"not chosen on; unsteered it is {test[0]['target_prob']}. Wanted was {self.wanted:g}, which the "
+                f"interval {holds}.",
                 f"That costs {chosen['kl']} nats of KL divergence a prompt.",
             ],
             captions={
@@ -139,7 +142,8 @@ class CalibrateSteering(Recipe):
             | {"P(W=1)": TERMS["P(W=1)"] + " (target_prob)", "KL": TERMS["KL"]}
             | {"pair mass": TERMS["pair_mass"], "[a, b]": TERMS["[a, b]"] + " over prompts"},
             caveats=[
-                f"Chosen on {curve[0]['kl'].n} prompts, confirmed on {there.n} others; intervals are over prompts.",
+                f"Chosen on {counted(curve[0]['kl'].n, 'prompt')}, confirmed on {counted(there.n, 'other')}; "
+                "intervals are over prompts.",
                 "The mean over prompts is calibrated, not each prompt.",
                 f"One model, {swept['label']}, and one concept; P(W=1) at the last token alone.",
             ],

@@ -131,6 +131,7 @@ class DualVersusEuclidean(Recipe):
 
     def result(self, run: RunFolder, scored: dict[str, Any]) -> RecipeResult:
         """Tables, the three panels, and the comparison at equal effect."""
+        from lightning_interp.core.measure.statistics import counted
         from lightning_interp.steering import PathScores, steering_figure
 
         from ._common import TERMS, concept_term, differs
@@ -165,7 +166,7 @@ class DualVersusEuclidean(Recipe):
             findings=[
                 f"Where the concept has probability {self.match:g}, along the probe {row['probe']}, "
                 f"{_MEASURED[row['score']]} is {row['dual']} with dual and {row['euclidean']} with Euclidean steering, "
-                f"over {row['contexts']} contexts; {differs(_estimate(told['difference']))}."
+                f"over {counted(row['contexts'], 'context')}; {differs(_estimate(told['difference']))}."
                 for row, told in zip(table, compared, strict=True)
                 if row["score"] in ("off_target_kl", "pair_mass")
             ],
@@ -183,7 +184,8 @@ class DualVersusEuclidean(Recipe):
                 f"Contexts: the {'likeliest token' if self.top == 1 else f'{self.top} likeliest tokens'} on one side "
                 f"with mass {self.mass:g} (the paper: 3 and 0.7), "
                 f"{scored['base']} base and {scored['target']} target among {scored['seen']} tokens.",
-                f"Intervals are over {self.contexts} contexts of one probe each; texts, split and seed are one.",
+                f"Intervals are over {counted(self.contexts, 'context')} of one probe each; texts, split and seed are "
+                "one.",
                 f"alpha = {scored['alpha']:.3g} decides the direction at peaked states; see the table of alphas.",
                 f"Text: {'yours' if self.texts else 'written by the model itself'}. One model, {scored['label']}.",
             ],

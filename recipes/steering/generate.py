@@ -95,7 +95,7 @@ class SteeredGeneration(Recipe):
 
     def result(self, run: RunFolder, written: dict[str, Any]) -> RecipeResult:
         """Means over prompts with intervals, and every text."""
-        from lightning_interp.core.measure.statistics import mean_interval
+        from lightning_interp.core.measure.statistics import counted, mean_interval
 
         from ._common import TERMS, concept_term, differs
         from ._generate import MEASURES, generation_figure
@@ -130,7 +130,7 @@ class SteeredGeneration(Recipe):
             question="What do texts gain and lose when every token spends the same KL on one concept?",
             findings=[
                 f"{title} is {estimates['unsteered'][name]} unsteered, {estimates['dual'][name]} with dual and "
-                f"{estimates['euclidean'][name]} with Euclidean steering, over {gaps[name].n} prompts; "
+                f"{estimates['euclidean'][name]} with Euclidean steering, over {counted(gaps[name].n, 'prompt')}; "
                 f"{differs(gaps[name])}."
                 for name, title in _MEASURED.items()
             ],
@@ -145,7 +145,8 @@ class SteeredGeneration(Recipe):
                 f"Budget {self.kl_budget:g} nats at each token{gate}; the methods write different texts, so they meet "
                 "different tokens.",
                 "Perplexity is that of the unsteered model on what was written; low may also mean repetitive.",
-                f"Intervals are over {table[0]['prompts']} prompts; one direction, one seed, one model ({label}).",
+                f"Intervals are over {counted(table[0]['prompts'], 'prompt')}; one direction, one seed, one model "
+                f"({label}).",
             ],
             summary="methods",
         )

@@ -129,7 +129,7 @@ class SteeringVectors(Recipe):
         self, run: RunFolder, made: dict[str, Any], swept: dict[str, Any], written: dict[str, Any]
     ) -> RecipeResult:
         """Cells on the reporting part, chosen on the other; two figures; every text."""
-        from lightning_interp.core.measure.statistics import mean_interval
+        from lightning_interp.core.measure.statistics import counted, mean_interval
 
         from ._common import moved
         from ._vectors import layer_figure, sweep_figure
@@ -174,9 +174,9 @@ class SteeringVectors(Recipe):
             findings=[
                 f"At layer {best.layer} and strength {best.strength:g}, which were chosen on other items, positive "
                 f"endings {moved(best.effect, 'gain', 'lose', 'are not shown to move')} against their negative ones: "
-                f"{best.effect} nats a token, over {best.effect.n} items.",
+                f"{best.effect} nats a token, over {counted(best.effect.n, 'item')}.",
                 f"Neutral text {moved(best.damage, 'gets less likely', 'gets likelier', 'is not shown to move')}: a "
-                f"loss of {best.damage} nats a token, over {best.damage.n} texts.",
+                f"loss of {best.damage} nats a token, over {counted(best.damage.n, 'text')}.",
             ],
             captions={
                 "sweep": "A cell is a layer (upwards) at a strength (across), on the reporting part; left the effect, "
@@ -198,9 +198,9 @@ class SteeringVectors(Recipe):
             },
             caveats=[
                 f"One model, {made['label']}, and one vector ({self.method.replace('_', ' ')}, {self.read} tokens "
-                f"read, {len(parts.train)} items): others may differ.",
-                f"Layer and strength were chosen on {len(parts.choose)} items (largest effect {most}) and are reported "
-                f"on {len(parts.report)} others.",
+                f"read, {counted(len(parts.train), 'item')}): others may differ.",
+                f"Layer and strength were chosen on {counted(len(parts.choose), 'item')} (largest effect {most}) and "
+                f"are reported on {len(parts.report)} others.",
                 "Intervals are over held-out items and neutral texts: one division of one set, one vector.",
                 f"The cost is measured on {best.damage.n} neutral texts and belongs to the same texts in both parts.",
                 "Endings differ in more than the behaviour, such as length and word frequency; only the change against "

@@ -16,6 +16,7 @@ from lightning_interp.errors import RecipeError
 __all__ = [
     "Estimate",
     "bootstrap_interval",
+    "counted",
     "mean_interval",
     "median_interval",
     "nested_interval",
@@ -51,6 +52,16 @@ class Estimate:
         needed = 1 - math.floor(math.log10(largest)) if 0 < largest < math.inf else 0
         value, *ends = (f"{number:z.{min(max(decimals, needed), 8)}f}" for number in numbers)
         return f"{value} [{', '.join(ends)}]" if ends else value
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with what is counted, in the plural unless it is one.
+
+    Example:
+        >>> counted(1, "fact"), counted(1200, "fact")
+        ('1 fact', '1,200 facts')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def proportion_interval(shares: Sequence[float], *, level: float = 0.95) -> Estimate:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lightning_interp.core.measure.statistics import Estimate
+from lightning_interp.core.measure.statistics import Estimate, counted
 from lightning_interp.rate.estimators.result import RateResult
 from lightning_interp.rate.report.study_tables import shown
 
@@ -64,12 +64,12 @@ def effect_findings(result: RateResult, *, of: str, on: str) -> list[str]:
     falls = rate.high < 0
     unit = "" if scaled is None else f" ({_sized(scaled.rate.ate, falls)} standard deviations)"
     said = [
-        f"{of[:1].upper()}{of[1:]}: {_moved(rate, on)} {_sized(rate, falls)}{unit}, on average over {rate.n} units, by "
-        "the double rewrite.",
+        f"{of[:1].upper()}{of[1:]}: {_moved(rate, on)} {_sized(rate, falls)}{unit}, on average over "
+        f"{counted(rate.n, 'unit')}, by the double rewrite.",
     ]
     if result.naive is not None:
         said.append(
-            f"The naive difference of the {counts.n1} texts with it and the {counts.n0} without is "
+            f"The naive difference of the {counted(counts.n1, 'text')} with it and the {counts.n0} without is "
             f"{shown(result.naive)}."
         )
     return said if result.single is None else [*said, f"A single rewrite gives {shown(result.single.ate)}."]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_interp.core.measure.statistics import counted
 from lightning_interp.errors import DataError
 from lightning_interp.generation.labellers import Labeller, labels
 from lightning_interp.rate.checks import diagnostics
@@ -127,7 +128,8 @@ class EffectStudy:
         """What the numbers may not be used for, and what was seen that speaks against them."""
         counts = self.result.counts
         notes = [
-            f"{counts.n} units, {counts.n1} with the attribute and {counts.n0} without; scorer {self.scores.scorer!r}.",
+            f"{counted(counts.n, 'unit')}, {counts.n1} with the attribute and {counts.n0} without; scorer "
+            f"{self.scores.scorer!r}.",
             "The instruction of the rewriter defines what was changed: another wording is another effect.",
             "The effect is one on texts as they look after the rewriter. It says neither whether the dependence is "
             "right nor how accurate the reward is.",
