@@ -15,7 +15,9 @@ os.environ.update(
 )
 
 import contextlib
+import functools
 import gc
+import importlib.metadata
 import inspect
 import itertools
 import socket
@@ -28,6 +30,7 @@ from unittest import mock
 
 import pytest
 import torch
+from copies import copies_of
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
@@ -36,6 +39,9 @@ from lightning_interp.testing.marks import missing_bundled
 pytest_plugins = ["budget"]
 
 torch.set_num_threads(1)
+
+# Lightning asks each installed package for callbacks whenever a Trainer is made, which takes 25 ms: asked once.
+importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 
 # Compiling the tests takes a process 10 s and the package half a second, so it is kept, whatever the shell says.
 sys.dont_write_bytecode = False
@@ -142,6 +148,25 @@ def _stack(context: int = 0) -> list[inspect.FrameInfo]:
 def _stack_without_sources() -> Iterator[None]:
     """Lightning walks the stack at each load_from_checkpoint; to read the sources of all frames takes 0.3 s."""
     with mock.patch.object(inspect, "stack", _stack):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _figures_of_few_points() -> Iterator[None]:
+    """Nobody looks at the figures of tests, and to press the points of large ones takes longer than to draw them."""
+    from lightning_interp import figures
+
+    with mock.patch.dict(figures._STYLE, {"savefig.dpi": 40}):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tiny_models_made_once() -> Iterator[None]:
+    """Give a copy of each tiny model that was made before, a tenth of the work of making it again."""
+    if (tiny := sys.modules.get("lightning_interp.models.sources.tiny")) is None:
+        yield  # and so does without: no test of this run asks for one
+        return
+    with mock.patch.object(tiny, "_made", copies_of(tiny._made, lambda: tiny._LAYERS)):
         yield
 
 

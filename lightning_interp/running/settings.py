@@ -63,7 +63,7 @@ def print_help(cls: type[Any], source: RecipeSource) -> None:
     """Print every field with its meaning, type and value, below the header of the YAML file."""
     values = load_settings(cls, source)
     with classes_of(dataclasses_in(cls)):
-        parser = _parser(cls, source)
+        parser = _parser(cls, source, explained=True)
         for key in _fields(parser.get_defaults()):
             parser.set_defaults({key: operator.attrgetter(key)(values)})
         parser.print_help()
@@ -107,14 +107,15 @@ def trainer_arguments(trainer: Mapping[str, Any], imports: Sequence[str] = ()) -
     return build
 
 
-def _parser(cls: type[Any], source: RecipeSource) -> ArgumentParser:
+def _parser(cls: type[Any], source: RecipeSource, *, explained: bool = False) -> ArgumentParser:
+    """A parser of one dataclass's fields; what each means is read from sources only to print it, as that is slow."""
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
     class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """Keeps the lines of the YAML file's header."""
 
     about = header(source.settings) if source.settings else ""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_parsing_settings(docstring_parse_attribute_docstrings=explained)
     parser = ArgumentParser(
         prog=f"lightning-interp run {source.title}",
         description=about.replace("%", "%%") if "%(prog)" in about else about,  # which argparse fills in

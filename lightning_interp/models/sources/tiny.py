@@ -7,7 +7,6 @@ embeddings shifts all scores of a query alike, and softmax removes it (``opt``; 
 
 from __future__ import annotations
 
-import copy
 import difflib
 import hashlib
 import math
@@ -142,15 +141,7 @@ def tiny_model(
         >>> tiny_model("llama", seed=1)(ids).logits.shape
         torch.Size([1, 5, 261])
     """
-    config = tiny_config(family, **overrides)
-    with seeded_rng(seed), torch.device("cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for module_name, module in model.named_modules():
-            for leaf, parameter in module.named_parameters(recurse=False):
-                noise = _noise(parameter, f"{seed}/tiny_model/{family}/{module_name}.{leaf}")
-                parameter.copy_(_draw(module, parameter, noise))
-    return _cast(model, dtype).eval()
+    return _cast(_made(family, seed, overrides), dtype)
 
 
 def tiny_pair(
@@ -178,13 +169,23 @@ def tiny_pair(
         >>> bool((recipient.transformer.ln_f.bias == donor.transformer.ln_f.bias).any())
         False
     """
-    recipient = tiny_model(family, seed=seed, **overrides)
-    donor = copy.deepcopy(recipient)
+    return _cast(_made(family, seed, overrides), dtype), _cast(_made(family, seed, overrides, scale), dtype)
+
+
+def _made(family: str, seed: int, overrides: dict[str, Any], scale: float | None = None) -> PreTrainedModel:
+    """The model of a seed in float32, or with a ``scale`` the donor of a pair."""
+    config = tiny_config(family, **overrides)
+    with seeded_rng(seed), torch.device("cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for name, parameter in donor.named_parameters():
+        for module_name, module in model.named_modules():
+            for leaf, parameter in module.named_parameters(recurse=False):
+                noise = _noise(parameter, f"{seed}/tiny_model/{family}/{module_name}.{leaf}")
+                parameter.copy_(_draw(module, parameter, noise))
+        for name, parameter in () if scale is None else model.named_parameters():
             noise = _noise(parameter, f"{seed}/tiny_pair/{family}/{name}")
             parameter.add_(noise, alpha=scale * float(parameter.std()))
-    return _cast(recipient, dtype), _cast(donor, dtype)
+    return model.eval()
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
