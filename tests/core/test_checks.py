@@ -19,7 +19,6 @@ from lightning_interp.core.hooks.checks import (
 )
 from lightning_interp.core.model.head import read_head
 from lightning_interp.core.model.sites import Site
-from lightning_interp.core.weights.fitting import quantized_kinds
 from lightning_interp.errors import CompiledModelError, QuantizedModelError, UnsupportedStrategyError
 from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.plan import GraftPlan
@@ -181,22 +180,22 @@ def with_weight(make):
 def test_quantised_weights_are_told_by_their_tensors(change):
     _, donor = tiny_pair("llama")
     model = change(tiny_model("llama"))
-    assert quantized_modules(model) == ["model.layers.1.mlp.up_proj"]
+    assert list(quantized_modules(model)) == ["model.layers.1.mlp.up_proj"]
     with pytest.raises(QuantizedModelError, match=r"quantised base: model\.layers\.1\.mlp\.up_proj \(1 modules"):
         Graft(donor, GraftPlan.whole()).attach(model)
 
 
 def test_dense_weights_of_any_kind_are_not_quantised():
     for kind in (torch.float16, torch.bfloat16, torch.float64):
-        assert quantized_modules(tiny_model("gpt2").to(kind)) == []
+        assert quantized_modules(tiny_model("gpt2").to(kind)) == {}
     model = tiny_model("llama")
     model.register_buffer("steps", torch.arange(3))
     model.model.layers[0].mlp.up_proj.register_buffer("mask", torch.ones(2, dtype=torch.bool))
-    assert quantized_modules(model.to("meta")) == []
+    assert quantized_modules(model.to("meta")) == {}
 
 
 def test_kinds_of_packed_tensors_count():
-    assert quantized_kinds(packed(tiny_model("llama"))) == ["Linear of Packed"]
+    assert set(quantized_modules(packed(tiny_model("llama"))).values()) == {"Linear of Packed"}
 
 
 def test_a_packed_head_is_read_as_the_map_that_it_applies():
@@ -247,7 +246,7 @@ def test_sharded_weights(mesh):
 
 
 def test_dense_models_are_dense():
-    assert quantized_modules(tiny_model("gpt2")) == []
+    assert quantized_modules(tiny_model("gpt2")) == {}
     check_dense(tiny_model("gpt2"), purpose="Grafting", remedy="None.")
 
 
@@ -259,7 +258,7 @@ def test_quantised_models():
     for name in ("q_proj", "k_proj"):
         setattr(recipient.model.layers[1].self_attn, name, bnb.nn.Linear4bit(32, 32))
     recipient.model.layers[2].mlp.up_proj = bnb.nn.Linear8bitLt(32, 64)
-    assert quantized_modules(recipient) == [
+    assert list(quantized_modules(recipient)) == [
         "model.layers.1.self_attn.q_proj",
         "model.layers.1.self_attn.k_proj",
         "model.layers.2.mlp.up_proj",

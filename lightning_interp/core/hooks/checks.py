@@ -49,18 +49,17 @@ def _is_compiled(module: nn.Module) -> bool:
     return forward is not None and hasattr(forward, "_torchdynamo_orig_callable")
 
 
-def quantized_modules(module: nn.Module) -> list[str]:
-    """Names of modules with quantised weights."""
-    return [name for name, child in module.named_modules() if quantized_kind(child) is not None]
+def quantized_modules(module: nn.Module) -> dict[str, str]:
+    """How modules with quantised weights are quantised, by their names."""
+    return {name: kind for name, child in module.named_modules() if (kind := quantized_kind(child)) is not None}
 
 
 def check_dense(module: nn.Module, *, purpose: str, remedy: str) -> None:
     """Refuse a quantised model."""
-    found = quantized_modules(module)
-    if found:
+    if found := quantized_modules(module):
         raise QuantizedModelError(
-            f"{purpose} on a quantised base: {found[0]} ({len(found)} modules of {type(module).__name__}) holds "
-            f"quantised weights. {remedy}"
+            f"{purpose} on a quantised base: {next(iter(found))} ({len(found)} modules of {type(module).__name__}) "
+            f"holds quantised weights. {remedy}"
         )
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "GLOBAL_COMPONENTS",
     "Components",
     "Part",
+    "a_parameter",
     "attention_of",
     "block_components",
     "has_post_norms",
@@ -152,6 +153,12 @@ def residual_doubt(block: nn.Module, table: Components, sublayers: Sequence[str 
         if number and (scales or any(word in name for word in _BLENDS)):
             return f"has {name}={value}"
     return None
+
+
+def a_parameter(module: nn.Module) -> nn.Parameter:
+    """One of a module's parameters, its own if it has any: for type and device."""
+    own = next((each for each in module._parameters.values() if each is not None), None)
+    return next(module.parameters()) if own is None else own
 
 
 def own_map(module: nn.Module) -> nn.Module | None:

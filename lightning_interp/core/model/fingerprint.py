@@ -100,7 +100,7 @@ def check_fingerprint(
 def check_weights(module: nn.Module, *, purpose: str) -> None:
     """Refuse models whose weight values are not whole on this process."""
     for name, parameter in module.named_parameters():
-        kinds = (type(parameter).__name__, type(parameter.data).__name__)
+        kinds = (type(parameter).__name__, type(parameter.data).__name__) if type(parameter) is not nn.Parameter else ()
         if any("DTensor" in kind for kind in kinds) or hasattr(parameter, "ds_id"):
             raise UnsupportedStrategyError(
                 f"{purpose} needs whole weights, but {name} of {type(module).__name__} is sharded. Use a single "

@@ -18,7 +18,7 @@ _PACKED = ("weight", "qweight", "weight_packed")  # buffers that are one; others
 def is_packed(tensor: torch.Tensor) -> bool:
     """Whether a tensor stands for other numbers than it stores: of torchao, quanto and others, bytes, or float8."""
     local: Any = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-    if is_traceable_wrapper_subclass(local):
+    if type(local) not in (torch.Tensor, nn.Parameter) and is_traceable_wrapper_subclass(local):
         return True
     plain: bool = local.is_floating_point() or local.is_complex()
     return not plain or bool(local.dtype.itemsize == 1)

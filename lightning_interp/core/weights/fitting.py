@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import nn
 
-from lightning_interp.core.hooks.checks import quantized_modules
 from lightning_interp.core.model.components import own_map
 from lightning_interp.core.model.model_map import ModelMap
-from lightning_interp.core.model.quantized import quantized_kind
 from lightning_interp.errors import IncompatibleModelError
 
 __all__ = [
@@ -18,7 +17,6 @@ __all__ = [
     "check_registered",
     "check_same_shapes",
     "check_settings",
-    "quantized_kinds",
     "takes_empty",
 ]
 
@@ -27,18 +25,22 @@ _WEIGHTLESS = (
     "sliding_window", "layer_types", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar",
 )  # fmt: skip
 """Settings of what has no weights and so always runs as the recipient's: attention, rotary tables, activations."""
+_REGISTERS = frozenset(vars(nn.Module()))
 _TAKES_EMPTY = ("Linear", "Conv1D", "Embedding", "LayerNorm", "RMSNorm")
 
 
-def check_same_shapes(recipient: ModelMap, donor: ModelMap) -> None:
-    """Refuse a donor whose parameters have other names or shapes, naming the first three that differ."""
+def check_same_shapes(recipient: ModelMap, donor: ModelMap, packed_in: Sequence[Collection[str]]) -> None:
+    """Refuse a donor whose parameters have other names or shapes, naming the first three that differ.
+
+    ``packed_in`` names the quantised modules of both, whose weights lie in another shape than the one they stand for.
+    """
     kinds = [getattr(m.model.config, "model_type", type(m.model).__name__) for m in (recipient, donor)]
     if kinds[0] != kinds[1]:
         raise IncompatibleModelError(
             f"Recipient is a {kinds[0]!r} and donor a {kinds[1]!r} model. Grafting needs two finetunings of one "
             "architecture."
         )
-    ours, theirs = _shapes(recipient.model), _shapes(donor.model)
+    ours, theirs = (_shapes(each.model, packed) for each, packed in ((recipient, packed_in[0]), (donor, packed_in[1])))
     wrong = [f"{n} is missing in the donor" for n in ours if n not in theirs]
     wrong += [f"{n} is missing in the recipient" for n in theirs if n not in ours]
     wrong += [
@@ -56,11 +58,14 @@ def check_same_shapes(recipient: ModelMap, donor: ModelMap) -> None:
 def check_registered(recipient: ModelMap) -> None:
     """Refuse blocks with weights that are no parameters of theirs, as of norms in a plain list: no graft sees them."""
     for number, block in enumerate(recipient.blocks):
-        inside = {id(each) for each in (*block.modules(), *block.parameters())}
         for module in block.modules():
             for name, value in vars(module).items():
-                held = value.values() if type(value) is dict else value if type(value) in (list, tuple) else ()
-                if any(id(each) not in inside and _has_weights(each) for each in held):
+                if name in _REGISTERS or type(value) not in (dict, list, tuple):
+                    continue
+                held = [each for each in (value.values() if type(value) is dict else value) if _has_weights(each)]
+                if held and not {id(each) for each in (*block.modules(), *block.parameters())}.issuperset(
+                    map(id, held)
+                ):
                     raise IncompatibleModelError(
                         f"Block {number} of {type(recipient.model).__name__} keeps weights in a plain "
                         f"{type(value).__name__} ({type(module).__name__}.{name}), so they are no parameters of it "
@@ -84,8 +89,7 @@ def check_settings(recipient: Any, donor: Any) -> None:
             )
 
 
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    packed = set(quantized_modules(model))  # their weights lie in another shape than the one they stand for
+def _shapes(model: nn.Module, packed: Collection[str]) -> dict[str, tuple[int, ...]]:
     plain = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if "lora_" in name or "modules_to_save" in name:
@@ -96,11 +100,6 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
             shape = (module.out_features, module.in_features) if hasattr(module, "out_features") else shape
         plain[name.replace(".base_layer", "").replace(".original_module", "")] = shape
     return plain
-
-
-def quantized_kinds(model: nn.Module) -> list[str]:
-    """How the modules of a model are quantised, each way once."""
-    return sorted({kind for module in model.modules() if (kind := quantized_kind(module)) is not None})
 
 
 def adapted_layers(model_map: ModelMap) -> list[tuple[str, Any, list[str]]]:

@@ -9,16 +9,16 @@ import os
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from lightning_interp.core.hooks.checks import check_dense, check_weights
+from lightning_interp.core.hooks.checks import check_dense, check_weights, quantized_modules
 from lightning_interp.core.hooks.intervention import split_output
-from lightning_interp.core.model.components import Part, own_map
+from lightning_interp.core.model.components import Part, a_parameter, own_map
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.weights.fitting import (
     adapted_layers,
@@ -26,7 +26,6 @@ from lightning_interp.core.weights.fitting import (
     check_registered,
     check_same_shapes,
     check_settings,
-    quantized_kinds,
 )
 from lightning_interp.core.weights.tensors import TensorFolder
 from lightning_interp.errors import DataError, IncompatibleModelError, QuantizedModelError, RecipeError
@@ -101,15 +100,15 @@ class ModelSource(WeightSource):
             return
         for model in (recipient.model, self.map.model):
             check_weights(model, purpose="Grafting from a full-weight donor")
-        self._check_quantized(recipient)
-        check_same_shapes(recipient, self.map)
+        packed = [quantized_modules(each.model) for each in (recipient, self.map)]
+        self._check_quantized(recipient, [sorted(set(each.values())) for each in packed])
+        check_same_shapes(recipient, self.map, packed)
         check_registered(recipient)
         check_settings(recipient.model.config, self.map.model.config)
         fitting.add(self)
 
-    def _check_quantized(self, recipient: ModelMap) -> None:
-        kinds = [quantized_kinds(each.model) for each in (recipient, self.map)]
-        if self.quantized == "refuse":
+    def _check_quantized(self, recipient: ModelMap, kinds: Sequence[list[str]]) -> None:
+        if self.quantized == "refuse" and any(kinds):
             for model in (recipient.model, self.map.model):
                 check_dense(
                     model,
@@ -135,12 +134,12 @@ class ModelSource(WeightSource):
         module = self.map.model.get_submodule(part.path)
         if module is part.module:
             return None
-        return _moved(module, next(module.parameters()), part)
+        return _moved(module, a_parameter(module), part)
 
 
 def _moved(run: Callable[..., Any], home: torch.Tensor, part: Part) -> Callable[..., Any]:
     """Run a module of another model on the recipient's rows: there, in its dtype, and back."""
-    own = next(part.module.parameters())
+    own = a_parameter(part.module)
 
     def there_and_back(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if own.device == home.device and own.dtype == home.dtype:
@@ -305,7 +304,7 @@ class CheckpointSource(ModelSource):
             weights = {name: self._tensors.tensor(stored, self.device) for name, stored in names.items()}
             return torch.func.functional_call(module, weights, args, kwargs)
 
-        dtype = next(module.parameters()).dtype
+        dtype = a_parameter(module).dtype
         return _moved(run, torch.empty(0, dtype=dtype, device=self.device), part)
 
 
