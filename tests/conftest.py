@@ -152,15 +152,6 @@ def _stack_without_sources() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _figures_of_few_points() -> Iterator[None]:
-    """Nobody looks at the figures of tests, and to press the points of large ones takes longer than to draw them."""
-    from lightning_interp import figures
-
-    with mock.patch.dict(figures._STYLE, {"savefig.dpi": 40}):
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
 def _tiny_models_made_once() -> Iterator[None]:
     """Give a copy of each tiny model that was made before, a tenth of the work of making it again."""
     if (tiny := sys.modules.get("lightning_interp.models.sources.tiny")) is None:

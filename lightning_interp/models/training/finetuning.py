@@ -207,7 +207,7 @@ class Finetuned(Optimised):
         if settings is None and not has_adapter(self.model):
             if quantised:
                 raise QuantizedModelError(
-                    f"{type(self).__name__} cannot train all weights of {self.source!r}: {quantised[0]} and "
+                    f"{type(self).__name__} cannot train all weights of {self.source!r}: {next(iter(quantised))} and "
                     f"{len(quantised) - 1} other modules are quantised. "
                     "Pass lora=LoraSettings(...), or load it without quantization."
                 )
