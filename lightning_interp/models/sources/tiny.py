@@ -182,9 +182,10 @@ def _made(family: str, seed: int, overrides: dict[str, Any], scale: float | None
             for leaf, parameter in module.named_parameters(recurse=False):
                 noise = _noise(parameter, f"{seed}/tiny_model/{family}/{module_name}.{leaf}")
                 parameter.copy_(_draw(module, parameter, noise))
-        for name, parameter in () if scale is None else model.named_parameters():
-            noise = _noise(parameter, f"{seed}/tiny_pair/{family}/{name}")
-            parameter.add_(noise, alpha=scale * float(parameter.std()))
+        if scale is not None:
+            for name, parameter in model.named_parameters():
+                noise = _noise(parameter, f"{seed}/tiny_pair/{family}/{name}")
+                parameter.add_(noise, alpha=scale * float(parameter.std()))
     return model.eval()
 
 
