@@ -171,7 +171,7 @@ def together(
         artifacts=_all(result.artifacts for _, _, result in pairs),
         question=f"How much does each reward change because of each attribute? ({len(cells)} x {len(cells[0])})",
         findings=[
-            effect_findings(study.result, of=cell.named, on=f"the reward of {cell.called[1]}")[0]
+            effect_findings(study.result, of=cell.named, on=f"the reward {cell.called[1]!r}")[0]
             for cell, study, _ in pairs
         ],
         captions={"cells": CAPTIONS["effects"], **_all(result.captions for _, _, result in pairs)},
