@@ -19,6 +19,8 @@ from ._scored import ScoredBy, told
 OF_ATTRIBUTE = ("attribute", "data", "label", "check", "toggle", "always", "template", "store", "whose")
 OF_REWARD = ("reward", *(entry.name for entry in fields(ScoredBy)))
 
+_ALL = "attributes_and_rewards"  # the table and the figure of all pairs
+
 Audit = Any  # the recipe, which imports this file
 Cells = list[list[Audit]]
 
@@ -166,18 +168,18 @@ def together(
     plans = [text["plan"] for text in rewritten if text["plan"]]
     return RecipeResult(
         metrics={"cells": found, "calls": sum(text["calls"] for text in rewritten), "plan": "\n".join(plans)},
-        tables={"cells": rows, **_all(result.tables for _, _, result in pairs)},
-        figures={"cells": figure, **_all(result.figures for _, _, result in pairs)},
+        tables={_ALL: rows, **_all(result.tables for _, _, result in pairs)},
+        figures={_ALL: figure, **_all(result.figures for _, _, result in pairs)},
         artifacts=_all(result.artifacts for _, _, result in pairs),
         question=f"How much does each reward change because of each attribute? ({len(cells)} x {len(cells[0])})",
         findings=[
             effect_findings(study.result, of=cell.named, on=f"the reward {cell.called[1]!r}")[0]
             for cell, study, _ in pairs
         ],
-        captions={"cells": CAPTIONS["effects"], **_all(result.captions for _, _, result in pairs)},
+        captions={_ALL: CAPTIONS["effects"], **_all(result.captions for _, _, result in pairs)},
         terms=pairs[0][2].terms,
         caveats=_caveats([(", ".join(cell.called), list(result.caveats)) for cell, _, result in pairs]),
-        summary="cells",
+        summary=_ALL,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from functools import partial
+from functools import cache, partial
 
 import pytest
 from served import completion, serving
@@ -15,6 +15,7 @@ from lightning_interp.core.storage.distributed import JsonlWriter
 from lightning_interp.errors import DataError, InterpError, RecipeError
 from lightning_interp.rate import CallableScorer, RewriteTriples, read_rewards
 from lightning_interp.rate.checks.placebo import dummy_outcome_check
+from lightning_interp.rate.report.study import EffectStudy
 from lightning_interp.rate.rewriting.store import StoreWriter
 from lightning_interp.rate.scoring.reward_scorer import RewardScorer
 from lightning_interp_recipes.rate._audit_cells import _short
@@ -33,8 +34,13 @@ def wells(prompts, texts):
 """
 
 
+@cache
+def audit():
+    return type(cli._configured("rate/audit", []))
+
+
 def recipe(**settings):
-    found = type(cli._configured("rate/audit", []))(**settings)
+    found = audit()(**settings)
     found.imports = ("my_cells",)
     return found
 
@@ -58,6 +64,13 @@ def place(tmp_path_factory):
         sys.modules.pop("my_cells", None)
 
 
+@pytest.fixture
+def plain(monkeypatch):
+    """No figure of a single pair: half the time of a run."""
+    monkeypatch.setattr(EffectStudy, "figures", lambda *_: {})
+    monkeypatch.setattr(EffectStudy, "captions", lambda *_: {})
+
+
 def settings(place, **more):
     return {"data": str(place / "mine.jsonl"), "rewriter": "rules", **more}
 
@@ -77,7 +90,7 @@ def both(place):
         return place / "run", list(sys.modules["my_cells"].asked)
 
 
-def test_each_pair_is_an_audit_of_its_own(place, both, tmp_path):
+def test_each_pair_is_an_audit_of_its_own(place, both, tmp_path, plain):
     folder, _ = both
     cells = json.loads((folder / "metrics.json").read_text())["cells"]
     assert {attribute: list(rewards) for attribute, rewards in cells.items()} == {
@@ -99,7 +112,7 @@ def test_a_text_is_rewritten_once_an_attribute_and_scored_once_a_reward(both):
 
 def test_a_table_of_all_and_sections_of_each(both):
     folder, _ = both
-    rows = table(folder, "cells")
+    rows = table(folder, "attributes_and_rewards")
     assert [(row["attribute"], row["reward"]) for row in rows] == [
         (name, f"my_cells:{reward}") for name in ("mark", "its opener") for reward in ("marks", "wells")
     ]
@@ -119,7 +132,7 @@ def test_a_table_of_all_and_sections_of_each(both):
 @pytest.mark.parametrize(
     "when", ["scoring by the second", pytest.param("rewriting the second", marks=pytest.mark.slow)]
 )
-def test_a_killed_run_goes_on_and_nothing_is_done_twice(place, both, tmp_path, monkeypatch, when):
+def test_a_killed_run_goes_on_and_nothing_is_done_twice(place, both, tmp_path, monkeypatch, plain, when):
     wrote, scored = [], []
     append, write = StoreWriter.append, JsonlWriter.write
 
@@ -210,7 +223,7 @@ def test_settings_of_one_say_nothing_of_several(place):
     assert recipe(**settings(place, **SEVERAL)).config()["rewards"] == SEVERAL["rewards"]
 
 
-def test_rewards_of_the_file_and_of_a_function_from_a_command_line(place, tmp_path):
+def test_rewards_of_the_file_and_of_a_function_from_a_command_line(place, tmp_path, plain):
     rows = []
     for k in range(8):
         texts = [f"a text {k}{'!' * (k % 2)}", f"a text {k}{'!' * (1 - k % 2)}", f"a text {k}{'!' * (k % 2)}"]
@@ -221,7 +234,7 @@ def test_rewards_of_the_file_and_of_a_function_from_a_command_line(place, tmp_pa
     rewards = "--rewards=[columns, {reward: my_cells:marks}]"
     command = ["run", "rate/audit", f"--data={tmp_path / 'm.jsonl'}", rewards, "--check=contains:!"]
     assert cli.main([*command, "--import=my_cells", f"--run_dir={tmp_path / 'run'}"]) == 0
-    row, other = table(tmp_path / "run", "cells")
+    row, other = table(tmp_path / "run", "attributes_and_rewards")
     assert row["double rewrite (RATE)"].startswith("1.000")
     assert other["reward"] == "my_cells:marks"
     before = (tmp_path / "run" / "metrics.json").read_bytes()
@@ -230,7 +243,7 @@ def test_rewards_of_the_file_and_of_a_function_from_a_command_line(place, tmp_pa
     assert (tmp_path / "run" / "metrics.json").read_bytes() == before
 
 
-def test_a_store_of_several_attributes_is_scored_again(place, both, tmp_path):
+def test_a_store_of_several_attributes_is_scored_again(place, both, tmp_path, plain):
     stores = {name: str(both[0] / "phases" / f"rewrite-{name}" / "store") for name in ("mark", "its-opener")}
     attributes = [
         {"attribute": "mark", "store": stores["mark"]},
@@ -248,7 +261,7 @@ def test_a_store_of_several_attributes_is_scored_again(place, both, tmp_path):
         recipe(**given, run_dir=str(tmp_path / "other")).run()
 
 
-def test_the_budget_of_an_endpoint_is_that_of_all_attributes(place, tmp_path, monkeypatch):
+def test_the_budget_of_an_endpoint_is_that_of_all_attributes(place, tmp_path, monkeypatch, plain):
     monkeypatch.setenv("OPENAI_API_KEY", "none")
 
     def answer(body):
