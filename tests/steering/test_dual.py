@@ -371,7 +371,15 @@ def test_targets_are_repeated_for_beams():
 
 @pytest.mark.parametrize(
     ("lead", "budget", "seed", "most"),
-    [(50, 1e-7, 51, 30), (150, 1e-12, 150, 35), (150, 1e-12, 151, 35), (50, 1.0, 50, 15), (50, 1.0, 51, 15)],
+    [
+        (20, 1e-7, 2, 15),
+        (50, 1e-9, 1, 30),
+        (50, 1e-7, 51, 30),
+        (150, 1e-12, 150, 35),
+        (150, 1e-12, 151, 35),
+        (50, 1.0, 50, 15),
+        (50, 1.0, 51, 15),
+    ],
 )
 def test_starts_with_one_token_that_is_nearly_certain(lead, budget, seed, most):
     """The tangent's first step would be 1e10 times too long; ``lead`` is the top logit's in nats."""

@@ -10,9 +10,10 @@ import torch
 
 from lightning_interp.errors import IncompatibleModelError
 from lightning_interp.steering import dual_steer
-from lightning_interp.steering.softmax.curve import DualCurve, KlMeasure, SearchResult, SolverOptions
+from lightning_interp.steering.softmax.curve import DualCurve, KlMeasure, SolverOptions
 from lightning_interp.steering.softmax.euclidean import euclidean_steer
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
+from lightning_interp.steering.softmax.search import SearchResult
 
 pytestmark = pytest.mark.kernels
 
@@ -55,7 +56,7 @@ def test_a_row_that_ends_elsewhere_is_not_reached_whatever_the_solver_says(targe
     if "t" in target:
         monkeypatch.setattr(DualCurve, "point", lambda *a: shifted(at_step(*a)))
     monkeypatch.setattr(
-        "lightning_interp.steering.softmax.curve.SearchResult",
+        "lightning_interp.steering.softmax.search.SearchResult",
         lambda point, t: search(shifted(point), t),
     )
     found = dual_steer(geometry, states, beta, pairs=Pairs(), bias=0.0, **target)
@@ -134,7 +135,7 @@ def test_the_promise_is_as_tight_as_the_tolerance(share, reached, monkeypatch):
     def moved(point, t):
         return search(dataclasses.replace(point, lam=elsewhere.lam.clone()), elsewhere.t)
 
-    monkeypatch.setattr("lightning_interp.steering.softmax.curve.SearchResult", moved)
+    monkeypatch.setattr("lightning_interp.steering.softmax.search.SearchResult", moved)
     found = dual_steer(geometry, states, beta, kl_budget=0.2, options=SolverOptions(target_rtol=rtol))
     assert found.reached.tolist() == [reached]
 
@@ -210,7 +211,7 @@ def test_the_rounding_of_single_precision_excuses_no_other_budget(off, reached, 
     geometry, states, beta = case(rows=1, dtype=torch.float32)
     elsewhere, search = dual_steer(geometry, states, beta, kl_budget=1e-6 * off), SearchResult
     moved = lambda point, t: search(dataclasses.replace(point, lam=elsewhere.lam.clone()), elsewhere.t)  # noqa: E731
-    monkeypatch.setattr("lightning_interp.steering.softmax.curve.SearchResult", moved)
+    monkeypatch.setattr("lightning_interp.steering.softmax.search.SearchResult", moved)
     assert dual_steer(geometry, states, beta, kl_budget=1e-6).reached.tolist() == [reached]
 
 
@@ -249,7 +250,7 @@ def test_why_a_search_ended_is_said():
     assert few.reason == ["max_search"] * 4
     assert not bool(few.reached.any())
     state, one = states.float(), SoftmaxGeometry(geometry.weight.float())
-    fine = dual_steer(one, state * 1e5, beta.float(), kl_budget=1e-12, options=SolverOptions(target_rtol=1e-4))
+    fine = dual_steer(one, state * 1e7, beta.float(), kl_budget=1e-12, options=SolverOptions(target_rtol=1e-4))
     assert not bool(fine.reached.any())
     assert set(fine.reason) <= {"rounding", "max_search"}, "no step is short enough for a state this large"
 

@@ -8,7 +8,16 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-__all__ = ["ROUNDED", "centred", "divergence", "entropy", "exact_arithmetic", "rounding", "working_dtype"]
+__all__ = [
+    "ROUNDED",
+    "centred",
+    "divergence",
+    "entropy",
+    "exact_arithmetic",
+    "moved_probs",
+    "rounding",
+    "working_dtype",
+]
 
 _EXACT = ("none", "ieee")
 _TERMS = range(15, 2, -1)  # of the exponential series below 0.5, to the last digit of float64
@@ -49,8 +58,7 @@ def divergence(first: Tensor, change: Tensor) -> Tensor:
     It is ``log E_P[exp(c)]`` with ``c`` the change less its mean under P, exact also where little moves: a difference
     of log-probabilities leaves nothing of a KL below their rounding, 1e-8 in float32.
     """
-    p = first.exp()
-    c = change - (p * change).sum(-1, keepdim=True)
+    p, c = first.exp(), _about_mean(first, change)
     series = torch.ones_like(c)
     for k in _TERMS:  # exp(c) - 1 - c = c^2 / 2 (1 + c / 3 (1 + c / 4 (...)))
         series = 1 + c / k * series
@@ -58,6 +66,18 @@ def divergence(first: Tensor, change: Tensor) -> Tensor:
     excess = torch.where(c.abs() < 0.5, p * (0.5 * c.square() * series), far).sum(-1)
     kl: Tensor = torch.where(excess < 1, excess.log1p(), (first + c).logsumexp(-1)).clamp_min(0)
     return kl
+
+
+def _about_mean(first: Tensor, change: Tensor) -> Tensor:
+    """A change less its mean; from the likeliest token's, as a mean beside 1 would round what that one keeps."""
+    change = change - change.gather(-1, first.argmax(-1, keepdim=True))
+    return change - (first.exp() * change).sum(-1, keepdim=True)
+
+
+def moved_probs(first: Tensor, change: Tensor, kl: Tensor) -> Tensor:
+    """How far probabilities move ``[..., V]``, from what :func:`divergence` takes and gives, exact if little."""
+    p, ratio = first.exp(), _about_mean(first, change) - kl[..., None]
+    return torch.where(ratio.abs() < 0.5, p * ratio.expm1(), (first + ratio).exp() - p)
 
 
 def centred(p: Tensor, u: Tensor) -> Tensor:

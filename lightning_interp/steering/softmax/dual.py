@@ -19,10 +19,11 @@ from torch import Tensor
 from lightning_interp.errors import IncompatibleModelError
 from lightning_interp.steering.concepts.pairs import CounterfactualPairs
 from lightning_interp.steering.softmax.arithmetic import exact_arithmetic
-from lightning_interp.steering.softmax.curve import DualCurve, KlMeasure, OddsMeasure, SolverOptions, search_step
+from lightning_interp.steering.softmax.curve import DualCurve, KlMeasure, OddsMeasure, SolverOptions
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
 from lightning_interp.steering.softmax.newton import Family, NewtonResult, Potential
 from lightning_interp.steering.softmax.request import SteerRequest, SteerResult, Target, check_alpha, described
+from lightning_interp.steering.softmax.search import search_step
 from lightning_interp.steering.softmax.support import PolishedFamily, RestrictedFamily, choose_support, restrict
 
 __all__ = ["combine", "dual_steer", "dual_step"]
@@ -72,7 +73,8 @@ def dual_steer(
             ``kl_budget``; see :class:`Target`.
 
     Returns:
-        Steered states with diagnostics. A target that cannot be reached gives the nearest point and ``reached`` False.
+        Steered states with diagnostics. A target that is not reached gives the point of the curve that came closest and
+        ``reached`` False. Odds may turn along a curve, so that several points have a ``target_prob``: one is given.
 
     Raises:
         IncompatibleModelError: If a state or direction has another width, or is not finite.

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from lightning_interp.steering.concepts.pairs import CounterfactualPairs
 from lightning_interp.steering.softmax.arithmetic import divergence, exact_arithmetic
+from lightning_interp.steering.softmax.curve import OddsMeasure
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
 from lightning_interp.steering.softmax.newton import NewtonResult
 from lightning_interp.steering.softmax.request import SteerRequest, SteerResult, Target, described
+from lightning_interp.steering.softmax.turning import FIRST, MORE, bracket, rise_far_out, steps_outwards
 
 __all__ = ["euclidean_steer", "line_step"]
 
-_DOUBLINGS, _HALVINGS = 60, 60
+_DOUBLINGS, _HALVINGS = 110, 60
 
 
 def euclidean_steer(
@@ -102,26 +104,29 @@ def _walk_straight(request: SteerRequest) -> SteerResult:
 
 
 def _step_on_line(request: SteerRequest, push: Tensor) -> Tensor:
-    measure, sign = _measure_on_line(request, push)
-    goal = request.goal
-    t = sign * line_step(lambda step: measure(sign * step), goal)
+    first, goal = request.z.log_softmax(-1), request.goal
     if request.kind == "kl_budget":
-        return t
-    back = -sign * line_step(lambda step: measure(-sign * step), goal)  # farther out odds may go another way
-    error, error_back = (measure(t) - goal).abs(), (measure(back) - goal).abs()
-    return torch.where((error > 1e-3 * goal * (1 - goal)) & (error_back < error), back, t)
+        return line_step(lambda t: torch.sign(t) * divergence(first, t[:, None] * push), goal)
+    ids, sides = torch.cat(request.concept()), torch.arange(sum(len(side) for side in request.concept()))
+    z, ahead = request.z[:, ids], push[:, ids]
+    base = sides.to(z.device) < len(request.concept()[0])
+    odds = OddsMeasure(base, ~base)
 
+    def value(t: Tensor) -> Tensor:
+        return odds.value(z + t[:, None] * ahead)
 
-def _measure_on_line(request: SteerRequest, push: Tensor) -> tuple[Any, Tensor]:
-    """What is to be reached as a function of the step, and the sign of the step with which it grows, a row."""
-    if request.kind == "kl_budget":
-        first = request.z.log_softmax(-1)
-        return lambda t: torch.sign(t) * divergence(first, t[:, None] * push), torch.ones_like(request.goal)
-    base, target = request.concept()
+    goal = goal.logit()
+    wanted = goal.abs() + MORE + 3 * z.abs().nan_to_num(posinf=0.0).amax(-1)
+    last = wanted / rise_far_out(ahead, odds)
+    steps = steps_outwards(torch.minimum(last, FIRST / push.abs().amax(-1)), last)
 
-    def probability(t: Tensor) -> Tensor:
-        z = request.z + t[:, None] * push
-        return (z[:, target].logsumexp(-1) - z[:, base].logsumexp(-1)).sigmoid()
+    def look(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        slope = (odds.moved(z + t[:, None] * ahead) * ahead).sum(-1)
+        return value(t), slope, divergence(first, t[:, None] * push)
 
-    gain, loss = ((request.z[:, ids].softmax(-1) * push[:, ids]).sum(-1) for ids in (target, base))
-    return probability, torch.where(gain < loss, -1.0, 1.0).to(request.goal)
+    low, high, falls, _ = bracket(look, goal, steps, 1e-4 * goal.abs().clamp_min(1.0))
+    for _ in range(_HALVINGS):
+        middle = 0.5 * (low + high)
+        short = (value(middle) < goal) != falls
+        low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+    return 0.5 * (low + high)

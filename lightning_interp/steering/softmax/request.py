@@ -193,8 +193,9 @@ class SteerResult:
         t: Step along the direction as given ``[B]``: of the dual coordinate, or of the state in Euclidean steering.
         reached: Whether the solve converged and these states meet the target (:func:`ends_there`), bool ``[B]``.
         reason: Why each row stopped, ``converged`` exactly where it reached the target. A solve of a point: ``stalled``
-            (rounding), ``max_iter``, ``budget`` (of products). A search for a step: ``unreachable`` (no step brings the
-            goal within its two ends), ``rounding`` (none lies between the last two), ``max_search``.
+            (rounding), ``max_iter``, ``budget`` (of products). A search for a step: ``unreachable`` (no step was
+            found that has the goal; on both sides, for odds), ``rounding`` (none lies between the last two),
+            ``max_search``.
         newton, hvps: Newton iterations and Hessian-vector products ``[B]``.
         probe_before, probe_after: ``beta . lam`` at the start and at the end ``[B]``.
         kl: ``KL(P_start || P_end)`` in nats, over the whole vocabulary ``[B]``.
