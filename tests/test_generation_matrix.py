@@ -12,11 +12,15 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.distributed import HashStore, destroy_process_group, init_process_group
 from transformers import GenerationConfig
+from transformers.cache_utils import QuantizedLayer
+from transformers.generation.streamers import BaseStreamer
 
 from lightning_interp import AddDirection, DualSteering, Graft, GraftPlan
 from lightning_interp.core.model.sites import Site
@@ -157,6 +161,35 @@ def looped(model, input_ids, logits_processor, stopping_criteria, generation_con
     return Written(input_ids, logits)
 
 
+def contrastive(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    """Contrastive search as custom_generate: candidates of each row in one pass, of which the cache keeps one."""
+    mask, logits, k = kwargs["attention_mask"], [], 2
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    out = model(input_ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True)
+    cache, last = cache_of(out), out.logits[:, -1]
+    for _ in range(NEW):
+        logits.append(last)
+        tried = logits_processor(input_ids, last.clone()).topk(k).indices.flatten()[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        cache.batch_repeat_interleave(k)
+        many = mask.repeat_interleave(k, 0)
+        where = (many.cumsum(1) - 1)[:, -1:]
+        out = model(tried, attention_mask=many, position_ids=where, **cache_argument(model, cache))
+        flattest = out.logits[:, -1].softmax(-1).amax(-1).reshape(-1, k).argmin(1)
+        kept = flattest + torch.arange(len(mask)) * k
+        cache.batch_select_indices(kept)
+        input_ids, last = torch.cat([input_ids, tried[kept]], 1), out.logits[kept, -1]
+    return Written(input_ids, logits)
+
+
+def padded(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    """A custom_generate that reads another text: as given, but with more padding before it."""
+    mask = kwargs["attention_mask"]
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    ids, mask = (torch.cat([x.new_zeros(len(x), 2), x], 1) for x in (input_ids, mask))
+    return looped(model, ids, logits_processor, stopping_criteria, generation_config, attention_mask=mask)
+
+
 class Written:
     def __init__(self, sequences, logits):
         self.sequences, self.logits = sequences, logits
@@ -182,6 +215,51 @@ def by_hand(model, batch, attachment, *, pieces=(None,), told=False):
                 ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], 1)
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
     return Written(ids, logits)
+
+
+class Streamer(BaseStreamer):
+    def put(self, value): ...
+
+    def end(self): ...
+
+
+def streamed(model, batch, attachment):
+    """In a thread of its own, as transformers shows it for streamers."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(plainly, model, batch, attachment, streamer=Streamer()).result()
+
+
+def inferred(model, batch, attachment):
+    with torch.inference_mode():
+        return plainly(model, batch, attachment)
+
+
+def synced(model, batch, attachment):
+    """As one of several processes, which go on until the last one ends."""
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        return plainly(model, batch, attachment, synced_gpus=True)
+    finally:
+        destroy_process_group()
+
+
+class Unrounded(QuantizedLayer):
+    """What a quantised cache does with keys and values, but for the rounding."""
+
+    def __init__(self, **_):
+        super().__init__(residual_length=3)
+
+    def _quantize(self, tensor, axis):
+        return tensor
+
+    def _dequantize(self, tensor):
+        return tensor
+
+
+def quantised(model, batch, attachment, **more):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.cache_utils.QuantoQuantizedLayer", Unrounded)
+        return plainly(model, batch, attachment, cache_implementation="quantized", **more)
 
 
 def prefix_cache(model, batch):
@@ -287,6 +365,14 @@ WAYS = {
     "static cache": Way(using(cache_implementation="static"), refused=set(SELECTORS)),
     "guidance": Way(using(guidance_scale=1.5), refused=PHASED | TEXT | {"FromBatch", "Span"}, graft=()),
     "right padding": Way(using(), side="right", refused=PHASED | TEXT | {"Span"}, graft=()),
+    "a streamer": Way(streamed, rows=1),
+    "inference mode": Way(inferred),
+    "hybrid cache": Way(using(cache_implementation="hybrid")),  # dynamic, as of old configurations
+    "quantised cache": Way(quantised),
+    "quantised cache in chunks": Way(functools.partial(quantised, prefill_chunk_size=3)),
+    "contrastive search": Way(using(custom_generate=contrastive), refused={"FromBatch"}),
+    "another text": Way(using(custom_generate=padded), refused=PHASED | TEXT | {"FromBatch", "Span"}, graft=()),
+    "several processes": Way(synced),
 }
 
 
@@ -420,6 +506,24 @@ def test_grafts(way, selector, decode):
         Graft(donor, plan), recipient, written.sequences, mask, width, m=located, new=new.expand_as(mask)
     )
     agree(written, expanded, expected, width)
+
+
+@pytest.mark.parametrize(
+    ("way", "says"),
+    [
+        ({"dola_layers": "low"}, "requires `trust_remote_code=True`"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "requires `trust_remote_code=True`"),
+        ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5}, "requires `trust_remote_code=True`"),
+        ({"num_beams": 4, "force_words_ids": [[[5]]]}, "requires `trust_remote_code=True`"),
+        ({"cache_implementation": "quantized", "cache_config": {"backend": "hqq"}}, "hqq"),
+        ({"use_cache": False, "prefill_chunk_size": 3}, "without a cache"),
+    ],
+)
+def test_ways_that_transformers_itself_refuses(way, says):
+    model, _ = model_and_donor()
+    steer = AddDirection(DIRECTION, site=SITE, positions=Generated())
+    with steer.attach(model), pytest.raises((ValueError, ImportError), match=says):
+        model.generate(**batch_of(TEXTS[:1]), **settings(**way))
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,12 @@ def test_continuous_batching_is_refused():
             model.generate(IDS, cache_implementation="paged", max_new_tokens=2)
 
 
+def test_texts_in_one_row_are_refused():
+    model = tiny_model("llama")
+    with Watch().attach(model), pytest.raises(PositionError, match="LlamaModel was given several texts in one row"):
+        model(IDS, cu_seq_lens_q=torch.tensor([0, 3, 7]), cu_seq_lens_k=torch.tensor([0, 3, 7]))
+
+
 # What is read off a call
 
 

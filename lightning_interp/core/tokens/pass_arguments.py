@@ -40,6 +40,11 @@ def step_reader(backbone: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any
             raise PositionError(
                 f"{type(backbone).__name__} was called without input_ids or inputs_embeds of shape [B, T]."
             )
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise PositionError(
+                f"{type(backbone).__name__} was given several texts in one row (cu_seq_lens_q: packed, or continuous "
+                "batching), so which token is whose is not known. Use a padded batch."
+            )
         cache = cache_in(args, kwargs)
         past = int(cache.get_seq_length()) if cache is not None else 0
         mask = argument("attention_mask", args, kwargs)

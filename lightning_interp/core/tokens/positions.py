@@ -372,7 +372,10 @@ class FromBatch(Positions):
         given = batch[self.key]
         if not isinstance(given, torch.Tensor) or given.dim() != 2 or given.shape[0] != step.batch_size:
             shape = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
-            raise PositionError(f"Mask {self.key!r} is {shape}; expected a tensor [B, T] with B={step.batch_size}.")
+            raise PositionError(
+                f"Mask {self.key!r} is {shape}; expected a tensor [B, T] with B={step.batch_size}. Put a row for each "
+                "row of the pass into it."
+            )
         self._check_width(given.shape[1], step)
         return step.window(given) & step.valid
 
