@@ -203,7 +203,7 @@ class LanguageModelRewriter(ScoredBy, Recipe):
         if thirds:
             tables["third_rewrite"] = [{"rewriter": name, "effect": kind, **effect}
                                        for name, found in thirds.items() for kind, effect in found.items()]  # fmt: skip
-        for number, (name, study) in enumerate(studies.items()):
+        for number, (name, study) in enumerate(studies.items(), start=1):
             own = study.tables()
             figures[f"overlay_{number}"] = overlay_figure(study.result, title=f"{name}: {study.scores.scorer}")
             for kind in ("text_changes", "checks", "examples"):
