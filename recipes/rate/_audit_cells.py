@@ -63,8 +63,9 @@ def _entries(recipe: Audit, key: str, default: str, own: Sequence[str]) -> dict[
             if not isinstance(value, list if get_origin(hints[name]) is list else hints[name]):
                 raise RecipeError(f"{key}s, {one[key]!r:.80}: {name}={value!r:.80} is a {type(value).__name__}.")
     names = [str(one[key]) for one in listed]
-    if len(set(names)) < len(names) and key == "reward":  # one model may be several rewards
-        names = [", ".join([one[key], *(f"{k}={v}" for k, v in one.items() if k != key)]) for one in listed]
+    if len(set(names)) < len(names) and key == "reward":  # one model may be several rewards: by what differs
+        apart = {name for one in listed for name in one if len({str(each.get(name)) for each in listed}) > 1}
+        names = [", ".join([one[key], *(f"{k}={one[k]}" for k in one if k in apart - {key})]) for one in listed]
     if len(set(names)) < len(names):
         raise RecipeError(f"{key}s names {', '.join(names)}: two of them are the same. Give each a name of its own.")
     return dict(zip(names, listed, strict=True))
@@ -73,7 +74,7 @@ def _entries(recipe: Audit, key: str, default: str, own: Sequence[str]) -> dict[
 def _short(names: Sequence[str]) -> list[str]:
     """Names that can be parts of a file's name."""
     short = [
-        re.sub(r"\W+", "-", name.rstrip("/").rpartition("/")[2], flags=re.ASCII).strip("-_")[:24] for name in names
+        re.sub(r"\W+", "-", name.rstrip("/").rpartition("/")[2], flags=re.ASCII).strip("-_")[:36] for name in names
     ]
     twice = len({one.lower() for one in short}) < len(short) or not all(short)
     return [f"{one}{number}" if twice else one for number, one in enumerate(short, start=1)]

@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from functools import cache, partial
+from pathlib import Path
 
 import pytest
 from served import completion, serving
@@ -19,6 +20,9 @@ from lightning_interp.rate.report.study import EffectStudy
 from lightning_interp.rate.rewriting.store import StoreWriter
 from lightning_interp.rate.scoring.reward_scorer import RewardScorer
 from lightning_interp_recipes.rate._audit_cells import _short
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+from reward_folders import saved, theirs
 
 pytestmark = pytest.mark.usefixtures("undrawn", "few_dummies")
 
@@ -299,3 +303,23 @@ def test_texts_of_several_attributes_go_through_a_scorer_once(tmp_path):
     assert found.reward["rewrite"].tolist() == [2.0]
     assert read_rewards(tmp_path / "r.jsonl").scores(other, scorer).reward["original"].tolist() == [3.0]
     assert sorted(asked) == ["o!", "oh", "oh!"]
+
+
+def test_outputs_of_one_reward_model_are_rewards_with_settings_of_their_own(place, tmp_path, monkeypatch, plain):
+    folder = str(saved(tmp_path / "rm", "bert", labels=3))
+    names = ("good", "1", "nice")
+    good, kind, wrong = ({"reward": folder, "reward_pair": True, "reward_output": name} for name in names)
+    asked = recipe(**settings(place, attributes=[MARK], rewards=[good, wrong]), run_dir=str(tmp_path / "a"))
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "append", None)
+        with pytest.raises(InterpError, match="has no output label='nice'"):
+            asked.run()
+    recipe(**settings(place, attributes=[MARK], rewards=[good, kind]), run_dir=str(tmp_path / "run")).run()
+    cells = json.loads((tmp_path / "run" / "metrics.json").read_text())["cells"]["mark"]
+    texts = [f"{'Well, ' * (k // 2 % 2)}text number {k}" for k in range(12)]
+    off, on = (theirs(folder, [(f"p{k}", f"{text}{end}") for k, text in enumerate(texts)]) for end in (".", "!"))
+    for place_of, found in enumerate(cells.values()):
+        effect = found["effects"]["raw"]["rate"]["ate"]["estimate"]
+        assert effect == pytest.approx(float((on - off)[:, place_of].mean()), abs=1e-6)
+    told = {row["of"]: row["is"] for row in table(tmp_path / "run", "mark_rm-reward_output-1_reading")}
+    assert (told["texts"], told["reward"]) == ("two segments, prompt and answer", "output 1")
