@@ -107,6 +107,13 @@ def model_folder(tmp_path_factory):
         ("model_type", {"a": 1}),
         ("rope_parameters", [1]),
         ("num_hidden_layers", "many"),
+        ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", 10**30),
+        ("num_hidden_layers", 1e30),
+        ("num_hidden_layers", 0),
+        ("num_hidden_layers", -1),
+        ("vocab_size", -5),
+        ("text_config", {"n_layer": 10**6}),
     ],
 )
 def test_a_model_whose_configuration_makes_no_sense(key, value, model_folder, tmp_path):

@@ -57,13 +57,14 @@ def configured(name: str, overrides: Sequence[str], imports: Sequence[str] = ())
     named = [option_key(argument) for argument in overrides]
     if "base_url" not in named:
         _check_receiver(recipe, source)
-    if source.in_run_folder and "run_dir" not in named:
+    if source.in_run_folder:
         own = Path(name).parent
-        if recipe.run_path.resolve() != own.resolve():
+        if "run_dir" not in named and recipe.run_path.resolve() != own.resolve():
             raise RecipeError(
                 f"{name}: its run_dir is {str(recipe.run_path)!r}, and not the run folder in which it lies. Say which "
                 f"one to use: --run_dir={shlex.quote(str(own))}"
             )
+        _check_written(recipe, source, named, own)
     if recipe.smoke and "model" not in named:
         recipe = dataclasses.replace(recipe, model=recipe.smoke_model)
     if recipe.run_dir is None and not source.named:
@@ -85,6 +86,17 @@ def _check_code(source: RecipeSource, imports: Sequence[str]) -> None:
         )
     if code and is_rank_zero():
         print(f"lightning-interp: {source.settings} runs the code of {code}", file=sys.stderr)
+
+
+def _check_written(recipe: Recipe, source: RecipeSource, named: Sequence[str | None], own: Path) -> None:
+    """Refuse to write outside of a run folder on the word of the settings that lie in it."""
+    for key, folders in recipe.written.items():
+        away = [folder for folder in folders if folder and not Path(folder).resolve().is_relative_to(own.resolve())]
+        if away and key not in named:
+            raise RecipeError(
+                f"{source.settings}: its {key} leads out of the run folder, to {away[0]!r}, and would be written to. "
+                f"If that is yours, name it: --{key}=..."
+            )
 
 
 def _check_receiver(recipe: Recipe, source: RecipeSource) -> None:

@@ -137,6 +137,11 @@ class Recipe(ABC):
         if not isinstance(self.trainer, dict):
             raise RecipeError(f"trainer={self.trainer!r}: expected a dict of Trainer arguments.")
 
+    @property
+    def written(self) -> dict[str, list[str]]:
+        """Folders besides its own that a run writes to, by the field that names them."""
+        return {}
+
     @abstractmethod
     def study(self, run: RunFolder) -> RecipeResult:
         """Do the work, in phases, and return what was found; under DDP every rank calls this.

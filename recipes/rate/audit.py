@@ -195,6 +195,12 @@ class RateAudit(ScoredBy, Recipe):
         made_up = self.example and self.smoke and self.reward == "vader"
         return made_up_scorer() if made_up else self.scorer_of(self.reward)
 
+    @property
+    def written(self) -> dict[str, list[str]]:
+        """Stores that are not only read."""
+        each = [own.get("store", "") for own in self.attributes if own.get("rewriter", self.rewriter) != "replay"]
+        return {"store": [] if self.rewriter == "replay" else [self.store], "attributes": [str(one) for one in each]}
+
     def units(self) -> list[Any]:
         """The texts that are rewritten."""
         from lightning_interp.rate import RewriteStore

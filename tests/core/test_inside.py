@@ -1,12 +1,14 @@
 """A run folder that somebody else prepared: nothing of ours is written, deleted or read through a link out of it."""
 
 import os
+from contextlib import nullcontext
 
 import pytest
 
 from lightning_interp.core.storage.content import delete_folder
 from lightning_interp.core.storage.files import atomic_write_text
 from lightning_interp.core.storage.inside import check_inside, is_inside_name, open_own
+from lightning_interp.core.storage.jsonl import JsonlAppender
 from lightning_interp.core.storage.manifest import RunManifest
 from lightning_interp.core.storage.manifest_file import read_manifest
 from lightning_interp.core.storage.run_lock import RunLock, is_in_use
@@ -92,6 +94,30 @@ def test_a_lock_with_another_name_is_not_emptied(tmp_path, outside):
     with pytest.raises(ManifestError, match="is no file of its own"):
         opened(tmp_path / "run")
     assert not is_in_use(tmp_path / "run")
+
+
+@pytest.mark.parametrize("place", ["tensorboard/fit/hparams.yaml", "phases/fit/last.ckpt", "manifest.json"])
+def test_a_run_folder_with_hard_links_is_not_written_to(run_folder, outside, place):
+    (run_folder / place).parent.mkdir(parents=True, exist_ok=True)
+    (run_folder / place).unlink(missing_ok=True)
+    os.link(outside / "precious", run_folder / place)
+    with pytest.raises(ManifestError, match=rf"{place}' is no file of its own.*hard link.*Put a copy in its place"):
+        opened(run_folder)
+    check_inside(run_folder)  # to be read, it may have as many names as it likes
+
+
+@pytest.mark.parametrize("torn", ["", "{"])
+@pytest.mark.parametrize("linked", ["rows.jsonl", "rows.torn"])
+def test_rows_are_not_appended_to_what_has_another_name(tmp_path, torn, linked):
+    before = b"{}\n" + torn.encode()
+    for name in ("rows.jsonl", "other"):
+        (tmp_path / name).write_bytes(before)
+    (tmp_path / linked).unlink(missing_ok=True)
+    os.link(tmp_path / "other", tmp_path / linked)
+    writes = linked == "rows.jsonl" or torn
+    with pytest.raises(ManifestError, match=f"{linked}' is no file of its own") if writes else nullcontext():
+        JsonlAppender(tmp_path / "rows.jsonl", torn=tmp_path / "rows.torn").append([{"a": 1}])
+    assert (tmp_path / "other").read_bytes() == before
 
 
 def test_a_lock_alone_follows_no_link(tmp_path, outside):

@@ -5,7 +5,9 @@ import pytest
 import yaml
 
 from lightning_interp.core.storage.files import atomic_write_text
+from lightning_interp.core.storage.manifest import RunManifest
 from lightning_interp.errors import RecipeError
+from lightning_interp.running.asked import configured
 from lightning_interp.running.catalog import RecipeSource
 from lightning_interp.running.settings import (
     literal,
@@ -191,3 +193,21 @@ class TestTrainer:
     def test_what_does_not_fit_is_named(self, given, message):
         with pytest.raises(RecipeError, match=message):
             trainer_arguments(given)
+
+
+@pytest.mark.parametrize("where", ["store: {0}", "attributes: [{{attribute: a, store: {0}}}]"])
+def test_settings_in_a_run_folder_do_not_say_where_else_to_write(tmp_path, monkeypatch, where):
+    monkeypatch.chdir(tmp_path)
+    RunManifest.open(tmp_path / "run", config={}, name="audit").close()
+    rows = '{"text": "a!", "reward": 1}'
+    atomic_write_text(tmp_path / "rows.jsonl", rows)
+    said = "recipe: rate/audit\nrun_dir: run\ndata: rows.jsonl\nrewriter: rules\ntoggle: 'mark:!'\n" + where + "\n"
+    settings = atomic_write_text(tmp_path / "run/config.yaml", said.format("../other"))
+    key = where.partition(":")[0]
+    with pytest.raises(RecipeError, match=rf"its {key} leads out of the run folder, to '../other'.*--{key}="):
+        configured("run/config.yaml", ["--run_dir=run"])
+    if key == "store":
+        assert configured("run/config.yaml", ["--store=../other"]).store == "../other"
+    atomic_write_text(settings, said.format("run/store"))
+    configured("run/config.yaml", [])
+    assert not (tmp_path.parent / "other").exists()

@@ -17,11 +17,12 @@ RUN_PARTS: tuple[str, ...] = (".lock", "manifest.json", "config.yaml", "metrics.
 RUN_PARTS += ("phases", "children", "tables", "figures", "tensorboard")
 
 
-def check_inside(folder: str | os.PathLike[str], names: Iterable[str] = RUN_PARTS) -> None:
+def check_inside(folder: str | os.PathLike[str], names: Iterable[str] = RUN_PARTS, *, own: bool = False) -> None:
     """Refuse a folder where one of ``names``, or what lies in it, leads out, or is neither a file nor a folder.
 
     Inside the folder of a phase, links to what lies in the same run are let be: libraries make such (Lightning's
-    ``save_last="link"``). The folder itself may be a link, as the user names it.
+    ``save_last="link"``). The folder itself may be a link, as the user names it. ``own`` refuses files with a second
+    name too (hard links): libraries write some files where they are.
     """
     root = Path(os.path.realpath(folder))
     waiting = [root / name for name in names]
@@ -42,6 +43,8 @@ def check_inside(folder: str | os.PathLike[str], names: Iterable[str] = RUN_PART
                 waiting += path.iterdir()
             except OSError as error:
                 raise write_error(path, error) from error
+        elif own and stat.S_ISREG(mode) and path.lstat().st_nlink > 1:
+            raise shared_error(path)
         elif not stat.S_ISREG(mode):
             raise ManifestError(f"{str(path)!r} is neither a file nor a folder. Delete it.")
 
@@ -60,7 +63,15 @@ def open_own(path: Path, flags: int) -> int:
     if stat.S_ISREG(about.st_mode) and about.st_nlink == 1:
         return descriptor
     os.close(descriptor)
-    raise ManifestError(f"{str(path)!r} is no file of its own (another name leads to it as well). Delete it.")
+    raise shared_error(path)
+
+
+def shared_error(path: Path) -> ManifestError:
+    """The error of a file that would be written where it is, and so under its other names as well."""
+    return ManifestError(
+        f"{str(path)!r} is no file of its own: another name leads to it as well (a hard link), and what is written "
+        "there would be changed under both. Put a copy in its place, or delete it."
+    )
 
 
 def is_inside_name(name: str) -> bool:

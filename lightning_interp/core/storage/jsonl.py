@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_interp.core.storage.files import atomic_writer, json_bytes, write_error
+from lightning_interp.core.storage.inside import open_own
 from lightning_interp.core.storage.json_reading import BOM, parse_json
 from lightning_interp.errors import DataError
 
@@ -86,9 +87,10 @@ class JsonlAppender(AbstractContextManager["JsonlAppender"]):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if tail := torn_tail(self.path):
                 if torn is not None:
-                    with open(torn, "ab", buffering=0) as aside:
+                    with _appended(Path(torn)) as aside:
                         _append(aside, tail + b"\n")
-                os.truncate(self.path, self.path.stat().st_size - len(tail))
+                with _appended(self.path) as file:
+                    file.truncate(self.path.stat().st_size - len(tail))
         except OSError as error:
             raise write_error(self.path, error) from error
 
@@ -102,7 +104,7 @@ class JsonlAppender(AbstractContextManager["JsonlAppender"]):
             return
         try:
             if self._file is None:
-                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the appender
+                self._file = _appended(self.path)
             _append(self._file, data)
         except OSError as error:
             raise write_error(self.path, error) from error
@@ -126,6 +128,10 @@ def torn_tail(path: str | os.PathLike[str]) -> bytes:
             file.seek(position)
             tail = file.read(step) + tail
         return tail[tail.rfind(b"\n") + 1 :]
+
+
+def _appended(path: Path) -> FileIO:
+    return FileIO(open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
 
 
 def _append(file: FileIO, data: bytes) -> None:

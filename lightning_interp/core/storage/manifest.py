@@ -148,7 +148,7 @@ class RunManifest:
             from lightning_interp.core.storage.manifest_follower import FollowerManifest
 
             return FollowerManifest.join(path, config, name, not_identity, place)
-        check_inside(path)
+        check_inside(path, own=True)
         known = stored_run(path, config, name, outputs, not_identity)
         check_writable(path)
         lock = RunLock(path)

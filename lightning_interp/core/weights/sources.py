@@ -27,7 +27,7 @@ from lightning_interp.core.weights.fitting import (
     check_same_shapes,
     check_settings,
 )
-from lightning_interp.core.weights.tensors import TensorFolder
+from lightning_interp.core.weights.tensors import TensorFolder, check_depth
 from lightning_interp.errors import DataError, IncompatibleModelError, QuantizedModelError, RecipeError
 
 __all__ = ["AdapterSource", "AnySource", "CheckpointSource", "ModelSource", "WeightSource", "make_sources"]
@@ -313,6 +313,7 @@ def _skeleton(folder: Path) -> nn.Module:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    check_depth(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with init_empty_weights(include_buffers=False):

@@ -15,7 +15,10 @@ from safetensors import SafetensorError, safe_open
 from lightning_interp.core.storage.json_reading import parse_json
 from lightning_interp.errors import DataError
 
-__all__ = ["TensorFolder", "TensorHeader"]
+__all__ = ["TensorFolder", "TensorHeader", "check_depth"]
+
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_layers", "decoder_layers")
+_DEEPEST = 10_000
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
@@ -105,6 +108,26 @@ class TensorFolder:
         if lost:
             raise DataError(f"{shard} lacks the tensor {min(lost)!r}, which the index puts there. Copy it again.")
         return names
+
+
+def check_depth(folder: Path) -> None:
+    """Refuse a model folder of no layers, or of so many that building them would never end."""
+    try:
+        waiting = [parse_json((folder / "config.json").read_bytes(), twice=True)]
+    except (OSError, ValueError):  # who reads all of it says so
+        return
+    while waiting:
+        config = waiting.pop()
+        if not isinstance(config, dict):
+            continue
+        waiting += config.values()
+        for key in set(_DEPTHS).intersection(config):
+            depth = config[key]
+            if isinstance(depth, int | float) and not 1 <= depth <= _DEEPEST:
+                raise DataError(
+                    f"{folder / 'config.json'} says {key}={depth!r:.40}; expected 1 to {_DEEPEST} layers. Copy or "
+                    "download the model again."
+                )
 
 
 @contextmanager

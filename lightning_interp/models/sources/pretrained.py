@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as hf_logging
 
 from lightning_interp.core.storage.json_reading import parse_json
+from lightning_interp.core.weights.tensors import check_depth
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.models.sources.folders import check_weight_files, short
 
@@ -106,6 +107,7 @@ def load_model(
     where: str | Path, options: LoadOptions, *, auto: Any = AutoModelForCausalLM, **more: Any
 ) -> PreTrainedModel:
     """Load the weights of a folder or hub id (OSError if it cannot be reached); none of them may be left random."""
+    check_depth(Path(where))
     if options.quantization is not None:
         # Under a launcher every process quantises onto the device that Lightning will give it.
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
