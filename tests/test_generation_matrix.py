@@ -527,7 +527,7 @@ def test_ways_that_transformers_itself_refuses(way, says):
 
 
 @pytest.mark.parametrize(
-    "family", ["gemma2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt2", "bloom", "opt", "qwen2_moe"))]
+    "family", ["gemma2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gemma3", "gpt2", "bloom", "opt", "qwen2_moe"))]
 )
 def test_ways_agree_in_other_families(family):
     """Sliding windows, absolute positions and experts: greedy decoding by every way gives one text."""
