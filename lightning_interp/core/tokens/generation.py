@@ -40,6 +40,11 @@ class Generation:
     doubt: str = ""
     notes: dict[Any, Any] = field(default_factory=dict, repr=False)
 
+    @property
+    def prompts(self) -> int | None:
+        """How many prompts there are, where it is known."""
+        return next((len(x) for x in (self.ids, self.mask) if x is not None), None)
+
     def rows(self, index: list[int], batch_size: int) -> Generation:
         """The same call as some rows of a pass see it."""
         ids, mask = (None if x is None else repeat_rows(x, batch_size)[index] for x in (self.ids, self.mask))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lightning_interp.core.tokens.generation import repeat_rows
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.core.tokens.text import PARTS, find_occurrence, ids_of, mask_by_text, template_mask, token_spans
 from lightning_interp.errors import PositionError
@@ -357,7 +358,10 @@ class ChatTemplate(Positions):
 
 @dataclass(frozen=True)
 class FromBatch(Positions):
-    """A mask that travels with the batch: bool ``[B, T]`` over the prompt's columns, under this key."""
+    """A mask that travels with the batch: bool ``[B, T]`` over the prompt's columns, under this key.
+
+    Within ``generate``, one row a prompt serves all of its beams or samples.
+    """
 
     key: str
 
@@ -370,6 +374,12 @@ class FromBatch(Positions):
                 f"The batch has no mask {self.key!r}; it holds: {known}. Put bool [B, T] under that key."
             )
         given = batch[self.key]
+        if (
+            step.generation is not None
+            and isinstance(given, torch.Tensor)
+            and given.shape[:1] == (step.generation.prompts,)
+        ):
+            given = repeat_rows(given, step.batch_size)  # one row a prompt, for each of its beams or candidates
         if not isinstance(given, torch.Tensor) or given.dim() != 2 or given.shape[0] != step.batch_size:
             shape = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
             raise PositionError(

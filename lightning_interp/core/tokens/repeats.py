@@ -21,8 +21,7 @@ def rows_each(step: StepContext, count: int, what: str) -> int:
         return step.batch_size // count
     key = (rows_each, count)
     if key not in step.cache:
-        told = None if step.generation is None else (step.generation.ids, step.generation.mask)
-        prompts = next((len(x) for x in told or () if x is not None), None)
+        prompts = None if step.generation is None else step.generation.prompts
         fits = _repeated(step.prompt or step, step.batch_size, count) if prompts is None else prompts == count
         step.cache[key] = step.batch_size % count == 0 and fits
     if not step.cache[key]:
