@@ -163,18 +163,23 @@ class Plain(L.LightningModule):
 
 
 def test_training_is_the_same_to_the_bit_with_and_without(tmp_path):
-    final = []
+    final, draws = [], []
     for callbacks in ([], [GraftCallback(PROMPTS[:1])]):
         L.seed_everything(5, verbose=False)
         ours = Plain()
         ours.model.transformer.h[0].eval()
+        drawn = ours.model.lm_head.register_forward_hook(
+            lambda head, *_: None if head.training else draws.append(torch.rand(1))
+        )
         trainer(tmp_path, callbacks, max_epochs=1).fit(ours)
+        drawn.remove()
         final.append(ours)
         assert not ours.model.transformer.h[0].training
         assert ours.model.transformer.h[1].mlp.dropout.training
         assert all(not m._forward_hooks and not m._forward_pre_hooks for m in ours.model.modules())
     a, b = (m.state_dict() for m in final)
     assert all(torch.equal(a[name], b[name]) for name in a)
+    assert draws, "a look draws random numbers"
 
 
 @MODES
