@@ -246,7 +246,7 @@ def synced(model, batch, attachment):
 class Unrounded(QuantizedLayer):
     """What a quantised cache does with keys and values, but for the rounding."""
 
-    def __init__(self, **_):
+    def __init__(self, *_, **__):
         super().__init__(residual_length=3)
 
     def _quantize(self, tensor, axis):
