@@ -91,7 +91,8 @@ def test_features_are_means_over_the_chosen_tokens(model):
 
 
 def test_the_heads_input_is_read_at_the_right_token(model):
-    expected = slowly(model, POSITIVE, 3)  # transformers' last state is the one that the head reads
+    last = len(model.model.layers) - 1  # of which transformers gives the state that the head reads
+    expected = slowly(model, POSITIVE, last)
     (numbers, rows), *_ = text_features(model, TOKENIZER, POSITIVE, [Site("unembed_in")])
     np.testing.assert_allclose(rows[Site("unembed_in")].numpy(), expected[numbers], atol=2e-5)
 
@@ -173,7 +174,7 @@ def test_strength_1_carries_one_mean_as_far_as_the_other(method):
 
 def test_what_is_known_comes_along(model):
     vector = extract_vector(model, TOKENIZER, POSITIVE, NEGATIVE[:3], concept="mood", positions=All())
-    assert [str(site) for site in vector.sites] == [f"resid_post.{layer}" for layer in range(4)]
+    assert [str(site) for site in vector.sites] == [f"resid_post.{layer}" for layer in range(len(model.model.layers))]
     assert (vector.concept, vector.method, vector.model_type, vector.n) == ("mood", "mean_difference", "llama", 8)
     assert vector.fingerprint == model_fingerprint(model)
     assert vector.positions == {"kind": "All"}

@@ -136,14 +136,14 @@ def hooks(model):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: AddDirection(vector(), site="resid_post.9"), SiteError, "layers 0 to 3, but got layer 9"),
+        (lambda: AddDirection(vector(), site="resid_post.9"), SiteError, "layers 0 to 2, but got layer 9"),
         (lambda: AddDirection(torch.ones(31), site=SITE), IncompatibleModelError, "width 31, but resid_post.1"),
         (lambda: AddDirection(vector(), site="linear:up.1"), IncompatibleModelError, "linear:up.1 of .* width 64"),
         (lambda: AddDirection(vector(), site="logits"), IncompatibleModelError, "has width 261"),
         (
-            lambda: AddDirection(vector(), site=["resid_post.3", "resid_post.-1"]),
+            lambda: AddDirection(vector(), site=["resid_post.2", "resid_post.-1"]),
             SiteError,
-            "resid_post.3 and as resid_post.-1",
+            "resid_post.2 and as resid_post.-1",
         ),
         (lambda: ProjectOut(torch.ones(2, 30) + torch.eye(2, 30), site=SITE), IncompatibleModelError, "width 30"),
     ],

@@ -261,7 +261,7 @@ def test_padding_is_never_steered(model):
 
 
 def test_several_layers_each_with_its_own(model):
-    given = {"resid_post.0": vector(0), Site("mlp_out", 2): vector(1), "attn_out.3": vector(2)}
+    given = {"resid_post.0": vector(0), Site("mlp_out", 1): vector(1), "attn_out.2": vector(2)}
     tokens = ids(2)
     together = AddDirection(given, strength=2.0)
     parts = [AddDirection(v, site=site, strength=2.0) for site, v in given.items()]
@@ -269,13 +269,13 @@ def test_several_layers_each_with_its_own(model):
         found = logits(model, tokens)
     with Compose(*parts).attach(model):
         assert torch.equal(found, logits(model, tokens))
-    assert [str(site) for site in together.sites(ModelMap.build(model))] == ["resid_post.0", "mlp_out.2", "attn_out.3"]
+    assert [str(site) for site in together.sites(ModelMap.build(model))] == ["resid_post.0", "mlp_out.1", "attn_out.2"]
 
 
 def test_the_same_direction_at_several_layers(model):
     with AddDirection(vector(), site=["resid_post.0", "resid_post.-1"]).attach(model):
         found = logits(model, ids())
-    with AddDirection({"resid_post.0": vector(), "resid_post.3": vector()}).attach(model):
+    with AddDirection({"resid_post.0": vector(), "resid_post.2": vector()}).attach(model):
         assert torch.equal(found, logits(model, ids()))
 
 

@@ -392,8 +392,8 @@ def test_a_vector_of_this_model_is_taken(model):
 
 
 def test_a_gate_that_would_read_too_late_says_so(model):
-    steer = AddDirection(vector(), site=SITE, positions=ProbeGate(vector(), above=0.0, site="resid_post.3"))
-    with steer.attach(model), pytest.raises(PositionError, match=r"site='resid_post.3'.*before that site ran"):
+    steer = AddDirection(vector(), site=SITE, positions=ProbeGate(vector(), above=0.0, site="resid_post.2"))
+    with steer.attach(model), pytest.raises(PositionError, match=r"site='resid_post.2'.*before that site ran"):
         run(model)
 
 
