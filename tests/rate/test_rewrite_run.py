@@ -1,15 +1,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import warnings
 from collections import Counter
 from functools import cache
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
@@ -147,27 +145,33 @@ class TestInterrupted:
     def test_a_real_kill(self, tmp_path):
         expected = uninterrupted()
         store_of(tmp_path / "killed")
-        code = (
-            "import os, signal, sys\n"
-            "from rewriting import ATTR, Counting\n"
-            "from lightning_interp.rate.rewriting.driver import RewriteRun\n"
-            "from lightning_interp.rate.rewriting.store import RewriteStore\n"
-            "class Logged(Counting):\n"
-            "    def rewrite(self, texts, prompts, w_target, draws):\n"
-            "        if sum(self.asked.values()) == int(sys.argv[2]):\n"
-            "            os.kill(os.getpid(), signal.SIGKILL)\n"
-            "        print(*texts, flush=True)\n"
-            "        return super().rewrite(texts, prompts, w_target, draws)\n"
-            "RewriteRun(RewriteStore.open(sys.argv[1]), Logged(), attr=ATTR).run()\n"
-        )
-        here = Path(__file__).parent
-        environment = os.environ | {"PYTHONPATH": f"{here.parents[1]}{os.pathsep}{here}"}
-        command = [sys.executable, "-c", code, str(tmp_path / "killed")]
-        killed = subprocess.run([*command, "4"], capture_output=True, text=True, env=environment)
-        assert killed.returncode == -signal.SIGKILL
-        resumed = subprocess.run([*command, "999"], capture_output=True, text=True, env=environment, check=True)
-        asked = Counter((killed.stdout + resumed.stdout).splitlines())
-        assert len(killed.stdout.splitlines()) == 4
+        said = tmp_path / "said"
+
+        class Logged(Counting):
+            def __init__(self, stop_at):
+                super().__init__()
+                self.stop_at = stop_at
+
+            def rewrite(self, texts, prompts, w_target, draws):
+                if sum(self.asked.values()) == self.stop_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                with said.open("a") as file:
+                    print(*texts, file=file, flush=True)
+                return super().rewrite(texts, prompts, w_target, draws)
+
+        def process(stop_at):
+            run = RewriteRun(RewriteStore.open(tmp_path / "killed"), Logged(stop_at), attr=ATTR).run
+            started = multiprocessing.get_context("fork").Process(target=run)
+            started.start()
+            started.join()
+            return started.exitcode, said.read_text().splitlines()
+
+        code, first = process(4)
+        assert code == -signal.SIGKILL
+        code, both = process(999)
+        assert code == 0
+        asked = Counter(both)
+        assert len(first) == 4
         assert set(asked.values()) == {1}
         assert asked.total() == 12
         assert exported(RewriteStore.open(tmp_path / "killed")) == expected

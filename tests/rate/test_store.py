@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import multiprocessing
 import threading
 
 import pytest
@@ -344,12 +343,18 @@ class TestWriter:
             with pytest.raises(ManifestError, match="is in use by this process"), RewriteStore.open(tmp_path).writer():
                 pass
             writer.append([record("oh")])
-            code = (
-                "from lightning_interp.rate.rewriting.store import RewriteStore\n"
-                f"RewriteStore.open({str(tmp_path)!r}).writer().__enter__()"
-            )
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-            assert "is in use by process" in done.stderr
+            said = tmp_path / "said"
+
+            def another():
+                try:
+                    RewriteStore.open(tmp_path).writer().__enter__()
+                except ManifestError as error:
+                    said.write_text(str(error))
+
+            process = multiprocessing.get_context("fork").Process(target=another)
+            process.start()
+            process.join()
+            assert "is in use by process" in said.read_text()
         with store.writer():
             pass
 
