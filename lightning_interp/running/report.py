@@ -61,6 +61,7 @@ def render_report(run: StoredRun) -> str:
             for name, path in run.figures.items()
         ],
         metrics=list(_leaves(run.metrics)),
+        counted=counted,
         settings=[(key, value) for key, value in _leaves(run.manifest["config"]) if key not in _unused(run)],
         smoke=bool(run.manifest["config"].get("smoke")),
         facts=_facts(run),

@@ -123,10 +123,8 @@ def best_of(found: GraftResult, plans: Iterable[str], what: str) -> str:
 def dropped_note(found: GraftResult) -> list[str]:
     """A caveat, where prompts were left out."""
     count = len(found.dropped)
-    one = count == 1
-    return [
-        f"{count} prompt{'' if one else 's'} {'was' if one else 'were'} left out; the table 'dropped' says why."
-    ] * (count > 0)
+    were = "was" if count == 1 else "were"
+    return [f"{counted(count, 'prompt')} {were} left out; the table 'dropped' says why."] if count else []
 
 
 PLANS_CAPTION = (

@@ -129,12 +129,10 @@ class SteeringVectors(Recipe):
         self, run: RunFolder, made: dict[str, Any], swept: dict[str, Any], written: dict[str, Any]
     ) -> RecipeResult:
         """Cells on the reporting part, chosen on the other; two figures; every text."""
-        from lightning_interp.core.measure.statistics import counted, mean_interval
+        from lightning_interp.core.measure.statistics import mean_interval
 
-        from ._common import moved
         from ._vectors import layer_figure, sweep_figure
 
-        most = f"with a cost of at most {self.max_damage:g} nats a token" if self.max_damage < 100 else "at any cost"
         chosen, report = self.chosen(swept), self.cells(swept, "report")
         here = [cell for cell in report if cell.layer == chosen.layer]
         best = next(cell for cell in here if cell.strength == chosen.strength)
@@ -150,7 +148,6 @@ class SteeringVectors(Recipe):
             if (rows := [row for row in written["rows"] if row["strength"] == strength])
         ]
         folder, parts = run.folder("extract"), self.split()
-        shown = parts.report[0]
         return RecipeResult(
             metrics={
                 "chosen": {"layer": best.layer, "strength": best.strength, "effect": best.effect.to_dict(),
@@ -171,45 +168,50 @@ class SteeringVectors(Recipe):
             },
             artifacts={"vector": folder / "vector.safetensors", "control_vector": folder / "vector.gguf"},
             question=f"At which layer and strength does a vector for {self.concept!r} act, and at what cost?",
-            findings=[
-                f"At layer {best.layer} and strength {best.strength:g}, which were chosen on other items, positive "
-                f"endings {moved(best.effect, 'gain', 'lose', 'are not shown to move')} against their negative ones: "
-                f"{best.effect} nats a token, over {counted(best.effect.n, 'item')}.",
-                f"Neutral text {moved(best.damage, 'gets less likely', 'gets likelier', 'is not shown to move')}: a "
-                f"loss of {best.damage} nats a token, over {counted(best.damage.n, 'text')}.",
-            ],
+            findings=found_at(best),
             captions={
                 "sweep": "A cell is a layer (upwards) at a strength (across), on the reporting part; left the effect, "
                 "right the cost. See where the effect is strong while the cost is small; the frame is what was chosen.",
                 "chosen_layer": "Effect and cost at the chosen layer against the strength, with 95 % intervals: a good "
                 "vector rises evenly through zero, and costs little between its ends.",
             },
-            terms={
-                "item": f"a beginning with two endings that differ in {self.concept!r}, such as {shown.prompt!r:.80}: "
-                f"{shown.positive.strip()!r:.80} (positive) and {shown.negative.strip()!r:.80} (negative)",
-                "strength": "how much of the vector is added: 1 carries the mean of the negative texts to that of the "
-                "positive ones, 0 is not steered",
-                "effect": "how much likelier (nats a token, against strength 0) the positive ending of an item becomes "
-                "than its negative one",
-                "neutral text loses": "how much less likely (nats a token) ordinary text becomes",
-                "positive preferred": "share of items whose positive ending is the likelier one",
-                "probe value": "where written text lies between both kinds of texts, read with the unsteered model",
-                "[a, b]": "95 % interval over held-out items, or neutral texts",
-            },
-            caveats=[
-                f"One model, {made['label']}, and one vector ({self.method.replace('_', ' ')}, {self.read} tokens "
-                f"read, {counted(len(parts.train), 'item')}): others may differ.",
-                f"Layer and strength were chosen on {counted(len(parts.choose), 'item')} (largest effect {most}) and "
-                f"are reported on {len(parts.report)} others.",
-                "Intervals are over held-out items and neutral texts: one division of one set, one vector.",
-                f"The cost is measured on {best.damage.n} neutral texts and belongs to the same texts in both parts.",
-                "Endings differ in more than the behaviour, such as length and word frequency; only the change against "
-                "strength 0 is due to steering.",
-                "The probe reads written texts with the unsteered model at the steered layer, and was made from the "
-                f"same texts as the vector; it ranks {written['accuracy']:.0%} of the held-out pairs right.",
-            ],
+            terms=self.terms(parts.report[0]),
+            caveats=self.about(made['label'], parts, best, written['accuracy']),
             summary="chosen_layer",
         )  # fmt: skip
+
+    def terms(self, shown: Any) -> dict[str, str]:
+        """What the names mean, with an item as an example."""
+        return {
+            "item": f"a beginning with two endings that differ in {self.concept!r}, such as {shown.prompt!r:.80}: "
+            f"{shown.positive.strip()!r:.80} (positive) and {shown.negative.strip()!r:.80} (negative)",
+            "strength": "how much of the vector is added: 1 carries the mean of the negative texts to that of the "
+            "positive ones, 0 is not steered",
+            "effect": "how much likelier (nats a token, against strength 0) the positive ending of an item becomes "
+            "than its negative one",
+            "neutral text loses": "how much less likely (nats a token) ordinary text becomes",
+            "positive preferred": "share of items whose positive ending is the likelier one",
+            "probe value": "where written text lies between both kinds of texts, read with the unsteered model",
+            "[a, b]": "95 % interval over held-out items, or neutral texts",
+        }
+
+    def about(self, model: str, parts: Any, best: Any, accuracy: float) -> list[str]:
+        """What the numbers rest on."""
+        from lightning_interp.core.measure.statistics import counted
+
+        most = f"with a cost of at most {self.max_damage:g} nats a token" if self.max_damage < 100 else "at any cost"
+        return [
+            f"One model, {model}, and one vector ({self.method.replace('_', ' ')}, {self.read} tokens "
+            f"read, {counted(len(parts.train), 'item')}): others may differ.",
+            f"Layer and strength were chosen on {counted(len(parts.choose), 'item')} (largest effect {most}) and "
+            f"are reported on {len(parts.report)} others.",
+            "Intervals are over held-out items and neutral texts: one division of one set, one vector.",
+            f"The cost is measured on {best.damage.n} neutral texts and belongs to the same texts in both parts.",
+            "Endings differ in more than the behaviour, such as length and word frequency; only the change against "
+            "strength 0 is due to steering.",
+            "The probe reads written texts with the unsteered model at the steered layer, and was made from the "
+            f"same texts as the vector; it ranks {accuracy:.0%} of the held-out pairs right.",
+        ]
 
     @property
     def concept(self) -> str:
@@ -243,3 +245,18 @@ class SteeringVectors(Recipe):
         from ._vectors import choose_cell
 
         return choose_cell(self.cells(swept, "choose"), max_damage=self.max_damage)
+
+
+def found_at(best: Any) -> list[str]:
+    """What the chosen layer and strength do, in words that the intervals allow."""
+    from lightning_interp.core.measure.statistics import counted
+
+    from ._common import moved
+
+    return [
+        f"At layer {best.layer} and strength {best.strength:g}, which were chosen on other items, positive "
+        f"endings {moved(best.effect, 'gain', 'lose', 'are not shown to move')} against their negative ones: "
+        f"{best.effect} nats a token, over {counted(best.effect.n, 'item')}.",
+        f"Neutral text {moved(best.damage, 'gets less likely', 'gets likelier', 'is not shown to move')}: a "
+        f"loss of {best.damage} nats a token, over {counted(best.damage.n, 'text')}.",
+    ]

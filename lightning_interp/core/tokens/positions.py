@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lightning_interp.core.tokens.generation import repeat_rows
+from lightning_interp.core.tokens.repeats import given_mask
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.core.tokens.text import PARTS, find_occurrence, ids_of, mask_by_text, template_mask, token_spans
 from lightning_interp.errors import PositionError
@@ -373,39 +373,7 @@ class FromBatch(Positions):
             raise PositionError(
                 f"The batch has no mask {self.key!r}; it holds: {known}. Put bool [B, T] under that key."
             )
-        given = batch[self.key]
-        if (
-            step.generation is not None
-            and isinstance(given, torch.Tensor)
-            and given.shape[:1] == (step.generation.prompts,)
-        ):
-            given = repeat_rows(given, step.batch_size)  # one row a prompt, for each of its beams or candidates
-        if not isinstance(given, torch.Tensor) or given.dim() != 2 or given.shape[0] != step.batch_size:
-            shape = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
-            raise PositionError(
-                f"Mask {self.key!r} is {shape}; expected a tensor [B, T] with B={step.batch_size}. Put a row for each "
-                "row of the pass into it."
-            )
-        self._check_width(given.shape[1], step)
-        return step.window(given) & step.valid
-
-    def _check_width(self, width: int, step: StepContext) -> None:
-        """A mask covers the prompt, or the sequence as far as it is read; of a part nobody knows where it lies."""
-        told, read = step.generation, step.past - step.virtual + step.length
-        if told is not None and not told.doubt:
-            step.check_text()
-            fits, columns = width == told.columns, told.columns
-        elif step.past <= step.virtual:
-            fits, columns = width == read, read
-        else:
-            known = None if step.prompt is None else step.prompt.past - step.prompt.virtual + step.prompt.length
-            fits, columns = width >= read or (not step.unseen and known in (None, width)), known or read
-        if not fits:
-            cached = f", {step.unseen} of them cached before attaching" if step.unseen else ""
-            raise PositionError(
-                f"Mask {self.key!r} covers {width} columns, but the prompt has {columns}{cached}. Put a mask of all of "
-                "its columns into the batch."
-            )
+        return step.window(given_mask(step, batch[self.key], f"Mask {self.key!r}")) & step.valid
 
 
 def _subclasses(cls: Any) -> Iterator[Any]:

@@ -1,11 +1,16 @@
-"""Values that are given one a prompt, for a pass in which each prompt may have several rows: beams or samples."""
+"""What is given one a prompt, for a pass in which each prompt may have several rows: beams or samples."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
+from lightning_interp.core.tokens.generation import repeat_rows
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import PositionError
 
-__all__ = ["rows_each"]
+__all__ = ["given_mask", "rows_each"]
 
 
 def rows_each(step: StepContext, count: int, what: str) -> int:
@@ -43,3 +48,40 @@ def _repeated(prompt: StepContext, rows: int, count: int) -> bool:
         if not bool((each == each[:, :1]).all()):
             return False
     return True
+
+
+def given_mask(step: StepContext, given: Any, what: str) -> torch.Tensor:
+    """A mask ``[B, T]`` that a user gave for the rows of a pass; within ``generate`` one row a prompt is enough.
+
+    It covers the prompt, or the sequence as far as it is read: of a part nobody knows where it lies.
+    """
+    rows = len(given) if isinstance(given, torch.Tensor) and given.dim() == 2 else None
+    if rows is not None and step.generation is not None and rows == step.generation.prompts:
+        given, rows = repeat_rows(given, step.batch_size), step.batch_size
+    if rows != step.batch_size:
+        shape = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
+        raise PositionError(
+            f"{what} is {shape}; expected a tensor [B, T] with B={step.batch_size}. Put a row for each row of the pass "
+            "into it."
+        )
+    mask: torch.Tensor = given
+    _check_width(step, mask.shape[1], what)
+    return mask
+
+
+def _check_width(step: StepContext, width: int, what: str) -> None:
+    told, read = step.generation, step.past - step.virtual + step.length
+    if told is not None and not told.doubt:
+        step.check_text()
+        fits, columns = width == told.columns, told.columns
+    elif step.past <= step.virtual:
+        fits, columns = width == read, read
+    else:
+        known = None if step.prompt is None else step.prompt.past - step.prompt.virtual + step.prompt.length
+        fits, columns = width >= read or (not step.unseen and known in (None, width)), known or read
+    if not fits:
+        cached = f", {step.unseen} of them cached before attaching" if step.unseen else ""
+        raise PositionError(
+            f"{what} covers {width} columns, but the prompt has {columns}{cached}. Put a mask of all of its columns "
+            "into the batch."
+        )

@@ -42,14 +42,12 @@ class StepContext:
         prompt: The pass that read the prompt, for a decoding step with a cache.
         known_prompt_lengths: Real tokens of each row's prompt ``[B]``, where the caller says so.
         generation: What ``generate`` was called with, inside of such a call.
-        virtual: Columns at the start that no text has: the virtual tokens of prompt learning. They are never chosen and
-            do not count.
+        virtual: Columns at the start that no text has, of prompt learning: never chosen, and not counted.
         unseen: Columns of text that were cached before anything was attached, where this is the first pass after them.
         follows: Whether the cache was filled by passes that were seen.
         rewound: Whether part of what was read has been taken off the cache again.
         before: The pass that filled the cache and was taken for the whole prompt, though more of it comes now.
-        shorter: Ids of texts that were read before and are one token shorter, as in a loop that reads the whole text
-            anew each time.
+        shorter: Ids of texts read before that are one token shorter, as in a loop that reads the whole text anew.
         carried: What earlier passes over the same KV cache left for later ones.
         assumed: What gates answer where there is no activation to ask.
         activation: What the running site holds, ``[B, n, d]``, for selectors that depend on it; see :meth:`choose`.
@@ -211,13 +209,15 @@ class StepContext:
     def check_text(self) -> None:
         """Refuse a pass that reads another text than its call of ``generate`` was given."""
         told, start = self.generation, self.past - self.virtual
-        if "told" in self.cache or told is None or told.ids is None or self.input_ids is None or told.doubt:
+        if told is None or told.ids is None or told.doubt or self.input_ids is None:
+            return
+        if "told" in self.cache or start >= told.ids.shape[1]:  # nothing of what it was given is read here
             return
         ids = repeat_rows(told.ids, self.batch_size)[:, start : start + self.length]
-        if not torch.equal(self.input_ids[:, : ids.shape[1]], ids.to(self.device)):
+        self.cache["told"] = torch.equal(self.input_ids[:, : ids.shape[1]], ids.to(self.device))
+        if not self.cache["told"]:
             told.doubt = "a pass reads another text than it was given, as the loop of a custom_generate may"
             self._check_told(told)
-        self.cache["told"] = True
 
     def _check_told(self, told: Generation) -> None:
         """Refuse a call whose prompts do not end where their columns end."""
