@@ -307,7 +307,9 @@ def stub_names(package):
     return {alias.name: node.module for node in nodes for alias in node.names}
 
 
-@pytest.mark.parametrize("package", ["", "generation", "grafting", "models", "rate", "steering", "testing"])
+@pytest.mark.parametrize(
+    "package", ["", "generation", "grafting", "lora", "models", "rate", "steering", "subliminal", "testing"]
+)
 def test_a_package_offers_what_its_stub_tells_type_checkers(package):
     module = importlib.import_module(f"lightning_interp.{package}".rstrip("."))
     assert sorted(module.__all__) == list(module.__all__)
