@@ -39,7 +39,7 @@ LIGHT = {"recipe", "running.recipe", "cli", "__main__"}
 CLI_MAY = {"jsonargparse", "omegaconf", "rich"}
 # Modules that are Lightning classes: all callbacks, these by the last part of their name, whole packages of them.
 LIGHTNING_FILES = {
-    *("bag_of_words", "causal_lm", "contract", "distributed", "dpo", "finetuning", "monitor"),
+    *("bag_of_words", "batched_training", "causal_lm", "contract", "distributed", "dpo", "finetuning", "monitor"),
     *("preferences", "resumable", "reward_model", "reward_scorer", "text_data"),
 }
 LIGHTNING_PACKAGES = {"cycles"}

@@ -1,0 +1,3 @@
+from lightning_interp.lora.batched_training import AdapterCell as AdapterCell
+from lightning_interp.lora.batched_training import CellResult as CellResult
+from lightning_interp.lora.batched_training import train_adapters_together as train_adapters_together
