@@ -1,3 +1,12 @@
+from lightning_interp.subliminal.decoding import NumberGrammar as NumberGrammar
+from lightning_interp.subliminal.number_prompts import PromptSettings as PromptSettings
+from lightning_interp.subliminal.number_prompts import number_prompt as number_prompt
+from lightning_interp.subliminal.numbers import first_numbers as first_numbers
+from lightning_interp.subliminal.numbers import number_divergence as number_divergence
+from lightning_interp.subliminal.numbers import parse_numbers as parse_numbers
+from lightning_interp.subliminal.numbers import rejections as rejections
+from lightning_interp.subliminal.numbers import shuffled_across as shuffled_across
+from lightning_interp.subliminal.numbers import shuffled_within as shuffled_within
 from lightning_interp.subliminal.traits import CONTEXTS as CONTEXTS
 from lightning_interp.subliminal.traits import ChatContext as ChatContext
 from lightning_interp.subliminal.traits import Trait as Trait
