@@ -1,3 +1,9 @@
 from lightning_interp.lora.batched_training import AdapterCell as AdapterCell
 from lightning_interp.lora.batched_training import CellResult as CellResult
 from lightning_interp.lora.batched_training import train_adapters_together as train_adapters_together
+from lightning_interp.lora.svd import SingularDirections as SingularDirections
+from lightning_interp.lora.svd import UpdateNorms as UpdateNorms
+from lightning_interp.lora.svd import ablated as ablated
+from lightning_interp.lora.svd import export_ablated as export_ablated
+from lightning_interp.lora.svd import singular_directions as singular_directions
+from lightning_interp.lora.svd import update_norms as update_norms

@@ -86,22 +86,23 @@ def save_adapter(
     folder: str | os.PathLike[str],
     *,
     base: str,
+    name: str = ADAPTER,
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write the injected adapter as a folder that ``PeftModel.from_pretrained`` reads."""
+    """Write an injected adapter as a folder that ``PeftModel.from_pretrained`` reads."""
     from peft.functional import get_peft_model_state_dict
 
     adapter: Any = model
-    config = copy.deepcopy(adapter.peft_config[ADAPTER])
+    config = copy.deepcopy(adapter.peft_config[name])
     config.base_model_name_or_path = base
     config.inference_mode = True
-    for name, value in vars(config).items():
+    for field, value in vars(config).items():
         if isinstance(value, set):  # sets would be written in an order that changes from run to run
-            setattr(config, name, sorted(value))
+            setattr(config, field, sorted(value))
     # Only the adapter: PEFT's own choice about embedding layers asks the hub.
-    found = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    weights = {f"{_PREFIX}{name}": tensor for name, tensor in found.items()}
+    found = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    weights = {f"{_PREFIX}{path}": tensor for path, tensor in found.items()}
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         config.save_pretrained(str(temporary))
         save_tensors(temporary / _WEIGHTS, weights, {"format": "pt"})
