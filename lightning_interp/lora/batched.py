@@ -1,0 +1,233 @@
+"""Adapters of several owners on one frozen base, whose rows of a batch each use their owner's alone."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_interp.core.hooks.checks import check_hookable, check_weights
+from lightning_interp.core.model.model_map import ModelMap
+from lightning_interp.core.model.own_hooks import Hook
+from lightning_interp.errors import IncompatibleModelError
+from lightning_interp.lora.adapter_branch import Branch, add_branches
+from lightning_interp.models.sources.adapters import ADAPTER, save_adapter
+from lightning_interp.models.training.lora import LoraSettings, inject_lora
+
+__all__ = ["AdapterBatch", "Share"]
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """The rows of one owner in the coming pass, which follow those of the owner before.
+
+    Attributes:
+        key: The owner.
+        rows: Their number.
+        length: Columns that these rows would have in a batch of their own.
+        generator: What dropout is drawn from; it draws what one pass over these rows alone would.
+    """
+
+    key: str
+    rows: int
+    length: int
+    generator: torch.Generator | None = None
+
+
+class AdapterBatch(nn.Module):
+    """Fresh adapters beside a base, in float32, which act while :meth:`attached` on the rows that ``shares`` names.
+
+    The base is neither changed nor held. Each adapter starts as :func:`inject_lora` starts it with the same seed.
+
+    Args:
+        model: The base.
+        adapters: Settings and seed of every adapter, by its owner's key.
+
+    Attributes:
+        shares: Whose rows the coming passes have; with none the base runs alone.
+
+    Raises:
+        IncompatibleModelError: If an adapter does not fit the base.
+
+    Example:
+        >>> from lightning_interp.testing import tiny_model
+        >>> base, ids = tiny_model("llama"), torch.arange(8).view(2, 4)
+        >>> adapters = AdapterBatch(base, {"a": (LoraSettings(r=1), 0), "b": (LoraSettings(r=8), 1)})
+        >>> adapters.shares = [Share("a", 1, 4), Share("b", 1, 4)]
+        >>> with adapters.attached(base):
+        ...     loss = base(ids).logits.sum()
+        >>> loss.backward()
+        >>> sum(weight.grad is not None for weight in adapters.weights("b"))
+        56
+    """
+
+    def __init__(self, model: PreTrainedModel, adapters: Mapping[str, tuple[LoraSettings, int]]) -> None:
+        super().__init__()
+        self._names = {key: str(index) for index, key in enumerate(adapters)}
+        made = {self._names[key]: _Adapter(model, *given) for key, given in adapters.items()}
+        self.adapters = nn.ModuleDict(made)
+        self.shares: Sequence[Share] = ()
+
+    def __getitem__(self, key: str) -> _Adapter:
+        adapter: Any = self.adapters[self._names[key]]
+        return adapter  # type: ignore[no-any-return]
+
+    def weights(self, key: str) -> list[nn.Parameter]:
+        """Everything of one adapter that is trained."""
+        return list(self[key].parameters())
+
+    def drop(self, key: str) -> None:
+        """Forget an adapter."""
+        del self.adapters[self._names[key]]
+
+    @contextmanager
+    def attached(self, model: PreTrainedModel) -> Iterator[None]:
+        """Let the adapters act in the base's passes, and take them off again."""
+        check_hookable(model)
+        paths = {path: None for adapter in self.adapters.values() for path in adapter.index}  # type: ignore[union-attr]
+        handles = [
+            model.get_submodule(path).register_forward_hook(
+                Hook(lambda _, args, out, at=path: self._add(at, args, out))
+            )
+            for path in paths
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _add(self, path: str, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
+        batch = sum(share.rows for share in self.shares)
+        if not batch:
+            return None
+        x: Tensor = args[0]
+        tokens, odd = divmod(x.numel() // x.shape[-1], batch)
+        if odd:
+            raise IncompatibleModelError(
+                f"{path} got {tuple(x.shape)} for a batch of {batch} rows, so no row of it can be told to belong to an "
+                "adapter. Choose target_modules that see every token of every row."
+            )
+        branches, row = [], 0
+        for share in self.shares:
+            branch = self[share.key].branch(path, x, share, tokens, row * tokens, self._width)
+            branches += [] if branch is None else [branch]
+            row += share.rows
+        return add_branches(out, x, branches)
+
+    @property
+    def _width(self) -> int:
+        return max(share.length for share in self.shares)
+
+    def update_norm(self, key: str) -> float:
+        """Frobenius norm of ``scale * B @ A`` over all modules of one adapter, in float64."""
+        adapter, total = self[key], 0.0
+        with torch.no_grad():
+            for down, up, scale in zip(adapter.down, adapter.up, adapter.scales, strict=True):
+                down, up = down.double(), up.double()
+                total += scale**2 * float(((down @ down.T) * (up @ up.T)).sum())
+        return math.sqrt(max(total, 0.0))
+
+    def save(
+        self,
+        key: str,
+        model: PreTrainedModel,
+        folder: str | os.PathLike[str],
+        *,
+        base: str,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> Path:
+        """Write one adapter as a PEFT folder that names ``base``; a folder of a killed attempt is replaced."""
+        adapter = self[key]
+        with _injected(model, adapter.settings, seed=0) as layers, torch.no_grad():
+            for path, i in adapter.index.items():
+                layers[path].lora_A[ADAPTER].weight.copy_(adapter.down[i])
+                layers[path].lora_B[ADAPTER].weight.copy_(adapter.up[i].T)
+            return save_adapter(model, folder, base=base, tokenizer=tokenizer, overwrite=True)
+
+
+class _Adapter(nn.Module):
+    """The matrices of one adapter, ``down`` ``[rank, in]`` and ``up`` ``[rank, out]`` of each map that it changes."""
+
+    def __init__(self, model: PreTrainedModel, settings: LoraSettings, seed: int) -> None:
+        super().__init__()
+        self.settings = settings
+        known = (part.module for _, _, part in ModelMap.build(model).cells())
+        row_wise = {id(module) for part in known for module in part.modules()}
+        with _injected(model, settings, seed=seed) as layers:
+            for path, layer in layers.items():
+                _check_layer(path, layer, row_wise)
+            _check_rank(settings.r, layers)
+            self.index = {path: i for i, path in enumerate(layers)}
+            self.scales = [float(layer.scaling[ADAPTER]) for layer in layers.values()]
+            pairs = [(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight) for layer in layers.values()]
+        self.down = nn.ParameterList(nn.Parameter(a.detach()) for a, _ in pairs)
+        self.up = nn.ParameterList(nn.Parameter(b.detach().T.contiguous()) for _, b in pairs)
+
+    def branch(self, path: str, x: Tensor, share: Share, tokens: int, start: int, width: int) -> Branch | None:
+        """What it does at one map; ``start`` is the first of its tokens, of which a row has ``tokens``."""
+        i = self.index.get(path)
+        if i is None:
+            return None
+        noise = None
+        if self.training and self.settings.dropout > 0 and share.rows:
+            noise = self._noise(x, share, tokens, share.length if tokens == width else tokens)
+        return Branch(self.down[i], self.up[i], self.scales[i], (start, start + share.rows * tokens), noise)
+
+    def _noise(self, x: Tensor, share: Share, tokens: int, length: int) -> Tensor:
+        """Dropout as the share's own batch would draw it; it is shorter by what all rows are padded with."""
+        kept = 1 - self.settings.dropout
+        drawn = torch.empty(share.rows, length, x.shape[-1], device=x.device, dtype=torch.float32)
+        drawn.bernoulli_(kept, generator=share.generator).div_(kept)
+        return nn.functional.pad(drawn, (0, 0, 0, tokens - length)).flatten(0, 1)
+
+
+@contextmanager
+def _injected(model: PreTrainedModel, settings: LoraSettings, *, seed: int) -> Iterator[dict[str, Any]]:
+    """A model with a fresh adapter, which is taken out again; gives the layers that carry it by path."""
+    check_weights(model, purpose="Training adapters together")
+    asked = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
+    inject_lora(model, settings, seed=seed)
+    layers: dict[str, Any] = {path: layer for path, layer in model.named_modules() if hasattr(layer, "lora_A")}
+    try:
+        yield layers
+    finally:
+        for path, layer in layers.items():
+            model.set_submodule(path, layer.get_base_layer())
+        del model.peft_config
+        for parameter in model.parameters():
+            parameter.requires_grad_(asked[id(parameter)])
+
+
+def _check_layer(path: str, layer: Any, row_wise: set[int]) -> None:
+    if ADAPTER not in layer.lora_A or id(layer.get_base_layer()) not in row_wise or ".experts." in path:
+        raise IncompatibleModelError(
+            f"{path} is a {type(layer.get_base_layer()).__name__} that does not see one row of features a token, so "
+            "adapters on it cannot be trained together. Choose other target_modules, or train one by one."
+        )
+
+
+def _check_rank(rank: int, layers: Mapping[str, Any]) -> None:
+    sizes = {path: min(layer.in_features, layer.out_features) for path, layer in layers.items()}
+    over = [path for path, size in sizes.items() if rank > size]
+    if len(over) == len(sizes):
+        path = max(sizes, key=lambda path: sizes[path])
+        raise IncompatibleModelError(
+            f"An adapter of rank {rank} is larger than each of its {len(sizes)} maps: the update of {path} has a rank "
+            f"of {sizes[path]} at most, and none has a higher one. Lower r."
+        )
+    if over:
+        warnings.warn(
+            f"An adapter of rank {rank} is larger than {len(over)} of its {len(sizes)} maps, such as {over[0]}, whose "
+            f"update has a rank of {sizes[over[0]]} at most.",
+            stacklevel=6,
+        )
