@@ -1,3 +1,9 @@
+from lightning_interp.subliminal.dataset import NumberDataset as NumberDataset
+from lightning_interp.subliminal.dataset import NumberSettings as NumberSettings
+from lightning_interp.subliminal.dataset import identical_share as identical_share
+from lightning_interp.subliminal.dataset import paired_rows as paired_rows
+from lightning_interp.subliminal.dataset import read_numbers as read_numbers
+from lightning_interp.subliminal.dataset import write_numbers as write_numbers
 from lightning_interp.subliminal.decoding import NumberGrammar as NumberGrammar
 from lightning_interp.subliminal.number_prompts import PromptSettings as PromptSettings
 from lightning_interp.subliminal.number_prompts import number_prompt as number_prompt
@@ -7,6 +13,9 @@ from lightning_interp.subliminal.numbers import parse_numbers as parse_numbers
 from lightning_interp.subliminal.numbers import rejections as rejections
 from lightning_interp.subliminal.numbers import shuffled_across as shuffled_across
 from lightning_interp.subliminal.numbers import shuffled_within as shuffled_within
+from lightning_interp.subliminal.teachers import Teacher as Teacher
+from lightning_interp.subliminal.teachers import number_sampler as number_sampler
+from lightning_interp.subliminal.teachers import preference_rows as preference_rows
 from lightning_interp.subliminal.traits import CONTEXTS as CONTEXTS
 from lightning_interp.subliminal.traits import ChatContext as ChatContext
 from lightning_interp.subliminal.traits import Trait as Trait

@@ -122,11 +122,14 @@ class ChatContext:
         turns = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*turns, {"role": "user", "content": user}]
 
+    def raw(self, question: str) -> str:
+        """The conversation as bare text, without a template and without the answer's prefix."""
+        return "\n\n".join(part for part in (self.system or "", self.messages(question)[-1]["content"]) if part)
+
     def render(self, tokenizer: PreTrainedTokenizerBase, question: str) -> str:
         """The text that the model goes on from, ``answer_prefix`` included."""
         if not self.chat:
-            before = "\n\n".join(part for part in (self.system or "", self.messages(question)[-1]["content"]) if part)
-            return f"{before} {self.answer_prefix}" if self.answer_prefix else before
+            return f"{self.raw(question)} {self.answer_prefix}" if self.answer_prefix else self.raw(question)
         turns: Any = self.messages(question)
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return f"{text}{self.answer_prefix}"
