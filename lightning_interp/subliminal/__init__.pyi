@@ -16,6 +16,15 @@ from lightning_interp.subliminal.numbers import shuffled_within as shuffled_with
 from lightning_interp.subliminal.teachers import Teacher as Teacher
 from lightning_interp.subliminal.teachers import number_sampler as number_sampler
 from lightning_interp.subliminal.teachers import preference_rows as preference_rows
+from lightning_interp.subliminal.theorem import OneStep as OneStep
+from lightning_interp.subliminal.theorem import one_step as one_step
+from lightning_interp.subliminal.theorem import predicted_step as predicted_step
+from lightning_interp.subliminal.toy import MNIST as MNIST
+from lightning_interp.subliminal.toy import ToyResult as ToyResult
+from lightning_interp.subliminal.toy import ToySettings as ToySettings
+from lightning_interp.subliminal.toy import ToyTask as ToyTask
+from lightning_interp.subliminal.toy import gaussian_task as gaussian_task
+from lightning_interp.subliminal.toy import run_toy as run_toy
 from lightning_interp.subliminal.traits import CONTEXTS as CONTEXTS
 from lightning_interp.subliminal.traits import ChatContext as ChatContext
 from lightning_interp.subliminal.traits import Trait as Trait

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_interp.core.measure.clustered import mean_point, point_interval
 from lightning_interp.core.measure.resampling import interval_ends, nested_bootstrap
 from lightning_interp.errors import RecipeError
 
@@ -22,6 +23,7 @@ __all__ = [
     "nested_interval",
     "proportion_interval",
     "ratio_interval",
+    "t_interval",
 ]
 
 Values = NDArray[np.float64]
@@ -84,6 +86,19 @@ def proportion_interval(shares: Sequence[float], *, level: float = 0.95) -> Esti
 def mean_interval(values: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Estimate:
     """Mean with a percentile bootstrap over units (see :func:`bootstrap_interval`)."""
     return bootstrap_interval(lambda x: x.mean(axis=-1), [values], level=level, seed=seed)
+
+
+def t_interval(values: Sequence[float], *, level: float = 0.95) -> Estimate:
+    """Mean with Student's interval: for few units, of which a bootstrap makes too narrow a one.
+
+    Example:
+        >>> str(t_interval([0.1, 0.2, 0.3])), str(t_interval([0.1]))
+        ('0.20 [-0.05, 0.45]', '0.10')
+    """
+    _check_level(level)
+    point = mean_point(np.asarray(values, dtype=np.float64))
+    low, high, method = point_interval(point, ci="t", alpha=1 - level)
+    return Estimate(point.value, low, high, point.n, level, method)
 
 
 def median_interval(values: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Estimate:
