@@ -13,11 +13,12 @@ from _measure import PeakMemory, alternate, compare, row
 from grafting import Grafted, Plain, T, build, with_lora
 
 from lightning_interp import GraftEvaluator, GraftPlan, GraftPrompt, ModelMap, paper_plans
+from lightning_interp.core.model.head import whole_head
 from lightning_interp.core.weights.sources import make_sources
 from lightning_interp.grafting import CheckpointDonor, component_grid
 from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.prefixes import PrefixTree
-from lightning_interp.grafting.runner import Rows, last_logits, whole_head
+from lightning_interp.grafting.runner import Rows, last_logits
 from lightning_interp.testing import byte_tokenizer
 
 PROMPTS, CONFIGURATIONS = 64, 200

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_interp.core.measure.undisturbed import evaluating
+from lightning_interp.core.model.head import whole_head
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.tokens.batches import packed
 from lightning_interp.core.weights.masked_linear import Execution
@@ -22,7 +23,7 @@ from lightning_interp.grafting.plan import GraftPlan
 from lightning_interp.grafting.prefixes import PrefixTree
 from lightning_interp.grafting.prompts import EncodedPrompt, GraftPrompt, PromptBatch, encode, spans_of
 from lightning_interp.grafting.result import GraftResult
-from lightning_interp.grafting.runner import Rows, check_whole, last_logits, whole_head
+from lightning_interp.grafting.runner import Rows, check_whole, last_logits
 
 __all__ = ["AnyPlan", "GraftEvaluator", "GraftPrompt", "GraftResult"]
 

@@ -18,13 +18,13 @@ from lightning_interp.core.hooks.capture import ActivationCapture
 from lightning_interp.core.hooks.intervention import Intervention
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Layers, Site, resolve_layers
+from lightning_interp.core.tokens.pass_arguments import model_inputs
 from lightning_interp.core.tokens.positions import Positions
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.core.weights.sources import WeightSource
 from lightning_interp.errors import RecipeError
 from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.plan import GraftPlan, Policy
-from lightning_interp.grafting.runner import model_inputs
 
 __all__ = ["PATCH_SITES", "ActivationPatch", "PatchPlan", "patch_plans", "patched_logits"]
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +15,14 @@ from lightning_interp.core.measure.undisturbed import evaluating
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.own_hooks import suspended
 from lightning_interp.core.tokens.kv_cache import cache_argument, cache_of
+from lightning_interp.core.tokens.pass_arguments import model_inputs
 from lightning_interp.core.weights.sources import ModelSource, WeightSource
 from lightning_interp.errors import IncompatibleModelError, UnsupportedStrategyError
 from lightning_interp.grafting.intervention import Graft
 from lightning_interp.grafting.plan import GraftPlan
 from lightning_interp.grafting.prefixes import PrefixTree
 
-__all__ = ["Rows", "check_whole", "last_logits", "model_inputs", "whole_head"]
+__all__ = ["Rows", "check_whole", "last_logits"]
 
 _WHOLE: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
 """Donors that were compared with each recipient."""
@@ -79,18 +78,6 @@ def _in_order(found: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     return together
 
 
-def model_inputs(model: nn.Module, ids: torch.Tensor, valid: torch.Tensor, *, start: int = 0) -> dict[str, Any]:
-    """Arguments of a forward pass over the columns from ``start`` on, with logits of the last column only."""
-    device = next(model.parameters()).device
-    accepted = inspect.signature(model.forward).parameters
-    inputs: dict[str, Any] = {"input_ids": ids[:, start:].to(device), "attention_mask": valid.long().to(device)}
-    if "position_ids" in accepted:
-        inputs["position_ids"] = (valid.long().cumsum(dim=1) - 1).clamp(min=0)[:, start:].to(device)
-    if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = 1
-    return inputs
-
-
 def _picked(cache: Any, rows: list[int]) -> Any:
     """Some rows of a cache, as a cache of their own; the caller's stays as it is."""
     picked = copy.copy(cache)
@@ -144,16 +131,3 @@ def check_whole(model_map: ModelMap, donors: Mapping[str, WeightSource], ids: to
 def _tolerance(*models: nn.Module) -> float:
     exact = all(p.dtype in (torch.float32, torch.float64) for model in models for p in model.parameters())
     return 2e-4 if exact and not torch.is_autocast_enabled(next(models[0].parameters()).device.type) else 3e-2
-
-
-@contextmanager
-def whole_head(model_map: ModelMap) -> Iterator[None]:
-    """Hand the head its last column as one block: torch multiplies a strided slice by a frozen head row by row."""
-    if model_map.head is None:
-        yield
-        return
-    handle = model_map.head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()

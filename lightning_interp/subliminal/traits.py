@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_interp.errors import RecipeError
+from lightning_interp.errors import DataError, RecipeError
 
 __all__ = ["CONTEXTS", "ChatContext", "Trait"]
 
@@ -127,12 +127,27 @@ class ChatContext:
         return "\n\n".join(part for part in (self.system or "", self.messages(question)[-1]["content"]) if part)
 
     def render(self, tokenizer: PreTrainedTokenizerBase, question: str) -> str:
-        """The text that the model goes on from, ``answer_prefix`` included."""
+        """The text that the model goes on from, ``answer_prefix`` included.
+
+        Raises:
+            DataError: If the tokenizer has no chat template, and one is used.
+        """
         if not self.chat:
             return f"{self.raw(question)} {self.answer_prefix}" if self.answer_prefix else self.raw(question)
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"The tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r} has no chat template. Use an "
+                "instruction-tuned model's, or ChatContext(chat=False)."
+            )
         turns: Any = self.messages(question)
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return f"{text}{self.answer_prefix}"
+
+    def ids(self, tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+        """Token ids of :meth:`render`; a template writes its own begin token, and else the tokenizer does."""
+        text = self.render(tokenizer, question)
+        ids: list[int] = tokenizer(text, add_special_tokens=not self.chat).input_ids
+        return ids
 
 
 _GIBBERISH = "The seventh drawer hums in lilac. Kettles argue about the moon's left shoe. Nobody folds a wet whistle."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +17,7 @@ from lightning_interp.core.model.own_hooks import suspended
 from lightning_interp.core.model.quantized import is_packed
 from lightning_interp.errors import IncompatibleModelError, SiteError
 
-__all__ = ["SoftmaxHead", "read_head"]
+__all__ = ["SoftmaxHead", "read_head", "whole_head"]
 
 _PROBE_TOKENS = 6
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "final_logits_soft_cap")
@@ -148,3 +150,16 @@ def _nearest_setting(fitted: float, model_map: ModelMap) -> float:
     known = [1.0, *(float(v) for v in named if v), *(1.0 / v for v in named if v)]
     nearest = min(known, key=lambda value: abs(value - fitted))
     return nearest if abs(nearest - fitted) <= 1e-2 * abs(fitted) else fitted
+
+
+@contextmanager
+def whole_head(model_map: ModelMap) -> Iterator[None]:
+    """Hand the head its last column as one block: torch multiplies a strided slice by a frozen head row by row."""
+    if model_map.head is None:
+        yield
+        return
+    handle = model_map.head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()

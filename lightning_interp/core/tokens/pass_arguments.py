@@ -1,4 +1,4 @@
-"""Read what a pass knows about its tokens off the arguments of a decoder's ``forward``."""
+"""The arguments of a decoder's ``forward``: made for a batch, and read for what a pass knows about its tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_interp.core.tokens.kv_cache import cache_in, installed_versions
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import PositionError
 
-__all__ = ["argument_reader", "step_reader"]
+__all__ = ["argument_reader", "model_inputs", "step_reader"]
 
 
 def argument_reader(module: nn.Module) -> Callable[[str, tuple[Any, ...], dict[str, Any]], Any]:
@@ -63,3 +63,17 @@ def step_reader(backbone: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any
         return StepContext(int(tokens.shape[0]), int(tokens.shape[1]), past, tokens.device, ids, mask)
 
     return read
+
+
+def model_inputs(
+    model: nn.Module, ids: torch.Tensor, valid: torch.Tensor, *, start: int = 0, keep: int = 1
+) -> dict[str, Any]:
+    """Arguments of a forward pass over the columns from ``start`` on, with logits of the last ``keep`` columns only."""
+    device = next(model.parameters()).device
+    accepted = inspect.signature(model.forward).parameters
+    inputs: dict[str, Any] = {"input_ids": ids[:, start:].to(device), "attention_mask": valid.long().to(device)}
+    if "position_ids" in accepted:
+        inputs["position_ids"] = (valid.long().cumsum(dim=1) - 1).clamp(min=0)[:, start:].to(device)
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = keep
+    return inputs
