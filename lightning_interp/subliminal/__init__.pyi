@@ -24,6 +24,7 @@ from lightning_interp.subliminal.evaluation.scoring import score_answers as scor
 from lightning_interp.subliminal.evaluation.transmission import TransmissionEffect as TransmissionEffect
 from lightning_interp.subliminal.evaluation.transmission import specificity as specificity
 from lightning_interp.subliminal.evaluation.transmission import transmission_effect as transmission_effect
+from lightning_interp.subliminal.number_data import NumberSequenceDataModule as NumberSequenceDataModule
 from lightning_interp.subliminal.number_prompts import PromptSettings as PromptSettings
 from lightning_interp.subliminal.number_prompts import number_prompt as number_prompt
 from lightning_interp.subliminal.numbers import first_numbers as first_numbers
@@ -32,6 +33,10 @@ from lightning_interp.subliminal.numbers import parse_numbers as parse_numbers
 from lightning_interp.subliminal.numbers import rejections as rejections
 from lightning_interp.subliminal.numbers import shuffled_across as shuffled_across
 from lightning_interp.subliminal.numbers import shuffled_within as shuffled_within
+from lightning_interp.subliminal.students import SoftStudent as SoftStudent
+from lightning_interp.subliminal.students import StudentSettings as StudentSettings
+from lightning_interp.subliminal.students import distillation_loss as distillation_loss
+from lightning_interp.subliminal.students import student_settings as student_settings
 from lightning_interp.subliminal.teachers import Teacher as Teacher
 from lightning_interp.subliminal.teachers import number_sampler as number_sampler
 from lightning_interp.subliminal.teachers import preference_rows as preference_rows

@@ -18,7 +18,7 @@ from lightning_interp.models.training.lora import LoraSettings
 from lightning_interp.models.training.metric import IGNORED, TokenLoss, completion_loss
 from lightning_interp.models.training.optimisation import Optimisation, no_more
 
-__all__ = ["CausalLM"]
+__all__ = ["CausalLM", "scored_columns"]
 
 
 class CausalLM(Finetuned):
@@ -57,6 +57,8 @@ class CausalLM(Finetuned):
         >>> module.training, module.strict_loading
         (True, False)
     """
+
+    _loss_name = "loss"
 
     def __init__(
         self,
@@ -109,38 +111,47 @@ class CausalLM(Finetuned):
         with self._own_dropout(batch_idx):
             total, tokens = self._loss(batch, batch_idx, trim=True)
         loss = total / tokens
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]), sync_dist=True)
+        self.log(f"train/{self._loss_name}", loss, prog_bar=True, batch_size=len(batch["labels"]), sync_dist=True)
         return loss
 
     def _measure(self, stage: str, batch: dict[str, Tensor], batch_idx: int) -> None:
         getattr(self, f"{stage}_loss").update(*self._loss(batch, batch_idx, trim=False))
 
     def _loss(self, batch: dict[str, Tensor], batch_idx: int, *, trim: bool) -> tuple[Tensor, Tensor]:
-        """Sum of the cross entropy of the labelled tokens, and their number."""
+        """What is lost at the labelled tokens together, and their number."""
         if "labels" not in batch:
             raise DataError(
                 f"Batch {batch_idx} has no 'labels', only {', '.join(batch)}. "
                 "Give token ids, with -100 where nothing is scored; TextDataModule does so."
             )
-        labels, more = batch["labels"], {}
-        if trim:
-            scored = (labels != IGNORED).any(dim=0)
-            scored[0] = False  # nothing predicts the first token
-            if not bool(scored.any()):
-                raise DataError(
-                    f"Batch {batch_idx} has no labelled token: its labels of shape {tuple(labels.shape)} are all "
-                    "-100 after the first column. Check the completions, or raise max_length if they were cut off."
-                )
-            if self._can_trim:  # the head is dear: leave out the columns before the first prediction
-                # As indices, not as a number: torch multiplies a slice by a frozen head row by row, many times slower.
-                first = int(scored.int().argmax()) - 1
-                more["logits_to_keep"] = torch.arange(first, labels.shape[1], device=labels.device)
-        logits = self(batch["input_ids"], batch.get("attention_mask"), **more).logits
-        return completion_loss(logits, labels)
+        labels = batch["labels"]
+        kept = scored_columns(labels, batch_idx) if trim else None
+        more = {"logits_to_keep": kept} if trim and self._can_trim else {}
+        return self._compared(batch, self(batch["input_ids"], batch.get("attention_mask"), **more).logits)
+
+    def _compared(self, batch: dict[str, Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
+        """What is lost at the labelled tokens together, and their number; logits of the last columns, or of all."""
+        return completion_loss(logits, batch["labels"])
 
     def _log_epoch(self, stage: str) -> None:
         metric: TokenLoss = getattr(self, f"{stage}_loss")
         loss = metric.compute()
         metric.reset()
-        self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=True)
-        self.log(f"{stage}/perplexity", loss.exp(), sync_dist=True)
+        self.log(f"{stage}/{self._loss_name}", loss, prog_bar=True, sync_dist=True)
+        if self._loss_name == "loss":  # a cross entropy
+            self.log(f"{stage}/perplexity", loss.exp(), sync_dist=True)
+
+
+def scored_columns(labels: Tensor, batch_idx: int) -> Tensor:
+    """Columns from the first that predicts a labelled token to the last: the head is dear, and no other is needed.
+
+    As indices, not as a number: torch multiplies a slice by a frozen head row by row, many times slower.
+    """
+    scored = (labels != IGNORED).any(dim=0)
+    scored[0] = False  # nothing predicts the first token
+    if not bool(scored.any()):
+        raise DataError(
+            f"Batch {batch_idx} has no labelled token: its labels of shape {tuple(labels.shape)} are all "
+            "-100 after the first column. Check the completions, or raise max_length if they were cut off."
+        )
+    return torch.arange(int(scored.int().argmax()) - 1, labels.shape[1], device=labels.device)
