@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lightning_interp"
 CORE = {
     "model": {"measure", "model"},
     "tokens": {"model", "tokens"},
-    "hooks": {"model", "tokens", "hooks"},
+    "hooks": {"measure", "model", "tokens", "hooks"},  # measure: rows are read undisturbed
     # measure: dropout is drawn by derived seeds; storage: the index of a folder of shards is JSON of others
     "weights": {"model", "tokens", "hooks", "measure", "storage", "weights"},
     "measure": {"measure"},

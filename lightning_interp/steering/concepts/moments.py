@@ -6,13 +6,13 @@ Memory does not grow with the number of states, so a run over a whole corpus can
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_interp.core.measure.streamed import StreamedSums, reduced_sum
 from lightning_interp.core.model.sites import Site
 from lightning_interp.core.storage.files import canonical_json
 from lightning_interp.core.storage.json_reading import parse_json
@@ -20,7 +20,7 @@ from lightning_interp.core.storage.tensor_files import save_tensors
 from lightning_interp.errors import DataError, IncompatibleModelError, RecipeError
 from lightning_interp.steering.vectors.reading import read_made
 
-__all__ = ["CLASSES", "ClassMoments", "StreamedSums", "reduce_moments"]
+__all__ = ["CLASSES", "ClassMoments", "StreamedSums"]
 
 CLASSES = ("base", "target")
 """The two values of a concept, in the order of the labels 0 and 1."""
@@ -178,7 +178,7 @@ class ClassMoments:
         Raises:
             DataError: See :meth:`__add__`.
         """
-        return reduce_moments(self, group) or self
+        return reduced_sum(self, group) or self
 
     def save(self, path: str | Path) -> Path:
         """Write counts and sums to a safetensors file; ids are not kept.
@@ -292,16 +292,6 @@ class ClassMoments:
             )
 
 
-def reduce_moments(moments: ClassMoments | None, group: Any = None) -> ClassMoments | None:
-    """See :meth:`ClassMoments.reduced`; a process without moments passes None, which comes back if none has any."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return moments
-    parts: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(parts, moments, group=group)
-    held = [part for part in parts if part is not None]
-    return sum(held[1:], held[0]) if held else None
-
-
 def _check_rows(rows: Tensor, labels: Tensor) -> None:
     if len(labels) and int(labels.max()) >= len(CLASSES):
         raise RecipeError(f"A label is {int(labels.max())}; expected 0 (base), 1 (target) or -1 (neither).")
@@ -318,38 +308,3 @@ def _check_class(name: int, label: int, before: int) -> None:
         raise DataError(
             f"State {name} is {CLASSES[label]} now and was {CLASSES[before]} before. An id is one state of one class."
         )
-
-
-@dataclass(frozen=True, eq=False)
-class StreamedSums:
-    """Count and sum ``[w]`` of vectors, and the scatter of the first ``d`` columns or None; adding gives those of both.
-
-    The scatter (sum of outer products) is taken about the vectors' own mean and merged as Chan, Golub and LeVeque
-    (1979) do, so that it loses no digits where the mean is large.
-    """
-
-    count: int
-    total: Tensor
-    scatter: Tensor | None = None
-
-    @classmethod
-    def of(cls, rows: Tensor, *, square: int = 0) -> StreamedSums:
-        """Sums of ``[n, w]``; the scatter covers the first ``square`` columns, 0 for none."""
-        inside = rows[:, :square]
-        centred = inside - inside.mean(0) if len(rows) else inside
-        return cls(len(rows), rows.sum(0), centred.T @ centred if square else None)
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean vector ``[w]``; NaN without vectors."""
-        return self.total / self.count if self.count else torch.full_like(self.total, torch.nan)
-
-    def __add__(self, other: StreamedSums) -> StreamedSums:
-        if self.count == 0 or other.count == 0:
-            return other if self.count == 0 else self
-        total, scatter = self.total + other.total, None
-        if self.scatter is not None and other.scatter is not None:
-            gap = (other.mean - self.mean)[: len(self.scatter)]
-            weight = self.count * other.count / (self.count + other.count)
-            scatter = self.scatter + other.scatter + weight * torch.outer(gap, gap)
-        return StreamedSums(self.count + other.count, total, scatter)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from lightning_interp.core.callbacks.intervention_callback import InterventionCallback, Stage
+from lightning_interp.core.measure.streamed import reduced_sum
 from lightning_interp.core.storage.distributed import is_rank_zero
 from lightning_interp.errors import InterpError, RecipeError
 from lightning_interp.steering.concepts.class_reader import ClassReader, PredictedSide, Reading
-from lightning_interp.steering.concepts.moments import ClassMoments, reduce_moments
+from lightning_interp.steering.concepts.moments import ClassMoments
 from lightning_interp.steering.concepts.pairs import CounterfactualPairs
 from lightning_interp.steering.concepts.probes import ConceptProbe, ProbeKind
 
@@ -98,7 +99,7 @@ class ProbeCallback(InterventionCallback):
     def _epoch_end(self, stage: str, trainer: Any, pl_module: Any) -> None:
         if self._stage != stage or trainer.sanity_checking:
             return
-        total = reduce_moments(self.reader.moments)
+        total = reduced_sum(self.reader.moments)
         self.moments.pop(stage, None)
         if total is None:
             warnings.warn(f"ProbeCallback read no token during {stage}, so there is no probe.", stacklevel=2)

@@ -6,25 +6,21 @@ along itself as the mean of the positive ones lies, so strengths mean the same f
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lightning_interp.core.hooks.intervention import Intervention
-from lightning_interp.core.measure.undisturbed import undisturbed
+from lightning_interp.core.hooks.row_means import row_means
+from lightning_interp.core.measure.streamed import StreamedSums
 from lightning_interp.core.model.fingerprint import model_fingerprint
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
-from lightning_interp.core.tokens.batches import packed, padded
 from lightning_interp.core.tokens.positions import Last, Positions
-from lightning_interp.core.tokens.step import StepContext
-from lightning_interp.errors import DataError, PositionError, RecipeError
+from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.steering.activation.selectors import Sites, as_sites, check_positions
-from lightning_interp.steering.concepts.moments import StreamedSums
 from lightning_interp.steering.concepts.probe_regression import fit_logistic
 from lightning_interp.steering.vectors.steering_vectors import SteeringVector
 
@@ -244,17 +240,10 @@ def text_features(
         >>> [(numbers, {str(s): tuple(x.shape) for s, x in found.items()}) for numbers, found in batches]
         [([1, 0], {'resid_post.1': (2, 32)})]
     """
-    model_map = model if isinstance(model, ModelMap) else ModelMap.build(model)
     rows = encode_texts(tokenizer, texts)
-    reader = _Reader(sites, Last() if positions is None else positions)
-    settings = _cheap(model_map, sites)
-    device = next(model_map.model.parameters()).device
-    with reader.attach(model_map, tokenizer=tokenizer), undisturbed(model_map.model):
-        for numbers in packed([len(row) for row in rows], token_budget):
-            ids, mask = padded([rows[i] for i in numbers])
-            with torch.inference_mode():
-                model_map.model(input_ids=ids.to(device), attention_mask=mask.to(device), **settings)
-            yield numbers, reader.take(numbers, texts)
+    yield from row_means(
+        model, rows, sites, texts=texts, tokenizer=tokenizer, positions=positions, token_budget=token_budget
+    )
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -264,42 +253,3 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         if not row:
             raise DataError(f"Text {number} ({texts[number]!r}) has no tokens. Remove it or fill it in.")
     return rows
-
-
-class _Reader(Intervention):
-    """Mean over the chosen tokens of each row, and how many were chosen."""
-
-    def __init__(self, sites: Sequence[Site], positions: Positions) -> None:
-        self._sites, self.positions = tuple(sites), positions
-        self._found: dict[Site, tuple[Tensor, Tensor]] = {}
-
-    def sites(self, model_map: ModelMap) -> Sequence[Site]:
-        return self._sites
-
-    def transform(self, site: Site, x: Tensor, step: StepContext) -> Tensor:
-        mask = step.choose(self.positions, x)
-        count = mask.sum(dim=1)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32)).masked_fill(~mask[..., None], 0.0)
-        self._found[site] = (wide.sum(dim=1) / count.clamp_min(1)[:, None]).float().cpu(), count.cpu()
-        return x
-
-    def take(self, numbers: Sequence[int], texts: Sequence[str]) -> dict[Site, Tensor]:
-        for _, count in self._found.values():
-            if not bool(count.all()):
-                number = numbers[int((count == 0).nonzero()[0])]
-                raise PositionError(
-                    f"{self.positions} chooses no token of text {number}: {texts[number]!r}. Choose other tokens, or "
-                    "leave the text out."
-                )
-        found = {site: mean for site, (mean, _) in self._found.items()}
-        self._found = {}
-        return found
-
-
-def _cheap(model_map: ModelMap, sites: Sequence[Site]) -> Mapping[str, Any]:
-    """Arguments that spare what is not read: the cache, and the logits of all tokens but one."""
-    known = inspect.signature(model_map.model.forward).parameters
-    settings: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
-    if "logits_to_keep" in known and not any(site.kind in ("unembed_in", "logits") for site in sites):
-        settings["logits_to_keep"] = 1
-    return settings
