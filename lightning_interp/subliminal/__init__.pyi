@@ -5,11 +5,14 @@ from lightning_interp.subliminal.dataset import paired_rows as paired_rows
 from lightning_interp.subliminal.dataset import read_numbers as read_numbers
 from lightning_interp.subliminal.dataset import write_numbers as write_numbers
 from lightning_interp.subliminal.decoding import NumberGrammar as NumberGrammar
+from lightning_interp.subliminal.evaluation.callback import TraitEvaluatorCallback as TraitEvaluatorCallback
 from lightning_interp.subliminal.evaluation.conditions import AnswerSampling as AnswerSampling
 from lightning_interp.subliminal.evaluation.conditions import Condition as Condition
 from lightning_interp.subliminal.evaluation.conditions import compare_contexts as compare_contexts
 from lightning_interp.subliminal.evaluation.conditions import evaluate_conditions as evaluate_conditions
 from lightning_interp.subliminal.evaluation.conditions import sample_answers as sample_answers
+from lightning_interp.subliminal.evaluation.metrics import TraitAnswers as TraitAnswers
+from lightning_interp.subliminal.evaluation.metrics import TraitLogits as TraitLogits
 from lightning_interp.subliminal.evaluation.questions import choice_questions as choice_questions
 from lightning_interp.subliminal.evaluation.questions import numbers_before as numbers_before
 from lightning_interp.subliminal.evaluation.questions import preference_questions as preference_questions

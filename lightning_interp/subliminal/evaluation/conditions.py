@@ -125,6 +125,7 @@ def sample_answers(
     context: ChatContext | None = None,
     sampling: AnswerSampling | None = None,
     gate: Gate | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[str]]:
     """Answers of every question, the same for the same weights, context, gate and seed.
 
@@ -135,6 +136,7 @@ def sample_answers(
         context: What stands around a question; the model's own if None.
         sampling: How many, and their seed.
         gate: What is attached meanwhile.
+        numbers: Of the questions, by which their random numbers are known; their places if None.
 
     Returns:
         The answers, without what the context begins them with.
@@ -151,8 +153,8 @@ def sample_answers(
         "seed": sampling.seed,
     }
     asked = [
-        TextRequest(prompt=prompt, key=("answer", question, sample), **options)
-        for question, prompt in enumerate(prompts)
+        TextRequest(prompt=prompt, key=("answer", number, sample), **options)
+        for number, prompt in zip(range(len(prompts)) if numbers is None else numbers, prompts, strict=True)
         for sample in range(sampling.samples)
     ]
     inner: Any = ModelMap.build(model).model
