@@ -1,6 +1,8 @@
 from lightning_interp.lora.batched_training import AdapterCell as AdapterCell
 from lightning_interp.lora.batched_training import CellResult as CellResult
 from lightning_interp.lora.batched_training import train_adapters_together as train_adapters_together
+from lightning_interp.lora.callback import LoraCallback as LoraCallback
+from lightning_interp.lora.callback import UpdateNormCallback as UpdateNormCallback
 from lightning_interp.lora.svd import SingularDirections as SingularDirections
 from lightning_interp.lora.svd import UpdateNorms as UpdateNorms
 from lightning_interp.lora.svd import ablated as ablated

@@ -14,7 +14,7 @@ from lightning_interp.core.storage.files import no_room, sync_to_disk, write_err
 from lightning_interp.core.weights.tensors import TensorFolder
 from lightning_interp.errors import InterpError, ManifestError
 
-__all__ = ["atomic_folder", "check_weight_files", "remove_stale", "short"]
+__all__ = ["atomic_folder", "check_free", "check_weight_files", "remove_stale", "short"]
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def atomic_folder(target: str | os.PathLike[str], *, overwrite: bool = False) ->
     the writer was killed; a target that is replaced stays whole until the new folder is complete.
     """
     final = Path(os.path.abspath(target))
-    _check_free(final, overwrite)
+    check_free(final, overwrite)
     temporary = _sibling(final)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def atomic_folder(target: str | os.PathLike[str], *, overwrite: bool = False) ->
     try:
         yield temporary
         _settle(temporary)
-        _check_free(final, overwrite)
+        check_free(final, overwrite)
         _publish(temporary, final)
     except Exception as error:
         if not isinstance(error, InterpError) and (why := no_room(error)):
@@ -64,7 +64,8 @@ def short(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
-def _check_free(target: Path, overwrite: bool) -> None:
+def check_free(target: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds files already, unless they may be replaced."""
     if overwrite or not os.path.lexists(target):
         return
     if not target.is_dir() or any(target.iterdir()):

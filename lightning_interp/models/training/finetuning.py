@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_interp.core.hooks.checks import check_strategy, check_weights, quantized_modules
 from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
 from lightning_interp.core.model.model_map import ModelMap
-from lightning_interp.errors import IncompatibleModelError, QuantizedModelError, UnsupportedStrategyError
+from lightning_interp.errors import QuantizedModelError, UnsupportedStrategyError
 from lightning_interp.models.sources.adapters import adapter_base, has_adapter, is_adapter_folder, save_adapter
 from lightning_interp.models.sources.bundled import ALIASES
 from lightning_interp.models.sources.folders import atomic_folder
 from lightning_interp.models.sources.pretrained import checkpoint_blocks, quiet_bars
-from lightning_interp.models.training.lora import LoraSettings, adapter_parameters, inject_lora, train_adapter
+from lightning_interp.models.training.adapter_state import check_state, drop_base, is_sharded_tensor, saved_names
+from lightning_interp.models.training.lora import LoraSettings, check_precision, prepare_adapter
 from lightning_interp.models.training.optimisation import Optimisation, adamw, plain, schedule_of, settings_of
 
 __all__ = ["FINETUNING", "SETTINGS", "Finetuned", "Optimised", "base_source"]
@@ -98,19 +99,13 @@ class Finetuned(Optimised):
     def setup(self, stage: str) -> None:
         """Refuse a Trainer that cannot train this module: FSDP1, DeepSpeed, or one that quantises the model itself."""
         check_strategy(self.trainer.strategy, reads_weights=False, purpose=self._title)
-        plugins = {cls.__name__ for cls in type(self.trainer.precision_plugin).__mro__}
-        if "BitsandbytesPrecision" in plugins:
-            raise QuantizedModelError(
-                f"{self._title} cannot use BitsandbytesPrecision: it quantises and freezes every linear map, those of "
-                "the adapter too, so nothing would be trained. Leave that plugin out, pass "
-                f"{type(self).__name__}(..., quantization='4bit', lora=...) and Trainer(precision='bf16-mixed') or "
-                "'32-true'."
-            )
+        instead = f"pass {type(self).__name__}(..., quantization='4bit', lora=...)"
+        check_precision(self.trainer.precision_plugin, purpose=self._title, instead=instead)
 
     def configure_model(self) -> None:
         """Shard the model under ``ModelParallelStrategy`` (FSDP2): block by block, then the rest."""
         mesh = self.device_mesh
-        if mesh is None or any(map(_is_sharded, self.model.parameters())):
+        if mesh is None or any(map(is_sharded_tensor, self.model.parameters())):
             return
         if mesh["tensor_parallel"].size() > 1:
             raise UnsupportedStrategyError(
@@ -152,14 +147,9 @@ class Finetuned(Optimised):
         return seeded_rng(key, self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the frozen base out of a checkpoint, but for two kinds that are read back whole or not at all.
-
-        These are sharded checkpoints, and those that Lightning's weight averaging has put its copy into.
-        """
-        state = checkpoint["state_dict"]
-        if "averaging_state" not in checkpoint and not any(_is_sharded(tensor) for tensor in state.values()):
-            saved = self._saved_names(state)
-            checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in saved}
+        """Keep the frozen base out of a checkpoint; see :func:`drop_base`."""
+        if self.has_adapter:
+            drop_base(checkpoint, self.model, _MODEL)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Restore what :meth:`on_save_checkpoint` keeps.
@@ -169,7 +159,7 @@ class Finetuned(Optimised):
         """
         if self.has_adapter or strict:
             own = self.state_dict()
-            _check_state(state_dict, own, self._saved_names(own), owner=f"this {self._title}")
+            check_state(state_dict, own, self._saved_names(own), owner=f"this {self._title}")
         result: Any = super().load_state_dict(state_dict, strict=strict and not self.has_adapter, assign=assign)
         return type(result)([], []) if self.has_adapter else result
 
@@ -214,45 +204,14 @@ class Finetuned(Optimised):
             self.model.float()  # master weights; reduced precision is the Trainer's part
             self.model.config.dtype = torch.float32
         else:
-            if quantised:
-                from peft import prepare_model_for_kbit_training
-
-                prepare_model_for_kbit_training(self.model, use_gradient_checkpointing=False)
-            if settings is not None:
-                inject_lora(self.model, settings, seed=self.seed, task=self._task)
-            else:
-                train_adapter(self.model)
+            prepare_adapter(self.model, settings, seed=self.seed, task=self._task)
             self.strict_loading = False
         if self.optimisation.gradient_checkpointing:
             checkpoint_blocks(self.model)
 
     def _saved_names(self, state: Mapping[str, Any]) -> set[str]:
         """All names, or with an adapter those of what is trained, and of what lies beside the model."""
-        if not self.has_adapter:
-            return set(state)
-        kept = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        kept |= adapter_parameters(self.model)
-        return {name for name in state if not name.startswith(_MODEL) or name.removeprefix(_MODEL) in kept}
-
-
-def _check_state(given: Mapping[str, Any], own: Mapping[str, Any], needed: Iterable[str], *, owner: str) -> None:
-    """Refuse a state that lacks a needed tensor, or holds an unknown one or one of another shape."""
-    lacking = sorted(set(needed) - set(given))
-    unknown = sorted(set(given) - set(own))
-    other = [name for name in given if name in own and given[name].shape != own[name].shape]
-    if lacking:
-        problem = f"lacks {lacking[0]!r} ({len(lacking)} missing"
-    elif unknown:
-        problem = f"holds the unknown {unknown[0]!r} ({len(unknown)} unknown"
-    elif other:
-        shapes = f"{tuple(given[other[0]].shape)}, expected {tuple(own[other[0]].shape)}"
-        problem = f"holds {other[0]!r} with shape {shapes} ({len(other)} of another shape"
-    else:
-        return
-    raise IncompatibleModelError(
-        f"The checkpoint does not fit {owner}: it {problem}). "
-        "Build the module with the model and the lora settings of the checkpoint."
-    )
+        return saved_names(state, self.model, _MODEL) if self.has_adapter else set(state)
 
 
 def base_source(model: PreTrainedModel, source: str) -> str:
@@ -262,7 +221,3 @@ def base_source(model: PreTrainedModel, source: str) -> str:
     if source in ALIASES or not path.exists():
         return source
     return adapter_base(path)[0] if is_adapter_folder(path) else str(path.resolve())
-
-
-def _is_sharded(tensor: Any) -> bool:
-    return hasattr(tensor, "full_tensor")

@@ -10,12 +10,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lightning_interp.core.hooks.checks import quantized_modules
 from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
-from lightning_interp.errors import IncompatibleModelError
+from lightning_interp.errors import IncompatibleModelError, QuantizedModelError
 from lightning_interp.models.sources.adapters import ADAPTER, has_adapter
 from lightning_interp.models.training.optimisation import check_settings, plain
 
-__all__ = ["LoraSettings", "adapter_parameters", "inject_lora", "train_adapter"]
+__all__ = ["LoraSettings", "adapter_parameters", "check_precision", "inject_lora", "prepare_adapter", "train_adapter"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,33 @@ class LoraSettings:
             [0, 1]
         """
         return plain(self)
+
+
+def check_precision(plugin: Any, *, purpose: str, instead: str) -> None:
+    """Refuse Lightning's own quantisation, told apart by class name, for what trains an adapter."""
+    if "BitsandbytesPrecision" in {cls.__name__ for cls in type(plugin).__mro__}:
+        raise QuantizedModelError(
+            f"{purpose} cannot use BitsandbytesPrecision: it quantises and freezes every linear map, those of the "
+            f"adapter too, so nothing would be trained. Leave that plugin out, {instead} and "
+            "Trainer(precision='bf16-mixed') or '32-true'."
+        )
+
+
+def prepare_adapter(
+    model: PreTrainedModel, settings: LoraSettings | None, *, seed: int, task: str = "CAUSAL_LM"
+) -> None:
+    """Put a fresh adapter into a model, or without settings take the one that it carries, and train that alone.
+
+    The base may be quantised; see :func:`inject_lora` and :func:`train_adapter`.
+    """
+    if quantized_modules(model):
+        from peft import prepare_model_for_kbit_training
+
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if settings is None:
+        train_adapter(model)
+    else:
+        inject_lora(model, settings, seed=seed, task=task)
 
 
 def inject_lora(model: PreTrainedModel, settings: LoraSettings, *, seed: int, task: str = "CAUSAL_LM") -> None:
