@@ -1,3 +1,8 @@
+from lightning_interp.subliminal.alignment import AlignmentResult as AlignmentResult
+from lightning_interp.subliminal.alignment import align as align
+from lightning_interp.subliminal.alignment import hidden_states as hidden_states
+from lightning_interp.subliminal.alignment import over_seeds as over_seeds
+from lightning_interp.subliminal.alignment import state_sums as state_sums
 from lightning_interp.subliminal.dataset import NumberDataset as NumberDataset
 from lightning_interp.subliminal.dataset import NumberSettings as NumberSettings
 from lightning_interp.subliminal.dataset import identical_share as identical_share
@@ -5,6 +10,8 @@ from lightning_interp.subliminal.dataset import paired_rows as paired_rows
 from lightning_interp.subliminal.dataset import read_numbers as read_numbers
 from lightning_interp.subliminal.dataset import write_numbers as write_numbers
 from lightning_interp.subliminal.decoding import NumberGrammar as NumberGrammar
+from lightning_interp.subliminal.distilled import DistilledVectors as DistilledVectors
+from lightning_interp.subliminal.distilled import distilled_vectors as distilled_vectors
 from lightning_interp.subliminal.evaluation.callback import TraitEvaluatorCallback as TraitEvaluatorCallback
 from lightning_interp.subliminal.evaluation.conditions import AnswerSampling as AnswerSampling
 from lightning_interp.subliminal.evaluation.conditions import Condition as Condition
@@ -27,6 +34,7 @@ from lightning_interp.subliminal.evaluation.scoring import score_answers as scor
 from lightning_interp.subliminal.evaluation.transmission import TransmissionEffect as TransmissionEffect
 from lightning_interp.subliminal.evaluation.transmission import specificity as specificity
 from lightning_interp.subliminal.evaluation.transmission import transmission_effect as transmission_effect
+from lightning_interp.subliminal.figures import alignment_figure as alignment_figure
 from lightning_interp.subliminal.number_data import NumberSequenceDataModule as NumberSequenceDataModule
 from lightning_interp.subliminal.number_prompts import PromptSettings as PromptSettings
 from lightning_interp.subliminal.number_prompts import number_prompt as number_prompt
