@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import math
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from lightning_interp.core.hooks.checks import check_hookable, check_weights
+from lightning_interp.core.hooks.checks import check_hookable, check_weights, quantized_modules
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.own_hooks import Hook
 from lightning_interp.errors import IncompatibleModelError
 from lightning_interp.lora.adapter_branch import Branch, add_branches
-from lightning_interp.models.sources.adapters import ADAPTER, save_adapter
+from lightning_interp.models.sources.adapters import ADAPTER
+from lightning_interp.models.sources.pretrained import checkpoint_blocks
 from lightning_interp.models.training.lora import LoraSettings, inject_lora
 
-__all__ = ["AdapterBatch", "Share"]
+__all__ = ["AdapterBatch", "Share", "frozen_base"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,31 +126,16 @@ class AdapterBatch(nn.Module):
     def _width(self) -> int:
         return max(share.length for share in self.shares)
 
-    def update_norm(self, key: str) -> float:
-        """Frobenius norm of ``scale * B @ A`` over all modules of one adapter, in float64."""
-        adapter, total = self[key], 0.0
-        with torch.no_grad():
-            for down, up, scale in zip(adapter.down, adapter.up, adapter.scales, strict=True):
-                down, up = down.double(), up.double()
-                total += scale**2 * float(((down @ down.T) * (up @ up.T)).sum())
-        return math.sqrt(max(total, 0.0))
-
-    def save(
-        self,
-        key: str,
-        model: PreTrainedModel,
-        folder: str | os.PathLike[str],
-        *,
-        base: str,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> Path:
-        """Write one adapter as a PEFT folder that names ``base``; a folder of a killed attempt is replaced."""
+    @contextmanager
+    def injected(self, key: str, model: PreTrainedModel) -> Iterator[None]:
+        """The base with one of the adapters as PEFT has it, called ``ADAPTER``; taken out again."""
         adapter = self[key]
-        with _injected(model, adapter.settings, seed=0) as layers, torch.no_grad():
-            for path, i in adapter.index.items():
-                layers[path].lora_A[ADAPTER].weight.copy_(adapter.down[i])
-                layers[path].lora_B[ADAPTER].weight.copy_(adapter.up[i].T)
-            return save_adapter(model, folder, base=base, tokenizer=tokenizer, overwrite=True)
+        with _injected(model, adapter.settings, seed=0) as layers:
+            with torch.no_grad():
+                for path, i in adapter.index.items():
+                    layers[path].lora_A[ADAPTER].weight.copy_(adapter.down[i])
+                    layers[path].lora_B[ADAPTER].weight.copy_(adapter.up[i].T)
+            yield
 
 
 class _Adapter(nn.Module):
@@ -231,3 +214,37 @@ def _check_rank(rank: int, layers: Mapping[str, Any]) -> None:
             f"update has a rank of {sizes[over[0]]} at most.",
             stacklevel=6,
         )
+
+
+@contextmanager
+def frozen_base(model: Any, *, checkpointing: bool) -> Iterator[None]:
+    """A model in training mode without anything that is trained, as adapters have it; put back afterwards."""
+    _check_no_dropout(model)
+    if quantized_modules(model):
+        from peft import prepare_model_for_kbit_training
+
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    asked, training = {p: p.requires_grad for p in model.parameters()}, model.training
+    model.requires_grad_(False)
+    if checkpointing:
+        checkpoint_blocks(model)
+    try:
+        yield
+    finally:
+        if checkpointing:
+            turn_off = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+            turn_off()
+        for parameter, wanted in asked.items():
+            parameter.requires_grad_(wanted)
+        model.train(training)
+
+
+def _check_no_dropout(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        values = {"p": module.p} if isinstance(module, nn.Dropout) else vars(module)
+        for name, value in values.items():
+            if (name == "p" or "drop" in name) and isinstance(value, float) and value > 0:
+                raise IncompatibleModelError(
+                    f"{path}.{name} of {type(model).__name__} is {value}: a base that drops out by itself would draw "
+                    "for all adapters at once, and none would be what it is alone. Load it with that setting at 0."
+                )

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-__all__ = ["fit_and_export"]
+__all__ = ["fit_and_export", "fit_or_go_on"]
 
 
 def fit_and_export(module: Any, data: Any, folder: Path, trainer: Mapping[str, Any]) -> dict[str, float]:
@@ -17,14 +17,29 @@ def fit_and_export(module: Any, data: Any, folder: Path, trainer: Mapping[str, A
 
     The numbers are the same after a kill at any moment: a training that was finished then logs nothing any more.
     """
-    keep = _Newest(folder / "checkpoints", filename="last", save_top_k=1, enable_version_counter=False)
-    runner = L.Trainer(**{**trainer, "callbacks": [*trainer.get("callbacks", ()), keep]})
-    last = folder / "checkpoints" / "last.ckpt"
-    runner.fit(module, data, ckpt_path=str(last) if last.exists() else None)
+    runner, logged = fit_or_go_on(module, data, folder, trainer)
     if runner.is_global_zero:
         module.export(folder / "model", overwrite=True)  # of an attempt that was killed after it
     runner.strategy.barrier()
-    return keep.logged | _numbers(runner)
+    return logged
+
+
+def fit_or_go_on(
+    module: Any, data: Any, folder: Path, trainer: Mapping[str, Any], *, every: int | None = None
+) -> tuple[L.Trainer, dict[str, float]]:
+    """Train with a checkpoint in ``folder/checkpoints``, or go on at it; gives the Trainer and what was logged last.
+
+    The checkpoint is of the newest epoch, or of the newest step that ``every`` divides and of the end.
+    """
+    keep = _Newest(
+        folder / "checkpoints", filename="last", save_top_k=1, enable_version_counter=False, every_n_train_steps=every
+    )
+    runner = L.Trainer(**{**trainer, "callbacks": [*trainer.get("callbacks", ()), keep]})
+    last = folder / "checkpoints" / "last.ckpt"
+    runner.fit(module, data, ckpt_path=str(last) if last.exists() else None)
+    if every is not None:
+        runner.save_checkpoint(last)
+    return runner, keep.logged | _numbers(runner)
 
 
 class _Newest(ModelCheckpoint):
