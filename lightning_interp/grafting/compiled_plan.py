@@ -18,12 +18,14 @@ import torch
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.tokens.positions import Positions
 from lightning_interp.core.tokens.step import StepContext
+from lightning_interp.core.weights.cells import Cell
 from lightning_interp.core.weights.holders import Dose
+from lightning_interp.core.weights.row_weights import without_padding
 from lightning_interp.errors import RecipeError
-from lightning_interp.grafting.dropout import DRAWS, Cell
+from lightning_interp.grafting.dropout import DRAWS
 from lightning_interp.grafting.plan import GraftPlan, GraftRule
 
-__all__ = ["EVERYWHERE", "NOWHERE", "CompiledPlans", "Doses", "check_doses", "dose_of", "without_padding"]
+__all__ = ["EVERYWHERE", "NOWHERE", "CompiledPlans", "Doses", "check_doses", "dose_of"]
 
 Doses = Mapping[str, torch.Tensor]
 
@@ -183,12 +185,6 @@ class _States:
 
 
 _states = lru_cache(maxsize=256)(_States)
-
-
-def without_padding(codes: torch.Tensor, step: StepContext) -> torch.Tensor:
-    """Give padding the code of its row's first real token: it reaches none, and uniform masks stay uniform."""
-    first = step.valid.long().argmax(dim=1, keepdim=True)
-    return torch.where(step.padding, codes.gather(1, first), codes)
 
 
 def _mask_of(positions: Positions, step: StepContext, rows: list[int]) -> torch.Tensor:

@@ -13,12 +13,10 @@ from typing import Any, Literal
 import torch
 
 from lightning_interp.core.measure.seeding import derived_seed
+from lightning_interp.core.weights.cells import Cell
 from lightning_interp.errors import RecipeError
 
-__all__ = ["DRAWS", "Cell", "GraftDropout"]
-
-Cell = tuple[str, int | None]
-"""A component and its layer; None for what a model has once."""
+__all__ = ["DRAWS", "GraftDropout"]
 
 DRAWS = 64
 """Different draws of one plan; the token at position t gets draw ``t % DRAWS``."""

@@ -23,7 +23,7 @@ from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.core.weights.counted_dropout import CountedDropout
 from lightning_interp.core.weights.holders import RowSource
 from lightning_interp.core.weights.masked_linear import Execution
-from lightning_interp.core.weights.row_weights import RowWeights, check_sources, expand_rows
+from lightning_interp.core.weights.row_weights import RowWeights, check_sources, expand_rows, without_padding
 from lightning_interp.core.weights.sources import AdapterSource, AnySource, CheckpointSource, ModelSource, make_sources
 from lightning_interp.errors import PositionError, RecipeError, SiteError
 from lightning_interp.grafting.compiled_plan import (
@@ -33,7 +33,6 @@ from lightning_interp.grafting.compiled_plan import (
     Doses,
     check_doses,
     dose_of,
-    without_padding,
 )
 from lightning_interp.grafting.plan import GraftPlan
 

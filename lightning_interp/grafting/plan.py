@@ -17,8 +17,9 @@ from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Layers, resolve_layers
 from lightning_interp.core.storage.json_reading import parse_json
 from lightning_interp.core.tokens.positions import All, Positions
+from lightning_interp.core.weights.cells import Cell, cells_of
 from lightning_interp.errors import InterpError, RecipeError, SiteError
-from lightning_interp.grafting.dropout import Cell, GraftDropout
+from lightning_interp.grafting.dropout import GraftDropout
 
 __all__ = ["GROUPS", "GraftPlan", "GraftRule", "Policy"]
 
@@ -102,7 +103,8 @@ class GraftRule:
         layers = resolve_layers(self.layers, len(model_map))
         chosen: set[Cell] = set()
         for name in self.components if layers else ():
-            chosen |= _cells_of(name, layers, model_map)
+            shared = name not in GROUPS or len(layers) == len(model_map)
+            chosen |= cells_of(model_map, name, GROUPS.get(name, (name,)), layers, shared=shared)
         if not self.others:
             return chosen
         return {(name, layer) for name, layer, _ in model_map.cells()} - chosen
@@ -297,16 +299,3 @@ class GraftPlan:
 
 def _names(components: str | Sequence[str]) -> tuple[str, ...]:
     return (components,) if isinstance(components, str) else tuple(components)
-
-
-def _cells_of(name: str, layers: frozenset[int], model_map: ModelMap) -> set[Cell]:
-    names = GROUPS.get(name, (name,))
-    with_shared = name not in GROUPS or len(layers) == len(model_map)
-    found: set[Cell] = {(n, None) for n in names if n in model_map.shared and with_shared}
-    found |= {(n, layer) for layer in layers for n in names if n in model_map.components[layer]}
-    if not found:
-        present = ", ".join([*model_map.shared, *dict.fromkeys(n for table in model_map.components for n in table)])
-        raise SiteError(
-            f"{type(model_map.model).__name__} has no component {name!r} in these layers. It has: {present}."
-        )
-    return found

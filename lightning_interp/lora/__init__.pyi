@@ -3,6 +3,11 @@ from lightning_interp.lora.batched_training import CellResult as CellResult
 from lightning_interp.lora.batched_training import train_adapters_together as train_adapters_together
 from lightning_interp.lora.callback import LoraCallback as LoraCallback
 from lightning_interp.lora.callback import UpdateNormCallback as UpdateNormCallback
+from lightning_interp.lora.gate import AdapterGate as AdapterGate
+from lightning_interp.lora.gate_spec import GATE_MODULES as GATE_MODULES
+from lightning_interp.lora.gate_spec import GateSpec as GateSpec
+from lightning_interp.lora.gate_spec import named_gates as named_gates
+from lightning_interp.lora.gate_spec import shared_with_train as shared_with_train
 from lightning_interp.lora.svd import SingularDirections as SingularDirections
 from lightning_interp.lora.svd import UpdateNorms as UpdateNorms
 from lightning_interp.lora.svd import ablated as ablated

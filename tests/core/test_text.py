@@ -279,6 +279,13 @@ def test_parts_of_a_conversation(layout, conversation):
     for part in ("user", "assistant", "system"):
         assert template_mask(BYTES, ids, part).tolist() == [role == part for role in who], part
     assert template_mask(BYTES, ids, "template").tolist() == [role is None for role in who]
+    own = turns[0][0] != "system"
+    assert template_mask(BYTES, ids, "inserted").tolist() == [own and role == "system" for role in who]
+
+    said = len(pieces) if ask else max(i for i, (role, _) in enumerate(pieces) if role == "assistant")
+    opening = [i for i in range(said) if pieces[i][1]][-2 if layout is nested and not ask else -1 :]
+    place = [i for i, (_, piece) in enumerate(pieces) for _ in BYTES(piece).input_ids]
+    assert template_mask(BYTES, ids, "generation_prompt").tolist() == [i in opening for i in place]
 
 
 @pytest.fixture(autouse=True)
@@ -309,7 +316,8 @@ def test_system_text_inside_of_the_users_is_refused(template):
 def test_text_outside_of_any_turn_is_the_templates():
     ids = BYTES("no template at all").input_ids
     assert template_mask(BYTES, ids, "template").all()
-    assert not template_mask(BYTES, ids, "user").any()
+    for part in ("user", "inserted", "generation_prompt"):
+        assert not template_mask(BYTES, ids, part).any()
     assert template_mask(BYTES, [], "user").dtype == torch.bool
 
 

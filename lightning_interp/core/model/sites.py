@@ -97,7 +97,7 @@ def resolve_layers(layers: Layers, count: int) -> frozenset[int]:
     """Turn a layer choice (see :class:`~lightning_interp.grafting.plan.GraftRule`) into block indices.
 
     Quarters have ``count // 4`` layers and the last one takes the rest; ``upper_half`` is the two last quarters,
-    ``second_half`` begins at ``count // 2``.
+    ``second_half`` begins at ``count // 2``, where ``early`` ends.
     """
     if not isinstance(layers, str | int):
         return frozenset[int]().union(*(resolve_layers(part, count) for part in layers))
@@ -112,6 +112,7 @@ def resolve_layers(layers: Layers, count: int) -> frozenset[int]:
         "lower_half": range(2 * quarter),
         "upper_half": range(2 * quarter, count),
         "second_half": range(count // 2, count),
+        "early": range(count // 2),
     }
     found = named[str(layers)] if layers in named else _range(str(layers), count)
     if layers == "none":

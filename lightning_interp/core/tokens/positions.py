@@ -342,7 +342,9 @@ class ChatTemplate(Positions):
     """Parts of a conversation that was written by the tokenizer's own chat template.
 
     Args:
-        part: ``user``, ``assistant`` or ``system`` for what that role said, ``template`` for what the template added.
+        part: ``user``, ``assistant`` or ``system`` for what that role said, ``template`` for what the template added
+            to it, ``inserted`` for the system text that the template has where none was given, or
+            ``generation_prompt`` for what opens the last answer.
     """
 
     part: str = "template"

@@ -245,18 +245,15 @@ class StepContext:
         return found
 
     def select(self, positions: Selector) -> torch.Tensor:
-        """Tokens of this pass that a selector chooses, bool ``[B, T]``.
-
-        Raises:
-            PositionError: If it chooses tokens that are cached already, and were not treated so when they were read.
-        """
-        if (self.unseen or self.before is not None) and ("select", positions) not in self.cache:
-            self._check_cached(positions)
-            self.cache["select", positions] = True
+        """Tokens of this pass that a selector chooses, bool ``[B, T]``; see :meth:`check_cached`."""
+        self.check_cached(positions)
         return positions.mask(self)
 
-    def _check_cached(self, positions: Selector) -> None:
-        """Compare what a selector chooses among the cached columns with what was chosen when they were read."""
+    def check_cached(self, positions: Selector) -> None:
+        """Refuse a selector that chooses tokens which are cached already, and were not treated so when read."""
+        if not (self.unseen or self.before is not None) or ("select", positions) in self.cache:
+            return
+        self.cache["select", positions] = True
         told, total = self.generation, self.past + self.length
         ids = None if told is None or told.ids is None else repeat_rows(told.ids, self.batch_size)
         if ids is None and self.before is not None and self.before.input_ids is not None and self.input_ids is not None:

@@ -25,8 +25,8 @@ __all__ = [
     "token_spans",
 ]
 
-PARTS = ("user", "assistant", "system", "template")
-"""What a token of a templated conversation can belong to."""
+PARTS = ("user", "assistant", "system", "template", "inserted", "generation_prompt")
+"""What a token of a templated conversation can belong to; the last two are parts of those before."""
 
 _UNSPACED = "\u0e00-\u0fff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\uff66-\uffdc"
 """Thai, Tibetan, Burmese, Khmer, Chinese, Japanese; Korean, whose particles follow names without a space."""
@@ -98,7 +98,7 @@ def _chosen(places: list[tuple[int, int]], which: str) -> list[tuple[int, int]]:
 
 
 def template_mask(tokenizer: Any, ids: Sequence[int], part: str) -> torch.Tensor:
-    """Which tokens of a row are the ``user``, ``assistant``, ``system`` or ``template`` part of a chat, bool ``[T]``.
+    """Which tokens of a row belong to a part of a chat (see ``PARTS``), bool ``[T]``.
 
     Headers and ends of turns are read off the tokenizer's own template, and looked for in the decoded text.
     """
@@ -122,8 +122,26 @@ def template_mask(tokenizer: Any, ids: Sequence[int], part: str) -> torch.Tensor
     if part == "template":
         inside = [any(a >= begin and b <= end for _, begin, end in turns) for a, b in spans]
         return ~torch.tensor(inside, dtype=torch.bool)
-    wanted = [(begin, end) for role, begin, end in turns if role == part]
+    if part == "generation_prompt":
+        start, stop = _answer_header(text, turns, marks)
+        return torch.tensor([a < stop and b > start for a, b in spans], dtype=torch.bool)
+    role, own = ("system", _own_system(tokenizer, marks)) if part == "inserted" else (part, None)
+    wanted = [(begin, end) for who, begin, end in turns if who == role and own in (None, text[begin:end])]
+    wanted = [] if part == "inserted" and not own else wanted
     return torch.tensor([any(a >= begin and b <= end for begin, end in wanted) for a, b in spans], dtype=torch.bool)
+
+
+def _own_system(tokenizer: Any, marks: Sequence[Mark]) -> str:
+    """The system text that a template writes where none is given; empty without one."""
+    text = str(tokenizer.apply_chat_template([{"role": "user", "content": "@"}], tokenize=False))
+    return next((text[begin:end] for role, begin, end in _turns(text, marks) if role == "system"), "")
+
+
+def _answer_header(text: str, turns: Sequence[tuple[str, int, int]], marks: Sequence[Mark]) -> tuple[int, int]:
+    """Where the header of the last answer stands; ``(0, 0)`` without an answer."""
+    begin = next((begin for role, begin, _ in reversed(turns) if role == "assistant"), 0)
+    headers = [mark.header for mark in marks if mark.role == "assistant" and text[:begin].endswith(mark.header)]
+    return begin - max(map(len, headers), default=0), begin
 
 
 def _marks(tokenizer: Any) -> list[Mark]:

@@ -29,7 +29,7 @@ from lightning_interp.core.weights.row_masks import RowMask
 from lightning_interp.core.weights.sources import AdapterSource, AnySource, ModelSource, WeightSource, make_sources
 from lightning_interp.errors import IncompatibleModelError, PositionError, SiteError, UnsupportedStrategyError
 
-__all__ = ["RowWeights", "Signature", "check_sources", "expand_rows"]
+__all__ = ["RowWeights", "Signature", "check_sources", "expand_rows", "without_padding"]
 
 Signature = tuple[int, ...]
 """Source of one component in one layer for every code: 0 the recipient, ``k`` the k-th source."""
@@ -130,6 +130,12 @@ def expand_rows(codes: torch.Tensor, step: StepContext, what: str = "Codes") -> 
             f"{what} are given for {len(codes)} rows, but the batch has {step.batch_size}. Give one a row."
         )
     return codes.repeat_interleave(rows_each(step, len(codes), what))[:, None].expand(-1, step.length)
+
+
+def without_padding(codes: torch.Tensor, step: StepContext) -> torch.Tensor:
+    """Give padding the code of its row's first real token: it reaches none, and uniform masks stay uniform."""
+    first = step.valid.long().argmax(dim=1, keepdim=True)
+    return torch.where(step.padding, codes.gather(1, first), codes)
 
 
 def check_sources(model_map: ModelMap, sources: Sequence[WeightSource]) -> None:
