@@ -26,6 +26,7 @@ __all__ = [
     "TraitReadout",
     "answered",
     "continuation_logp",
+    "last_logits_of",
     "read_logits",
     "spellings",
     "summed_logp",
@@ -300,11 +301,16 @@ def read_logits(
         nullcontext() if gate is None else gate.attach(model, tokenizer=tokenizer) as attachment,
     ):
         for numbers in batches:
-            ids, mask = padded([rows[number] for number in numbers], side="left")
             if prompt_lengths is not None and attachment is not None:
                 attachment.prompt_lengths = torch.tensor([prompt_lengths[number] for number in numbers])
             kept = max(keep[number] for number in numbers) if keep is not None else 1
-            logits = inner(**model_inputs(inner, ids, mask.bool(), keep=kept), use_cache=False).logits[:, -kept:]
-            found.append(read(logits if logits.dtype == torch.float64 else logits.float(), numbers))
+            found.append(read(last_logits_of(inner, [rows[number] for number in numbers], kept), numbers))
     order = torch.tensor([number for numbers in batches for number in numbers]).argsort()
     return torch.cat(found).cpu().double()[order]
+
+
+def last_logits_of(model: nn.Module, rows: Sequence[Sequence[int]], keep: int = 1) -> Tensor:
+    """The last logits of some rows in one pass, ``[rows, keep, V]`` in float32 (or float64); short rows end alike."""
+    ids, mask = padded(rows, side="left")
+    logits: Tensor = model(**model_inputs(model, ids, mask.bool(), keep=keep), use_cache=False).logits[:, -keep:]
+    return logits if logits.dtype == torch.float64 else logits.float()
