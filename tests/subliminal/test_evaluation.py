@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_interp import Intervention, Last, Site
+from lightning_interp.core.hooks.last_logits import read_logits
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.subliminal import (
     CONTEXTS,
@@ -28,7 +29,7 @@ from lightning_interp.subliminal import (
     trait_margins,
     transmission_effect,
 )
-from lightning_interp.subliminal.evaluation.readout import continuation_logp, read_logits, spellings
+from lightning_interp.subliminal.evaluation.readout import continuation_logp, spellings
 from lightning_interp.testing import byte_tokenizer, tiny_model
 
 TRAIT = Trait(target="owl", others=("cat", "lynx"))

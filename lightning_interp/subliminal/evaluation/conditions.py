@@ -11,12 +11,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lightning_interp.core.hooks.last_logits import Gate
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.generation.requests import TextRequest
 from lightning_interp.generation.sampler import LocalSampler
 from lightning_interp.subliminal.evaluation.questions import preference_questions
-from lightning_interp.subliminal.evaluation.readout import Gate, TraitReadout, answered, trait_logits
+from lightning_interp.subliminal.evaluation.readout import TraitReadout, answered, trait_logits
 from lightning_interp.subliminal.evaluation.scoring import AnswerScores, score_answers
 from lightning_interp.subliminal.traits import CONTEXTS, ChatContext, Trait
 

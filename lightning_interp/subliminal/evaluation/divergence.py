@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from lightning_interp.core.hooks.last_logits import Gate, last_logits_of, read_logits
 from lightning_interp.core.measure.statistics import Estimate, nested_interval
 from lightning_interp.core.measure.undisturbed import undisturbed
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.errors import DataError
-from lightning_interp.subliminal.evaluation.readout import Gate, last_logits_of, read_logits, summed_logp
+from lightning_interp.subliminal.evaluation.readout import summed_logp
 from lightning_interp.subliminal.traits import ChatContext
 
 __all__ = [
