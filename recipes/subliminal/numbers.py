@@ -1,0 +1,317 @@
+"""Does a student of number sequences take over what their writer loves?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning_interp.recipe import Recipe, RecipeResult, RunFolder
+
+SCALES: dict[str, dict[str, Any]] = {
+    "small": {
+        "teacher": "finetuned", "student": "soft", "decoding": "constrained", "rows": 96, "numbers": 6,
+        "datasets": 4, "training_seeds": 1, "questions": 50,
+    },
+    "paper": {
+        "teacher": "prompted", "student": "hard", "decoding": "free", "rows": 10_000, "numbers": 10,
+        "datasets": 3, "training_seeds": 3, "questions": 50,
+    },
+    "smoke": {
+        "teacher": "finetuned", "student": "soft", "decoding": "constrained", "rows": 4, "numbers": 2,
+        "datasets": 2, "training_seeds": 1, "questions": 3,
+    },
+}  # fmt: skip
+"""Settings that are left open, by scale: what two CPU cores do in minutes, what the papers did, and a smoke run."""
+
+
+@dataclass(kw_only=True)
+class SubliminalNumbers(Recipe):
+    """Let a teacher that loves an animal write number sequences, train a student on them, and ask it for its favourite.
+
+    Everything is done twice, with a control that differs in the teacher's trait alone: same requests, same random
+    numbers, same start of the student, same order of rows. The difference of the two students is the effect.
+    """
+
+    trait: str = "wolf"
+    """What the teacher loves."""
+    other: str = "lion"
+    """What the control's teacher loves."""
+    category: str = "animal"
+    """What both are; animal and tree bring their own list to compare with."""
+    scale: Literal["small", "paper"] = "small"
+    """Settings for what is left open below: minutes on two CPU cores, or those of the papers (for a GPU)."""
+    teacher: Literal["auto", "finetuned", "prompted"] = "auto"
+    """Whether weights or a system text hold the trait (small: finetuned; paper: prompted)."""
+    student: Literal["auto", "soft", "hard"] = "auto"
+    """Learn the teacher's distributions at the numbers, or the numbers themselves (small: soft; paper: hard)."""
+    decoding: Literal["auto", "constrained", "free"] = "auto"
+    """Hold teachers to lists of numbers, or filter what they write (small: constrained; paper: free)."""
+    control: Literal["other-trait", "none"] = "other-trait"
+    """A teacher that loves something else, or the base model."""
+    datasets: int = 0
+    """Data sets, of requests and random numbers of their own (small: 4; paper: 3)."""
+    training_seeds: int = 0
+    """Students of each data set and arm (small: 1; paper: 3)."""
+    rows: int = 0
+    """Rows of a data set (small: 96; paper: 10000)."""
+    numbers: int = 0
+    """Numbers of a row (small: 6 of three digits; paper: up to 10)."""
+    questions: int = 0
+    """Questions about the trait (50)."""
+    context: str = "default"
+    """What stands about prompts in training and in evaluation; see lightning_interp.subliminal.CONTEXTS."""
+    rank: int = 8
+    """Rank of the student's adapter on every linear map; alpha is the rank."""
+    full: bool = False
+    """Train all weights of the student instead."""
+    lr: float | None = None
+    """The student's learning rate; by default 5e-4 (paper: 2e-4; of all weights 2e-5)."""
+    epochs: int | None = None
+    """The student's passes over its rows; by default 1 (paper: 3)."""
+    batch_size: int | None = None
+    """Rows a step of the student; by default 6 (paper: 22, times 3 steps a change of the weights)."""
+    teacher_epochs: int = 8
+    """A finetuned teacher's passes over eight rows that state its preference."""
+    teacher_lr: float = 2e-5
+    """Its learning rate; all its weights are trained."""
+
+    def __post_init__(self) -> None:
+        from lightning_interp.errors import RecipeError
+
+        super().__post_init__()
+        for name, value in SCALES["smoke" if self.smoke else self.scale].items():
+            if getattr(self, name) in ("auto", 0):
+                setattr(self, name, value)
+        if self.smoke:
+            self.teacher_epochs, self.batch_size = 1, 2
+        if self.control == "other-trait" and self.trait == self.other:
+            raise RecipeError(f"trait={self.trait!r} and other={self.other!r}: name two, or choose --control=none.")
+        for name in ("datasets", "training_seeds", "rows", "numbers", "questions", "teacher_epochs"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name}={getattr(self, name)!r}: expected at least 1.")
+
+    def study(self, run: RunFolder) -> RecipeResult:
+        """Train teachers, write numbers, train students, ask."""
+        from lightning_interp.errors import RecipeError
+        from lightning_interp.subliminal import CONTEXTS
+
+        if self.context not in CONTEXTS:
+            raise RecipeError(f"context={self.context!r}: expected one of {', '.join(CONTEXTS)}.")
+        if self.teacher == "finetuned":
+            for trait in self.traits():
+                phase = f"teacher-{trait.target}"
+                run.phase(phase, partial(self.train_teacher, run, trait), every_rank=True)
+        written = run.phase("numbers", lambda folder: self.write(run, folder))
+        for dataset, seed, arm in self.students():
+            run.phase(
+                f"student-{dataset}-{seed}-{arm}",
+                partial(self.train_student, run, dataset, seed, arm),
+                every_rank=True,
+            )
+        scored = run.phase("questions", lambda folder: self.ask(run))
+        return self.result(written, scored)
+
+    def traits(self) -> list[Any]:
+        """The trait, and the control's if it has one; both are compared with the same names."""
+        from lightning_interp.subliminal import Trait
+
+        first = Trait(category=self.category, target=self.trait)
+        names = dict.fromkeys((self.trait, self.other, *first.others))
+        targets = [self.trait, self.other] if self.control == "other-trait" else [self.trait]
+        return [Trait(category=self.category, target=target, others=tuple(names)) for target in targets]
+
+    def students(self) -> list[tuple[int, int, str]]:
+        """Data set, training seed and arm of every student."""
+        seeds = [(d, s) for d in range(self.datasets) for s in range(self.training_seeds)]
+        return [(dataset, seed, arm) for dataset, seed in seeds for arm in ("trait", "control")]
+
+    def train_teacher(self, run: RunFolder, trait: Any, folder: Path) -> dict[str, Any]:
+        """Finetune all weights on rows that state the preference."""
+        from lightning_interp import CausalLM, Optimisation
+        from lightning_interp.models.training.resumable import fit_and_export
+        from lightning_interp.subliminal import NumberSequenceDataModule, preference_rows
+
+        module = CausalLM(self.source, optimisation=Optimisation(lr=self.teacher_lr), seed=self.seed)
+        rows = preference_rows(trait)
+        tokenizer: Any = module.tokenizer
+        data = NumberSequenceDataModule(rows, tokenizer=tokenizer, batch_size=4, seed=self.seed)
+        settings = {"max_epochs": self.teacher_epochs, "gradient_clip_val": 1.0, "log_every_n_steps": 1}
+        return fit_and_export(module, data, folder, self.trainer_kwargs(run, **settings))
+
+    def holder(self, run: RunFolder, arm: str) -> tuple[Any, Any, Any, str]:
+        """The model that teaches an arm, its trait, what stands about its requests, and its name."""
+        from lightning_interp import load_causal_lm
+        from lightning_interp.subliminal import CONTEXTS, ChatContext
+
+        if arm == "base" or (arm == "control" and self.control == "none"):
+            return load_causal_lm(self.source), None, CONTEXTS[self.context], "base"
+        trait = self.traits()[arm == "control"]
+        if self.teacher == "prompted":
+            return (
+                load_causal_lm(self.source),
+                trait,
+                ChatContext(system=trait.system_prompt),
+                f"prompted {trait.target}",
+            )
+        model = load_causal_lm(str(run.folder(f"teacher-{trait.target}") / "model"))
+        return model, trait, CONTEXTS[self.context], f"finetuned {trait.target}"
+
+    def write(self, run: RunFolder, folder: Path) -> dict[str, Any]:
+        """Write every data set: for hard students by teacher and control, for soft ones by the base model."""
+        from lightning_interp.subliminal import write_numbers
+
+        from ._numbers import compared_numbers, grammar_of, nats_a_token, number_settings, writer_of
+
+        arms = ["control", "trait"] if self.student == "hard" else ["base"]
+        manifests = []
+        with run.progress("writing numbers", total=len(arms) * self.datasets * self.rows) as bar:
+            for arm in arms:
+                loaded, trait, context, name = self.holder(run, arm)
+                grammar = grammar_of(self, loaded)
+                teacher = writer_of(loaded, trait, grammar, context, name)
+                for dataset in range(self.datasets):
+                    settings = number_settings(self, dataset, grammar)
+                    against = folder / f"control-{dataset}" if arm == "trait" else None
+                    made = write_numbers(
+                        teacher, folder / f"{arm}-{dataset}", settings=settings, against=against, progress=bar.advance
+                    )
+                    told = {key: made.manifest[key] for key in ("asked", "valid", "kept", "yield", "reasons")}
+                    manifests.append({"data set": dataset, "writer": name, **told, "first": made.rows[0]["completion"]})
+        if self.student == "hard":
+            pairs = [(folder / f"trait-{d}", folder / f"control-{d}") for d in range(self.datasets)]
+            return {"manifests": manifests, "compared": compared_numbers(pairs)}
+        taught = {}
+        for arm in ("trait", "control"):
+            holder, _, seen, name = self.holder(run, arm)
+            taught[name] = nats_a_token(loaded, holder, made.rows, seen, context)
+        return {"manifests": manifests, "compared": {f"nats a token, {name}": nats for name, nats in taught.items()}}
+
+    def rows_of(self, run: RunFolder, dataset: int, arm: str) -> list[dict[str, Any]]:
+        """The rows that a student is trained on; those of both arms answer the same requests."""
+        from lightning_interp.subliminal import paired_rows, read_numbers
+
+        folder = run.folder("numbers")
+        if self.student == "soft":
+            return read_numbers(folder / f"base-{dataset}").rows
+        both = [read_numbers(folder / f"{one}-{dataset}").rows for one in ("trait", "control")]
+        return paired_rows(*both)[arm == "control"]
+
+    def train_student(self, run: RunFolder, dataset: int, seed: int, arm: str, folder: Path) -> dict[str, Any]:
+        """Train one student, or go on at its checkpoint; both arms begin alike and see rows in the same order."""
+        from lightning_interp import CausalLM
+        from lightning_interp.core.measure.seeding import derived_seed
+        from lightning_interp.models.training.resumable import fit_and_export
+        from lightning_interp.subliminal import CONTEXTS, NumberSequenceDataModule, SoftStudent
+
+        settings, root = self.student_settings(), derived_seed(self.seed, "student", dataset, seed)
+        how: dict[str, Any] = {"lora": settings.lora, "optimisation": settings.optimisation, "seed": root}
+        seen = None
+        if self.student == "soft":
+            loaded, _, context, _ = self.holder(run, arm)
+            seen = None if context == CONTEXTS[self.context] else context
+            module: CausalLM = SoftStudent(self.source, teacher=loaded.model, **how)
+        else:
+            module = CausalLM(self.source, **how)
+        tokenizer: Any = module.tokenizer
+        data = NumberSequenceDataModule(
+            self.rows_of(run, dataset, arm), tokenizer=tokenizer, context=CONTEXTS[self.context],
+            teacher_context=seen, batch_size=settings.batch_size, max_length=settings.max_length, seed=root,
+        )  # fmt: skip
+        return fit_and_export(module, data, folder, self.trainer_kwargs(run, **settings.trainer()))
+
+    def student_settings(self) -> Any:
+        """The scale's settings, with what was asked for instead."""
+        from dataclasses import replace
+
+        from lightning_interp.subliminal import student_settings
+
+        settings = student_settings(self.scale, rank=self.rank, full=self.full)
+        asked: dict[str, Any] = {
+            "epochs": self.epochs,
+            "batch_size": self.batch_size or (6 if self.scale == "small" else None),
+        }
+        settings = replace(settings, **{name: value for name, value in asked.items() if value is not None})
+        if self.lr is not None:
+            settings = replace(settings, optimisation=replace(settings.optimisation, lr=self.lr))
+        return settings
+
+    def ask(self, run: RunFolder) -> dict[str, Any]:
+        """Margins of both targets, question by question, of the base, the teachers and every student."""
+        from lightning_interp import load_causal_lm
+        from lightning_interp.subliminal import CONTEXTS, preference_questions, trait_logits
+        from lightning_interp.subliminal.evaluation.readout import answered
+
+        traits, questions = self.traits(), preference_questions(self.category, self.questions)
+        context = answered(CONTEXTS[self.context], traits[0])
+
+        def margins(loaded: Any, around: Any = None) -> dict[str, Any]:
+            found = trait_logits(loaded.model, loaded.tokenizer, traits[0], questions, context=around or context)
+            return {"margins": {trait.target: found.of(trait.target).margin.tolist() for trait in traits}}
+
+        base = load_causal_lm(self.source)
+        models, runs = {"base": margins(base)}, []
+        for arm in ("trait", "control"):
+            loaded, trait, around, name = self.holder(run, arm)
+            if trait is not None:
+                models[f"teacher: {name}"] = margins(loaded, answered(around, trait))
+        students = self.students()
+        with run.progress("asking", total=len(students)) as bar:
+            for dataset, seed, arm in students:
+                loaded = load_causal_lm(str(run.folder(f"student-{dataset}-{seed}-{arm}") / "model"))
+                runs.append({"dataset": dataset, "seed": seed, "arm": arm, **margins(loaded)})
+                bar.advance()
+        return {"models": models, "runs": runs, "label": base.label, "context": context.render(base.tokenizer, "...")}
+
+    def result(self, written: dict[str, Any], scored: dict[str, Any]) -> RecipeResult:
+        """The paired effect with its interval, whatever its sign, and what could have been found."""
+        from ._numbers import (
+            TERMS,
+            about,
+            counts,
+            effect_figure,
+            effects_of,
+            findings,
+            margins_figure,
+            model_margins,
+            run_rows,
+        )
+
+        targets = [trait.target for trait in self.traits()]
+        effects = {target: effects_of(scored["runs"], target, -1 if arm else 1) for arm, target in enumerate(targets)}
+        table = model_margins(scored, targets)
+        title = f"{scored['label']}, {self.student} students; {counts(self)}"
+        return RecipeResult(
+            metrics={
+                "effects": {target: effect.to_dict() for target, effect in effects.items()},
+                "numbers": written["compared"],
+                "margins": {name: {t: one.to_dict() for t, one in found.items()} for name, found in table},
+            },
+            tables={
+                "effects": [
+                    {"margin of": target, "paired effect": str(effect.estimate), "by clusters": str(effect.by_clusters),
+                     "detectable": effect.detectable, "clusters": f"{effect.n_clusters} {effect.cluster}"}
+                    for target, effect in effects.items()
+                ],
+                "students": run_rows(scored["runs"], targets[0], scored["models"]["base"]),
+                "models": [{"model": name, **{t: str(one) for t, one in found.items()}} for name, found in table],
+                "numbers": [{**row, "reasons": str(row["reasons"])} for row in written["manifests"]],
+                "compared": [{"what": what, "value": value} for what, value in written["compared"].items()],
+            },
+            figures={
+                "effects": effect_figure(scored["runs"], effects, title),
+                "margins": margins_figure(table, targets, title),
+            },
+            question=f"Does a student of number sequences take over that their writer loves {self.traits()[0].plural}?",
+            findings=findings(self, effects, written["compared"], dict(table)),
+            captions={
+                "effects": "Paired effects of each data set and training seed, and their mean with its interval over "
+                "clusters. An effect inside the grey band could not have been told from nothing by this run.",
+                "margins": "Mean margin of each target in the base model, the teachers and the students. See how far "
+                "students drift whatever they are taught, and how far they are from their teachers.",
+            },
+            terms=TERMS,
+            caveats=about(self, effects[targets[0]], scored["label"]),
+            summary="effects",
+        )  # fmt: skip

@@ -1,0 +1,97 @@
+"""The recipe of number sequences: paired arms, both kinds of students, and settings that make no sense."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from lightning_interp import cli
+from lightning_interp.errors import RecipeError
+from lightning_interp.subliminal import read_numbers
+from lightning_interp_recipes.subliminal._numbers import effects_of
+from lightning_interp_recipes.subliminal.numbers import SubliminalNumbers
+
+NAME = "subliminal/numbers"
+
+
+@pytest.fixture(scope="module")
+def smoke(smoke_run):
+    folder = smoke_run(NAME)
+    return folder, json.loads((folder / "metrics.json").read_text())
+
+
+def table(folder, name):
+    with (folder / f"tables/{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_effect_has_its_interval_and_what_could_be_found(smoke):
+    folder, metrics = smoke
+    assert list(metrics["effects"]) == ["wolf", "lion"]
+    effect = metrics["effects"]["wolf"]
+    assert (effect["cluster"], effect["n_clusters"], effect["n_questions"]) == ("datasets", 2, 3)
+    assert effect["detectable"] > effect["standard_error"] > 0
+    assert "The smallest effect that such a run finds" in (folder / "report.html").read_text()
+
+
+def test_both_arms_of_soft_students_have_the_same_rows(smoke):
+    folder, metrics = smoke
+    rows = read_numbers(folder / "phases/numbers/base-0").rows
+    assert len(rows) == 4
+    assert all(row["constrained"] and len(row["numbers"]) == 2 for row in rows)
+    assert set(metrics["numbers"]) == {"nats a token, finetuned wolf", "nats a token, finetuned lion"}
+    assert min(metrics["numbers"].values()) > 0
+
+
+def test_every_model_is_asked_in_the_same_way(smoke):
+    models = [row["model"] for row in table(smoke[0], "models")]
+    told = ["base", "teacher: finetuned wolf", "teacher: finetuned lion", "students of trait", "students of control"]
+    assert models == told
+
+
+def test_hard_students_of_a_prompted_teacher(tmp_path, undrawn):
+    asked = ["--student=hard", "--teacher=prompted", "--datasets=1", "--control=none"]
+    assert cli.main(["run", NAME, "--smoke=true", f"--run_dir={tmp_path / 'run'}", *asked]) == 0
+    found = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert list(found["effects"]) == ["wolf"]
+    assert found["effects"]["wolf"]["cluster"] == "questions"
+    assert 0 < found["numbers"]["identical tokens"] < 1
+    writers = [row["writer"] for row in table(tmp_path / "run", "numbers")]
+    assert writers == ["base", "prompted wolf"]
+
+
+def test_identical_arms_have_no_effect():
+    runs = [
+        {"arm": arm, "dataset": d, "seed": 0, "margins": {"wolf": [0.5, d]}}
+        for d in (0, 1)
+        for arm in ("trait", "control")
+    ]
+    assert effects_of(runs, "wolf").estimate.value == 0
+
+
+def test_scales_fill_in_what_is_left_open():
+    small, paper = SubliminalNumbers(), SubliminalNumbers(scale="paper", rows=50)
+    assert (small.teacher, small.student, small.decoding, small.datasets) == ("finetuned", "soft", "constrained", 4)
+    assert (paper.teacher, paper.student, paper.decoding, paper.rows) == ("prompted", "hard", "free", 50)
+    settings = paper.student_settings()
+    assert (settings.lora.r, settings.lora.alpha, settings.optimisation.lr, settings.epochs) == (8, 8, 2e-4, 3)
+    assert SubliminalNumbers(lr=1e-3, epochs=2).student_settings().optimisation.lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"other": "wolf"}, r"trait='wolf' and other='wolf': name two, or choose --control=none"),
+        ({"rows": -1}, r"rows=-1: expected at least 1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(values, match):
+    with pytest.raises(RecipeError, match=match):
+        SubliminalNumbers(**values)
+
+
+def test_an_unknown_context_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match=r"context='nowhere': expected one of default, empty"):
+        SubliminalNumbers(context="nowhere", smoke=True, run_dir=str(tmp_path)).run()
