@@ -3,6 +3,7 @@ from lightning_interp.lora.batched_training import CellResult as CellResult
 from lightning_interp.lora.batched_training import train_adapters_together as train_adapters_together
 from lightning_interp.lora.callback import LoraCallback as LoraCallback
 from lightning_interp.lora.callback import UpdateNormCallback as UpdateNormCallback
+from lightning_interp.lora.figures import trace_figure as trace_figure
 from lightning_interp.lora.gate import AdapterGate as AdapterGate
 from lightning_interp.lora.gate_spec import GATE_MODULES as GATE_MODULES
 from lightning_interp.lora.gate_spec import GateSpec as GateSpec
@@ -14,3 +15,7 @@ from lightning_interp.lora.svd import ablated as ablated
 from lightning_interp.lora.svd import export_ablated as export_ablated
 from lightning_interp.lora.svd import singular_directions as singular_directions
 from lightning_interp.lora.svd import update_norms as update_norms
+from lightning_interp.lora.trace import AdapterTracer as AdapterTracer
+from lightning_interp.lora.trace import trace_adapter as trace_adapter
+from lightning_interp.lora.trace_result import AdapterTrace as AdapterTrace
+from lightning_interp.lora.trace_result import TracedModule as TracedModule

@@ -86,3 +86,19 @@ def merged(family, changes):
         with torch.no_grad():
             module.weight.add_(update.T if turned else update)
     return model.eval()
+
+
+class Waits(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts what makes a GPU's host wait, and notes the largest tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.largest = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.waits += "_local_scalar_dense" in str(function)
+        for each in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(each, torch.Tensor):
+                self.largest = max(self.largest, each.numel())
+        return found

@@ -5,7 +5,7 @@ import json
 import peft
 import pytest
 import torch
-from adapters_under_test import TARGETS, adapted, merged, updates
+from adapters_under_test import TARGETS, Waits, adapted, merged, updates
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -146,22 +146,6 @@ def test_update_norms_are_those_of_full_matrices(family, kind):
     assert list(found.modules) == list(expected)
     assert found.modules == pytest.approx(expected, rel=1e-6)
     assert found.total == pytest.approx(sum(norm**2 for norm in expected.values()) ** 0.5, rel=1e-6)
-
-
-class Waits(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts what makes a GPU's host wait, and notes the largest tensor that is made."""
-
-    def __init__(self):
-        super().__init__()
-        self.waits, self.largest = 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        self.waits += "_local_scalar_dense" in str(function)
-        for each in found if isinstance(found, (tuple, list)) else [found]:
-            if isinstance(each, torch.Tensor):
-                self.largest = max(self.largest, each.numel())
-        return found
 
 
 def test_no_full_matrix_is_built_and_the_host_never_waits_for_one_number():

@@ -30,6 +30,7 @@ class Generation:
         ids: Their token ids ``[B, columns]``, where all are known.
         mask: Which of them are real ``[B, columns]``, where the caller says so.
         doubt: Why the columns cannot be relied on; empty if they can.
+        beams: Beams of each prompt, between which rows go over from step to step.
         notes: What was worked out once for the whole call.
     """
 
@@ -38,6 +39,7 @@ class Generation:
     ids: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     doubt: str = ""
+    beams: int = 1
     notes: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -81,7 +83,8 @@ def read_generation(generate: Any, config: Any, args: tuple[Any, ...], kwargs: d
     if columns <= past and not doubt:
         doubt = f"it was given {columns} columns, but the cache holds {past} already (pass attention_mask of all)"
     fits = mask is not None and mask.shape[1] == columns
-    return Generation(columns, past, ids, mask if fits else None, doubt)
+    beams = _setting("num_beams", given, given.get("generation_config"), config) or 1
+    return Generation(columns, past, ids, mask if fits else None, doubt, int(beams))
 
 
 def _tensor(given: Mapping[str, Any], dim: int, *names: str) -> torch.Tensor | None:
@@ -91,8 +94,12 @@ def _tensor(given: Mapping[str, Any], dim: int, *names: str) -> torch.Tensor | N
 
 def _doubt(given: Mapping[str, Any], *configs: Any) -> str:
     for name, (harmless, why) in _DOUBTS.items():
-        values = [given.get(name), *(getattr(config, name, None) for config in configs)]
-        value = next((value for value in values if value is not None), None)
+        value = _setting(name, given, *configs)
         if value not in harmless:
             return why.format(value)
     return ""
+
+
+def _setting(name: str, given: Mapping[str, Any], *configs: Any) -> Any:
+    values = [given.get(name), *(getattr(config, name, None) for config in configs)]
+    return next((value for value in values if value is not None), None)
