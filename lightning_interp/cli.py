@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["build_parser", "main"]
 
-WRONG_USE, FAILED, CTRL_C, SIGTERM = 2, 1, 130, 143
+WRONG_USE, FAILED, TIME_IS_UP, CTRL_C, SIGTERM = 2, 1, 3, 130, 143
 
 _DESCRIPTION = """\
 Ask what finetuning did to a language model.
@@ -35,6 +35,7 @@ Ask what finetuning did to a language model.
   lightning-interp run grafting/facts --seed=1        change a setting
   lightning-interp run grafting/facts --smoke=true    see in seconds that everything works
   lightning-interp run grafting/facts --help          all settings of a recipe
+  lightning-interp sweep grafting/facts --grid rank=1,4   once for each setting of a grid
   lightning-interp copy grafting/facts mine.yaml      a copy of the settings; then: lightning-interp run mine.yaml
   lightning-interp copy grafting/facts mine/          with the code too; then: lightning-interp run mine/facts.yaml
 """
@@ -78,16 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     run = command("run", _run, "Run a recipe, or go on with its run. NAME --help shows its settings.")
     run.add_argument("recipe", metavar="NAME", help="name of a recipe ('list' shows them), or a YAML or Python file")
-    run.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="a module of yours (or a .py file) whose classes, or recipe, the settings may name; it runs its code",
-    )
+    _add_import_option(run)
     overrides = run.add_argument("overrides", nargs="...", metavar="--field=value", help="settings to change")
     overrides.required = False
+    sweep = command("sweep", _sweep, "Run a recipe once for each setting of a grid, or go on with that.")
+    _add_sweep_options(sweep)
     command("list", _list, "List the recipes of this package.")
     show = command("show", _show, "Show how far a run is, and its main table.")
     show.add_argument("run_dir", type=Path, metavar="RUN_DIR")
@@ -100,10 +96,32 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_import_option(parser: argparse.ArgumentParser) -> None:
+    text = "a module of yours (or a .py file) whose classes, or recipe, the settings may name; it runs its code"
+    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE", help=text)
+
+
+def _add_sweep_options(sweep: argparse.ArgumentParser) -> None:
+    sweep.usage = "%(prog)s NAME --grid SETTING=VALUE,VALUE [--grid ...] [--field=value ...] [options]"
+    sweep.epilog = "All other options are settings that the cells share; 'run NAME --help' shows them."
+    sweep.add_argument("recipe", metavar="NAME", help="name of a recipe, or a YAML or Python file, as for 'run'")
+    several: dict[str, Any] = {"action": "append", "default": []}
+    text = "a setting and its values, such as rank=1,2,4; all combinations are run"
+    sweep.add_argument("--grid", metavar="SETTING=VALUES", help=text, **several)
+    sweep.add_argument("--run_dir", metavar="DIR", help="folder of the sweep (default: that of the recipe, -sweep)")
+    sweep.add_argument("--only", metavar="CELLS", help="run these alone: rank=1,2 or names of cells", **several)
+    text = "a number of the recipe's to show and draw (default: its first)"
+    sweep.add_argument("--metric", dest="metrics", metavar="NAME", help=text, **several)
+    sweep.add_argument("--max-hours", type=float, metavar="H", help="begin no cell after H hours; exit code 3 says so")
+    sweep.add_argument("--launcher", default="local", metavar="NAME", help="where cells run: local")
+    _add_import_option(sweep)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command: the arguments after the program's name, or those of this process.
 
-    The exit code is 0, 1 for an error of this package, 2 for wrong use, 130 after Ctrl-C, 143 after SIGTERM.
+    The exit code is 0, 1 for an error of this package or a failed cell, 2 for wrong use, 3 for a sweep whose time is up
+    with cells left, 130 after Ctrl-C, 143 after SIGTERM.
     """
     from lightning_interp.running.output import lasting_output
 
@@ -140,8 +158,10 @@ def _dispatch(arguments: Sequence[str]) -> int:
     for argument in arguments:
         if re.search("[\ud800-\udfff]", argument):
             raise _UsageError(f"{argument!r} holds bytes that are no letters of this locale. {_UTF8}")
-    parsed = parser.parse_args(arguments)
-    parsed.command_line = arguments
+    parsed, settings = parser.parse_known_args(arguments)
+    if settings and parsed.action is not _sweep:
+        parser.error(f"unrecognized arguments: {' '.join(settings)}")
+    parsed.command_line, parsed.settings = arguments, settings
     code: int = parsed.action(parsed)
     return code
 
@@ -169,16 +189,59 @@ def _run(parsed: argparse.Namespace) -> int:
             show_help(parsed.recipe, imports)
             return 0
         recipe = _configured(parsed.recipe, overrides, imports)
+
+    def work() -> int:
+        recipe.run()
+        return 0
+
+    return _resumable(work, parsed.command_line)
+
+
+def _sweep(parsed: argparse.Namespace) -> int:
+    from lightning_interp.running.asked import split_imports
+    from lightning_interp.running.sweep import asked_sweep
+
+    with _settings_are_usage():
+        if stray := next((text for text in parsed.settings if not text.startswith("--")), None):
+            raise RecipeError(f"{stray!r} is no setting. Give settings as --field=value.")
+        imports, _ = split_imports([f"--import={name}" for name in parsed.imports])
+        sweep = asked_sweep(
+            parsed.recipe,
+            parsed.grid,
+            parsed.settings,
+            run_dir=parsed.run_dir,
+            imports=imports,
+            only=parsed.only,
+            metrics=parsed.metrics,
+            launcher=parsed.launcher,
+            max_hours=parsed.max_hours,
+        )
+
+    def work() -> int:
+        from lightning_interp.running.terminal import print_table
+
+        end = sweep.run()
+        if end.summary:
+            print_table(sweep.name, end.summary)
+            print(f"report: {sweep.path / 'report.html'}")
+        if end.message and end.summary:
+            _say(f"{end.message}. Go on with: lightning-interp {shlex.join(parsed.command_line)}", FAILED)
+        return FAILED if end.failed else TIME_IS_UP if end.left else 0
+
+    return _resumable(work, parsed.command_line)
+
+
+def _resumable(work: Callable[[], int], command_line: Sequence[str]) -> int:
+    """Do work that a signal may stop, and say then how to go on with it."""
     try:
         with _terminable(), _phase_lines():
-            recipe.run()
+            return work()
     except KeyboardInterrupt:
-        return _stopped("Ctrl-C", parsed.command_line, CTRL_C)
+        return _stopped("Ctrl-C", command_line, CTRL_C)
     except SystemExit as error:
         if error.code != SIGTERM and type(error).__name__ != "SIGTERMException":  # Lightning's, which has no code
             raise
-        return _stopped("SIGTERM", parsed.command_line, SIGTERM)
-    return 0
+        return _stopped("SIGTERM", command_line, SIGTERM)
 
 
 def _list(parsed: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from lightning_interp.running.catalog import RecipeSource, find_recipe, header, 
 from lightning_interp.running.recipe import Recipe
 from lightning_interp.running.settings import load_settings, option_key, print_help
 
-__all__ = ["configured", "show_help", "split_imports"]
+__all__ = ["allowed_source", "built", "configured", "recipe_class", "show_help", "split_imports"]
 
 
 def split_imports(arguments: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
@@ -46,23 +46,34 @@ def show_help(name: str, imports: Sequence[str] = ()) -> None:
         print(f"{about}{about and chr(10) * 2}Its recipe is code of its own, which has not run: {code}.")
         print(f"To see the fields: lightning-interp run {shlex.quote(name)} --help --import={shlex.quote(code)}")
     else:
-        print_help(_loaded(source), source)
+        print_help(recipe_class(source), source)
 
 
 def configured(name: str, overrides: Sequence[str], imports: Sequence[str] = ()) -> Recipe:
     """Build the recipe from its YAML file and the command line, and check all that can be checked before it runs."""
+    return built(allowed_source(name, imports), overrides, imports)
+
+
+def allowed_source(name: str, imports: Sequence[str] = ()) -> RecipeSource:
+    """Find a recipe whose code may run: the package's own, or what the user has named."""
     source = find_recipe(name)
     _check_code(source, imports)
-    recipe = load_settings(_loaded(source), source, overrides, modules := [i for i in imports if not i.endswith(".py")])
+    return source
+
+
+def built(source: RecipeSource, overrides: Sequence[str], imports: Sequence[str] = ()) -> Recipe:
+    """Build the recipe of a source that is allowed, as :func:`configured` does."""
+    modules = [i for i in imports if not i.endswith(".py")]
+    recipe = load_settings(recipe_class(source), source, overrides, modules)
     named = [option_key(argument) for argument in overrides]
     if "base_url" not in named:
         _check_receiver(recipe, source)
-    if source.in_run_folder:
-        own = Path(name).parent
+    if source.in_run_folder and source.settings is not None:
+        own = source.settings.parent
         if "run_dir" not in named and recipe.run_path.resolve() != own.resolve():
             raise RecipeError(
-                f"{name}: its run_dir is {str(recipe.run_path)!r}, and not the run folder in which it lies. Say which "
-                f"one to use: --run_dir={shlex.quote(str(own))}"
+                f"{source.settings}: its run_dir is {str(recipe.run_path)!r}, and not the run folder in which it lies. "
+                f"Say which one to use: --run_dir={shlex.quote(str(own))}"
             )
         _check_written(recipe, source, named, own)
     if recipe.smoke and "model" not in named:
@@ -112,5 +123,6 @@ def _check_receiver(recipe: Recipe, source: RecipeSource) -> None:
         )
 
 
-def _loaded(source: RecipeSource) -> type[Recipe]:
+def recipe_class(source: RecipeSource) -> type[Recipe]:
+    """Import the recipe's class."""
     return load_class(source, Recipe)  # type: ignore[type-abstract]  # it is asked for a subclass

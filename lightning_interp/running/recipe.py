@@ -5,7 +5,6 @@ Imports nothing heavy, so that a recipe's fields can be listed without torch; a 
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import platform
@@ -22,67 +21,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning_interp.core.storage.redaction import check_settings
 from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.running.outcome import RecipeResult
 from lightning_interp.running.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from lightning_interp.core.storage.manifest import RunManifest
 
-__all__ = ["Recipe", "RecipeResult"]
+__all__ = ["Recipe", "RecipeResult", "versions"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class RecipeResult:
-    """What a recipe found.
-
-    Args:
-        metrics: Numbers by name, nested as wished: ``metrics.json``.
-        tables: Rows by name: ``tables/<name>.csv``.
-        figures: Matplotlib figures or PNG files by name: ``figures/<name>.png``.
-        artifacts: Files and folders worth keeping by name, such as a trained adapter.
-        question: What was asked, for the report.
-        findings: What was found, each number with its interval: a sentence each, which the report says first.
-        captions: What to see in a figure, by its name.
-        terms: What the names and codes in tables and figures mean.
-        caveats: What the numbers may not be used for, and why.
-        summary: The table to print at the end; the first one if empty.
-
-    Raises:
-        RecipeError: If a name cannot be a file's name, the summary is no table, a caption is of no figure, or an
-            artifact does not exist.
-    """
-
-    metrics: dict[str, Any] = field(default_factory=dict)
-    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    figures: dict[str, Any] = field(default_factory=dict)
-    artifacts: dict[str, Path] = field(default_factory=dict)
-    question: str = ""
-    findings: Sequence[str] = ()
-    captions: Mapping[str, str] = field(default_factory=dict)
-    terms: Mapping[str, str] = field(default_factory=dict)
-    caveats: Sequence[str] = ()
-    summary: str = ""
-
-    def __post_init__(self) -> None:
-        from lightning_interp.running.results import check_output_name
-
-        for kind, named in (("table", self.tables), ("figure", self.figures)):
-            for name in named:
-                check_output_name(name, kind)
-        if not self.summary and self.tables:
-            self.summary = next(iter(self.tables))
-        if self.summary and self.summary not in self.tables:
-            raise RecipeError(
-                f"summary={self.summary!r} names no table; the tables are {', '.join(self.tables) or 'none'}."
-            )
-        if lost := [name for name in self.captions if name not in self.figures]:
-            raise RecipeError(
-                f"captions has {lost[0]!r}, which is no figure; the figures are {', '.join(self.figures) or 'none'}."
-            )
-        for name, path in self.artifacts.items():
-            if not Path(path).exists():
-                raise RecipeError(f"Artifact {name!r} does not exist: {str(path)!r}. Write it before it is named.")
 
 
 @dataclass(kw_only=True)
@@ -235,8 +182,12 @@ class Recipe(ABC):
         root = merged.get("default_root_dir")
         return merged | {"default_root_dir": run.folder(phase) if root is None else Path(root) / phase}
 
-    def run(self) -> RecipeResult:
+    def run(self, parent: RunManifest | None = None) -> RecipeResult:
         """Run the study, or go on where it stopped, and write all results into the run folder.
+
+        Args:
+            parent: An open run of which this one is a child, in the folder that ``run_dir`` names below it, such as
+                one cell of a sweep; what it writes is the same. By default the run stands alone.
 
         Returns:
             What :meth:`study` returned.
@@ -246,34 +197,45 @@ class Recipe(ABC):
             RecipeError: If a setting cannot be used.
             KeyboardInterrupt: After Ctrl-C; the run can go on.
         """
-        from lightning_interp.core.storage.manifest import RunManifest
+        from lightning_interp.running.outcome import about_of, store_result
         from lightning_interp.running.report import write_report
-        from lightning_interp.running.results import OUTPUTS
         from lightning_interp.running.terminal import print_table
 
         self.trainer_options()  # a wrong one is said before anything is done
-        opened = RunManifest.open(
-            self.run_path,
-            config=self.config(),
-            name=self.name,
-            versions=_versions(),
-            outputs=OUTPUTS,
-            not_identity=self.identity_free(),
-        )
-        with opened as manifest:
+        with self._opened(parent) as manifest:
             run = RunFolder(manifest)
             if run.writes:
-                self._write_config()
+                self.write_config()
             log.info("run folder: %s", run.path)
             result = self._study_seeded(run)
             if run.writes:
-                self._write_results(manifest, result)
+                store_result(manifest, result, about=about_of(type(self)), source=self.used_model)
         if run.writes:
             report = write_report(self.run_path)
-            if result.summary:
-                print_table(f"{self.name}: {result.summary}", result.tables[result.summary])
-            print(f"report: {report}")
+            if parent is None:
+                if result.summary:
+                    print_table(f"{self.name}: {result.summary}", result.tables[result.summary])
+                print(f"report: {report}")
         return result
+
+    def _opened(self, parent: RunManifest | None) -> RunManifest:
+        from lightning_interp.core.storage.manifest import RunManifest
+        from lightning_interp.core.storage.run_lock import CHILDREN
+        from lightning_interp.running.results import OUTPUTS
+
+        config, free = self.config(), self.identity_free()
+        if parent is None:
+            return RunManifest.open(
+                self.run_path, config=config, name=self.name, versions=versions(), outputs=OUTPUTS, not_identity=free
+            )
+        if self.run_path.parent != parent.path / CHILDREN:
+            raise RecipeError(
+                f"run_dir={str(self.run_path)!r} is no child of the run in {str(parent.path)!r}. Give a folder in "
+                f"{str(parent.path / CHILDREN)!r}."
+            )
+        return parent.child(
+            self.run_path.name, config=config, name=self.name, inputs={}, outputs=OUTPUTS, not_identity=free
+        )
 
     def _study_seeded(self, run: RunFolder) -> RecipeResult:
         from lightning.pytorch import seed_everything
@@ -292,7 +254,13 @@ class Recipe(ABC):
             raise RecipeError(f"{type(self).__name__}.study() returned {result!r:.80}: expected a RecipeResult.")
         return result
 
-    def _write_config(self) -> None:
+    def write_config(self, command: str = "run", options: Sequence[str] = ()) -> None:
+        """Write ``config.yaml`` into the run folder: the settings, below the command that goes on with them.
+
+        Args:
+            command: The command of ``lightning-interp``.
+            options: What the command needs besides the settings.
+        """
         import yaml
 
         from lightning_interp.core.storage.files import atomic_write_text
@@ -301,9 +269,9 @@ class Recipe(ABC):
         values = {"recipe": self._key()} | self.config() | {"run_dir": str(self.run_path)}
         text = yaml.safe_dump(literal(values), sort_keys=False, allow_unicode=True)
         named = [*self.imports, *self._own_code]
-        again = [str(self.run_path / "config.yaml"), *(f"--import={name}" for name in named)]
-        command = f"# The settings of this run. Goes on with it: lightning-interp run {shlex.join(again)}\n"
-        atomic_write_text(self.run_path / "config.yaml", command + text)
+        again = [str(self.run_path / "config.yaml"), *options, *(f"--import={name}" for name in named)]
+        comment = f"# The settings of this run. Goes on with it: lightning-interp {command} {shlex.join(again)}\n"
+        atomic_write_text(self.run_path / "config.yaml", comment + text)
 
     def _key(self) -> str:
         """Return what the ``recipe:`` key of a YAML file in the run folder must say to find this class again."""
@@ -323,39 +291,14 @@ class Recipe(ABC):
         file = getattr(module, "__file__", None) if hasattr(module, "__recipe__") else None
         return [os.path.relpath(file) if file else type(self).__module__]
 
-    def _write_results(self, manifest: RunManifest, result: RecipeResult) -> None:
-        from lightning_interp.running.results import write_results
 
-        write_results(manifest.path, metrics=result.metrics, tables=result.tables, figures=result.figures)
-        manifest.record_outcome(
-            {
-                "question": result.question,
-                "findings": list(result.findings),
-                "captions": dict(result.captions),
-                "terms": dict(result.terms),
-                "caveats": list(result.caveats),
-                "summary": result.summary,
-                "tables": list(result.tables),
-                "figures": list(result.figures),
-                "artifacts": {name: _relative(path, manifest.path) for name, path in result.artifacts.items()},
-                "about": _about(type(self)),
-                "source": self.used_model,
-            }
-        )
-
-
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions of the packages that decide a run's numbers, and the machine."""
     from lightning_interp import __version__
 
     found = {"lightning_interp": __version__, "python": platform.python_version()}
     found |= {package: metadata.version(package) for package in ("torch", "lightning", "transformers", "peft")}
     return found | {"machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"}
-
-
-def _about(cls: type[Recipe]) -> str:
-    """Return the class's own description; a dataclass without one has its signature there."""
-    text = inspect.cleandoc(cls.__doc__ or "")
-    return "" if text.startswith(f"{cls.__name__}(") else text
 
 
 def _plain(value: Any) -> Any:
@@ -373,8 +316,3 @@ def _plain(value: Any) -> Any:
 
 def _listed(callbacks: Any) -> list[Any]:
     return list(callbacks or ()) if isinstance(callbacks, list | tuple | None) else [callbacks]
-
-
-def _relative(path: Path, run_dir: Path) -> str:
-    absolute, root = Path(path).resolve(), run_dir.resolve()
-    return absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else str(absolute)

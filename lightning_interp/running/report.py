@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import base64
+import functools
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from lightning_interp.core.measure.statistics import counted
 from lightning_interp.core.storage.files import atomic_write_text
+from lightning_interp.core.storage.run_lock import CHILDREN
+from lightning_interp.core.storage.sweep_cells import GRID, value_text
 from lightning_interp.errors import ManifestError
 from lightning_interp.running.results import StoredRun, read_run
 from lightning_interp.running.terminal import columns, shown, shown_rows
 
-__all__ = ["render_report", "write_report"]
+__all__ = ["duration", "render_report", "write_report"]
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 MAX_ROWS, MAX_ROWS_ASIDE = 500, 40  # on the page, of the main table and of the others; the files hold all
@@ -39,13 +44,9 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
 
 
 def render_report(run: StoredRun) -> str:
-    """Return the page, HTML that refers to no other file; all text is escaped."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    """Return the page, HTML that needs no other file; it links to the reports of child runs. All text is escaped."""
     summary = run.outcome["summary"]
-    return template.render(
+    page: str = _template().render(
         name=run.manifest["name"],
         name_parts=re.split(r"(?<=[/_])", run.manifest["name"]),  # where a narrow page may break it
         outcome=run.outcome,
@@ -66,13 +67,24 @@ def render_report(run: StoredRun) -> str:
         smoke=bool(run.manifest["config"].get("smoke")),
         facts=_facts(run),
         phases=[
-            {"name": name, "status": phase["status"], "time": _duration(float(phase["seconds"]))}
+            {"name": name, "status": phase["status"], "time": duration(float(phase["seconds"]))}
             for name, phase in run.manifest["phases"].items()
         ],
         versions=_versions(run),
         last_start="" if run.status == "finished" else f"{run.state}{f' ({run.message})' if run.message else ''}",
-        children=[(name, f"{child.state}, {_duration(child.seconds)}") for name, child in run.children.items()],
+        children=[_child(name, child) for name, child in run.children.items()],
+        again=shlex.join(_again(run)),
     )
+    return page
+
+
+@functools.cache
+def _template() -> Any:
+    """The page's template; a sweep renders one page a cell."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _table(name: str, rows: list[dict[str, Any]], limit: int, unfolded: int, width: int | None) -> dict[str, Any]:
@@ -127,6 +139,22 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", text if len(text) <= 300 else f"{text[:300]} ..."
 
 
+def _child(name: str, child: StoredRun) -> dict[str, str]:
+    """A child run with the address of its report, which is empty where there is none."""
+    report = child.path / "report.html"
+    link = quote(f"{CHILDREN}/{name}/{report.name}") if report.is_file() else ""
+    return {"name": name, "text": f"{child.state}, {duration(child.seconds)}", "link": link}
+
+
+def _again(run: StoredRun) -> list[str]:
+    """The command that repeats a run, in its folder."""
+    grid = run.manifest["config"].get(GRID)
+    if not isinstance(grid, dict):
+        return ["lightning-interp", "run", "config.yaml"]
+    axes = (f"--grid={key}={','.join(map(value_text, v))}" for key, v in grid.items() if isinstance(v, list))
+    return ["lightning-interp", "sweep", "config.yaml", *axes]
+
+
 def _unused(run: StoredRun) -> tuple[str, ...]:
     """Settings that say nothing about the numbers."""
     return ("run_dir",) if run.outcome["source"] else ("run_dir", "model")
@@ -138,7 +166,7 @@ def _facts(run: StoredRun) -> list[tuple[str, str]]:
     starts = f" in {len(sessions)} starts" if len(sessions) > 1 else ""
     facts = [
         ("Started", started),
-        ("Run time", f"{_duration(run.seconds)}{starts}"),
+        ("Run time", f"{duration(run.seconds)}{starts}"),
         ("Seed", shown(run.manifest["config"].get("seed"))),
     ]
     return [*facts, ("Model", run.outcome["source"])] if run.outcome["source"] else facts
@@ -154,7 +182,8 @@ def _versions(run: StoredRun) -> list[tuple[str, str]]:
     ]
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time as one reads it: ``35.1 s``, ``2 min 05 s``, ``3 h 07 min``."""
     if seconds < 60 or seconds > 1e9:  # of a damaged manifest
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

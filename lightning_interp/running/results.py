@@ -25,6 +25,7 @@ __all__ = [
     "OUTPUTS",
     "StoredRun",
     "check_output_name",
+    "read_metrics",
     "read_run",
     "read_table",
     "write_figure",
@@ -182,7 +183,7 @@ def read_run(run_dir: Path) -> StoredRun:
     return StoredRun(
         run_dir,
         manifest,
-        metrics=_read_metrics(run_dir / "metrics.json"),
+        metrics=read_metrics(run_dir / "metrics.json"),
         tables={name: read_table(run_dir / "tables" / f"{name}.csv") for name in outcome["tables"]},
         figures={name: run_dir / "figures" / f"{name}.png" for name in outcome["figures"]},
     )
@@ -207,7 +208,8 @@ def _is(value: Any, kind: str) -> bool:
     return isinstance(value, dict if kind == _NAMED else list) and all(isinstance(text, str) for text in texts)
 
 
-def _read_metrics(path: Path) -> dict[str, Any]:
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Read ``metrics.json`` of a finished run."""
     metrics = read_json(path, expected="the metrics of a run", error=ManifestError, own=True)
     if not isinstance(metrics, dict):
         raise ManifestError(f"{str(path)!r} holds a {type(metrics).__name__}; expected an object. {_REMEDY}")

@@ -24,7 +24,7 @@ from lightning_interp.running.named_classes import (
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-__all__ = ["literal", "load_settings", "option_key", "print_help", "trainer_arguments"]
+__all__ = ["literal", "load_settings", "option_key", "print_help", "read_values", "trainer_arguments"]
 
 T = TypeVar("T")
 
@@ -39,8 +39,15 @@ def load_settings(cls: type[T], source: RecipeSource, overrides: Sequence[str] =
     and line or the option, and the nearest key that exists. Settings are data: a class is imported only for a field
     whose type is a class, and only one of Lightning's or of the modules in ``imports``.
     """
+    return cls(**read_values(cls, source, overrides, imports))
+
+
+def read_values(
+    cls: type[Any], source: RecipeSource, overrides: Sequence[str] = (), imports: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return what :func:`load_settings` builds a dataclass of: a value of the right type for each field."""
     with classes_of([*imports, *dataclasses_in(cls)]):
-        return cls(**_read(cls, source, overrides))
+        return _read(cls, source, overrides)
 
 
 def _read(cls: type[Any], source: RecipeSource, overrides: Sequence[str]) -> dict[str, Any]:

@@ -256,5 +256,5 @@ def test_a_later_start_that_failed_and_runs_inside_are_said(tmp_path):
         run.child("cycle-0", config={}).close("failed", "no more disk")
         run.close("failed", "out of memory")
     words = " ".join(page(tmp_path).words)
-    assert "The last start of this run did not finish: failed (out of memory). What stands here is of a start" in words
+    assert "The last start of this run did not finish: failed (out of memory). What stands here was written" in words
     assert "Runs inside this run cycle-0 failed, 0.0 s" in words

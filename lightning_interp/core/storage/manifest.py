@@ -221,7 +221,16 @@ class RunManifest:
         self._add_to_lineage(name, token, result)
         return result
 
-    def child(self, key: str, *, config: Mapping[str, Any], name: str | None = None, inputs: Any = None) -> RunManifest:
+    def child(
+        self,
+        key: str,
+        *,
+        config: Mapping[str, Any],
+        name: str | None = None,
+        inputs: Any = None,
+        outputs: Collection[str] = (),
+        not_identity: Collection[str] | None = None,
+    ) -> RunManifest:
         """Open a run inside this run: one cycle, one setting of a sweep, one section.
 
         It is a run of its own in ``<run>/children/<key>/``, beside the phases and not inside one, so that no phase
@@ -231,9 +240,11 @@ class RunManifest:
 
         Args:
             key: Names the child in this run: letters, digits, dot, dash and underscore.
-            config: The child's configuration; what may differ when it goes on is as in this run.
+            config: The child's configuration.
             name: The child's name; that of this run with the key behind it if None.
             inputs: What its phases depend on besides its configuration, as for :meth:`phase`.
+            outputs: Files and folders that the child writes, as for :meth:`open`.
+            not_identity: Keys that may differ when the child goes on, as for :meth:`open`; those of this run if None.
 
         Returns:
             The child's open manifest.
@@ -253,7 +264,8 @@ class RunManifest:
         self._check_free(f"Child run {key!r} was opened")
         base = self._lineage.digest if inputs is None else digest(["given", fingerprint(inputs, self._sha256)])
         self._child_openings[key] = self._child_openings.get(key, 0) + 1
-        place = ChildPlace(self, key, digest(["child", base]), self._child_openings[key])
+        free = self._not_identity if not_identity is None else not_identity
+        place = ChildPlace(self, key, digest(["child", base]), self._child_openings[key], outputs, free)
         name = f"{self._state['name']}/{key}" if name is None else name
         child = self._open_child(path, jsonable(config, where="config"), name, place)
         self._child = (key, child)
@@ -306,7 +318,7 @@ class RunManifest:
 
     def _open_child(self, path: Path, config: dict[str, Any], name: str, place: ChildPlace) -> RunManifest:
         versions = self._state["sessions"][-1].get("versions", {})
-        return self._opened(path, config, name, versions, (), self._not_identity, place)
+        return self._opened(path, config, name, versions, place.outputs, place.not_identity, place)
 
     def _close_child(self, status: str, message: str | None) -> None:
         """End a child that was left open: as this run ends, but never as finished."""

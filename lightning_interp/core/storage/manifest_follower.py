@@ -102,7 +102,7 @@ class FollowerManifest(RunManifest):
         self._check_session(what)
 
     def _open_child(self, path: Path, config: dict[str, Any], name: str, place: ChildPlace) -> RunManifest:
-        return FollowerManifest.join(path, config, name, self._not_identity, place)
+        return FollowerManifest.join(path, config, name, place.not_identity, place)
 
     def _result(self, name: str, token: Token) -> Any:
         """Return rank zero's result; its file may come to other machines after the manifest that names it."""

@@ -6,6 +6,7 @@ import fcntl
 import os
 import socket
 import time
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,12 +100,17 @@ class Parent(Protocol):
 
 @dataclass(frozen=True)
 class ChildPlace:
-    """A child that its parent opens, the ``opening``-th time in a session; ``base`` digests what it depends on."""
+    """A child that its parent opens, the ``opening``-th time in a session; ``base`` digests what it depends on.
+
+    ``outputs`` and ``not_identity`` are those of the child, as ``RunManifest.open`` takes them.
+    """
 
     parent: Parent
     key: str
     base: str
     opening: int
+    outputs: Collection[str] = ()
+    not_identity: Collection[str] = ()
 
     def mark(self) -> dict[str, int]:
         """Return what the child's session says of its parent's, so that other ranks know a session of today."""
