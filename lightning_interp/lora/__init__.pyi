@@ -5,10 +5,14 @@ from lightning_interp.lora.callback import LoraCallback as LoraCallback
 from lightning_interp.lora.callback import UpdateNormCallback as UpdateNormCallback
 from lightning_interp.lora.figures import trace_figure as trace_figure
 from lightning_interp.lora.gate import AdapterGate as AdapterGate
+from lightning_interp.lora.gate_callback import GateCallback as GateCallback
+from lightning_interp.lora.gate_callback import GateScores as GateScores
 from lightning_interp.lora.gate_spec import GATE_MODULES as GATE_MODULES
 from lightning_interp.lora.gate_spec import GateSpec as GateSpec
 from lightning_interp.lora.gate_spec import named_gates as named_gates
 from lightning_interp.lora.gate_spec import shared_with_train as shared_with_train
+from lightning_interp.lora.margins import MarginPrompt as MarginPrompt
+from lightning_interp.lora.margins import logit_margins as logit_margins
 from lightning_interp.lora.svd import SingularDirections as SingularDirections
 from lightning_interp.lora.svd import UpdateNorms as UpdateNorms
 from lightning_interp.lora.svd import ablated as ablated
