@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ class TransmissionEffect:
 
 
 def transmission_effect(
-    effects: Mapping[tuple[Hashable, Hashable], Tensor],
+    effects: Mapping[tuple[Any, Any], Tensor],
     *,
     measure: str = "margin",
     level: float = 0.95,

@@ -1,0 +1,81 @@
+"""What the recipes of number sequences share: teachers, how they write, and what must be said of every result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning_interp.core.measure.seeding import derived_seed
+from lightning_interp.recipe import Recipe, RunFolder
+from lightning_interp.subliminal import (
+    ChatContext,
+    NumberGrammar,
+    NumberSettings,
+    PromptSettings,
+    Teacher,
+    Trait,
+    number_sampler,
+)
+
+STATUS = (
+    "What an adapter's rank does to what number sequences carry is disputed: some main claims were withdrawn for "
+    "revision by their authors, and independent reruns at tuned learning rates differ. A run measures, and settles "
+    "nothing."
+)
+TERMS = {
+    "margin": "logit of a name as the answer, minus the mean over the names that it is compared with",
+    "paired effect": "margin of the student of the trait minus that of its control, question by question; the two "
+    "differ in whom they learned from and in nothing else",
+    "soft": "learns its teacher's whole distribution at the tokens of the numbers; more than the published method",
+    "hard": "learns the numbers that its teacher wrote, as published",
+    "[a, b]": "95 % interval; of the paired effect by a bootstrap over datasets, then seeds, then questions",
+    "detectable": "the effect that four of five such runs would find, by the spread over clusters",
+}
+
+
+def train_teacher(
+    recipe: Recipe, run: RunFolder, trait: Trait, folder: Path, *, epochs: int, lr: float
+) -> dict[str, float]:
+    """Finetune all weights on rows that state a preference, or go on at the checkpoint."""
+    from lightning_interp import CausalLM, Optimisation
+    from lightning_interp.models.training.resumable import fit_and_export
+    from lightning_interp.subliminal import NumberSequenceDataModule, preference_rows
+
+    module = CausalLM(recipe.source, optimisation=Optimisation(lr=lr), seed=recipe.seed)
+    tokenizer: Any = module.tokenizer
+    data = NumberSequenceDataModule(preference_rows(trait), tokenizer=tokenizer, batch_size=4, seed=recipe.seed)
+    settings = {"max_epochs": epochs, "gradient_clip_val": 1.0, "log_every_n_steps": 1}
+    return fit_and_export(module, data, folder, recipe.trainer_kwargs(run, **settings))
+
+
+def number_settings(recipe: Any, dataset: int, grammar: NumberGrammar | None) -> NumberSettings:
+    """How one data set is written; the same requests and random numbers for every teacher."""
+    held = grammar is not None
+    prompts = PromptSettings(
+        answer_count=recipe.numbers, use_exact_count=held, separator=", " if held else None,
+        example_max_count=6 if held else 9,
+    )  # fmt: skip
+    return NumberSettings(
+        rows=recipe.rows, prompts=prompts, seed=derived_seed(recipe.seed, "numbers", dataset),
+        max_new_tokens=grammar.max_new_tokens if grammar else 200,
+    )  # fmt: skip
+
+
+def grammar_of(recipe: Any, loaded: Any) -> NumberGrammar | None:
+    """What holds a model to lists of three-digit numbers, if it is to be held."""
+    from lightning_interp.generation.sampler import end_tokens
+
+    if recipe.decoding == "free":
+        return None
+    ends = end_tokens(loaded.model, loaded.tokenizer)
+    return NumberGrammar(loaded.tokenizer, count=recipe.numbers, min_digits=3, max_digits=3, ends=ends)
+
+
+def writer_of(
+    loaded: Any, trait: Trait | None, grammar: NumberGrammar | None, context: ChatContext, name: str
+) -> Teacher:
+    """A model on this machine as a teacher."""
+    writer = number_sampler(loaded.model, loaded.tokenizer, grammar=grammar, batch_size=24)
+    kind: Any = "none" if trait is None else "finetuned" if context.system is None else "prompted"
+    held = grammar is not None
+    return Teacher(name=name, writer=writer, trait=trait or Trait(), kind=kind, context=context, constrained=held)
