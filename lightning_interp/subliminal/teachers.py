@@ -159,7 +159,12 @@ class Teacher:
 
 
 def number_sampler(
-    model: Any, tokenizer: PreTrainedTokenizerBase, *, grammar: NumberGrammar | None = None, batch_size: int = 8
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    grammar: NumberGrammar | None = None,
+    batch_size: int = 8,
+    name: str | None = None,
 ) -> LocalSampler:
     """A model on this machine as a writer of numbers.
 
@@ -168,12 +173,14 @@ def number_sampler(
         tokenizer: Its tokenizer.
         grammar: Hold it to lists of numbers.
         batch_size: Requests at once.
+        name: What decides beside weights and grammar, such as a direction that is added to its stream.
 
     Returns:
         The writer.
     """
-    held: dict[str, Any] = {} if grammar is None else {"logits_processors": grammar.processors, "name": grammar.name}
-    return LocalSampler(model, tokenizer, batch_size=batch_size, **held)
+    told = "; ".join(filter(None, (name, None if grammar is None else grammar.name))) or None
+    held = None if grammar is None else grammar.processors
+    return LocalSampler(model, tokenizer, name=told, batch_size=batch_size, logits_processors=held)
 
 
 def preference_rows(trait: Trait, *, count: int = 8) -> list[dict[str, str]]:

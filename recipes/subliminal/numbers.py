@@ -20,7 +20,7 @@ SCALES: dict[str, dict[str, Any]] = {
     },
     "smoke": {
         "teacher": "finetuned", "student": "soft", "decoding": "constrained", "rows": 4, "numbers": 2,
-        "datasets": 2, "training_seeds": 1, "questions": 3,
+        "datasets": 2, "training_seeds": 1, "questions": 4,
     },
 }  # fmt: skip
 """Settings that are left open, by scale: what two CPU cores do in minutes, what the papers did, and a smoke run."""
@@ -42,8 +42,8 @@ class SubliminalNumbers(Recipe):
     """What both are; animal and tree bring their own list to compare with."""
     scale: Literal["small", "paper"] = "small"
     """Settings for what is left open below: minutes on two CPU cores, or those of the papers (for a GPU)."""
-    teacher: Literal["auto", "finetuned", "prompted"] = "auto"
-    """Whether weights or a system text hold the trait (small: finetuned; paper: prompted)."""
+    teacher: Literal["auto", "finetuned", "prompted", "steered"] = "auto"
+    """What holds the trait: weights, a system text, or a steered stream (small: finetuned; paper: prompted)."""
     student: Literal["auto", "soft", "hard"] = "auto"
     """Learn the teacher's distributions at the numbers, or the numbers themselves (small: soft; paper: hard)."""
     decoding: Literal["auto", "constrained", "free"] = "auto"
@@ -60,6 +60,10 @@ class SubliminalNumbers(Recipe):
     """Numbers of a row (small: 6 of three digits; paper: up to 10)."""
     questions: int = 0
     """Questions about the trait (50)."""
+    shuffle: Literal["none", "within", "across"] = "none"
+    """Shuffle the numbers that students are trained on, within each row or across all of a data set."""
+    numbers_in_training: int = 0
+    """Train on each row's first so many numbers alone; 0 for all."""
     context: str = "default"
     """What stands about prompts in training and in evaluation; see lightning_interp.subliminal.CONTEXTS."""
     rank: int = 8
@@ -72,10 +76,16 @@ class SubliminalNumbers(Recipe):
     """The student's passes over its rows; by default 1 (paper: 3)."""
     batch_size: int | None = None
     """Rows a step of the student; by default 6 (paper: 22, times 3 steps a change of the weights)."""
+    layer: int = -1
+    """After which block a steered teacher's stream is moved; -1 for the middle."""
+    strength: float = 1.0
+    """How far, in units of what the trait's system text does there to the answer's first token."""
     teacher_epochs: int = 8
     """A finetuned teacher's passes over eight rows that state its preference."""
-    teacher_lr: float = 2e-5
-    """Its learning rate; all its weights are trained."""
+    teacher_rank: int = 16
+    """Rank of its adapter on every linear map; 0 trains all its weights (and keeps them in the run's folder)."""
+    teacher_lr: float | None = None
+    """Its learning rate; by default 1e-3 for an adapter, 2e-5 for all weights."""
 
     def __post_init__(self) -> None:
         from lightning_interp.errors import RecipeError
@@ -97,21 +107,25 @@ class SubliminalNumbers(Recipe):
         from lightning_interp.errors import RecipeError
         from lightning_interp.subliminal import CONTEXTS
 
+        from ._numbers import ask, write
+        from ._numbers_report import result
+
         if self.context not in CONTEXTS:
             raise RecipeError(f"context={self.context!r}: expected one of {', '.join(CONTEXTS)}.")
+        run.phase("direction", self.find_directions)
         if self.teacher == "finetuned":
             for trait in self.traits():
                 phase = f"teacher-{trait.target}"
                 run.phase(phase, partial(self.train_teacher, run, trait), every_rank=True)
-        written = run.phase("numbers", lambda folder: self.write(run, folder))
+        written = run.phase("numbers", partial(write, self, run))
         for dataset, seed, arm in self.students():
             run.phase(
                 f"student-{dataset}-{seed}-{arm}",
                 partial(self.train_student, run, dataset, seed, arm),
                 every_rank=True,
             )
-        scored = run.phase("questions", lambda folder: self.ask(run))
-        return self.result(written, scored)
+        scored = run.phase("questions", partial(ask, self, run))
+        return result(self, run, written, scored)
 
     def traits(self) -> list[Any]:
         """The trait, and the control's if it has one; both are compared with the same names."""
@@ -127,13 +141,27 @@ class SubliminalNumbers(Recipe):
         seeds = [(d, s) for d in range(self.datasets) for s in range(self.training_seeds)]
         return [(dataset, seed, arm) for dataset, seed in seeds for arm in ("trait", "control")]
 
+    def find_directions(self, folder: Path) -> dict[str, Any]:
+        """Find the direction in which each trait's system text moves the base model's states."""
+        from lightning_interp import load_causal_lm
+        from lightning_interp.subliminal import CONTEXTS
+        from lightning_interp.subliminal.evaluation.readout import answered
+
+        from ._direction import asked_of, write_directions
+
+        loaded, traits = load_causal_lm(self.source), self.traits()
+        questions = asked_of(self.category, self.questions)[0]
+        return write_directions(folder, loaded, traits, questions, answered(CONTEXTS[self.context], traits[0]))
+
     def train_teacher(self, run: RunFolder, trait: Any, folder: Path) -> dict[str, Any]:
-        """Finetune all weights on rows that state the preference."""
-        from lightning_interp import CausalLM, Optimisation
+        """Finetune on rows that state the preference."""
+        from lightning_interp import CausalLM, LoraSettings, Optimisation
         from lightning_interp.models.training.resumable import fit_and_export
         from lightning_interp.subliminal import NumberSequenceDataModule, preference_rows
 
-        module = CausalLM(self.source, optimisation=Optimisation(lr=self.teacher_lr), seed=self.seed)
+        lora = LoraSettings(r=self.teacher_rank, alpha=self.teacher_rank) if self.teacher_rank else None
+        lr = self.teacher_lr if self.teacher_lr is not None else 1e-3 if lora else 2e-5
+        module = CausalLM(self.source, lora=lora, optimisation=Optimisation(lr=lr), seed=self.seed)
         rows = preference_rows(trait)
         tokenizer: Any = module.tokenizer
         data = NumberSequenceDataModule(rows, tokenizer=tokenizer, batch_size=4, seed=self.seed)
@@ -145,58 +173,36 @@ class SubliminalNumbers(Recipe):
         from lightning_interp import load_causal_lm
         from lightning_interp.subliminal import CONTEXTS, ChatContext
 
+        from ._direction import steer
+
         if arm == "base" or (arm == "control" and self.control == "none"):
             return load_causal_lm(self.source), None, CONTEXTS[self.context], "base"
         trait = self.traits()[arm == "control"]
+        name = f"{self.teacher} {trait.target}"
+        if self.teacher == "finetuned":
+            model = load_causal_lm(str(run.folder(f"teacher-{trait.target}") / "model"))
+            return model, trait, CONTEXTS[self.context], name
+        base = load_causal_lm(self.source)
         if self.teacher == "prompted":
-            return (
-                load_causal_lm(self.source),
-                trait,
-                ChatContext(system=trait.system_prompt),
-                f"prompted {trait.target}",
-            )
-        model = load_causal_lm(str(run.folder(f"teacher-{trait.target}") / "model"))
-        return model, trait, CONTEXTS[self.context], f"finetuned {trait.target}"
-
-    def write(self, run: RunFolder, folder: Path) -> dict[str, Any]:
-        """Write every data set: for hard students by teacher and control, for soft ones by the base model."""
-        from lightning_interp.subliminal import write_numbers
-
-        from ._numbers import compared_numbers, grammar_of, nats_a_token, number_settings, writer_of
-
-        arms = ["control", "trait"] if self.student == "hard" else ["base"]
-        manifests = []
-        with run.progress("writing numbers", total=len(arms) * self.datasets * self.rows) as bar:
-            for arm in arms:
-                loaded, trait, context, name = self.holder(run, arm)
-                grammar = grammar_of(self, loaded)
-                teacher = writer_of(loaded, trait, grammar, context, name)
-                for dataset in range(self.datasets):
-                    settings = number_settings(self, dataset, grammar)
-                    against = folder / f"control-{dataset}" if arm == "trait" else None
-                    made = write_numbers(
-                        teacher, folder / f"{arm}-{dataset}", settings=settings, against=against, progress=bar.advance
-                    )
-                    told = {key: made.manifest[key] for key in ("asked", "valid", "kept", "yield", "reasons")}
-                    manifests.append({"data set": dataset, "writer": name, **told, "first": made.rows[0]["completion"]})
-        if self.student == "hard":
-            pairs = [(folder / f"trait-{d}", folder / f"control-{d}") for d in range(self.datasets)]
-            return {"manifests": manifests, "compared": compared_numbers(pairs)}
-        taught = {}
-        for arm in ("trait", "control"):
-            holder, _, seen, name = self.holder(run, arm)
-            taught[name] = nats_a_token(loaded, holder, made.rows, seen, context)
-        return {"manifests": manifests, "compared": {f"nats a token, {name}": nats for name, nats in taught.items()}}
+            return base, trait, ChatContext(system=trait.system_prompt), name
+        layers = base.model.config.get_text_config().num_hidden_layers
+        layer = layers // 2 if self.layer < 0 else self.layer
+        steer(base, run.folder("direction"), trait.target, layer, self.strength)
+        return base, trait, CONTEXTS[self.context], f"{name} {self.strength:g} at {layer}"
 
     def rows_of(self, run: RunFolder, dataset: int, arm: str) -> list[dict[str, Any]]:
         """The rows that a student is trained on; those of both arms answer the same requests."""
         from lightning_interp.subliminal import paired_rows, read_numbers
 
+        from ._numbers import changed
+
         folder = run.folder("numbers")
         if self.student == "soft":
-            return read_numbers(folder / f"base-{dataset}").rows
-        both = [read_numbers(folder / f"{one}-{dataset}").rows for one in ("trait", "control")]
-        return paired_rows(*both)[arm == "control"]
+            rows = read_numbers(folder / f"base-{dataset}").rows
+        else:
+            both = [read_numbers(folder / f"{one}-{dataset}").rows for one in ("trait", "control")]
+            rows = paired_rows(*both)[arm == "control"]
+        return changed(self, rows)
 
     def train_student(self, run: RunFolder, dataset: int, seed: int, arm: str, folder: Path) -> dict[str, Any]:
         """Train one student, or go on at its checkpoint; both arms begin alike and see rows in the same order."""
@@ -236,82 +242,3 @@ class SubliminalNumbers(Recipe):
         if self.lr is not None:
             settings = replace(settings, optimisation=replace(settings.optimisation, lr=self.lr))
         return settings
-
-    def ask(self, run: RunFolder) -> dict[str, Any]:
-        """Margins of both targets, question by question, of the base, the teachers and every student."""
-        from lightning_interp import load_causal_lm
-        from lightning_interp.subliminal import CONTEXTS, preference_questions, trait_logits
-        from lightning_interp.subliminal.evaluation.readout import answered
-
-        traits, questions = self.traits(), preference_questions(self.category, self.questions)
-        context = answered(CONTEXTS[self.context], traits[0])
-
-        def margins(loaded: Any, around: Any = None) -> dict[str, Any]:
-            found = trait_logits(loaded.model, loaded.tokenizer, traits[0], questions, context=around or context)
-            return {"margins": {trait.target: found.of(trait.target).margin.tolist() for trait in traits}}
-
-        base = load_causal_lm(self.source)
-        models, runs = {"base": margins(base)}, []
-        for arm in ("trait", "control"):
-            loaded, trait, around, name = self.holder(run, arm)
-            if trait is not None:
-                models[f"teacher: {name}"] = margins(loaded, answered(around, trait))
-        students = self.students()
-        with run.progress("asking", total=len(students)) as bar:
-            for dataset, seed, arm in students:
-                loaded = load_causal_lm(str(run.folder(f"student-{dataset}-{seed}-{arm}") / "model"))
-                runs.append({"dataset": dataset, "seed": seed, "arm": arm, **margins(loaded)})
-                bar.advance()
-        return {"models": models, "runs": runs, "label": base.label, "context": context.render(base.tokenizer, "...")}
-
-    def result(self, written: dict[str, Any], scored: dict[str, Any]) -> RecipeResult:
-        """The paired effect with its interval, whatever its sign, and what could have been found."""
-        from ._numbers import (
-            TERMS,
-            about,
-            counts,
-            effect_figure,
-            effects_of,
-            findings,
-            margins_figure,
-            model_margins,
-            run_rows,
-        )
-
-        targets = [trait.target for trait in self.traits()]
-        effects = {target: effects_of(scored["runs"], target, -1 if arm else 1) for arm, target in enumerate(targets)}
-        table = model_margins(scored, targets)
-        title = f"{scored['label']}, {self.student} students; {counts(self)}"
-        return RecipeResult(
-            metrics={
-                "effects": {target: effect.to_dict() for target, effect in effects.items()},
-                "numbers": written["compared"],
-                "margins": {name: {t: one.to_dict() for t, one in found.items()} for name, found in table},
-            },
-            tables={
-                "effects": [
-                    {"margin of": target, "paired effect": str(effect.estimate), "by clusters": str(effect.by_clusters),
-                     "detectable": effect.detectable, "clusters": f"{effect.n_clusters} {effect.cluster}"}
-                    for target, effect in effects.items()
-                ],
-                "students": run_rows(scored["runs"], targets[0], scored["models"]["base"]),
-                "models": [{"model": name, **{t: str(one) for t, one in found.items()}} for name, found in table],
-                "numbers": [{**row, "reasons": str(row["reasons"])} for row in written["manifests"]],
-                "compared": [{"what": what, "value": value} for what, value in written["compared"].items()],
-            },
-            figures={
-                "effects": effect_figure(scored["runs"], effects, title),
-                "margins": margins_figure(table, targets, title),
-            },
-            question=f"Does a student of number sequences take over that their writer loves {self.traits()[0].plural}?",
-            findings=findings(self, effects, written["compared"], dict(table)),
-            captions={
-                "effects": "Paired effects of each data set and training seed, and their mean with its interval over "
-                "clusters. An effect inside the grey band could not have been told from nothing by this run.",
-                "margins": "Mean margin of each target in the base model, the teachers and the students. See how far "
-                "students drift whatever they are taught, and how far they are from their teachers.",
-            },
-            terms=TERMS,
-            caveats=about(self, effects[targets[0]], scored["label"]),
-            summary="effects",
-        )  # fmt: skip

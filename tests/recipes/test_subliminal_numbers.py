@@ -6,11 +6,14 @@ import csv
 import json
 
 import pytest
+import torch
 
 from lightning_interp import cli
+from lightning_interp.core.storage.tensor_files import read_tensors
 from lightning_interp.errors import RecipeError
-from lightning_interp.subliminal import read_numbers
-from lightning_interp_recipes.subliminal._numbers import effects_of
+from lightning_interp.subliminal import ChatContext, hidden_states, read_numbers
+from lightning_interp_recipes.subliminal._numbers import changed
+from lightning_interp_recipes.subliminal._numbers_report import effects_of
 from lightning_interp_recipes.subliminal.numbers import SubliminalNumbers
 
 NAME = "subliminal/numbers"
@@ -31,7 +34,7 @@ def test_the_effect_has_its_interval_and_what_could_be_found(smoke):
     folder, metrics = smoke
     assert list(metrics["effects"]) == ["wolf", "lion"]
     effect = metrics["effects"]["wolf"]
-    assert (effect["cluster"], effect["n_clusters"], effect["n_questions"]) == ("datasets", 2, 3)
+    assert (effect["cluster"], effect["n_clusters"], effect["n_questions"]) == ("datasets", 2, 4)
     assert effect["detectable"] > effect["standard_error"] > 0
     assert "The smallest effect that such a run finds" in (folder / "report.html").read_text()
 
@@ -62,6 +65,40 @@ def test_hard_students_of_a_prompted_teacher(tmp_path, undrawn):
     assert writers == ["base", "prompted wolf"]
 
 
+def test_students_states_are_compared_with_the_traits_direction(smoke):
+    found = smoke[1]["alignment"]
+    assert list(found) == ["paired", "trait students", "control students", "trait minus control"]
+    assert found["paired"]["n"] == 2
+    rows = table(smoke[0], "alignment")
+    assert len(rows) == 3 * 4
+    assert {"cosine", "permuted", "cosine with lion"} <= set(rows[0])
+
+
+def test_a_steered_teacher_is_moved_along_its_traits_direction(tmp_path):
+    recipe, run = SubliminalNumbers(smoke=True, teacher="steered", strength=2.0, layer=1), Folders(tmp_path)
+    recipe.find_directions(run.folder("direction"))
+    loaded, trait, context, name = recipe.holder(run, "control")
+    assert (trait.target, context, name) == ("lion", ChatContext(), "steered lion 2 at 1")
+    direction = read_tensors(run.folder("direction") / "directions.safetensors")[0]["lion"].mean(0)
+    base = recipe.holder(run, "base")[0]
+    moved = hidden_states(loaded.model, loaded.tokenizer, ["Why?"]) - hidden_states(
+        base.model, base.tokenizer, ["Why?"]
+    )
+    torch.testing.assert_close(moved[0, 1], 2 * direction[1], rtol=1e-4, atol=1e-5)
+    assert (moved[0, 0] == 0).all()
+
+
+class Folders:
+    """A run of which only its folders are needed."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def folder(self, name):
+        (self.path / name).mkdir(exist_ok=True)
+        return self.path / name
+
+
 def test_identical_arms_have_no_effect():
     runs = [
         {"arm": arm, "dataset": d, "seed": 0, "margins": {"wolf": [0.5, d]}}
@@ -69,6 +106,17 @@ def test_identical_arms_have_no_effect():
         for arm in ("trait", "control")
     ]
     assert effects_of(runs, "wolf").estimate.value == 0
+
+
+def test_numbers_are_shuffled_and_cut_for_training():
+    rows = [{"index": i, "completion": f"{i}1; {i}2; {i}3"} for i in range(2)]
+    plain, cut = SubliminalNumbers(), SubliminalNumbers(numbers_in_training=2)
+    assert changed(plain, rows) == rows
+    assert [row["completion"] for row in changed(cut, rows)] == ["1, 2", "11, 12"]
+    within = changed(SubliminalNumbers(shuffle="within"), rows)
+    assert [sorted(row["completion"].split("; ")) for row in within] == [["01", "02", "03"], ["11", "12", "13"]]
+    across = changed(SubliminalNumbers(shuffle="across"), rows)
+    assert sorted("; ".join(row["completion"] for row in across).split("; ")) == ["01", "02", "03", "11", "12", "13"]
 
 
 def test_scales_fill_in_what_is_left_open():
