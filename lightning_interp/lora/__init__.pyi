@@ -11,8 +11,13 @@ from lightning_interp.lora.gate_spec import GATE_MODULES as GATE_MODULES
 from lightning_interp.lora.gate_spec import GateSpec as GateSpec
 from lightning_interp.lora.gate_spec import named_gates as named_gates
 from lightning_interp.lora.gate_spec import shared_with_train as shared_with_train
+from lightning_interp.lora.grid_training import GridTraining as GridTraining
+from lightning_interp.lora.grid_training import train_grid as train_grid
 from lightning_interp.lora.margins import MarginPrompt as MarginPrompt
 from lightning_interp.lora.margins import logit_margins as logit_margins
+from lightning_interp.lora.rank_grid import GridCell as GridCell
+from lightning_interp.lora.rank_grid import LoraGrid as LoraGrid
+from lightning_interp.lora.rank_grid import target_modules as target_modules
 from lightning_interp.lora.svd import SingularDirections as SingularDirections
 from lightning_interp.lora.svd import UpdateNorms as UpdateNorms
 from lightning_interp.lora.svd import ablated as ablated

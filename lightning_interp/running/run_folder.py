@@ -30,20 +30,21 @@ class RunFolder:
 
     Attributes:
         path: The run folder.
+        manifest: The same manifest, of which a study may open child runs.
     """
 
     def __init__(self, manifest: RunManifest) -> None:
-        self._manifest = manifest
+        self.manifest = manifest
         self.path = manifest.path
 
     @property
     def phase_name(self) -> str | None:
         """The phase that runs now."""
-        return self._manifest.current
+        return self.manifest.current
 
     def folder(self, name: str) -> Path:
         """Return the folder of a phase."""
-        return self._manifest.folder(name)
+        return self.manifest.folder(name)
 
     def phase(self, name: str, fn: Callable[[Path], Any], *, inputs: Any = None, every_rank: bool = False) -> Any:
         """Run a phase once and remember its result; see ``RunManifest.phase``.
@@ -76,7 +77,7 @@ class RunFolder:
                     f"run code, or is none. Delete it to begin the phase anew. ({str(error).splitlines()[0]:.200})"
                 ) from error
 
-        return self._manifest.phase(name, begin, inputs=inputs, every_rank=every_rank)
+        return self.manifest.phase(name, begin, inputs=inputs, every_rank=every_rank)
 
     def progress(self, description: str, total: float | None = None) -> AbstractContextManager[ProgressBar]:
         """Show a progress bar on a terminal, nothing elsewhere; call ``advance()`` on what the context gives."""
