@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from lightning_interp import Intervention, Last, Site
 from lightning_interp.core.hooks.last_logits import read_logits
 from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.lora import AdapterGate, named_gates
 from lightning_interp.subliminal import (
     CONTEXTS,
     AnswerSampling,
@@ -163,6 +165,26 @@ def test_contexts_times_gates_are_evaluated_one_by_one(model, tokenizer):
         options = {"context": contexts[one.context], "gate": gates[one.gate]}
         assert torch.equal(one.readout.logp, trait_logits(model, tokenizer, TRAIT, QUESTIONS, **options).logp)
     assert found[0].answers.histogram["other"] == 9
+
+
+def test_one_student_is_evaluated_under_gates_of_its_adapter(model, tokenizer):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    student = inject_adapter_in_model(config, copy.deepcopy(model))
+    gates = {
+        name: AdapterGate("default", spec)
+        for name, spec in named_gates().items()
+        if name in ("all", "none", "last_only")
+    }
+    some = {"contexts": {"only": PLAIN}, "questions": QUESTIONS}
+    found = evaluate_conditions(student, tokenizer, TRAIT, gates={"as it is": None, **gates}, **some)
+    logp = {one.gate: one.readout.logp for one in found}
+    (base,) = evaluate_conditions(model, tokenizer, TRAIT, **some)
+    assert torch.equal(logp["all"], logp["as it is"])
+    assert torch.equal(logp["none"], base.readout.logp)
+    assert ((logp["last_only"] - logp["all"]).abs() > 1e-4).all()
+    assert ((logp["last_only"] - logp["none"]).abs() > 1e-4).any()
 
 
 def test_conditions_share_their_random_numbers_and_ignore_the_checkpoints_own_settings(model, tokenizer):
