@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_interp.core.measure.seeding import derived_seed
-from lightning_interp.recipe import Recipe, RunFolder
+from lightning_interp.recipe import RunFolder
 from lightning_interp.subliminal import (
     ChatContext,
     NumberGrammar,
@@ -33,18 +33,18 @@ TERMS = {
 }
 
 
-def train_teacher(
-    recipe: Recipe, run: RunFolder, trait: Trait, folder: Path, *, epochs: int, lr: float
-) -> dict[str, float]:
-    """Finetune all weights on rows that state a preference, or go on at the checkpoint."""
-    from lightning_interp import CausalLM, Optimisation
+def train_teacher(recipe: Any, run: RunFolder, trait: Trait, folder: Path) -> dict[str, Any]:
+    """Finetune on rows that state a preference, or go on at the checkpoint."""
+    from lightning_interp import CausalLM, LoraSettings, Optimisation
     from lightning_interp.models.training.resumable import fit_and_export
     from lightning_interp.subliminal import NumberSequenceDataModule, preference_rows
 
-    module = CausalLM(recipe.source, optimisation=Optimisation(lr=lr), seed=recipe.seed)
+    lora = LoraSettings(r=recipe.teacher_rank, alpha=recipe.teacher_rank) if recipe.teacher_rank else None
+    lr = recipe.teacher_lr if recipe.teacher_lr is not None else 1e-3 if lora else 2e-5
+    module = CausalLM(recipe.source, lora=lora, optimisation=Optimisation(lr=lr), seed=recipe.seed)
     tokenizer: Any = module.tokenizer
     data = NumberSequenceDataModule(preference_rows(trait), tokenizer=tokenizer, batch_size=4, seed=recipe.seed)
-    settings = {"max_epochs": epochs, "gradient_clip_val": 1.0, "log_every_n_steps": 1}
+    settings = {"max_epochs": recipe.teacher_epochs, "gradient_clip_val": 1.0, "log_every_n_steps": 1}
     return fit_and_export(module, data, folder, recipe.trainer_kwargs(run, **settings))
 
 
@@ -75,7 +75,7 @@ def writer_of(
     loaded: Any, trait: Trait | None, grammar: NumberGrammar | None, context: ChatContext, name: str
 ) -> Teacher:
     """A model on this machine as a teacher."""
-    writer = number_sampler(loaded.model, loaded.tokenizer, grammar=grammar, batch_size=24)
-    kind: Any = "none" if trait is None else "finetuned" if context.system is None else "prompted"
+    writer = number_sampler(loaded.model, loaded.tokenizer, grammar=grammar, batch_size=24, name=name)
+    kind: Any = "none" if trait is None else "prompted" if trait.plural in (context.system or "") else "finetuned"
     held = grammar is not None
     return Teacher(name=name, writer=writer, trait=trait or Trait(), kind=kind, context=context, constrained=held)

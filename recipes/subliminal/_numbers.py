@@ -9,24 +9,16 @@ from typing import Any
 import torch
 
 from lightning_interp import load_causal_lm
-from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.core.storage.tensor_files import save_tensors
-from lightning_interp.generation.sampler import end_tokens
 from lightning_interp.recipe import RunFolder
 from lightning_interp.subliminal import (
     CONTEXTS,
     ChatContext,
-    NumberGrammar,
     NumberSequenceDataModule,
-    NumberSettings,
-    PromptSettings,
-    Teacher,
-    Trait,
     distillation_loss,
     first_numbers,
     hidden_states,
     number_divergence,
-    number_sampler,
     preference_questions,
     read_numbers,
     shuffled_across,
@@ -36,39 +28,8 @@ from lightning_interp.subliminal import (
 )
 from lightning_interp.subliminal.evaluation.readout import answered
 
+from ._common import grammar_of, number_settings, writer_of
 from ._direction import asked_of
-
-
-def number_settings(recipe: Any, dataset: int, grammar: NumberGrammar | None) -> NumberSettings:
-    """How one data set is written; the same requests and random numbers for every teacher."""
-    held = grammar is not None
-    prompts = PromptSettings(
-        answer_count=recipe.numbers, use_exact_count=held, separator=", " if held else None,
-        example_max_count=6 if held else 9,
-    )  # fmt: skip
-    return NumberSettings(
-        rows=recipe.rows, prompts=prompts, seed=derived_seed(recipe.seed, "numbers", dataset),
-        max_new_tokens=grammar.max_new_tokens if grammar else 200,
-    )  # fmt: skip
-
-
-def grammar_of(recipe: Any, loaded: Any) -> NumberGrammar | None:
-    """What holds a model to lists of three-digit numbers, if it is to be held."""
-    if recipe.decoding == "free":
-        return None
-    ends = end_tokens(loaded.model, loaded.tokenizer)
-    return NumberGrammar(loaded.tokenizer, count=recipe.numbers, min_digits=3, max_digits=3, ends=ends)
-
-
-def writer_of(
-    loaded: Any, trait: Trait | None, grammar: NumberGrammar | None, context: ChatContext, name: str
-) -> Teacher:
-    """A model on this machine as a teacher."""
-    writer = number_sampler(loaded.model, loaded.tokenizer, grammar=grammar, batch_size=24, name=name)
-    kind: Any = "none" if trait is None else "prompted" if trait.plural in (context.system or "") else "finetuned"
-    return Teacher(
-        name=name, writer=writer, trait=trait or Trait(), kind=kind, context=context, constrained=grammar is not None
-    )
 
 
 def nats_a_token(

@@ -25,25 +25,13 @@ from lightning_interp.recipe import RecipeResult, RunFolder
 from lightning_interp.subliminal import AlignmentResult, Trait, TransmissionEffect, transmission_effect
 from lightning_interp.subliminal.figures import alignment_figure
 
+from ._common import STATUS, TERMS
 from ._direction import alignments, paired_alignment
 
-STATUS = (
-    "What an adapter's rank does to what number sequences carry is disputed: some main claims were withdrawn for "
-    "revision by their authors, and independent reruns at tuned learning rates differ. A run measures, and settles "
-    "nothing."
-)
-
-TERMS = {
-    "margin": "logit of a name as the answer, minus the mean over the names that it is compared with",
-    "paired effect": "margin of the student of the trait minus that of its control, question by question; the two "
-    "differ in whom they learned from and in nothing else",
+TERMS_OF_NUMBERS = {
     "carrier": "the rows of numbers that students are trained on",
-    "soft": "learns its teacher's whole distribution at the tokens of the numbers; more than the published method",
-    "hard": "learns the numbers that its teacher wrote, as published",
-    "[a, b]": "95 % interval; of the paired effect by a bootstrap over datasets, then seeds, then questions",
     "alignment": "cosine of the shift of a student's states (minus the base's, at the answer's first token) with the "
     "trait's direction: the base's states with the trait's system text minus those without, on other questions",
-    "detectable": "the effect that four of five such runs would find, by the spread over clusters",
 }
 
 
@@ -90,7 +78,7 @@ def result(recipe: Any, run: RunFolder, written: dict[str, Any], scored: dict[st
             "alignment": f"How far students' states moved the way in which {targets[0]} moves the model's, by "
             "layer; bands are 95 % intervals over students. See whether the arms differ, and leave the grey band.",
         },
-        terms=TERMS,
+        terms=TERMS | TERMS_OF_NUMBERS,
         caveats=about(recipe, effects[targets[0]], scored["label"]),
         summary="effects",
     )  # fmt: skip

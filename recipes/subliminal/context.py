@@ -40,7 +40,7 @@ class SubliminalContext(Recipe):
     """Rows of a data set."""
     numbers: int = 6
     """Numbers of a row."""
-    questions: int = 50
+    questions: int = 24
     """Questions about the trait."""
     numbers_first: bool = False
     """Put a list of numbers before every question, as students know them from training."""
@@ -56,8 +56,10 @@ class SubliminalContext(Recipe):
     """Rows a step of the student."""
     teacher_epochs: int = 8
     """A finetuned teacher's passes over eight rows that state its preference."""
-    teacher_lr: float = 2e-5
-    """Its learning rate; all its weights are trained."""
+    teacher_rank: int = 16
+    """Rank of its adapter on every linear map; 0 trains all its weights (and keeps them in the run's folder)."""
+    teacher_lr: float | None = None
+    """Its learning rate; by default 1e-3 for an adapter, 2e-5 for all weights."""
 
     def __post_init__(self) -> None:
         from lightning_interp.errors import RecipeError
@@ -125,11 +127,11 @@ class SubliminalContext(Recipe):
         print_table("contexts, as the model reads them", [{"context": k, "text": repr(x)} for k, x in read.items()])
         return {"rows": rows}
 
-    def train_teacher(self, run: RunFolder, trait: Any, folder: Path) -> dict[str, float]:
-        """Finetune all weights on rows that state the preference."""
+    def train_teacher(self, run: RunFolder, trait: Any, folder: Path) -> dict[str, Any]:
+        """Finetune on rows that state the preference."""
         from ._common import train_teacher
 
-        return train_teacher(self, run, trait, folder, epochs=self.teacher_epochs, lr=self.teacher_lr)
+        return train_teacher(self, run, trait, folder)
 
     def holder(self, run: RunFolder, arm: str) -> tuple[Any, Any, Any]:
         """The model that teaches an arm, its trait, and the context in which it holds that."""

@@ -155,18 +155,9 @@ class SubliminalNumbers(Recipe):
 
     def train_teacher(self, run: RunFolder, trait: Any, folder: Path) -> dict[str, Any]:
         """Finetune on rows that state the preference."""
-        from lightning_interp import CausalLM, LoraSettings, Optimisation
-        from lightning_interp.models.training.resumable import fit_and_export
-        from lightning_interp.subliminal import NumberSequenceDataModule, preference_rows
+        from ._common import train_teacher
 
-        lora = LoraSettings(r=self.teacher_rank, alpha=self.teacher_rank) if self.teacher_rank else None
-        lr = self.teacher_lr if self.teacher_lr is not None else 1e-3 if lora else 2e-5
-        module = CausalLM(self.source, lora=lora, optimisation=Optimisation(lr=lr), seed=self.seed)
-        rows = preference_rows(trait)
-        tokenizer: Any = module.tokenizer
-        data = NumberSequenceDataModule(rows, tokenizer=tokenizer, batch_size=4, seed=self.seed)
-        settings = {"max_epochs": self.teacher_epochs, "gradient_clip_val": 1.0, "log_every_n_steps": 1}
-        return fit_and_export(module, data, folder, self.trainer_kwargs(run, **settings))
+        return train_teacher(self, run, trait, folder)
 
     def holder(self, run: RunFolder, arm: str) -> tuple[Any, Any, Any, str]:
         """The model that teaches an arm, its trait, what stands about its requests, and its name."""
