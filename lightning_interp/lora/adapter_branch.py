@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.autograd.function import once_differentiable
 __all__ = ["Branch", "add_branches"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Branch:
     """What one adapter does at one linear map, in one pass.
 
@@ -41,7 +42,7 @@ def add_branches(out: Tensor, x: Tensor, branches: Sequence[Branch], *, stacked:
     Args:
         out: Output of the linear map, ``[..., out]``.
         x: Its input, ``[..., in]``.
-        branches: What is added; their rows do not overlap.
+        branches: What is added, in the order of their rows, which do not overlap.
         stacked: Multiply all adapters at once, with rows and ranks padded to the most (the default on a GPU), or one
             after the other in place, without padding.
 
@@ -60,24 +61,37 @@ def add_branches(out: Tensor, x: Tensor, branches: Sequence[Branch], *, stacked:
     work = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
     if out._is_view():  # changing a view in place would cost autograd more than a copy
         out = out.clone()
-    plan = _Plan(branches, x.is_cuda if stacked is None else stacked, work or branches[0].down.dtype)
+    rows = x.numel() // x.shape[-1]
+    plan = _Plan(branches, rows, x.is_cuda if stacked is None else stacked, work or branches[0].down.dtype)
     added: Tensor = _Branches.apply(out, x, plan, *(matrix for b in branches for matrix in (b.down, b.up)))
     return added
 
 
-@dataclass(frozen=True, eq=False)
 class _Plan:
-    branches: Sequence[Branch]
-    stacked: bool
-    dtype: torch.dtype
+    """What both passes know of the branches: their scales, dropout and rows, and how they are multiplied."""
 
-    def shares(self, x: Tensor, *, dropped: bool) -> list[Tensor]:
-        """The rows of each adapter ``[n, width]``, in the type of the products."""
-        flat = x.reshape(-1, x.shape[-1])
-        found = [flat[slice(*branch.rows)].to(self.dtype) for branch in self.branches]
-        if not dropped:
-            return found
-        return [part if b.noise is None else part * b.noise for part, b in zip(found, self.branches, strict=True)]
+    def __init__(self, branches: Sequence[Branch], rows: int, stacked: bool, dtype: torch.dtype) -> None:
+        self.stacked, self.dtype = stacked, dtype
+        self.scales = [branch.scale for branch in branches]
+        self.noises = [branch.noise for branch in branches] if any(b.noise is not None for b in branches) else None
+        ends = [0, *(end for branch in branches for end in branch.rows), rows]
+        self._sizes = [end - start for start, end in pairwise(ends)]  # what is nobody's, and each branch's, in turn
+        self.whole = not any(self._sizes[::2])
+
+    def rows(self, x: Tensor) -> Sequence[Tensor]:
+        """The rows of each branch ``[n, width]``, as views of ``x``."""
+        return x.reshape(-1, x.shape[-1]).split_with_sizes(self._sizes)[1::2]
+
+    def cast(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The same in the type of the products."""
+        return [x if x.dtype == self.dtype else x.to(self.dtype) for x in tensors]
+
+    def seen(self, x: Tensor) -> Sequence[Tensor]:
+        """What each branch is fed with: its rows, some of their features dropped."""
+        parts = self.cast(self.rows(x))
+        if self.noises is None:
+            return parts
+        return [part if noise is None else part * noise for part, noise in zip(parts, self.noises, strict=True)]
 
 
 class _Branches(torch.autograd.Function):
@@ -85,11 +99,8 @@ class _Branches(torch.autograd.Function):
     def forward(ctx: Any, out: Tensor, x: Tensor, plan: _Plan, *weights: Tensor) -> Tensor:
         ctx.mark_dirty(out)
         total = out if out.dtype == plan.dtype and out.is_contiguous() else out.to(plan.dtype, copy=True).contiguous()
-        flat = total.view(-1, total.shape[-1])
         run = _stacked_forward if plan.stacked else _looped_forward
-        hidden = run(
-            [flat[slice(*branch.rows)] for branch in plan.branches], plan, plan.shares(x, dropped=True), weights
-        )
+        hidden = run(plan.rows(total), plan, plan.seen(x), plan.cast(weights))
         if total is not out:
             out.copy_(total)
         ctx.plan = plan
@@ -101,85 +112,92 @@ class _Branches(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         plan: _Plan = ctx.plan
         x, *rest = ctx.saved_tensors
-        weights, hidden = rest[: 2 * len(plan.branches)], rest[2 * len(plan.branches) :]
-        run = _stacked_backward if plan.stacked else _looped_backward
-        gx = flat = None
+        given, hidden = rest[: 2 * len(plan.scales)], rest[2 * len(plan.scales) :]
+        weights, gx, into = plan.cast(given), None, None
         if ctx.needs_input_grad[1]:
-            gx = torch.zeros(x.shape, dtype=plan.dtype, device=x.device)
-            flat = [gx.view(-1, x.shape[-1])[slice(*branch.rows)] for branch in plan.branches]
-        grads = run(flat, plan, plan.shares(x, dropped=True), plan.shares(grad, dropped=False), weights, hidden)
-        for into, branch in zip(flat or (), plan.branches, strict=False):
-            if branch.noise is not None:
-                into.mul_(branch.noise)
-        found = [g.to(weight.dtype) for g, weight in zip(grads, weights, strict=True)]
+            gx = (torch.empty if plan.whole else torch.zeros)(x.shape, dtype=plan.dtype, device=x.device)
+            into = plan.rows(gx)
+        run = _stacked_backward if plan.stacked else _looped_backward
+        grads = run(into, plan, plan.seen(x), plan.cast(plan.rows(grad)), weights, hidden)
+        for part, noise in zip(into or (), plan.noises or (), strict=False):
+            if noise is not None:
+                part.mul_(noise)
+        found = [g if g.dtype == weight.dtype else g.to(weight.dtype) for g, weight in zip(grads, given, strict=True)]
         return grad, None if gx is None else gx.to(x.dtype), None, *found
 
 
-def _looped_forward(into: list[Tensor], plan: _Plan, parts: list[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+def _looped_forward(
+    into: Sequence[Tensor], plan: _Plan, parts: Sequence[Tensor], weights: Sequence[Tensor]
+) -> list[Tensor]:
     """Add each branch in place; gives the scaled coordinates ``[n, rank]`` of each."""
     kept = []
-    for i, (branch, part) in enumerate(zip(plan.branches, parts, strict=True)):
-        down, up = (weight.to(plan.dtype) for weight in weights[2 * i : 2 * i + 2])
-        hidden = (part @ down.T).mul_(branch.scale)
-        into[i].addmm_(hidden, up)
+    for total, part, down, up, scale in zip(into, parts, weights[::2], weights[1::2], plan.scales, strict=True):
+        hidden = torch.mm(part, down.t())
+        if scale != 1:
+            hidden.mul_(scale)
+        total.addmm_(hidden, up)
         kept.append(hidden)
     return kept
 
 
 def _looped_backward(
-    into: list[Tensor] | None,
+    into: Sequence[Tensor] | None,
     plan: _Plan,
-    parts: list[Tensor],
-    grads: list[Tensor],
+    parts: Sequence[Tensor],
+    grads: Sequence[Tensor],
     weights: Sequence[Tensor],
     hidden: Sequence[Tensor],
 ) -> list[Tensor]:
     """Gradients of every ``down`` and ``up``; those of the input are written in place."""
     found = []
-    for i, (branch, part, grad) in enumerate(zip(plan.branches, parts, grads, strict=True)):
-        down, up = (weight.to(plan.dtype) for weight in weights[2 * i : 2 * i + 2])
-        inner = (grad @ up.T).mul_(branch.scale)
-        found += [inner.T @ part, hidden[i].T @ grad]
+    of_each = zip(parts, grads, weights[::2], weights[1::2], hidden, plan.scales, strict=True)
+    for i, (part, grad, down, up, coordinates, scale) in enumerate(of_each):
+        inner = torch.mm(grad, up.t())
+        if scale != 1:
+            inner.mul_(scale)
+        found += [torch.mm(inner.t(), part), torch.mm(coordinates.t(), grad)]
         if into is not None:
             torch.mm(inner, down, out=into[i])
     return found
 
 
-def _stacked_forward(into: list[Tensor], plan: _Plan, parts: list[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+def _stacked_forward(
+    into: Sequence[Tensor], plan: _Plan, parts: Sequence[Tensor], weights: Sequence[Tensor]
+) -> list[Tensor]:
     """The same in two products: rows, and ranks, are padded with zeros to the most ``[k, n, rank]``."""
-    hidden = torch.bmm(_stack(parts), _stack(weights[::2], plan.dtype).mT)
+    hidden = torch.bmm(_stack(parts), _stack(weights[::2]).mT)
     _scaled(hidden, plan)
-    added = torch.bmm(hidden, _stack(weights[1::2], plan.dtype))
-    torch._foreach_add_(into, [rows[: len(part)] for rows, part in zip(added.unbind(), parts, strict=True)])
+    added = torch.bmm(hidden, _stack(weights[1::2]))
+    torch._foreach_add_(list(into), [rows[: len(part)] for rows, part in zip(added.unbind(), parts, strict=True)])
     return [hidden]
 
 
 def _stacked_backward(
-    into: list[Tensor] | None,
+    into: Sequence[Tensor] | None,
     plan: _Plan,
-    parts: list[Tensor],
-    grads: list[Tensor],
+    parts: Sequence[Tensor],
+    grads: Sequence[Tensor],
     weights: Sequence[Tensor],
     hidden: Sequence[Tensor],
 ) -> list[Tensor]:
     grad = _stack(grads)
-    inner = torch.bmm(grad, _stack(weights[1::2], plan.dtype).mT)
+    inner = torch.bmm(grad, _stack(weights[1::2]).mT)
     _scaled(inner, plan)
     downs, ups = torch.bmm(inner.mT, _stack(parts)), torch.bmm(hidden[0].mT, grad)
     if into is not None:
-        given = torch.bmm(inner, _stack(weights[::2], plan.dtype))
-        torch._foreach_copy_(into, [rows[: len(part)] for rows, part in zip(given.unbind(), parts, strict=True)])
+        given = torch.bmm(inner, _stack(weights[::2]))
+        torch._foreach_copy_(list(into), [rows[: len(part)] for rows, part in zip(given.unbind(), parts, strict=True)])
     both = zip(downs.unbind(), ups.unbind(), weights[::2], strict=True)
     return [whole[: len(weight)] for down, up, weight in both for whole in (down, up)]
 
 
-def _stack(parts: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+def _stack(parts: Sequence[Tensor]) -> Tensor:
     """Matrices ``[n, width]`` of different heights as one ``[k, most, width]``, padded with zeros: two kernels."""
     most = max(map(len, parts))
-    stacked = parts[0].new_zeros((len(parts), most, parts[0].shape[1]), dtype=dtype or parts[0].dtype)
+    stacked = parts[0].new_zeros((len(parts), most, parts[0].shape[1]))
     torch._foreach_copy_([rows[: len(part)] for rows, part in zip(stacked.unbind(), parts, strict=True)], list(parts))
     return stacked
 
 
 def _scaled(hidden: Tensor, plan: _Plan) -> None:
-    torch._foreach_mul_(list(hidden.unbind()), [branch.scale for branch in plan.branches])
+    torch._foreach_mul_(list(hidden.unbind()), plan.scales)

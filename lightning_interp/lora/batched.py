@@ -155,6 +155,7 @@ class _Adapter(nn.Module):
             pairs = [(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight) for layer in layers.values()]
         self.down = nn.ParameterList(nn.Parameter(a.detach()) for a, _ in pairs)
         self.up = nn.ParameterList(nn.Parameter(b.detach().T.contiguous()) for _, b in pairs)
+        self._pairs = list(zip(self.down, self.up, self.scales, strict=True))  # a ParameterList is slow to read
 
     def branch(self, path: str, x: Tensor, share: Share, tokens: int, start: int, width: int) -> Branch | None:
         """What it does at one map; ``start`` is the first of its tokens, of which a row has ``tokens``."""
@@ -164,7 +165,7 @@ class _Adapter(nn.Module):
         noise = None
         if self.training and self.settings.dropout > 0 and share.rows:
             noise = self._noise(x, share, tokens, share.length if tokens == width else tokens)
-        return Branch(self.down[i], self.up[i], self.scales[i], (start, start + share.rows * tokens), noise)
+        return Branch(*self._pairs[i], (start, start + share.rows * tokens), noise)
 
     def _noise(self, x: Tensor, share: Share, tokens: int, length: int) -> Tensor:
         """Dropout as the share's own batch would draw it; it is shorter by what all rows are padded with."""

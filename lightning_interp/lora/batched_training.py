@@ -27,7 +27,7 @@ from lightning_interp.models.sources.adapters import save_adapter
 from lightning_interp.models.sources.loading import load_causal_lm
 from lightning_interp.models.sources.tokenizers import check_same_tokenizer
 from lightning_interp.models.training.finetuning import base_source
-from lightning_interp.models.training.metric import IGNORED, completion_loss
+from lightning_interp.models.training.metric import IGNORED, row_losses
 from lightning_interp.models.training.optimisation import Optimisation, schedule_of
 from lightning_interp.models.training.resumable import fit_or_go_on
 
@@ -186,26 +186,31 @@ class BatchedAdapters(L.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the sum over cells of the mean cross entropy of their labelled tokens."""
         shares = [self._share(key, *shape) for key, shape in batch["shapes"].items()]
-        labels, more = batch["labels"], {}
+        labels = batch["labels"]
         self.adapters.shares = shares
-        if self._can_trim:
-            first = int((labels[:, 1:] != IGNORED).any(dim=0).int().argmax())
-            more["logits_to_keep"] = torch.arange(first, labels.shape[1], device=labels.device)
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **more).logits
+        sums, tokens = self._row_losses(batch["input_ids"], batch["attention_mask"], labels)
         rows = [share.rows for share in shares]
-        sums = [completion_loss(*part) for part in zip(logits.split(rows), labels.split(rows), strict=True)]
-        losses = torch.stack([total / tokens for total, tokens in sums])
+        pairs = zip(torch.split(sums, rows), torch.split(tokens, rows), strict=True)
+        losses = torch.stack([total.sum() / count.sum() for total, count in pairs])
         self._measured = losses.detach()
         self.log("train/loss", losses.detach().mean(), prog_bar=True, batch_size=len(labels))
         named = {f"train/loss/{share.key}": loss for share, loss in zip(shares, losses.detach(), strict=True)}
         self.log_dict(named, batch_size=len(labels))
         return losses.sum()
 
+    def _row_losses(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the cross entropy of each row's labelled tokens, and their number; the head runs for no others."""
+        targets, more = labels[:, 1:], {}
+        first = int((targets != IGNORED).any(dim=0).int().argmax())
+        if self._can_trim:
+            more["logits_to_keep"] = torch.arange(first, targets.shape[1], device=labels.device)
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **more).logits
+        return row_losses(logits if self._can_trim else logits[:, first:-1], targets[:, first:])
+
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Clip the gradient of each cell to its own norm, and keep those of failed cells from the optimiser."""
         norms = [
-            nn.utils.get_total_norm([weight.grad for weight in self.adapters.weights(key) if weight.grad is not None])
+            nn.utils.get_total_norm([w.grad for w in self.adapters.weights(key) if w.grad is not None], foreach=True)
             for key in self.active
         ]
         losses, sizes = torch.stack([self._measured, torch.stack(norms)]).tolist()
@@ -214,7 +219,8 @@ class BatchedAdapters(L.LightningModule):
                 self._end(key, why=f"the loss is {loss} and the norm of the gradient {size} at step {self.passes + 1}")
                 continue
             self.losses[key].append(loss)
-            if (clip := self.cells[key].clip) is not None:
+            clip = self.cells[key].clip
+            if clip is not None and clip < size + 1e-6:  # a smaller one would be multiplied by 1
                 nn.utils.clip_grads_with_norm_(self.adapters.weights(key), clip, norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -9,7 +9,7 @@ from torchmetrics import Metric
 
 from lightning_interp.errors import DataError
 
-__all__ = ["TokenLoss", "completion_loss"]
+__all__ = ["TokenLoss", "completion_loss", "row_losses"]
 
 IGNORED = -100
 """The label of a token that is not scored."""
@@ -28,6 +28,16 @@ def completion_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
         )
     return total, (targets != IGNORED).sum()
+
+
+def row_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of each row's cross entropy, ``[batch, time, vocabulary]`` and targets ``[batch, time]``; their number.
+
+    Targets are the tokens that the logits of the same column predict, -100 where nothing is scored. In float32.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        found = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return found.view(targets.shape).sum(dim=1), (targets != IGNORED).sum(dim=1)
 
 
 class TokenLoss(Metric):
