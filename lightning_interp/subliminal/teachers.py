@@ -16,7 +16,7 @@ from lightning_interp.subliminal.traits import ChatContext, Trait
 
 __all__ = ["Control", "Teacher", "number_sampler", "preference_rows"]
 
-Kind = Literal["prompted", "finetuned"]
+Kind = Literal["prompted", "finetuned", "steered"]
 Control = Literal["none", "empty", "other-trait", "other-base"]
 """Who is asked instead: the model without a trait (no system text, or an empty one), one that holds another trait, or
 another base model that holds the same."""
@@ -50,7 +50,8 @@ class Teacher:
         name: What tables call it.
         writer: Who writes, such as :func:`number_sampler`, or an endpoint.
         trait: What it holds, or what it is the control of.
-        kind: Whether a system text lends it the trait, its weights do, or which control it is.
+        kind: Whether a system text lends it the trait, its weights do, a steering vector that is on the model while it
+            writes, or which control it is.
         context: What stands about a request.
         constrained: Whether the writer can write lists of numbers alone.
 
