@@ -80,6 +80,8 @@ def test_commands_run_in_order(tmp_path, monkeypatch, capsys, smoke_run):
                 shutil.copytree(smoke_run("grafting/facts"), recipe.run_path)
             words = [*words, "--smoke=true", f"--run_dir={recipe.run_path}"]
             words += ["--trainer.max_epochs=1"] * (words[1] in recipe_names())
+        if words[0] == "sweep":  # one of its cells
+            words += ["--smoke=true", "--trainer.max_epochs=1", "--only=rank=4", "--only=seed=0"]
         with monkeypatch.context() as patch:  # what smoke runs draw is drawn
             patch.setattr("lightning_interp.running.results.png", lambda _: b"\x89PNG\r\n\x1a\n")
             assert cli.main(words) == 0, f"{line}\n{capsys.readouterr().err}"

@@ -38,7 +38,7 @@ def fit_or_go_on(
     last = folder / "checkpoints" / "last.ckpt"
     runner.fit(module, data, ckpt_path=str(last) if last.exists() else None)
     if every is not None:
-        runner.save_checkpoint(last)
+        runner.save_checkpoint(last, weights_only=False)
     return runner, keep.logged | _numbers(runner)
 
 
