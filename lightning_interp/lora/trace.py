@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding, linear, pad
 
 from lightning_interp.core.hooks.intervention import Attachment, Intervention, first_input, split_output
 from lightning_interp.core.measure.undisturbed import undisturbed
@@ -113,13 +113,31 @@ class AdapterTracer(Intervention):
         if not self._positions.held:
             raise PositionError("AdapterTracer has seen no pass. Run the model, or generate, while it is attached.")
         positions = self._positions.joined(-1)
-        branches, bases = (
-            torch.stack([columns.joined(torch.nan).to(positions.device) for columns in each], dim=2)
-            for each in (self._branches, self._bases)
-        )
-        norms = branches[..., 0]
+        padding = (positions < 0)[..., None]
+
+        def together(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+            stacked = torch.stack([part.to(positions.device) for part in parts], dim=2)
+            return stacked.masked_fill(padding if stacked.dim() == 3 else padding[..., None], torch.nan)
+
+        read = [columns.joined(torch.nan) for columns in self._branches]
+        nothing = torch.full_like(read[0][..., 0], torch.nan)
+        ones = zip(self._modules, read, strict=True)
+        scalars = [each[..., -1] if module.rank == 1 else nothing.to(each.device) for module, each in ones]
         ids = self._ids.joined(-1) if self._ids.held else None
-        return AdapterTrace(self._modules, norms, bases, branches[..., 1], branches[..., 2:], positions, ids)
+        return AdapterTrace(
+            self._modules,
+            together([each[..., 0] for each in read]),
+            together([columns.joined(torch.nan)[..., 0] for columns in self._bases]),
+            together(scalars),
+            together([self._coordinates(module, each) for module, each in zip(self._modules, read, strict=True)]),
+            positions,
+            ids,
+        )
+
+    def _coordinates(self, module: TracedModule, read: torch.Tensor) -> torch.Tensor:
+        """The first coordinates ``[B, T, top]``, NaN beyond the rank."""
+        found = read[..., 1 : -1 if module.rank == 1 else None]
+        return pad(found, (0, self.top - found.shape[-1]), value=torch.nan)
 
     def _before(
         self, attachment: Attachment, index: int, reader: _Reader, _: nn.Module, args: Any, kwargs: Any
@@ -130,16 +148,15 @@ class AdapterTracer(Intervention):
         if _once(self, "pass", step):
             self._begin(step)
         with _outside(step.device):
-            self._branches[index].add(step, _placed(reader(first_input(args, kwargs)[0].detach()), step, reader.pair))
+            self._branches[index].add(step, _placed(reader(first_input(args, kwargs)[0]), step, reader.pair))
 
     def _after(self, attachment: Attachment, index: int, pair: LowRank, _: nn.Module, __: Any, output: Any) -> None:
         step = attachment.step
         if not _once(self, ("base", index), step):  # a gate runs it again for some rows
             return
         with _outside(step.device):
-            own = split_output(output)[0].detach()
-            norm = torch.linalg.vector_norm(own, dim=-1, keepdim=True, dtype=torch.float32)
-            self._bases[index].add(step, _placed(norm, step, pair)[..., 0])
+            norm = torch.linalg.vector_norm(split_output(output)[0], dim=-1, keepdim=True, dtype=torch.float32)
+            self._bases[index].add(step, _placed(norm, step, pair))
 
     def _begin(self, step: StepContext) -> None:
         told = step.generation
@@ -211,7 +228,7 @@ class _Reader:
         self._maps()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Norm, scalar and coordinates ``[..., 2 + top]``."""
+        """Norm of the branch, its first coordinates, and of rank 1 the scalar ``[..., n]``."""
         pair = self.pair
         down, onto, offset = self._maps()
         low = embedding(x, down.T) if pair.is_table else linear(x.float(), down)
@@ -219,10 +236,8 @@ class _Reader:
         if pair.is_table and (factor := getattr(own_map(pair.module), "embed_scale", None)) is not None:
             along = along * factor
         norm = torch.linalg.vector_norm(along, dim=-1, keepdim=True)
-        scalar = low if pair.rank == 1 else torch.full_like(norm, torch.nan)
         count = min(self.top, len(onto) - (offset is not None))
-        missing = norm.new_full((*norm.shape[:-1], self.top - count), torch.nan)
-        return torch.cat([norm, scalar, along[..., :count], missing], dim=-1)
+        return torch.cat([norm, along[..., :count], *([low] if pair.rank == 1 else [])], dim=-1)
 
     def _maps(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """``A``, and the branch as coordinates along orthonormal directions: ``scale U^T B``, and that of the bias."""
@@ -265,20 +280,20 @@ class _Columns:
 
 
 def _placed(values: torch.Tensor, step: StepContext, pair: LowRank) -> torch.Tensor:
-    """What was read of a module as ``[B, T, n]``, NaN at padding."""
+    """What was read of a module as ``[B, T, n]``, NaN where the head was not asked."""
     rows, columns, n = step.batch_size, step.length, values.shape[-1]
+    if values.shape == (rows, columns, n):
+        return values
     kept = values.shape[1] if values.dim() == 3 and pair.layer is None and isinstance(step.kept, int) else columns
     if values.shape == (1, columns, n):  # positions that all rows share
-        values = values.expand(rows, -1, -1)
+        return values.expand(rows, -1, -1)
     if values.numel() != rows * kept * n:
         raise PositionError(
             f"{pair.path} is called with {values.shape[:-1].numel()} rows, but the pass has {rows} x {columns} tokens, "
             "so that whose they are is not known. Attach a tracer after gates and grafts; an adapter on single experts "
             "of a mixture cannot be traced."
         )
-    whole = values.new_full((rows, columns, n), torch.nan)
-    whole[:, columns - kept :] = values.reshape(rows, kept, n)
-    return whole.masked_fill(~step.valid[..., None].to(whole.device), torch.nan)
+    return pad(values.reshape(rows, kept, n), (0, 0, columns - kept, 0), value=torch.nan)
 
 
 def _once(owner: object, what: Any, step: StepContext) -> bool:
