@@ -101,6 +101,11 @@ def test_the_adapter_and_their_own_head_are_trained_and_the_base_stays_to_the_bi
     assert all(bool(tensor.any()) for tensor in ups)
     assert not torch.equal(module.head.weight, torch.full((1, 32), 0.1))
     assert not module.strict_loading
+    for layer in module.lm.modules():
+        if hasattr(layer, "lora_A"):
+            layer.enable_adapters(False)
+    with torch.no_grad():
+        assert torch.equal(module.lm(IDS).logits, plain(IDS).logits)
 
 
 def test_at_the_start_nothing_is_changed_and_the_count_is_that_of_the_ranks():

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.weights.fitting import adapted_layers
-from lightning_interp.core.weights.sources import AdapterSource
+from lightning_interp.core.weights.sources import AdapterSource, linear_pair
 from lightning_interp.errors import IncompatibleModelError
 
 __all__ = ["LowRank", "low_rank_pairs", "only_adapter"]
@@ -118,12 +117,10 @@ def _pair(module: Any, name: str, path: str, layer: int | None, below: str) -> L
     if is_table:
         down, up = module.lora_embedding_A[name], module.lora_embedding_B[name]
     else:
-        maps = [
-            table[name] for table in (getattr(module, "lora_A", {}), getattr(module, "lora_B", {})) if name in table
-        ]
-        if [type(each) for each in maps] != [nn.Linear, nn.Linear] or hasattr(module, "parameter_name"):
-            return None  # a convolution, stacked experts, a saved module, another method
-        down, up, bias = maps[0].weight, maps[1].weight, maps[1].bias
+        pair = linear_pair(module, name)
+        if pair is None:
+            return None
+        down, up, bias = pair[0].weight, pair[1].weight, pair[1].bias
     extras = set() if bias is None else {"lora_bias"}
     if (variant := module.lora_variant.get(name)) is not None:
         kind = type(variant).__name__

@@ -30,7 +30,15 @@ from lightning_interp.core.weights.fitting import (
 from lightning_interp.core.weights.tensors import TensorFolder, check_depth
 from lightning_interp.errors import DataError, IncompatibleModelError, QuantizedModelError, RecipeError
 
-__all__ = ["AdapterSource", "AnySource", "CheckpointSource", "ModelSource", "WeightSource", "make_sources"]
+__all__ = [
+    "AdapterSource",
+    "AnySource",
+    "CheckpointSource",
+    "ModelSource",
+    "WeightSource",
+    "linear_pair",
+    "make_sources",
+]
 
 Quantized = Literal["refuse", "both", "mixed"]
 
@@ -225,13 +233,10 @@ class AdapterSource(WeightSource):
     def delta(self, part: Part) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """``s B(A(x))`` of a plain LoRA linear map; None for variants such as DoRA, embeddings and saved modules."""
         layer: Any = part.module
-        pair = [getattr(layer, table, {}) for table in ("lora_A", "lora_B")]
-        if any(self.name not in table for table in pair) or self.name in getattr(layer, "lora_variant", {}):
+        pair = linear_pair(layer, self.name)
+        if pair is None or self.name in layer.lora_variant:
             return None
-        down, up, scale = pair[0][self.name], pair[1][self.name], layer.scaling[self.name]
-        drop = layer.lora_dropout[self.name]
-        if not (type(down) is type(up) is nn.Linear):
-            return None
+        (down, up), scale, drop = pair, layer.scaling[self.name], layer.lora_dropout[self.name]
 
         def low_rank(x: torch.Tensor) -> torch.Tensor:
             x = x.to(down.weight.dtype)
@@ -241,6 +246,15 @@ class AdapterSource(WeightSource):
             return delta
 
         return low_rank
+
+
+def linear_pair(layer: Any, name: str) -> tuple[nn.Linear, nn.Linear] | None:
+    """``A`` and ``B`` of an adapter on a linear map; None for all else, such as stacked experts."""
+    tables = (getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {}))
+    if any(name not in table for table in tables) or hasattr(layer, "parameter_name"):
+        return None
+    down, up = (table[name] for table in tables)
+    return (down, up) if type(down) is type(up) is nn.Linear else None
 
 
 class CheckpointSource(ModelSource):
