@@ -91,8 +91,8 @@ def train_grid(
     data: Callable[[GridCell], TextDataModule],
     training: GridTraining,
     evaluate: Callable[[Any, GridCell], Any] | None = None,
-    module: Callable[..., CausalLM] = CausalLM,
-    inputs: Any = None,
+    module: Callable[..., CausalLM] | None = None,
+    inputs: Callable[[GridCell], Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Train the cells of a grid, or go on where that stopped, and read each finished one.
 
@@ -107,8 +107,9 @@ def train_grid(
         data: A cell's rows, in its order; ``val`` is what the held-out loss is measured on.
         training: How.
         evaluate: Called with the trained model and its cell; what it returns, plain values, becomes ``readout``.
-        module: Makes what is trained, of the arguments of :class:`CausalLM`, which alone trains several at once.
-        inputs: What the cells depend on besides the grid; paths stand for what they hold.
+        module: Makes what is trained of a cell and ``lora``, ``optimisation`` and ``seed``, as :class:`CausalLM` takes
+            them; that itself if None, which alone trains several at once.
+        inputs: What a cell depends on besides its values, such as its rows; paths stand for what they hold.
 
     Returns:
         A row for each cell: ``cell`` (its key), ``values``, ``status`` (``finished``, ``failed`` or ``not run``),
@@ -122,11 +123,11 @@ def train_grid(
     keys = [cell.key for cell in cells]
     if twice := [key for place, key in enumerate(keys) if key in keys[:place]]:
         raise RecipeError(f"The cell {twice[0]!r} is there twice. Give each cell once.")
-    if training.parallel_cells > 1 and module is not CausalLM:
+    if training.parallel_cells > 1 and module is not None:
         raise RecipeError("Only CausalLM is trained in common passes. Leave parallel_cells at 1 for another module.")
     base = load_causal_lm(model)
     check_ranks(base.model, cells)
-    work = _Work(run, model, data, training, evaluate, module, {"given": inputs})
+    work = _Work(run, model, data, training, evaluate, module, inputs)
     loras = {cell.key: cell.lora(base.model) for cell in cells}
     del base
     began, rows, done = time.monotonic(), list[dict[str, Any]](), 0
@@ -158,14 +159,15 @@ class _Work:
     data: Callable[[GridCell], TextDataModule]
     training: GridTraining
     evaluate: Callable[[Any, GridCell], Any] | None
-    module: Callable[..., CausalLM]
-    inputs: Any
+    module: Callable[..., CausalLM] | None
+    inputs: Callable[[GridCell], Any] | None
 
     def row(self, cell: GridCell, lora: Any, together: _Together | None) -> dict[str, Any]:
         """Train and read a cell in its own run."""
         config = {**cell.values, "training": self.training.to_dict(), "model": self.model}
+        given = None if self.inputs is None else self.inputs(cell)
         try:
-            with self.run.child(cell.key, config=config, inputs=self.inputs) as child:
+            with self.run.child(cell.key, config=config, inputs={"given": given}) as child:
                 train = (lambda folder: self.train(cell, lora, folder)) if together is None else together.train(cell)
                 told = child.phase("train", train, every_rank=together is None)
                 if told["status"] == "finished" and "held_out_loss" not in told:
@@ -183,7 +185,8 @@ class _Work:
 
     def train(self, cell: GridCell, lora: Any, folder: Path) -> dict[str, Any]:
         """Train one cell, or go on at its checkpoint; without an adapter it is read at once, and its weights go."""
-        student = self.module(self.model, lora=lora, optimisation=self.optimisation(cell), seed=cell.training_seed)
+        how: dict[str, Any] = {"lora": lora, "optimisation": self.optimisation(cell), "seed": cell.training_seed}
+        student = CausalLM(self.model, **how) if self.module is None else self.module(cell, **how)
         rows, options = self.data(cell), {"default_root_dir": folder, **self.training.for_trainer()}
         if lora is not None:
             told = fit_and_export(student, rows, folder, options)

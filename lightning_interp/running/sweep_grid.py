@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from lightning_interp.core.storage.files import canonical_json, jsonable
 from lightning_interp.core.storage.run_lock import CHILDREN
@@ -20,6 +20,8 @@ from lightning_interp.running.recipe import Recipe
 from lightning_interp.running.settings import option_key, read_values
 
 __all__ = ["Cell", "Grid", "base_of", "cells_of", "chosen_cells", "read_grid", "split_values"]
+
+K = TypeVar("K", bound="Keyed")
 
 _KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 _YAML_BOOLEANS = ("y", "n", "yes", "no", "on", "off")
@@ -158,7 +160,19 @@ def base_of(
     return built(source, [*overrides, *_required(recipe_class(source), texts)], imports)
 
 
-def chosen_cells(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
+class Keyed(Protocol):
+    """A cell of any grid, as far as choosing one needs it."""
+
+    @property
+    def key(self) -> str:
+        """The name of its folder."""
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """The grid's values by setting."""
+
+
+def chosen_cells(cells: Sequence[K], only: Sequence[str]) -> list[K]:
     """Return the cells that ``--only`` options name, by values of a setting (``rank=1,2``) or by a cell's own name.
 
     Each option leaves fewer cells; names of cells count as one option.
@@ -180,7 +194,7 @@ def chosen_cells(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
     return chosen
 
 
-def _wanted(key: str, texts: Sequence[str], cells: Sequence[Cell]) -> list[Any]:
+def _wanted(key: str, texts: Sequence[str], cells: Sequence[Keyed]) -> list[Any]:
     axes = cells[0].values
     if key not in axes:
         raise RecipeError(f"--only {key}: the grid has no setting {key!r}. {nearest(key, axes)}")
