@@ -118,7 +118,7 @@ def measure(model: Any, tokenizer: Any, size: str, tokens: int, target: float, c
     """Seconds an example of both, and memory."""
     examples = len(RANKS) * (STEPS - 2)
     times: dict[str, list[float]] = {"together": [], "one by one": []}
-    for _ in range(1 if chosen.quick else 3):
+    for _ in range(1 if chosen.quick else 2):
         for name, run in (("together", together), ("one by one", one_by_one)):
             gc.collect()
             times[name].append(run(model, tokenizer, tokens, chosen.device) / examples)

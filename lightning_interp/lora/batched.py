@@ -70,28 +70,24 @@ class AdapterBatch(nn.Module):
 
     def __init__(self, model: PreTrainedModel, adapters: Mapping[str, tuple[LoraSettings, int]]) -> None:
         super().__init__()
-        self._names = {key: str(index) for index, key in enumerate(adapters)}
-        made = {self._names[key]: _Adapter(model, *given) for key, given in adapters.items()}
-        self.adapters = nn.ModuleDict(made)
+        self._names = {key: str(index) for index, key in enumerate(adapters)}  # a module's name may have no dots
+        self._by_key = {key: _Adapter(model, *given) for key, given in adapters.items()}
+        self.adapters = nn.ModuleDict({self._names[key]: adapter for key, adapter in self._by_key.items()})
         self.shares: Sequence[Share] = ()
 
-    def __getitem__(self, key: str) -> _Adapter:
-        adapter: Any = self.adapters[self._names[key]]
-        return adapter  # type: ignore[no-any-return]
-
     def weights(self, key: str) -> list[nn.Parameter]:
-        """Everything of one adapter that is trained."""
-        return list(self[key].parameters())
+        """Everything of one adapter that is trained, ``down`` and ``up`` of each map in turn."""
+        return [weight for down, up, _ in self._by_key[key].maps.values() for weight in (down, up)]
 
     def drop(self, key: str) -> None:
         """Forget an adapter."""
-        del self.adapters[self._names[key]]
+        del self._by_key[key], self.adapters[self._names[key]]
 
     @contextmanager
     def attached(self, model: PreTrainedModel) -> Iterator[None]:
         """Let the adapters act in the base's passes, and take them off again."""
         check_hookable(model)
-        paths = {path: None for adapter in self.adapters.values() for path in adapter.index}  # type: ignore[union-attr]
+        paths = {path: None for adapter in self._by_key.values() for path in adapter.maps}
         handles = [
             model.get_submodule(path).register_forward_hook(
                 Hook(lambda _, args, out, at=path: self._add(at, args, out))
@@ -115,26 +111,25 @@ class AdapterBatch(nn.Module):
                 f"{path} got {tuple(x.shape)} for a batch of {batch} rows, so no row of it can be told to belong to an "
                 "adapter. Choose target_modules that see every token of every row."
             )
-        branches, row = [], 0
+        branches, start = [], 0
+        whole = tokens == max(share.length for share in self.shares)  # else the head, which sees fewer columns
         for share in self.shares:
-            branch = self[share.key].branch(path, x, share, tokens, row * tokens, self._width)
-            branches += [] if branch is None else [branch]
-            row += share.rows
+            end = start + share.rows * tokens
+            if path in (adapter := self._by_key[share.key]).maps:
+                noise = adapter.noise(x, share, tokens, share.length if whole else tokens)
+                branches.append(Branch(*adapter.maps[path], (start, end), noise))
+            start = end
         return add_branches(out, x, branches)
-
-    @property
-    def _width(self) -> int:
-        return max(share.length for share in self.shares)
 
     @contextmanager
     def injected(self, key: str, model: PreTrainedModel) -> Iterator[None]:
         """The base with one of the adapters as PEFT has it, called ``ADAPTER``; taken out again."""
-        adapter = self[key]
+        adapter = self._by_key[key]
         with _injected(model, adapter.settings, seed=0) as layers:
             with torch.no_grad():
-                for path, i in adapter.index.items():
-                    layers[path].lora_A[ADAPTER].weight.copy_(adapter.down[i])
-                    layers[path].lora_B[ADAPTER].weight.copy_(adapter.up[i].T)
+                for path, (down, up, _) in adapter.maps.items():
+                    layers[path].lora_A[ADAPTER].weight.copy_(down)
+                    layers[path].lora_B[ADAPTER].weight.copy_(up.T)
             yield
 
 
@@ -150,25 +145,16 @@ class _Adapter(nn.Module):
             for path, layer in layers.items():
                 _check_layer(path, layer, row_wise)
             _check_rank(settings.r, layers)
-            self.index = {path: i for i, path in enumerate(layers)}
-            self.scales = [float(layer.scaling[ADAPTER]) for layer in layers.values()]
             pairs = [(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight) for layer in layers.values()]
         self.down = nn.ParameterList(nn.Parameter(a.detach()) for a, _ in pairs)
         self.up = nn.ParameterList(nn.Parameter(b.detach().T.contiguous()) for _, b in pairs)
-        self._pairs = list(zip(self.down, self.up, self.scales, strict=True))  # a ParameterList is slow to read
+        scales = [float(layer.scaling[ADAPTER]) for layer in layers.values()]
+        self.maps = dict(zip(layers, zip(self.down, self.up, scales, strict=True), strict=True))
 
-    def branch(self, path: str, x: Tensor, share: Share, tokens: int, start: int, width: int) -> Branch | None:
-        """What it does at one map; ``start`` is the first of its tokens, of which a row has ``tokens``."""
-        i = self.index.get(path)
-        if i is None:
+    def noise(self, x: Tensor, share: Share, tokens: int, length: int) -> Tensor | None:
+        """Dropout as the share's own batch would draw it, whose rows are shorter by what all are padded with."""
+        if not (self.training and self.settings.dropout > 0 and share.rows):
             return None
-        noise = None
-        if self.training and self.settings.dropout > 0 and share.rows:
-            noise = self._noise(x, share, tokens, share.length if tokens == width else tokens)
-        return Branch(*self._pairs[i], (start, start + share.rows * tokens), noise)
-
-    def _noise(self, x: Tensor, share: Share, tokens: int, length: int) -> Tensor:
-        """Dropout as the share's own batch would draw it; it is shorter by what all rows are padded with."""
         kept = 1 - self.settings.dropout
         drawn = torch.empty(share.rows, length, x.shape[-1], device=x.device, dtype=torch.float32)
         drawn.bernoulli_(kept, generator=share.generator).div_(kept)

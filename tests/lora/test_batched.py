@@ -155,23 +155,22 @@ def test_rows_get_logits_and_gradients_of_their_own_peft_adapter(family, target,
         logits = alone(ids[rows]).logits
         torch.testing.assert_close(together[rows], logits, rtol=1e-4, atol=1e-4)
     trained = {name: weight for name, weight in alone.named_parameters() if weight.requires_grad}
-    theirs = dict(zip(trained, torch.autograd.grad((logits**2).sum(), list(trained.values())), strict=True))
-    count = len(adapters["b"].down)
-    for i, path in enumerate(adapters["b"].index):
-        down, up = (theirs[f"base_model.model.{path}.lora_{matrix}.default.weight"] for matrix in "AB")
-        torch.testing.assert_close(grads[i], down, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(grads[count + i].T, up, rtol=1e-3, atol=1e-3)
+    given = dict(zip(trained, torch.autograd.grad((logits**2).sum(), list(trained.values())), strict=True))
+    theirs = {m: {name.split(".lora_")[0]: g for name, g in given.items() if f"lora_{m}" in name} for m in "AB"}
+    for name, down, up in zip(theirs["A"], grads[::2], grads[1::2], strict=True):
+        torch.testing.assert_close(down, theirs["A"][name], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(up.T, theirs["B"][name], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("key", SETTINGS)
 def test_an_adapter_starts_as_peft_starts_it(key):
     adapters, alone = AdapterBatch(tiny_model(), SETTINGS), tiny_model()
     inject_lora(alone, SETTINGS[key][0], seed=SETTINGS[key][1])
-    layers = {name: layer for name, layer in alone.named_modules() if hasattr(layer, "lora_A")}
-    assert list(adapters[key].index) == list(layers)
-    for (path, layer), down, up in zip(layers.items(), adapters[key].down, adapters[key].up, strict=True):
-        assert torch.equal(down, layer.lora_A["default"].weight), path
-        assert torch.equal(up.T, layer.lora_B["default"].weight), path
+    layers = [layer for layer in alone.modules() if hasattr(layer, "lora_A")]
+    weights = adapters.weights(key)
+    for layer, down, up in zip(layers, weights[::2], weights[1::2], strict=True):
+        assert torch.equal(down, layer.lora_A["default"].weight)
+        assert torch.equal(up.T, layer.lora_B["default"].weight)
 
 
 def test_without_shares_or_when_taken_off_the_base_runs_alone():
