@@ -114,28 +114,32 @@ def floor(model: Any, tokens: int, device: str) -> dict[str, float]:
     return {"floor_base_gflop": base, "floor_adapter_gflop": adapter, "floor_seconds": (base + adapter) / rate}
 
 
-def measure(model: Any, tokenizer: Any, size: str, tokens: int, target: float, chosen: Any) -> list[dict[str, Any]]:
-    """Seconds an example of both, and memory."""
+def memory(model: Any, tokenizer: Any, size: str, tokens: int, chosen: Any) -> dict[str, Any]:
+    """Peak of the common passes with their base, against eight bases; first of all, while the heap is new."""
+    with PeakMemory(chosen.device) as peak:
+        together(model, tokenizer, tokens, chosen.device)
+    base = sum(weight.numel() * weight.element_size() for weight in model.parameters()) / 2**20
+    maps = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()]
+    trained = 4 * 4 * sum(RANKS) * sum(sum(m.weight.shape) for m in maps) / 2**20
+    parts = {"base": base, "adapters_gradients_moments": trained, "activations_and_rest": peak.megabytes - trained}
+    name = f"{size}, {tokens} tokens a row: memory"
+    return row(name, base + peak.megabytes, len(RANKS) * base, "bases of one by one", unit="MB", detail=parts)
+
+
+def measure(model: Any, tokenizer: Any, size: str, tokens: int, target: float, chosen: Any) -> dict[str, Any]:
+    """Seconds an example of both."""
     examples = len(RANKS) * (STEPS - 2)
     times: dict[str, list[float]] = {"together": [], "one by one": []}
     for _ in range(1 if chosen.quick else 2):
         for name, run in (("together", together), ("one by one", one_by_one)):
             gc.collect()
             times[name].append(run(model, tokenizer, tokens, chosen.device) / examples)
-    with PeakMemory(chosen.device) as memory:
-        together(model, tokenizer, tokens, chosen.device)
-    detail = floor(model, tokens, chosen.device)
     limit = None if chosen.quick else 1 / target
     name, unit = f"{size}, {tokens} tokens a row", "s an example" if chosen.device == "cuda" else "CPU s an example"
+    detail = floor(model, tokens, chosen.device)
     found = compare(name, times, "together", "one by one", unit=unit, target=limit, detail=detail)
     found["detail"]["times_as_many_examples"] = 1 / found["ratio"]
-    base = sum(weight.numel() * weight.element_size() for weight in model.parameters()) / 2**20
-    weights = 4 * 4 * sum(RANKS) * detail["floor_adapter_gflop"] * 1e9 / 6 / tokens / statistics.mean(RANKS) / 2**20
-    parts = {"adapters_gradients_moments": weights, "rest": memory.megabytes - weights}
-    of_all = row(
-        f"{name}: memory", base + memory.megabytes, len(RANKS) * base, "bases of one by one", unit="MB", detail=parts
-    )
-    return [found, of_all]
+    return found
 
 
 def main() -> None:
@@ -150,7 +154,8 @@ def main() -> None:
         loaded = load_causal_lm("smollm2-135m-instruct")
         model, tokenizer, size = loaded.model.to(chosen.device), loaded.tokenizer, "SmolLM2-135M"
         lengths = {32: 1.6, 16: 2.3, 128: 1.1} if not gpu else {32: 3.0, 128: 3.0}
-    rows = [r for tokens, target in lengths.items() for r in measure(model, tokenizer, size, tokens, target, chosen)]
+    rows = [memory(model, tokenizer, size, 32, chosen)]
+    rows += [measure(model, tokenizer, size, tokens, target, chosen) for tokens, target in lengths.items()]
     finish("cost of adapters that train together", rows, chosen)
 
 

@@ -7,6 +7,8 @@ import torch
 
 from lightning_interp import AddDirection, All, Generated, Graft, GraftPlan, Last, Site, Span
 from lightning_interp.core.tokens.kv_cache import cache_argument, cache_of
+from lightning_interp.lora.batched import AdapterBatch, Share
+from lightning_interp.models import LoraSettings
 from lightning_interp.steering import dual_steer
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
 from lightning_interp.testing import FAMILIES, tiny_model, tiny_pair
@@ -97,3 +99,23 @@ def test_dual_steering_ends_where_it_ends_on_a_cpu(target, dtype):
     assert bool(cuda.certified.all())
     tolerance = 1e-6 if dtype == torch.float64 else 5e-3
     torch.testing.assert_close(cuda.lam.cpu(), cpu.lam, atol=tolerance, rtol=tolerance)
+
+
+def test_adapters_that_share_a_pass_get_the_gradients_of_a_cpu():
+    found = []
+    for device in ("cpu", "cuda"):
+        model, ids, mask = on(device, tiny_model("llama"))
+        given = {
+            key: (LoraSettings(r=r, alpha=3, target_modules=["q_proj", "up_proj"]), r)
+            for key, r in zip("ab", (1, 6), strict=True)
+        }
+        adapters = AdapterBatch(model, given).to(device)
+        with torch.no_grad():
+            for weight in adapters.parameters():
+                weight += 0.01
+        adapters.shares = [Share("a", 1, 6), Share("b", 1, 6)]
+        with adapters.attached(model):
+            model(ids, attention_mask=mask).logits.square().mean().backward()
+        found.append([weight.grad.cpu() for weight in adapters.parameters()])
+    for cpu, gpu in zip(*found, strict=True):
+        torch.testing.assert_close(gpu, cpu, **CLOSE)
