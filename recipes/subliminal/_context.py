@@ -174,10 +174,13 @@ def map_figure(effects: Mapping[Pair, TransmissionEffect], same: Mapping[Pair, b
     heat_map(axis, table, columns, cmap="RdBu_r", vmin=-most, vmax=most)
     for (a, b), effect in effects.items():
         x, y = columns.index(b), rows.index(a)
-        axis.text(x, y, f"{effect.estimate.value:+.3f}", ha="center", va="center", fontsize=8)
+        value = effect.estimate.value
+        ink = "white" if abs(value) > 0.6 * most else "black"
+        axis.text(x, y, f"{value:+.3f}", ha="center", va="center", fontsize=8, color=ink)
         if same[a, b]:
             axis.add_patch(Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, fill=False, linewidth=1.4))
     axis.set_yticks(range(len(rows)), rows)
+    axis.invert_yaxis()
     axis.tick_params(axis="x", labelrotation=30)
     label(axis, "context of evaluation", "context of training")
     return figure

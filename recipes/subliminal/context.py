@@ -246,7 +246,7 @@ class SubliminalContext(Recipe):
             for pair, effect in effects.items()
         ]  # fmt: skip
         title = f"{scored['label']}, {self.student} students, {counted(self.datasets, 'dataset')} of {self.rows} rows"
-        answers = answer_rows(scored["students"])
+        answers, loved = answer_rows(scored["students"]), self.traits()[0].plural
         return RecipeResult(
             metrics={
                 "effects": {f"{train}/{asked}": effect.to_dict() for (train, asked), effect in effects.items()},
@@ -255,7 +255,7 @@ class SubliminalContext(Recipe):
             tables={"effects": table, "contexts": shown["rows"], "arms": arm_rows(scored)}
             | ({"answers": answers} if answers else {}),
             figures={"effects": map_figure(effects, same, title=title)},
-            question=f"In which contexts does a student of numbers show that their writer loves {self.trait}?",
+            question=f"In which contexts does a student of numbers show that its teacher loves {loved}?",
             findings=findings(self, effects, matched),
             captions={"effects": CAPTION},
             terms=TERMS | TERMS_OF_CONTEXT,
