@@ -94,7 +94,7 @@ class LoraCallback(UpdateNormCallback):
     :meth:`inject` before ``fit``, or the adapter is left in their processes. List it before ``WeightAveraging``.
 
     Args:
-        settings: Of the adapter; the same as a dict will do.
+        settings: Of the adapter.
         seed: Root seed of its first weights, the same on every process.
         also_train: Modules of the Hugging Face model, by the end of their path, that are trained in full beside it and
             kept in checkpoints, such as ``score`` of a classifier.
@@ -114,7 +114,7 @@ class LoraCallback(UpdateNormCallback):
 
     def __init__(
         self,
-        settings: LoraSettings | Mapping[str, Any],
+        settings: LoraSettings,
         *,
         seed: int = 0,
         also_train: Sequence[str] = (),
@@ -124,8 +124,8 @@ class LoraCallback(UpdateNormCallback):
         **logging: Any,
     ) -> None:
         super().__init__(**logging, adapter=ADAPTER)
-        self.settings = LoraSettings(**settings) if isinstance(settings, Mapping) else settings
-        self.seed, self.also_train = seed, (also_train,) if isinstance(also_train, str) else tuple(also_train)
+        self.settings, self.seed = settings, seed
+        self.also_train = (also_train,) if isinstance(also_train, str) else tuple(also_train)
         self.export, self.base, self.overwrite = None if export is None else str(export), base, overwrite
         if self.export and self.also_train:
             raise RecipeError(

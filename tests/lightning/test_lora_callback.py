@@ -122,7 +122,7 @@ def test_at_the_start_nothing_is_changed_and_the_count_is_that_of_the_ranks():
 @pytest.mark.parametrize("rank", [1, 2, 8, 64])
 def test_alpha_equal_to_the_rank_is_a_scale_of_one(rank):
     module = Theirs()
-    LoraCallback({"r": rank, "alpha": rank, "target_modules": ["q_proj"]}).inject(module)
+    LoraCallback(LoraSettings(r=rank, alpha=rank, target_modules=["q_proj"])).inject(module)
     assert module.lm.model.layers[0].self_attn.q_proj.scaling == {"default": 1.0}
 
 
@@ -223,16 +223,15 @@ class Stop(Callback):
 
 
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    lora = {**LORA.to_dict(), "dropout": 0.0}
-    whole, measured = Theirs(), LoraCallback(lora, every=1)
+    whole, measured = Theirs(), LoraCallback(LORA, every=1)
     fit(tmp_path, whole, measured)
     keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     with pytest.raises(ZeroDivisionError):
-        fit(tmp_path, Theirs(), LoraCallback(lora, every=1), keep, Stop(), enable_checkpointing=True)
+        fit(tmp_path, Theirs(), LoraCallback(LORA, every=1), keep, Stop(), enable_checkpointing=True)
     saved = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["state_dict"]
     adapter = {name for name in whole.state_dict() if "lora_" in name}
     assert set(saved) == adapter | {"head.weight", "head.bias"}
-    resumed, again = Theirs(), LoraCallback(lora, every=1)
+    resumed, again = Theirs(), LoraCallback(LORA, every=1)
     torch.manual_seed(1234)  # what ran before must not matter
     run = fit(tmp_path, resumed, again, ckpt_path=tmp_path / "epoch=0.ckpt")
     assert run.global_step == 6
@@ -352,6 +351,16 @@ def test_it_travels():
     for twin in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):  # noqa: S301
         assert (twin.settings, twin.state_key, twin._map) == (LORA, callback.state_key, None)
         twin.inject(copy.deepcopy(module))
+
+
+def test_a_settings_file_can_name_it():
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(LoraCallback, "lora")
+    read = parser.parse_args(["--lora.settings.r=2", "--lora.every=10", "--lora.also_train=[score]"])
+    callback = parser.instantiate_classes(read).lora
+    assert (callback.settings, callback.every_n, callback.also_train) == (LoraSettings(r=2), 10, ("score",))
 
 
 # Several processes
