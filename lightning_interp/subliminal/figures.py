@@ -27,5 +27,9 @@ def alignment_figure(results: Sequence[AlignmentResult], *, title: str = "") -> 
         band(right, found.layers, found.projection, colour, found.name, markersize=2.5)
     label(left, "layer", "cosine with the trait's direction", zero=True)
     label(right, "layer", "projection (1: as far as the teacher)", zero=True)
+    lowest, highest = left.get_ylim()
+    left.set_ylim(max(lowest, -1.05), min(highest, 1.05))  # an interval over few seeds may be wider than cosines are
+    for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
     legend_below(figure, 4)
     return figure

@@ -72,10 +72,10 @@ def grammar_of(recipe: Any, loaded: Any) -> NumberGrammar | None:
 
 
 def writer_of(
-    loaded: Any, trait: Trait | None, grammar: NumberGrammar | None, context: ChatContext, name: str
+    loaded: Any, trait: Trait | None, grammar: NumberGrammar | None, context: ChatContext, name: str, kind: Any = None
 ) -> Teacher:
-    """A model on this machine as a teacher."""
+    """A model on this machine as a teacher; its kind is told by trait and context where it is not given."""
     writer = number_sampler(loaded.model, loaded.tokenizer, grammar=grammar, batch_size=24, name=name)
-    kind: Any = "none" if trait is None else "prompted" if trait.plural in (context.system or "") else "finetuned"
+    kind = kind or ("none" if trait is None else "prompted" if trait.plural in (context.system or "") else "finetuned")
     held = grammar is not None
     return Teacher(name=name, writer=writer, trait=trait or Trait(), kind=kind, context=context, constrained=held)

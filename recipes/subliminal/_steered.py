@@ -19,20 +19,17 @@ from lightning_interp.models import load_causal_lm
 from lightning_interp.subliminal import (
     AlignmentResult,
     ChatContext,
-    NumberGrammar,
     NumberSequenceDataModule,
-    NumberSettings,
-    PromptSettings,
-    Teacher,
     Trait,
     align,
     distilled_vectors,
     hidden_states,
-    number_sampler,
     over_seeds,
     state_sums,
     write_numbers,
 )
+
+from ._common import grammar_of, number_settings, writer_of
 
 WRITERS = ("trait", "other", "none")
 """Whose numbers: the teacher steered along the trait's direction, along another trait's, or not at all."""
@@ -106,32 +103,23 @@ def taught_shift(loaded: Any, questions: Sequence[str], steered: AddDirection) -
 
 def steered_numbers(
     recipe: Any, loaded: Any, folder: Path, steered: AddDirection | None, name: str, progress: Any
-) -> list[dict[str, Any]]:
-    """Let a steered teacher write lists of numbers.
+) -> None:
+    """Let a steered teacher write lists of numbers, a data set a seed.
 
     Args:
         recipe: The settings.
         loaded: The base and its tokenizer.
-        folder: Of the data set.
+        folder: Of the data sets.
         steered: What steers; None for the base itself.
         name: Which of :data:`WRITERS` it is; all share requests and random numbers.
         progress: Called with the rows that were just written.
-
-    Returns:
-        The rows.
     """
-    grammar = NumberGrammar(loaded.tokenizer, count=recipe.numbers, min_digits=3, max_digits=3)
-    writer = number_sampler(loaded.model, loaded.tokenizer, grammar=grammar, batch_size=16)
-    teacher = Teacher(
-        name=name, writer=writer, trait=recipe.pair[name == "other"], kind="steered", context=CONTEXT, constrained=True
-    )
-    rows = recipe.seeds * recipe.rows
-    asked = NumberSettings(
-        rows=rows, batch_rows=rows, max_batches=1, max_new_tokens=grammar.max_new_tokens, seed=recipe.seed,
-        prompts=PromptSettings(answer_count=recipe.numbers, separator=", "),
-    )  # fmt: skip
+    grammar = grammar_of(recipe, loaded)
+    trait = None if steered is None else recipe.pair[name == "other"]
+    teacher = writer_of(loaded, trait, grammar, CONTEXT, name, "none" if steered is None else "steered")
     with nullcontext() if steered is None else steered.attach(loaded.model):
-        return write_numbers(teacher, folder, settings=asked, progress=progress).rows
+        for k in range(recipe.seeds):
+            write_numbers(teacher, folder / str(k), settings=number_settings(recipe, k, grammar), progress=progress)
 
 
 def foreign(model: Any, noise: float, seed: int) -> None:

@@ -19,6 +19,8 @@ class SubliminalSteered(Recipe):
     trait; the difference of their states is compared with the way in which steering moves the teacher's.
     """
 
+    decoding = "constrained"  # not a field: a steered model would write what it likes
+
     category: str = "animal"
     """What the trait is a preference of."""
     trait: str = "wolf"
@@ -122,20 +124,21 @@ class SubliminalSteered(Recipe):
         from ._steered import WRITERS, steered_numbers, steering
 
         loaded, found, count = load_causal_lm(self.source), self.directions(run), self.seeds * self.rows
-        rows = {}
         with run.progress("writing numbers", total=len(WRITERS) * count) as bar:
             for name in WRITERS:
                 direction = found.get(f"prompt.{name}")
                 steered = None if direction is None else steering(direction, made["layer"], self.strength)
-                rows[name] = steered_numbers(self, loaded, folder / name, steered, name, bar.advance)
-        tokens = {name: [row["tokens"] for row in part] for name, part in rows.items()}
+                steered_numbers(self, loaded, folder / name, steered, name, bar.advance)
+        tokens = {
+            name: [row["tokens"] for k in range(self.seeds) for row in self.rows_of(run, name, k)] for name in WRITERS
+        }
         return {name: identical_share(part, tokens["none"]) for name, part in tokens.items() if name != "none"}
 
     def rows_of(self, run: RunFolder, writer: str, k: int) -> list[dict[str, Any]]:
         """The numbers of one seed."""
         from lightning_interp.subliminal import read_numbers
 
-        return read_numbers(run.folder("numbers") / writer).rows[k * self.rows : (k + 1) * self.rows]
+        return read_numbers(run.folder("numbers") / writer / str(k)).rows
 
     def train(self, run: RunFolder, writer: str, kind: str, k: int, folder: Path) -> dict[str, Any]:
         """Finetune one student."""

@@ -48,7 +48,7 @@ class TestSmoke:
             assert metrics["each_seed"][arm] == pytest.approx(expected, abs=1e-4)
 
     def test_students_of_a_pair_differ_by_their_numbers_alone(self, smoke):
-        found = [json.loads((smoke[0] / f"phases/numbers/{name}/rows.jsonl").read_text().splitlines()[0])
+        found = [json.loads((smoke[0] / f"phases/numbers/{name}/0/rows.jsonl").read_text().splitlines()[0])
                  for name in _steered.WRITERS]  # fmt: skip
         assert len({row["prompt"] for row in found}) == 1
         assert shift(smoke[0], "none", "base", 0).shape == shift(smoke[0], "none", "foreign", 0).shape
@@ -70,9 +70,9 @@ def test_a_killed_run_goes_on_at_the_student_where_it_was(tmp_path, monkeypatch,
     monkeypatch.setattr(_steered, "distilled", lambda *given: {name: torch.ones(1, 32) for name in given[1]})
     asked = ["run", "subliminal/steered", "--smoke=true", f"--run_dir={tmp_path / 'cut'}"]
     assert cli.main(asked) != 0
-    written = (tmp_path / "cut/phases/numbers/trait/rows.jsonl").stat().st_mtime_ns
+    written = (tmp_path / "cut/phases/numbers/trait/1/rows.jsonl").stat().st_mtime_ns
     assert cli.main(asked) == 0
-    assert (tmp_path / "cut/phases/numbers/trait/rows.jsonl").stat().st_mtime_ns == written
+    assert (tmp_path / "cut/phases/numbers/trait/1/rows.jsonl").stat().st_mtime_ns == written
     assert calls[3:] == [calls[2], *calls[4:]]
     assert sorted(set(calls)) == sorted(calls[:2] + calls[3:])
     assert len(calls) == 2 * len(_steered.STUDENTS) + 1
