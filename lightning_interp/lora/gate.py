@@ -30,11 +30,11 @@ from lightning_interp.core.model.sites import Site
 from lightning_interp.core.tokens.positions import All, Positions
 from lightning_interp.core.tokens.repeats import rows_each
 from lightning_interp.core.tokens.step import StepContext
-from lightning_interp.core.weights.fitting import adapted_layers
+from lightning_interp.core.weights.fitting import adapted_layers, check_base_biases
 from lightning_interp.core.weights.masked_linear import Execution
 from lightning_interp.core.weights.row_weights import RowWeights, check_sources, without_padding
 from lightning_interp.core.weights.sources import AdapterSource
-from lightning_interp.errors import IncompatibleModelError, RecipeError
+from lightning_interp.errors import RecipeError
 from lightning_interp.lora.gate_spec import GateSpec
 
 __all__ = ["AdapterGate"]
@@ -100,13 +100,7 @@ class AdapterGate(Intervention):
             SiteError: If a spec names what the model lacks.
         """
         check_sources(model_map, [AdapterSource(self.adapter)])
-        for outer in model_map.outer:
-            bias = getattr((getattr(outer, "peft_config", None) or {}).get(self.adapter), "bias", "none")
-            if bias != "none":
-                raise IncompatibleModelError(
-                    f"Adapter {self.adapter!r} of {type(outer).__name__} was trained with bias={bias!r}, which changed "
-                    "biases of the base that are on whatever a gate says. Train with bias='none' (lora_bias is fine)."
-                )
+        check_base_biases(model_map, self.adapter, why="that are on whatever a gate says")
         adapted = {id(layer) for _, layer, names in adapted_layers(model_map) if self.adapter in names}
         touched = {(name, at) for name, at, part in model_map.cells() if id(part.module) in adapted}
         for spec in dict.fromkeys(self.specs):

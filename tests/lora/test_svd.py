@@ -179,6 +179,12 @@ def test_what_is_no_low_rank_pair_is_refused_by_name():
         update_norms(adapted("gpt2", "dora", more=["wte"]))
 
 
+def test_trained_biases_of_the_base_are_refused():
+    model = adapted("gpt2", bias="lora_only")
+    with pytest.raises(IncompatibleModelError, match=r"trained with bias='lora_only', which changed .* no part of any"):
+        update_norms(model)
+
+
 def test_which_adapter_is_meant_must_be_clear():
     with pytest.raises(IncompatibleModelError, match=r"carries no adapter, expected one. Inject one first"):
         update_norms(tiny_model("llama"))

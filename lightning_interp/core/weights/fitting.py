@@ -14,6 +14,7 @@ from lightning_interp.errors import IncompatibleModelError
 __all__ = [
     "adapted_layers",
     "adapters_of",
+    "check_base_biases",
     "check_registered",
     "check_same_shapes",
     "check_settings",
@@ -112,6 +113,17 @@ def adapted_layers(model_map: ModelMap) -> list[tuple[str, Any, list[str]]]:
         ]
     found: list[tuple[str, Any, list[str]]] = model_map.memo["adapted"]
     return found
+
+
+def check_base_biases(model_map: ModelMap, adapter: str, *, why: str) -> None:
+    """Refuse an adapter that came with trained biases of the base; ``why`` is what they spoil."""
+    for outer in model_map.outer:
+        bias = getattr((getattr(outer, "peft_config", None) or {}).get(adapter), "bias", "none")
+        if bias != "none":
+            raise IncompatibleModelError(
+                f"Adapter {adapter!r} of {type(outer).__name__} was trained with bias={bias!r}, which changed biases "
+                f"of the base {why}. Train with bias='none' (lora_bias is fine)."
+            )
 
 
 def takes_empty(module: nn.Module) -> bool:

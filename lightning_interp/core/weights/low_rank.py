@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lightning_interp.core.model.model_map import ModelMap
-from lightning_interp.core.weights.fitting import adapted_layers
+from lightning_interp.core.weights.fitting import adapted_layers, check_base_biases
 from lightning_interp.core.weights.sources import AdapterSource, linear_pair
 from lightning_interp.errors import IncompatibleModelError
 
@@ -88,6 +88,7 @@ def low_rank_pairs(
         IncompatibleModelError: If the adapter is missing, merged or disabled, or does anything else to some module.
     """
     name = only_adapter(model_map, adapter)
+    check_base_biases(model_map, name, why="that are no part of any low-rank pair")
     places = {m: (i, below) for i, block in enumerate(model_map.blocks) for below, m in block.named_modules()}
     pairs = []
     for path, module, names in adapted_layers(model_map):
