@@ -211,7 +211,7 @@ def frozen_base(model: Any, *, checkpointing: bool) -> Iterator[None]:
         from peft import prepare_model_for_kbit_training
 
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    asked, training = {p: p.requires_grad for p in model.parameters()}, model.training
+    asked, training, device = {p: p.requires_grad for p in model.parameters()}, model.training, model.device
     model.requires_grad_(False)
     if checkpointing:
         checkpoint_blocks(model)
@@ -224,6 +224,8 @@ def frozen_base(model: Any, *, checkpointing: bool) -> Iterator[None]:
         for parameter, wanted in asked.items():
             parameter.requires_grad_(wanted)
         model.train(training)
+        if model.device != device:  # a Trainer leaves what it has trained on the CPU
+            model.to(device)
 
 
 def _check_no_dropout(model: nn.Module) -> None:

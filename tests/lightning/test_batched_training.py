@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from lightning_interp.errors import IncompatibleModelError, ManifestError, RecipeError, UnsupportedStrategyError
 from lightning_interp.lora import AdapterCell, train_adapters_together
 from lightning_interp.lora.adapter_cells import batches_from
-from lightning_interp.models import CausalLM, LoraSettings, Optimisation, TextDataModule
+from lightning_interp.models import CausalLM, LoraSettings, Optimisation, TextDataModule, load_causal_lm
 from lightning_interp.testing import byte_tokenizer, tiny_model
 
 pytestmark = pytest.mark.usefixtures("two_layers")
@@ -25,12 +25,15 @@ SUMS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(1, 4) f
 TEXTS = [{"text": text} for text in ("one", "two and three", "a longer line of text", "xyz", "a, b, c")]
 
 
+FEW = LoraSettings(r=2, target_modules=["q_proj", "down_proj"])
+
+
 def data(rows, **options):
     return TextDataModule(rows, tokenizer=byte_tokenizer(), **options)
 
 
 def cell(key="a", **options):
-    plain = {"data": SUMS, "optimisation": Optimisation(lr=1e-2), "max_steps": 2, "lora": LoraSettings(r=2)}
+    plain = {"data": SUMS, "optimisation": Optimisation(lr=1e-2), "max_steps": 2, "lora": FEW}
     return AdapterCell(key=key, **{**plain, **options})
 
 
@@ -200,6 +203,20 @@ def test_a_pass_has_no_rows_of_cells_that_have_left(tmp_path):
     cells += [cell("c", data=data(TEXTS, batch_size=1), max_steps=4)]
     together(cells, tmp_path, trainer={"callbacks": [Rows()]})
     assert rows == [5, 3, 1, 1]
+
+
+def test_a_run_whose_cells_have_all_failed_ends(tmp_path):
+    (result,) = together([cell(max_steps=50, optimisation=Optimisation(lr=1e25))], tmp_path)
+    assert (result.status, result.steps) == ("failed", 1)
+
+
+@pytest.mark.usefixtures("portable_4bit")
+@pytest.mark.filterwarnings("ignore:.*no multiple of the block of 64")
+def test_a_quantised_base_trains_as_alone(tmp_path):
+    alike = cell(data=data(SUMS, batch_size=2), optimisation=Optimisation(lr=1e-3), max_steps=3)
+    bases = [load_causal_lm("tiny:llama", quantization="4bit").model for _ in range(2)]
+    results = together([alike, cell("b", data=data(TEXTS, batch_size=2))], tmp_path, bases[0])
+    assert_same(trained(results[0].folder), alone(alike, tmp_path, bases[1])[0])
 
 
 def test_batches_go_on_behind_those_that_are_done():
