@@ -242,7 +242,7 @@ class BatchedAdapters(L.LightningModule):
                     folder = self.out / key
                     save_adapter(self.model, folder, base=self.base, tokenizer=self.tokenizer, overwrite=True)
                 else:
-                    why = f"the weights are not finite after step {self.passes}"
+                    why, norm = f"the weights are not finite after step {self.passes}", None
         self.results[key] = CellResult(
             key=key,
             status="failed" if why else "finished",

@@ -89,7 +89,7 @@ def various():
             clip=0.05,
             optimisation=plain,
         ),
-        cell("broken", max_steps=20, optimisation=Optimisation(lr=1e25)),
+        cell("broken", max_steps=20, optimisation=Optimisation(lr=1e39)),
         cell(
             "rooted",
             data=data(SUMS[:5], batch_size=1, seed=3),
@@ -153,7 +153,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_weights(tmp_path):
     cells = [
         cell("short", data=data(TEXTS, batch_size=2), max_steps=2),
         cell("long", data=data(SUMS, batch_size=5, seed=1), max_steps=7, lora=LoraSettings(r=3, dropout=0.2)),
-        cell("broken", max_steps=7, optimisation=Optimisation(lr=1e25)),
+        cell("broken", max_steps=7, optimisation=Optimisation(lr=1e39)),
         cell("late", data=data(TEXTS, batch_size=2, seed=4), max_epochs=2, max_steps=None, clip=0.5),
     ]
     whole, ended = together(cells, tmp_path / "whole"), []
@@ -199,14 +199,21 @@ def test_a_pass_has_no_rows_of_cells_that_have_left(tmp_path):
             rows.append(len(batch["input_ids"]))
 
     rows, few = [], data(SUMS[:2], batch_size=2)
-    cells = [cell("broken", data=few, optimisation=Optimisation(lr=1e25)), cell("b", data=few, max_steps=1)]
+    cells = [cell("broken", data=few, optimisation=Optimisation(lr=1e39)), cell("b", data=few, max_steps=1)]
     cells += [cell("c", data=data(TEXTS, batch_size=1), max_steps=4)]
     together(cells, tmp_path, trainer={"callbacks": [Rows()]})
     assert rows == [5, 3, 1, 1]
 
 
+def test_weights_that_are_not_finite_at_the_end_are_not_written(tmp_path):
+    (result,) = together([cell(max_steps=1, optimisation=Optimisation(lr=1e39))], tmp_path)
+    assert (result.status, result.why) == ("failed", "the weights are not finite after step 1")
+    assert result.update_norm is None
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_run_whose_cells_have_all_failed_ends(tmp_path):
-    (result,) = together([cell(max_steps=50, optimisation=Optimisation(lr=1e25))], tmp_path)
+    (result,) = together([cell(max_steps=50, optimisation=Optimisation(lr=1e39))], tmp_path)
     assert (result.status, result.steps) == ("failed", 1)
 
 
