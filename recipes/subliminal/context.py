@@ -36,7 +36,7 @@ class SubliminalContext(Recipe):
     """Hold writers to lists of numbers, or filter what they write."""
     datasets: int = 3
     """Data sets, of requests and random numbers of their own."""
-    rows: int = 72
+    rows: int = 48
     """Rows of a data set."""
     numbers: int = 6
     """Numbers of a row."""
