@@ -287,8 +287,12 @@ class BatchedAdapters(L.LightningModule):
             self.adapters.drop(values["key"])
 
     def _told(self) -> list[dict[str, Any]]:
-        rows = {key: {"batches": len(loader), "end": self.ends[key]} for key, loader in self.loaders.items()}
-        return [cell.to_dict() | rows[key] for key, cell in self.cells.items()]
+        told = []
+        for key, cell in self.cells.items():
+            loader: Any = self.loaders[key]
+            order = {"rows": len(loader.dataset), "batches": len(loader), "order": loader.sampler.root_seed}
+            told.append(cell.to_dict() | order | {"end": self.ends[key]})
+        return told
 
     def _share(self, key: str, rows: int, length: int) -> Share:
         cell, generator = self.cells[key], None
