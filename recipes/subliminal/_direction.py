@@ -1,4 +1,4 @@
-"""The trait's direction in hidden states: what steers a teacher, and what the students' shifts are compared with."""
+"""The trait's direction in hidden states, with which the students' shifts are compared."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lightning_interp.core.measure.statistics import Estimate, t_interval
 from lightning_interp.core.storage.tensor_files import read_tensors, save_tensors
-from lightning_interp.steering import AddDirection
 from lightning_interp.subliminal import (
     AlignmentResult,
     ChatContext,
@@ -43,12 +42,6 @@ def write_directions(
         found[trait.target] = hidden_states(loaded.model, loaded.tokenizer, questions, context=held) - plain
     save_tensors(folder / FILE, found)
     return {target: float(rows.mean(0).norm(dim=-1).mean()) for target, rows in found.items()}
-
-
-def steer(loaded: Any, folder: Path, target: str, layer: int, strength: float) -> None:
-    """Add a trait's direction to a model's stream, for good."""
-    rows = read_tensors(folder / FILE)[0][target]
-    AddDirection(rows.mean(0)[layer], site=f"resid_post.{layer}", strength=strength).attach(loaded.model)
 
 
 def alignments(folder: Path, shifts: Mapping[str, Tensor], targets: Sequence[str]) -> list[AlignmentResult]:

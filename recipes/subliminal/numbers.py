@@ -11,8 +11,8 @@ from lightning_interp.recipe import Recipe, RecipeResult, RunFolder
 
 SCALES: dict[str, dict[str, Any]] = {
     "small": {
-        "teacher": "finetuned", "student": "soft", "decoding": "constrained", "rows": 96, "numbers": 6,
-        "datasets": 4, "training_seeds": 1, "questions": 50,
+        "teacher": "finetuned", "student": "soft", "decoding": "constrained", "rows": 24, "numbers": 6,
+        "datasets": 6, "training_seeds": 1, "questions": 30,
     },
     "paper": {
         "teacher": "prompted", "student": "hard", "decoding": "free", "rows": 10_000, "numbers": 10,
@@ -42,8 +42,8 @@ class SubliminalNumbers(Recipe):
     """What both are; animal and tree bring their own list to compare with."""
     scale: Literal["small", "paper"] = "small"
     """Settings for what is left open below: minutes on two CPU cores, or those of the papers (for a GPU)."""
-    teacher: Literal["auto", "finetuned", "prompted", "steered"] = "auto"
-    """What holds the trait: weights, a system text, or a steered stream (small: finetuned; paper: prompted)."""
+    teacher: Literal["auto", "finetuned", "prompted"] = "auto"
+    """What holds the trait: weights, or a system text (small: finetuned; paper: prompted)."""
     student: Literal["auto", "soft", "hard"] = "auto"
     """Learn the teacher's distributions at the numbers, or the numbers themselves (small: soft; paper: hard)."""
     decoding: Literal["auto", "constrained", "free"] = "auto"
@@ -51,15 +51,15 @@ class SubliminalNumbers(Recipe):
     control: Literal["other-trait", "none"] = "other-trait"
     """A teacher that loves something else, or the base model."""
     datasets: int = 0
-    """Data sets, of requests and random numbers of their own (small: 4; paper: 3)."""
+    """Data sets, of requests and random numbers of their own (small: 6; paper: 3)."""
     training_seeds: int = 0
     """Students of each data set and arm (small: 1; paper: 3)."""
     rows: int = 0
-    """Rows of a data set (small: 96; paper: 10000)."""
+    """Rows of a data set (small: 24; paper: 10000)."""
     numbers: int = 0
     """Numbers of a row (small: 6 of three digits; paper: up to 10)."""
     questions: int = 0
-    """Questions about the trait (50)."""
+    """Questions about the trait (small: 30; paper: 50)."""
     shuffle: Literal["none", "within", "across"] = "none"
     """Shuffle the numbers that students are trained on, within each row or across all of a data set."""
     numbers_in_training: int = 0
@@ -71,15 +71,11 @@ class SubliminalNumbers(Recipe):
     full: bool = False
     """Train all weights of the student instead."""
     lr: float | None = None
-    """The student's learning rate; by default 5e-4 (paper: 2e-4; of all weights 2e-5)."""
+    """The student's learning rate; by default 2e-3 (hard: 5e-4; paper: 2e-4; of all weights 2e-5)."""
     epochs: int | None = None
     """The student's passes over its rows; by default 1 (paper: 3)."""
     batch_size: int | None = None
-    """Rows a step of the student; by default 6 (paper: 22, times 3 steps a change of the weights)."""
-    layer: int = -1
-    """After which block a steered teacher's stream is moved; -1 for the middle."""
-    strength: float = 1.0
-    """How far, in units of what the trait's system text does there to the answer's first token."""
+    """Rows a step of the student; by default 2 (hard: 8; paper: 22, times 3 steps a change of the weights)."""
     teacher_epochs: int = 8
     """A finetuned teacher's passes over eight rows that state its preference."""
     teacher_rank: int = 16
@@ -164,8 +160,6 @@ class SubliminalNumbers(Recipe):
         from lightning_interp import load_causal_lm
         from lightning_interp.subliminal import CONTEXTS, ChatContext
 
-        from ._direction import steer
-
         if arm == "base" or (arm == "control" and self.control == "none"):
             return load_causal_lm(self.source), None, CONTEXTS[self.context], "base"
         trait = self.traits()[arm == "control"]
@@ -173,13 +167,7 @@ class SubliminalNumbers(Recipe):
         if self.teacher == "finetuned":
             model = load_causal_lm(str(run.folder(f"teacher-{trait.target}") / "model"))
             return model, trait, CONTEXTS[self.context], name
-        base = load_causal_lm(self.source)
-        if self.teacher == "prompted":
-            return base, trait, ChatContext(system=trait.system_prompt), name
-        layers = base.model.config.get_text_config().num_hidden_layers
-        layer = layers // 2 if self.layer < 0 else self.layer
-        steer(base, run.folder("direction"), trait.target, layer, self.strength)
-        return base, trait, CONTEXTS[self.context], f"{name} {self.strength:g} at {layer}"
+        return load_causal_lm(self.source), trait, ChatContext(system=trait.system_prompt), name
 
     def rows_of(self, run: RunFolder, dataset: int, arm: str) -> list[dict[str, Any]]:
         """The rows that a student is trained on; those of both arms answer the same requests."""
@@ -225,11 +213,8 @@ class SubliminalNumbers(Recipe):
         from lightning_interp.subliminal import student_settings
 
         settings = student_settings(self.scale, rank=self.rank, full=self.full)
-        asked: dict[str, Any] = {
-            "epochs": self.epochs,
-            "batch_size": self.batch_size or (6 if self.scale == "small" else None),
-        }
+        soft = self.scale == "small" and self.student == "soft"  # what is learned is hardly noisy: many small steps
+        asked: dict[str, Any] = {"epochs": self.epochs, "batch_size": self.batch_size or (2 if soft else None)}
         settings = replace(settings, **{name: value for name, value in asked.items() if value is not None})
-        if self.lr is not None:
-            settings = replace(settings, optimisation=replace(settings.optimisation, lr=self.lr))
-        return settings
+        lr = self.lr if self.lr is not None else 2e-3 if soft and not self.full else None
+        return settings if lr is None else replace(settings, optimisation=replace(settings.optimisation, lr=lr))

@@ -6,12 +6,10 @@ import csv
 import json
 
 import pytest
-import torch
 
 from lightning_interp import cli
-from lightning_interp.core.storage.tensor_files import read_tensors
 from lightning_interp.errors import RecipeError
-from lightning_interp.subliminal import ChatContext, hidden_states, read_numbers
+from lightning_interp.subliminal import read_numbers
 from lightning_interp_recipes.subliminal._numbers import changed
 from lightning_interp_recipes.subliminal._numbers_report import effects_of
 from lightning_interp_recipes.subliminal.numbers import SubliminalNumbers
@@ -74,31 +72,6 @@ def test_students_states_are_compared_with_the_traits_direction(smoke):
     assert {"cosine", "permuted", "cosine with lion"} <= set(rows[0])
 
 
-def test_a_steered_teacher_is_moved_along_its_traits_direction(tmp_path):
-    recipe, run = SubliminalNumbers(smoke=True, teacher="steered", strength=2.0, layer=1), Folders(tmp_path)
-    recipe.find_directions(run.folder("direction"))
-    loaded, trait, context, name = recipe.holder(run, "control")
-    assert (trait.target, context, name) == ("lion", ChatContext(), "steered lion 2 at 1")
-    direction = read_tensors(run.folder("direction") / "directions.safetensors")[0]["lion"].mean(0)
-    base = recipe.holder(run, "base")[0]
-    moved = hidden_states(loaded.model, loaded.tokenizer, ["Why?"]) - hidden_states(
-        base.model, base.tokenizer, ["Why?"]
-    )
-    torch.testing.assert_close(moved[0, 1], 2 * direction[1], rtol=1e-4, atol=1e-5)
-    assert (moved[0, 0] == 0).all()
-
-
-class Folders:
-    """A run of which only its folders are needed."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def folder(self, name):
-        (self.path / name).mkdir(exist_ok=True)
-        return self.path / name
-
-
 def test_identical_arms_have_no_effect():
     runs = [
         {"arm": arm, "dataset": d, "seed": 0, "margins": {"wolf": [0.5, d]}}
@@ -121,10 +94,12 @@ def test_numbers_are_shuffled_and_cut_for_training():
 
 def test_scales_fill_in_what_is_left_open():
     small, paper = SubliminalNumbers(), SubliminalNumbers(scale="paper", rows=50)
-    assert (small.teacher, small.student, small.decoding, small.datasets) == ("finetuned", "soft", "constrained", 4)
+    assert (small.teacher, small.student, small.decoding, small.datasets) == ("finetuned", "soft", "constrained", 6)
     assert (paper.teacher, paper.student, paper.decoding, paper.rows) == ("prompted", "hard", "free", 50)
     settings = paper.student_settings()
     assert (settings.lora.r, settings.lora.alpha, settings.optimisation.lr, settings.epochs) == (8, 8, 2e-4, 3)
+    soft, hard = (SubliminalNumbers(student=kind).student_settings() for kind in ("soft", "hard"))
+    assert [(one.optimisation.lr, one.batch_size) for one in (soft, hard)] == [(2e-3, 2), (5e-4, 8)]
     assert SubliminalNumbers(lr=1e-3, epochs=2).student_settings().optimisation.lr == 1e-3
 
 
