@@ -49,7 +49,7 @@ class SubliminalRankSweep(Recipe):
     """Learn the teacher's distributions at the numbers, or the numbers themselves."""
     decoding: Literal["constrained", "free"] = "constrained"
     """Hold writers to lists of numbers, or filter what they write."""
-    rows: int = 48
+    rows: int = 36
     """Rows of a data set."""
     held_out: int = 12
     """Further rows, which each teacher writes for the held-out loss."""
