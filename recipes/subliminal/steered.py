@@ -33,13 +33,13 @@ class SubliminalSteered(Recipe):
     """How far, in units of the direction: 1 is the difference of system texts about the target and about others."""
     seeds: int = 4
     """Students of each arm, each with numbers, start and order of its own; at least 2."""
-    rows: int = 24
+    rows: int = 12
     """Lists of numbers that a student sees."""
     numbers: int = 10
     """Numbers of a list, of three digits each."""
     epochs: int = 2
     """Times that it sees them."""
-    batch_size: int = 4
+    batch_size: int = 2
     """Lists of a step."""
     rank: int = 8
     """Of the students' adapters."""
@@ -51,7 +51,7 @@ class SubliminalSteered(Recipe):
     """Learning rate of the steering vectors that are trained on the same numbers."""
     foreign_noise: float = 1.0
     """The foreign start: random numbers that are mixed into every matrix, as a multiple of the weights' spread."""
-    asked: int = 16
+    asked: int = 12
     """Questions at which states are read; at most 50."""
 
     def __post_init__(self) -> None:
