@@ -127,6 +127,8 @@ class LoraCallback(UpdateNormCallback):
         self.settings, self.seed = settings, seed
         self.also_train = (also_train,) if isinstance(also_train, str) else tuple(also_train)
         self.export, self.base, self.overwrite = None if export is None else str(export), base, overwrite
+        if not isinstance(settings, LoraSettings):
+            raise RecipeError(f"LoraCallback(settings={settings!r}): expected LoraSettings(...).")
         if self.export and self.also_train:
             raise RecipeError(
                 f"LoraCallback(export={self.export!r}, also_train={list(self.also_train)}): an adapter's folder would "

@@ -154,7 +154,8 @@ def findings(recipe: Any, points: Sequence[Point], rows: Sequence[Mapping[str, A
         mine = [point for point in points if point.line == line]
         told = "; ".join(f"{_rank(point)} {point.effect.estimate}" for point in mine)
         norms = ", ".join(f"{point.norm:.2g}" for point in mine)
-        said.append(f"{line}: paired effect by rank: {told}; update norms {norms}.")
+        over = f"{counted(mine[0].effect.n_datasets, 'data set')}, {counted(mine[0].effect.n_questions, 'question')}"
+        said.append(f"{line}: paired effect by rank (each of {over}): {told}; update norms {norms}.")
     known = [point.effect.detectable for point in points if math.isfinite(point.effect.detectable)]
     if known:
         low, high = (f"{end:.2f}" for end in (min(known), max(known)))

@@ -136,13 +136,14 @@ def test_the_other_namespace_and_an_adapter_of_a_callback(tmp_path):
     batch = torch.utils.data.DataLoader(torch.tensor([TOKENIZER("Ann met Bo").input_ids] * 2), batch_size=2)
     gates = GateCallback(PROMPTS[:1], named_gates("Ann"), every=1, name="where")
     gates.gates = {name: spec for name, spec in gates.gates.items() if "template" not in name}
-    run = rig.trainer(tmp_path, LoraCallback({"r": 4, "alpha": 8}), gates, kind=pl.Trainer, max_epochs=3)
+    run = rig.trainer(tmp_path, LoraCallback(LoraSettings(r=4, alpha=8)), gates, kind=pl.Trainer, max_epochs=3)
     run.fit(PlModule(), batch)
     assert [entry["step"] for entry in gates.history] == [1, 2, 3]
     assert gates.history[-1]["all"] != gates.history[-1]["none"]
     assert float(run.callback_metrics["where/all"]) == pytest.approx(gates.history[-1]["all"], abs=1e-5)
+    late = LoraCallback(LoraSettings(r=4))
     with pytest.raises(IncompatibleModelError, match=r"carries no adapter, expected one. Inject one first"):
-        rig.trainer(tmp_path, GateCallback(PROMPTS), LoraCallback({"r": 4}), kind=pl.Trainer).fit(PlModule(), batch)
+        rig.trainer(tmp_path, GateCallback(PROMPTS), late, kind=pl.Trainer).fit(PlModule(), batch)
 
 
 @QUIET

@@ -443,3 +443,8 @@ def test_it_trains_on_a_4bit_base_of_transformers(tmp_path, portable_4bit):
     adapter = {name: p for name, p in module.named_parameters() if "lora_" in name}
     assert all(torch.equal(dict(again.named_parameters())[name], p) for name, p in adapter.items())
     assert update_norms(again).total > 0
+
+
+def test_settings_of_another_kind_are_refused():
+    with pytest.raises(RecipeError, match=r"settings=\{'r': 4\}\): expected LoraSettings"):
+        LoraCallback({"r": 4})

@@ -121,7 +121,8 @@ def test_a_smoke_run_leaves_a_report_that_needs_no_other_file(name, smoke_run):
 def test_a_report_explains_itself(name, smoke_run):
     outcome = read_manifest(smoke_run(name))["outcome"]
     assert any(re.search(r"\d \[.*\d, .*\d\]", finding) for finding in outcome["findings"])  # with its interval
-    assert any(re.search(r"\d+ (?:facts|units|prompts|items|contexts)\b", finding) for finding in outcome["findings"])
+    unit = r"\d+ (?:facts|units|prompts|items|contexts|questions)\b"
+    assert any(re.search(unit, finding) for finding in outcome["findings"])
     said = " ".join([*outcome["findings"], *outcome["caveats"]])
     assert not re.search(r"\b1 (?:layer|fact|unit|prompt|item|context|text|token)s\b|[( ]-0\.0+[] ,.;)]|e\+\d", said)
     assert set(outcome["captions"]) == set(outcome["figures"])

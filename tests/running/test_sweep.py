@@ -286,7 +286,9 @@ class TestKills:
                 assert (Path(folder) / file).read_bytes() == (Path("whole") / file).read_bytes()
 
     @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-    def test_a_signal_leaves_a_sweep_that_goes_on(self, power, monkeypatch, capsys, stop):
+    def test_a_signal_leaves_a_sweep_that_goes_on(self, power, monkeypatch, capsys, request, stop):
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
         inner = sweeps.run_cell
 
         def stopped(cell, parent=None):

@@ -40,7 +40,7 @@ def cell_key(values: Mapping[str, Any]) -> str:
 
     Example:
         >>> cell_key({"lora.r": 8, "lr": 0.001}), cell_key({"lr": 1e-3, "lora.r": 8.0})
-        ('r_8-lr_0.001-91b40ac7ae', 'r_8-lr_0.001-91b40ac7ae')
+        ('r_8-lr_0.001-e5031eb039', 'r_8-lr_0.001-e5031eb039')
     """
     names = sorted(values)
     shown = [f"{name.rpartition('.')[2]}_{value_text(values[name])[:_LONGEST_VALUE]}" for name in names]
