@@ -12,7 +12,7 @@ from lightning_interp.core.measure.clustered import Vector
 from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.errors import DataError
 
-__all__ = ["CHUNK", "draw_counts", "interval_ends", "nested_bootstrap"]
+__all__ = ["CHUNK", "draw_counts", "interval_ends", "nested_bootstrap", "shared_replicates"]
 
 CHUNK = 2**18
 """Counts that are held at once: so few that they stay in the cache (each takes 24 bytes while it is made)."""
@@ -81,3 +81,42 @@ def _tree(levels: Sequence[Sequence[Any]], n: int) -> tuple[list[tuple[NDArray[n
         tree.append((starts, np.bincount(parents).astype(np.int64)))
         path = np.cumsum(change) - 1
     return tree, order
+
+
+def shared_replicates(
+    tables: Sequence[NDArray[np.float64]], *, resamples: int = 2000, seed: int = 0
+) -> NDArray[np.float64]:
+    """Means of several tables under the same draws: of rows, and in each drawn row of its cells.
+
+    Row and column of a cell mean the same in every table (a question and its sample, say), so that whatever is computed
+    of several means in one resample, such as a difference, is paired.
+
+    Args:
+        tables: Float64 ``[rows, columns]``, alike in shape; NaN where a value is missing.
+        resamples: How many.
+        seed: Of the draws.
+
+    Returns:
+        Float64 ``[resamples, tables]``; NaN where a resample met missing values alone.
+
+    Example:
+        >>> one = np.array([[1.0, 3.0], [5.0, np.nan]])
+        >>> found = shared_replicates([one, one + 2])
+        >>> found.shape, float(np.nanmax(found[:, 1] - found[:, 0]).round(6))
+        ((2000, 2), 2.0)
+    """
+    rows, columns = tables[0].shape
+    values = np.stack([table.ravel() for table in tables], axis=1)
+    there = np.isfinite(values)
+    sums_of = np.concatenate([np.where(there, values, 0.0), there], axis=1)
+    generator = np.random.default_rng(derived_seed(seed, "shared replicates"))
+    found, block = [], max(1, CHUNK // max(values.shape[0], 1))
+    for start in range(0, resamples, block):
+        many = min(block, resamples - start)
+        cells = generator.integers(0, rows, size=(many, rows, 1)) * columns
+        cells = cells + generator.integers(0, columns, size=(many, rows, columns))
+        cells += np.arange(many)[:, None, None] * values.shape[0]
+        counts = np.bincount(cells.ravel(), minlength=many * values.shape[0]).reshape(many, -1)
+        found.append(counts.astype(np.float64) @ sums_of)
+    sums, n = np.split(np.concatenate(found), 2, axis=1)
+    return np.divide(sums, n, out=np.full_like(sums, np.nan), where=n > 0)

@@ -1,0 +1,128 @@
+"""Numbers of a series and of several: its slope, its noise, and how one value carries over to the next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lightning_interp.core.measure.statistics import Estimate, counted, t_interval
+from lightning_interp.errors import DataError
+
+__all__ = ["Gain", "gain", "line", "noise_ratio", "slope"]
+
+Values = NDArray[np.float64]
+
+
+def line(x: Values, y: Values) -> tuple[Values, Values]:
+    """Slope and intercept of least squares of ``y`` on ``x``, both ``[..., n]``; NaN where all ``x`` are equal."""
+    around = x - x.mean(axis=-1, keepdims=True)
+    squares = np.square(around).sum(axis=-1)
+    rise = (around * (y - y[..., :1])).sum(axis=-1)
+    value = np.divide(rise, squares, out=np.full_like(squares, np.nan), where=squares > 0)
+    return value, y.mean(axis=-1) - value * x.mean(axis=-1)
+
+
+def slope(scores: ArrayLike, *, first: int = 1) -> Values:
+    """Slope of least squares of scores on cycles, in points a cycle.
+
+    Args:
+        scores: ``[..., K]``, from cycle 0 on.
+        first: The first cycle that counts. 1 leaves out the step from seed data to own text; 0 has it in.
+
+    Returns:
+        Float64 ``[...]``; NaN with fewer than two cycles left.
+
+    Example:
+        >>> float(slope([10, 40, 42, 44])), float(slope([10, 40, 42, 44], first=0)) > 10
+        (2.0, True)
+    """
+    y = np.asarray(scores, dtype=np.float64)[..., first:]
+    if y.shape[-1] < 2:
+        return np.full(y.shape[:-1], math.nan)
+    k = np.arange(y.shape[-1]) - (y.shape[-1] - 1) / 2
+    found: Values = (y - y[..., :1]) @ k / (k @ k)  # exactly 0 where all are equal
+    return found
+
+
+def noise_ratio(scores: ArrayLike, errors: ArrayLike) -> float:
+    """How far scores move from cycle to cycle, as a multiple of how far they would if nothing moved.
+
+    Args:
+        scores: ``[K]``.
+        errors: Standard errors of the scores ``[K]`` on these questions, such as :attr:`Checkpoint.error`.
+
+    Returns:
+        Mean of |s_k - s_{k-1}| over that of sqrt(2/pi) sqrt(SE_k^2 + SE_{k-1}^2): 1 for independent noise about a
+        constant, less where common random numbers make responses alike, more where the score moves. NaN without
+        errors.
+
+    Example:
+        >>> round(noise_ratio([50, 54, 50], [2, 2, 2]), 2)
+        1.77
+    """
+    y, e = np.asarray(scores, dtype=np.float64), np.asarray(errors, dtype=np.float64)
+    expected = math.sqrt(2 / math.pi) * np.hypot(e[1:], e[:-1]).sum()
+    return float(np.abs(np.diff(y)).sum() / expected) if expected > 0 else math.nan
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How scores carry over to the next cycle: ``s_{k+1} = intercept + gain s_k``.
+
+    Args:
+        gain: Pooled over chains; its interval is Student's over the pseudo-values of leaving out one chain, so that it
+            has none for one chain.
+        intercept: In points.
+        fixed_point: Where a score would stay, ``intercept / (1 - gain)``; chains go there if the gain lies between -1
+            and 1, and away from it otherwise. None for a gain of 1.
+        steps: From how many.
+    """
+
+    gain: Estimate
+    intercept: float
+    fixed_point: float | None
+    steps: int
+
+
+def gain(chains: Sequence[ArrayLike], *, level: float = 0.95) -> Gain:
+    """Fit how scores carry over, by least squares over all steps of all chains of one condition.
+
+    Noise in the scores makes the gain come out too small.
+
+    Args:
+        chains: Scores ``[K]`` each.
+        level: Of the interval.
+
+    Returns:
+        The fit; NaN where all steps begin at one score.
+
+    Raises:
+        DataError: If there is no step.
+
+    Example:
+        >>> found = gain([[80, 50, 35, 27.5]])
+        >>> round(found.gain.value, 6), round(found.intercept, 6), round(found.fixed_point, 6)
+        (0.5, 10.0, 20.0)
+    """
+    ys = [np.asarray(scores, dtype=np.float64) for scores in chains]
+    pairs = [np.stack([y[:-1], y[1:]]) for y in ys if y.size > 1]
+    if not pairs:
+        raise DataError(f"gain() got {counted(len(ys), 'chain')} without a step; expected two cycles or more.")
+    value, intercept = _carried(pairs)
+    n = len(pairs)
+    left_out = [_carried(pairs[:i] + pairs[i + 1 :])[0] for i in range(n)] if n > 1 else []
+    spread = t_interval([n * value - (n - 1) * each for each in left_out] or [value], level=level)
+    reach = (spread.high - spread.low) / 2
+    estimate = Estimate(value, value - reach, value + reach, n, level, f"jackknife over chains, {spread.method}")
+    settles = math.isfinite(value) and not math.isclose(value, 1.0, abs_tol=1e-12)
+    return Gain(estimate, intercept, intercept / (1 - value) if settles else None, sum(pair.shape[1] for pair in pairs))
+
+
+def _carried(pairs: Sequence[Values]) -> tuple[float, float]:
+    """Slope and intercept of what follows on what was."""
+    value, intercept = line(*np.concatenate(pairs, axis=1))
+    return float(value), float(intercept)

@@ -1,0 +1,13 @@
+from lightning_interp.core.measure.series import Gain as Gain
+from lightning_interp.core.measure.series import gain as gain
+from lightning_interp.core.measure.series import noise_ratio as noise_ratio
+from lightning_interp.core.measure.series import slope as slope
+from lightning_interp.cycles.trajectory import Chain as Chain
+from lightning_interp.cycles.trajectory import ChainTrajectory as ChainTrajectory
+from lightning_interp.cycles.trajectory import Checkpoint as Checkpoint
+from lightning_interp.cycles.trajectory import Verdict as Verdict
+from lightning_interp.cycles.trajectory import chain_numbers as chain_numbers
+from lightning_interp.cycles.trajectory import chain_trajectory as chain_trajectory
+from lightning_interp.cycles.trajectory import late_change as late_change
+from lightning_interp.cycles.trajectory import prefix_slope as prefix_slope
+from lightning_interp.cycles.trajectory import retention as retention
