@@ -119,4 +119,5 @@ def shared_replicates(
         counts = np.bincount(cells.ravel(), minlength=many * values.shape[0]).reshape(many, -1)
         found.append(counts.astype(np.float64) @ sums_of)
     sums, n = np.split(np.concatenate(found), 2, axis=1)
-    return np.divide(sums, n, out=np.full_like(sums, np.nan), where=n > 0)
+    means: NDArray[np.float64] = np.divide(sums, n, out=np.full_like(sums, np.nan), where=n > 0)
+    return means
