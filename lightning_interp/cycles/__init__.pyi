@@ -2,6 +2,12 @@ from lightning_interp.core.measure.series import Gain as Gain
 from lightning_interp.core.measure.series import gain as gain
 from lightning_interp.core.measure.series import noise_ratio as noise_ratio
 from lightning_interp.core.measure.series import slope as slope
+from lightning_interp.cycles.calibration import Calibration as Calibration
+from lightning_interp.cycles.calibration import calibrate_dose as calibrate_dose
+from lightning_interp.cycles.calibration import dose_grid as dose_grid
+from lightning_interp.cycles.one_parameter import OneParameter as OneParameter
+from lightning_interp.cycles.one_parameter import gain_near_base as gain_near_base
+from lightning_interp.cycles.one_parameter import one_parameter_chains as one_parameter_chains
 from lightning_interp.cycles.trajectory import Chain as Chain
 from lightning_interp.cycles.trajectory import ChainTrajectory as ChainTrajectory
 from lightning_interp.cycles.trajectory import Checkpoint as Checkpoint
