@@ -177,7 +177,7 @@ class BatchedAdapters(L.LightningModule):
         groups = []
         for key, cell in self.cells.items():
             settings = cell.optimisation
-            own = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
+            own = {name: getattr(settings, name) for name in ("lr", "betas", "eps", "weight_decay")}
             groups.append({"params": self.adapters.weights(key) if key in self.active else [], **own})
         optimizer = AdamW(groups, fused=True)
         factors = [_factor(cell.optimisation, self.ends[key]) for key, cell in self.cells.items()]

@@ -96,7 +96,7 @@ def various():
             data=data(SUMS[:5], batch_size=1, seed=3),
             max_steps=7,
             lora=LoraSettings(r=1, alpha=2, target_modules=maps, layers=[1], use_rslora=True),
-            optimisation=Optimisation(lr=5e-3, schedule="cosine"),
+            optimisation=Optimisation(lr=5e-3, schedule="cosine", warmup_fraction=0.3, min_lr_fraction=0.2, eps=1e-4),
         ),
     ]
 

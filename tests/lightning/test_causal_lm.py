@@ -734,5 +734,5 @@ def test_jsonargparse_reads_settings():
 
 def test_a_falling_schedule_needs_an_end(tmp_path):
     run = trainer(tmp_path, max_epochs=-1)
-    with pytest.raises(RecipeError, match=r"schedule='linear' falls to zero by the last step, but this run has none"):
+    with pytest.raises(RecipeError, match=r"schedule='linear' falls by the last step, but this run has none"):
         run.fit(CausalLM("tiny:llama", schedule="linear"), data())

@@ -5,14 +5,15 @@ import warnings
 from functools import partial
 from itertools import chain
 
+import lightning as L
 import pytest
 import torch
 
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.models import TextDataModule
+from lightning_interp.models import CausalLM, TextDataModule
 from lightning_interp.models.data.batching import EpochSampler, ResumableLoader, token_batch, token_dataset
 from lightning_interp.models.data.encoding import EncodedRow
-from lightning_interp.testing import byte_tokenizer
+from lightning_interp.testing import byte_tokenizer, tiny_model
 
 ROWS = [{"prompt": "p" * (i + 1), "completion": "c" * (1 + i % 3)} for i in range(11)]
 
@@ -114,6 +115,42 @@ def test_without_validation_data_there_are_no_batches():
 
 def test_validation_keeps_the_order():
     assert rows_of(module(ROWS[:1], val=ROWS).val_dataloader()) == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11]]
+
+
+# Token ids
+
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def test_labels_of_a_prompt_change_no_loss():
+    data = module(
+        [{"prompt_ids": [9, 8, 7], "completion_ids": [6, 5]}, {"prompt_ids": [], "completion_ids": [5, 6, 7]}]
+    )
+    batch = next(iter(data.train_dataloader()))
+    model = CausalLM("tiny:llama")
+    told = model._loss(batch, 0, trim=True)
+    document = int(batch["attention_mask"].sum(1).argmin())
+    assert batch["input_ids"][document].tolist() == [5, 6, 7, *[byte_tokenizer().pad_token_id] * 2]
+    assert batch["labels"][document].tolist() == [5, 6, 7, -100, -100]
+    assert batch["labels"][1 - document].tolist() == [-100, -100, -100, 6, 5]
+    rows = [{"ids": [6, 5], "of": [9, 8, 7]}, {"ids": [6, 7], "of": [5]}]  # the first token of all is never predicted
+    with torch.no_grad():
+        alone = [model(torch.tensor([row["of"] + row["ids"]])).logits[0].log_softmax(-1) for row in rows]
+        expected = [-scores[len(row["of"]) - 1 : -1].gather(1, torch.tensor(row["ids"])[:, None]).sum()
+                    for scores, row in zip(alone, rows, strict=True)]  # fmt: skip
+    assert (told[0].item(), int(told[1])) == (pytest.approx(float(sum(expected)), rel=1e-5), 4)
+    other = batch["labels"].clone()
+    other[document, 0] = 3  # the label of a token that nothing predicts
+    assert torch.equal(model._loss(batch | {"labels": other}, 0, trim=True)[0], told[0])
+
+
+def test_the_vocabulary_is_that_of_the_model_that_is_trained(tmp_path):
+    data = TextDataModule([{"prompt_ids": [], "completion_ids": [260, 261]}], tokenizer=byte_tokenizer())
+    with pytest.raises(DataError, match=r"the token id 261 is none of the 261 known ones"):
+        data.setup("fit")
+    small = CausalLM(tiny_model("llama", vocab_size=300), optimisation={"lr": 1e-3})
+    L.Trainer(max_steps=1, enable_checkpointing=False, default_root_dir=tmp_path, **QUIET).fit(small, data)
+    assert data.counts["train"]["scored"] == 1
 
 
 # Order

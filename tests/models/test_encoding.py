@@ -55,6 +55,24 @@ def test_a_completion_is_scored_and_its_prompt_is_not():
     assert not encoded.split
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_token_ids_are_used_exactly_as_given(chat):
+    tokenizer = merging_tokenizer("a b", begin=True)
+    tokenizer.chat_template = byte_tokenizer().chat_template
+    row = {"prompt_ids": [70, 71], "completion_ids": [72, 5]}
+    encoded = encode(row, tokenizer, chat=chat, add_eos=True)
+    assert encoded == ([70, 71, 72, 5], [False, False, True, True], False)
+    assert encode(row | {"prompt_ids": []}, tokenizer).scored == [True, True]
+
+
+def test_a_token_id_beyond_the_vocabulary_is_refused():
+    tokenizer = byte_tokenizer()
+    row = {"prompt_ids": [261], "completion_ids": [7]}
+    with pytest.raises(DataError, match=r"train\[0\]: the token id 261 is none of the 261 known ones \(0 to 260\)"):
+        encode(row, tokenizer)
+    assert encode(row, tokenizer, vocabulary=262).ids == [261, 7]
+
+
 def test_the_end_token_is_an_option_and_never_doubled():
     tokenizer = byte_tokenizer()
     row = {"prompt": "a", "completion": "b"}

@@ -21,6 +21,18 @@ def test_forms_of_rows():
     ]
 
 
+def test_token_ids_are_a_form_of_row(tmp_path):
+    ids = {"prompt_ids": [3, 0], "completion_ids": [1]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({**ids, "row_id": "a"}) + "\n" + json.dumps({"prompt_ids": [], "completion_ids": [2]}))
+    assert read_rows(path, name="train") == [
+        Row(f"{path}, line 1", "ids", ids),
+        Row(f"{path}, line 2", "ids", {"prompt_ids": [], "completion_ids": [2]}),
+    ]
+    given = {"prompt_ids": (3, 0), "completion_ids": (1,), "text": None}
+    assert read_rows([given], name="train") == [Row("train[0]", "ids", ids)]
+
+
 def test_jsonl_counts_lines_skips_blank_ones_and_a_byte_order_mark(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\n  \n" + '{"text": "é\u2028x"}'.encode())
@@ -62,6 +74,14 @@ BAD_LINES = {
     '{"prompt": 3, "completion": "a"}': r"line 2: 'prompt' is 3, a int; expected a string",
     '{"prompt": "a", "completion": ""}': r"line 2: 'completion' is empty, so there is nothing to learn",
     '{"text": ""}': r"line 2: 'text' is empty",
+    '{"prompt_ids": [1]}': r"line 2: the keys are 'prompt_ids'; expected exactly one of",
+    '{"prompt_ids": [1], "completion_ids": [2], "text": "a"}': r"line 2: the keys are .*'text'; expected exactly",
+    '{"prompt_ids": "1 2", "completion_ids": [2]}': r"line 2: 'prompt_ids' is '1 2', a str; expected a list of",
+    '{"prompt_ids": [1], "completion_ids": 3}': r"line 2: 'completion_ids' is 3, a int; expected a list of token ids",
+    '{"prompt_ids": [1], "completion_ids": []}': r"line 2: 'completion_ids' is empty, so there is nothing to learn",
+    '{"prompt_ids": [4, true], "completion_ids": [2]}': r"line 2: prompt_ids\[1\] is True; expected a token id",
+    '{"prompt_ids": [], "completion_ids": [2, -1]}': r"line 2: completion_ids\[1\] is -1; expected a token id",
+    '{"prompt_ids": [], "completion_ids": [1.0]}': r"line 2: completion_ids\[0\] is 1.0; expected a token id",
     '{"messages": []}': r"line 2: 'messages' is \[\]; expected a list",
     '{"messages": "hello"}': r"line 2: 'messages' is 'hello'; expected a list",
     '{"messages": [{"role": "user"}]}': r"line 2: messages\[0\] is {'role': 'user'}; expected",

@@ -45,12 +45,14 @@ class Encoder:
         chat: Whether prompt and completion become a user's and an assistant's turn.
         system_prompt: System text of conversations without one; None keeps the template's own, ``""`` has an empty one.
         add_eos: Whether texts and completions end with the end token (conversations end as the template says).
+        vocabulary: Number of tokens that the model has, of which the ids of a row are some; the tokenizer's if None.
     """
 
     tokenizer: PreTrainedTokenizerBase
     chat: bool = False
     system_prompt: str | None = None
     add_eos: bool = True
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         if self.chat:
@@ -63,6 +65,8 @@ class Encoder:
         content = row.content
         if row.form == "messages":
             return self._conversation(content["messages"], row.where)
+        if row.form == "ids":
+            return self._as_given(row)
         if row.form == "prompt" and self.chat:
             roles = {"user": content["prompt"], "assistant": content["completion"]}
             return self._conversation([{"role": role, "content": text} for role, text in roles.items()], row.where)
@@ -76,6 +80,17 @@ class Encoder:
             end = []
         scored_begin = [row.form == "text"] * len(begin)
         return EncodedRow(begin + ids + end, scored_begin + scored + [True] * len(end), split)
+
+    def _as_given(self, row: Row) -> EncodedRow:
+        """Ids of a row that has them already: none is put before, between or behind them."""
+        prompt, completion = row.content["prompt_ids"], row.content["completion_ids"]
+        known, largest = self.vocabulary or len(self.tokenizer), max(prompt + completion)
+        if largest >= known:
+            raise DataError(
+                f"{row.where}: the token id {largest} is none of the {known} known ones (0 to {known - 1}). Was the "
+                "row written with another tokenizer?"
+            )
+        return EncodedRow(prompt + completion, [False] * len(prompt) + [True] * len(completion), False)
 
     def _join(self, parts: Sequence[_Part]) -> EncodedRow:
         """Tokenise the parts together, or one by one where a token would straddle a boundary."""

@@ -13,8 +13,12 @@ from lightning_interp.errors import DataError
 
 __all__ = ["Row", "check_text", "form_of", "raw_rows", "read_rows", "turns_of"]
 
-_FORMS = (("text",), ("prompt", "completion"), ("messages",))
-_EXPECTED = '{"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}'
+_IDS = ("prompt_ids", "completion_ids")
+_FORMS = (("text",), ("prompt", "completion"), ("messages",), _IDS)
+_EXPECTED = (
+    '{"text": ...}, {"prompt": ..., "completion": ...}, {"messages": [...]} or '
+    '{"prompt_ids": [...], "completion_ids": [...]}'
+)
 TURN = "{'role': ..., 'content': ...}"
 
 
@@ -22,7 +26,7 @@ class Row(NamedTuple):
     """A checked row."""
 
     where: str  # file and line, or name and index, for messages
-    form: str  # "text", "prompt" or "messages"
+    form: str  # "text", "prompt", "messages" or "ids"
     content: dict[str, Any]  # the row's fields of that form
 
 
@@ -100,6 +104,8 @@ def _checked(row: Any, where: str) -> Row:
     form = form_of(row, where, _FORMS, _EXPECTED, alone=True)
     if form == ("messages",):
         return Row(where, "messages", {"messages": _messages(row["messages"], where)})
+    if form == _IDS:
+        return Row(where, "ids", {key: _token_ids(row[key], key, where) for key in _IDS})
     for key in form:
         check_text(row[key], key, where, may_be_empty=key == "prompt")
     return Row(where, form[0], {key: row[key] for key in form})
@@ -118,6 +124,19 @@ def _messages(messages: Any, where: str) -> list[dict[str, Any]]:
             "learn."
         )
     return turns
+
+
+def _token_ids(value: Any, key: str, where: str) -> list[int]:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise DataError(f"{where}: {key!r} is {value!r:.80}, a {type(value).__name__}; expected a list of token ids.")
+    for index, one in enumerate(value):
+        if type(one) is not int or one < 0:  # a bool is an int, too
+            raise DataError(
+                f"{where}: {key}[{index}] is {one!r:.80}; expected a token id, a whole number of at least 0."
+            )
+    if not value and key == "completion_ids":
+        raise DataError(f"{where}: {key!r} is empty, so there is nothing to learn. Remove the row or fill it in.")
+    return list(value)
 
 
 def turns_of(value: Any, key: str, where: str, *, expected: str) -> list[dict[str, Any]]:

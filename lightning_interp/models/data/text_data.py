@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -26,12 +27,15 @@ TooLong = Literal["truncate", "error"]
 class TextDataModule(L.LightningDataModule):
     """Text for :class:`CausalLM`, with labels on what the model should learn to write and nowhere else.
 
-    A row has one of three forms; other keys are ignored:
+    A row has one of four forms; other keys are ignored:
 
     - ``{"text": ...}``: every token is scored;
     - ``{"prompt": ..., "completion": ...}``: the completion is scored. The prompt keeps exactly the ids that it has
       alone; a space between the two is yours to write;
-    - ``{"messages": [{"role": ..., "content": ...}, ...]}``: in the chat template, the assistant's turns scored.
+    - ``{"messages": [{"role": ..., "content": ...}, ...]}``: in the chat template, the assistant's turns scored;
+    - ``{"prompt_ids": [...], "completion_ids": [...]}``: token ids, used as they are: nothing is put before, between or
+      behind them. The completion is scored; with an empty prompt a whole document is, but for its first token, which
+      nothing predicts.
 
     The order of training rows depends on seed and epoch alone, so a resumed run sees the batches of an uninterrupted
     one, and several processes see together those of one process with a larger batch.
@@ -141,8 +145,9 @@ class TextDataModule(L.LightningDataModule):
     def _encode(self, split: str) -> RowDataset:
         counts = dict.fromkeys(("rows", "tokens", "scored", "truncated", "dropped", "split"), 0)
         kept = []
+        encoder = replace(self._encoder, vocabulary=_vocabulary(self.trainer))
         for row in read_rows(self._sources[split], name=split):
-            encoded = self._encoder.encode(row)
+            encoded = encoder.encode(row)
             if len(encoded.ids) > self.max_length:
                 encoded = self._cut(encoded, row)
                 counts["truncated"] += 1
@@ -195,3 +200,10 @@ class TextDataModule(L.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def _vocabulary(trainer: L.Trainer | None) -> int | None:
+    """Number of tokens of the model that a Trainer fits; None if it is not known."""
+    model: Any = getattr(trainer and trainer.lightning_module, "model", None)
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return getattr(embeddings, "num_embeddings", None)

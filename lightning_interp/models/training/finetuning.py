@@ -54,7 +54,7 @@ class Optimised(L.LightningModule):
         """Make AdamW over everything that is trained, and its schedule."""
         settings = self.optimisation
         optimizer = adamw(self.parameters(), settings)
-        steps = float("inf") if settings.schedule == "constant" else self.trainer.estimated_stepping_batches
+        steps = self.trainer.estimated_stepping_batches if settings.needs_end else float("inf")
         scheduler = schedule_of(optimizer, settings, total_steps=steps)
         if scheduler is None:
             return optimizer
