@@ -19,6 +19,9 @@ from lightning_interp.generation.requests import TextGenerator as TextGenerator
 from lightning_interp.generation.requests import TextRequest as TextRequest
 from lightning_interp.generation.sampler import LocalSampler as LocalSampler
 from lightning_interp.generation.sampling import draw_tokens as draw_tokens
+from lightning_interp.generation.shards import ShardRow as ShardRow
+from lightning_interp.generation.shards import read_shards as read_shards
+from lightning_interp.generation.shards import write_shards as write_shards
 from lightning_interp.generation.text_quality import distinct_n as distinct_n
 from lightning_interp.generation.text_quality import loop_period as loop_period
 from lightning_interp.generation.text_quality import perplexity as perplexity

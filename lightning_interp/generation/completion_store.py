@@ -42,7 +42,8 @@ class _Written(Pending):
         one, request = self.completion, self.request
         counts = {name: getattr(one, name) for name in _COUNTS}
         what = {"writer": self.key.partition("/")[0], "digest": request.digest, "request": jsonable(request.to_dict())}
-        return {"v": FORMAT, **what, "text": one.text, "token_ids": list(one.token_ids), **counts}
+        end = {} if one.end_id is None else {"end_id": one.end_id}  # lines of before it was kept have none
+        return {"v": FORMAT, **what, "text": one.text, "token_ids": list(one.token_ids), **end, **counts}
 
 
 class CompletionStore(KeyedStore[_Written]):
@@ -173,7 +174,8 @@ class CompletionStore(KeyedStore[_Written]):
             if row["v"] != FORMAT:
                 raise DataError(f"version {row['v']!r:.40}; expected a text of version {FORMAT}")
             request, key = TextRequest.from_dict(row["request"]), f"{row['writer']}/{row['digest']}"
-            ids, counts = tuple(row["token_ids"]), {name: row[name] for name in _COUNTS}
+            counts = {"end_id": row.get("end_id"), **{name: row[name] for name in _COUNTS}}
+            ids = tuple(row["token_ids"])
             return _Written(key, request, Completion(text=row["text"], token_ids=ids, request=row["digest"], **counts))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(

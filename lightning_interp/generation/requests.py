@@ -136,9 +136,10 @@ class Completion:
         error: Why it is not complete.
         tokens_in, tokens_out: Tokens read and written, if known.
         request: Digest of the request.
+        end_id: The end token that a local model wrote behind ``token_ids``; None if it wrote none, or was cut off.
 
     Raises:
-        DataError: If the status is unknown, or a complete one has no text.
+        DataError: If the status is unknown, a complete one has no text, or a truncated one an end token.
     """
 
     text: str | None
@@ -148,15 +149,18 @@ class Completion:
     tokens_in: int | None = None
     tokens_out: int | None = None
     request: str = ""
+    end_id: int | None = None
 
     def __post_init__(self) -> None:
         if self.status not in get_args(Status):
             raise DataError(f"A text has the status {self.status!r}; expected one of {', '.join(get_args(Status))}.")
         if not isinstance(self.text, str if self.status == "complete" else str | None):
             raise DataError(f"A text with the status {self.status!r} is {self.text!r:.60}; expected a string.")
+        if self.status == "truncated" and self.end_id is not None:
+            raise DataError(f"A text with the status 'truncated' has the end token {self.end_id!r}; expected none.")
         if self.status == "complete" and half_character(self.text or ""):
-            object.__setattr__(self, "status", "truncated")
-            object.__setattr__(self, "error", HALF)
+            for name, value in {"status": "truncated", "error": HALF, "end_id": None}.items():
+                object.__setattr__(self, name, value)
 
     @property
     def failed(self) -> bool:

@@ -232,6 +232,7 @@ class LocalSampler:
             error=None if complete else f"ran into the limit of {row.limit} tokens",
             token_ids=tuple(kept),
             request=row.request.digest,
+            end_id=None if end is None else within[end],
             **counts,
         )
 

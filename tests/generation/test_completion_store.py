@@ -156,6 +156,21 @@ class TestFiles:
         assert writer == row["writer"]
         assert (request, found.token_ids) == (TextRequest.chat("Hi", max_new_tokens=2), tuple(row["token_ids"]))
 
+    def test_an_end_token_is_kept_and_lines_without_one_are_read(self, tmp_path):
+        """As they were written before end tokens were kept."""
+        ended = Completion(text="A", token_ids=(5,), end_id=2)
+        writer = FunctionGenerator(lambda one: ended if one.prompt == "a" else "B", name="ends")
+        requests = [TextRequest(prompt="a"), TextRequest(prompt="b")]
+        write_all(writer, requests, CompletionStore(tmp_path))
+        path = tmp_path / "completions.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [row.get("end_id", "none") for row in rows] == [2, "none"]
+        read = CompletionStore(tmp_path).completions(writer, requests)
+        assert [(one.text, one.token_ids, one.end_id) for one in read] == [("A", (5,), 2), ("B", (), None)]
+        rows[0].pop("end_id")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert CompletionStore(tmp_path).completions(writer, requests)[0].end_id is None
+
     def test_two_texts_under_one_key(self, tmp_path):
         store = CompletionStore(tmp_path)
         write_all(shouting(), REQUESTS[:2], store)

@@ -50,6 +50,10 @@ def test_wrong_completions():
         Completion(text="a", status="done")
     with pytest.raises(DataError, match="status 'complete' is None; expected a string"):
         Completion(text=None)
+    with pytest.raises(DataError, match="status 'truncated' has the end token 2; expected none"):
+        Completion(text="a", status="truncated", end_id=2)
+    half = Completion(text="a\ud83d", end_id=2)
+    assert (half.status, half.end_id) == ("truncated", None)
     assert Completion(text=None, status="failed").failed
 
 

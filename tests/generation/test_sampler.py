@@ -147,9 +147,11 @@ class TestEnds:
         for limit in (first + 1, first + 2, 30):
             (found,) = written(model, tokenizer, asked(["a"], max_new_tokens=limit))
             assert (found.status, found.token_ids) == ("complete", whole.token_ids[:first])
+            assert found.end_id == whole.token_ids[3]
         if first:
             (cut,) = written(model, tokenizer, asked(["a"], max_new_tokens=first))
             assert (cut.status, cut.error) == ("truncated", f"ran into the limit of {first} tokens")
+            assert cut.end_id is None
 
     def test_stop_texts(self, model, tokenizer):
         (whole,) = written(model, tokenizer, asked(["a"], max_new_tokens=16))
@@ -159,7 +161,7 @@ class TestEnds:
         for stop, request, beside in zip(stops, requests, together, strict=True):
             for found in (written(model, tokenizer, [request])[0], beside):
                 at = min(whole.text.index(one) for one in stop)
-                assert (found.text, found.status) == (whole.text[:at], "complete")
+                assert (found.text, found.status, found.end_id) == (whole.text[:at], "complete", None)
                 assert whole.token_ids[: found.tokens_out] == found.token_ids
                 assert any(one in tokenizer.decode(found.token_ids) for one in stop)
                 assert not any(one in tokenizer.decode(found.token_ids[:-1]) for one in stop)
