@@ -83,14 +83,23 @@ def in_house_style(draw: Callable[P, Any]) -> Callable[P, Any]:
     return drawn
 
 
-def panels(count: int, *, size: tuple[float, float], title: str = "", **share: Any) -> tuple[Any, list[Any]]:
-    """Make a figure of some inches with panels side by side; ``share`` takes ``sharex`` and ``sharey``."""
+def panels(
+    count: int, *, size: tuple[float, float], title: str = "", columns: int = 0, **share: Any
+) -> tuple[Any, list[Any]]:
+    """Make a figure of some inches with panels side by side, or in rows of so many columns.
+
+    ``share`` takes ``sharex`` and ``sharey``.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size)
     if title.strip():
         figure.suptitle(title.strip())
-    return figure, list(figure.subplots(1, count, squeeze=False, **share)[0])
+    across = min(columns or count, count)
+    axes = list(figure.subplots(math.ceil(count / across), across, squeeze=False, **share).flat)
+    for axis in axes[count:]:
+        axis.remove()
+    return figure, axes[:count]
 
 
 def label(axis: Any, across: str = "", up: str = "", *, title: str = "", zero: bool = False) -> None:

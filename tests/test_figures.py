@@ -53,6 +53,13 @@ def test_what_is_drawn():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
 
 
+def test_panels_in_rows():
+    figure, axes = panels(5, size=(6, 6), columns=3)
+    assert len(axes) == len(figure.axes) == 5
+    assert [axis.get_subplotspec().rowspan.start for axis in axes] == [0, 0, 0, 1, 1]
+    assert len(panels(2, size=(6, 3), columns=3)[1]) == 2
+
+
 def test_an_interval_that_is_not_known_is_not_drawn():
     _, (axis,) = panels(1, size=(3, 3))
     band(axis, [0], [Estimate(1.0, math.nan, math.nan, 1, 0.95, "none")], BLUE)

@@ -1,10 +1,14 @@
 from lightning_interp.core.measure.series import Gain as Gain
 from lightning_interp.core.measure.series import gain as gain
 from lightning_interp.core.measure.series import noise_ratio as noise_ratio
+from lightning_interp.core.measure.series import prefix_slope as prefix_slope
+from lightning_interp.core.measure.series import retention as retention
 from lightning_interp.core.measure.series import slope as slope
 from lightning_interp.cycles.calibration import Calibration as Calibration
 from lightning_interp.cycles.calibration import calibrate_dose as calibrate_dose
 from lightning_interp.cycles.calibration import dose_grid as dose_grid
+from lightning_interp.cycles.chain_report import Arm as Arm
+from lightning_interp.cycles.chain_report import ChainReport as ChainReport
 from lightning_interp.cycles.one_parameter import OneParameter as OneParameter
 from lightning_interp.cycles.one_parameter import gain_near_base as gain_near_base
 from lightning_interp.cycles.one_parameter import one_parameter_chains as one_parameter_chains
@@ -15,5 +19,3 @@ from lightning_interp.cycles.trajectory import Verdict as Verdict
 from lightning_interp.cycles.trajectory import chain_numbers as chain_numbers
 from lightning_interp.cycles.trajectory import chain_trajectory as chain_trajectory
 from lightning_interp.cycles.trajectory import late_change as late_change
-from lightning_interp.cycles.trajectory import prefix_slope as prefix_slope
-from lightning_interp.cycles.trajectory import retention as retention

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lightning_interp.core.measure.clustered import mean_point
 from lightning_interp.core.measure.resampling import interval_ends, shared_replicates
-from lightning_interp.core.measure.series import line, noise_ratio, slope
+from lightning_interp.core.measure.series import fixed_rows_error, line, noise_ratio, prefix_slope, retention, slope
 from lightning_interp.core.measure.statistics import Estimate, counted
 from lightning_interp.errors import DataError
 
@@ -31,8 +31,6 @@ __all__ = [
     "chain_numbers",
     "chain_trajectory",
     "late_change",
-    "prefix_slope",
-    "retention",
 ]
 
 Values = NDArray[np.float64]
@@ -108,7 +106,7 @@ class Checkpoint:
     @property
     def error(self) -> float:
         """Standard error of the score with the questions held fixed; NaN if one of them has less than two scores."""
-        return _fixed_error(self.scores)
+        return fixed_rows_error(self.scores)
 
 
 def _table(name: str, rows: Any) -> Values:
@@ -127,15 +125,6 @@ def _table(name: str, rows: Any) -> Values:
 
 def _mean(table: Values) -> float:
     return mean_point(table[np.isfinite(table)]).value
-
-
-def _fixed_error(table: Values) -> float:
-    """Root of the sum over questions of their share squared times the variance of their mean."""
-    rows = [row[np.isfinite(row)] for row in table]
-    n = sum(row.size for row in rows)
-    if not n or any(row.size == 1 for row in rows):
-        return math.nan
-    return math.sqrt(sum((row.size / n) ** 2 * mean_point(row).se ** 2 for row in rows if row.size))
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,29 +169,6 @@ class Chain:
         return np.array([each.score for each in self.checkpoints])
 
 
-def prefix_slope(scores: ArrayLike) -> Values:
-    """Mean of the slopes over cycles 0 to 1, 0 to 2, up to all: a spike at the end counts for little.
-
-    A jump from cycle 0 to 1 counts for much. The authors' code calls 1.67 points a cycle amplified.
-
-    Args:
-        scores: ``[..., K]``, from cycle 0 on.
-
-    Returns:
-        Float64 ``[...]``; NaN for one cycle.
-
-    Example:
-        >>> float(prefix_slope([40, 42, 44]))
-        2.0
-    """
-    y = np.asarray(scores, dtype=np.float64)
-    ends = range(2, y.shape[-1] + 1)
-    if not ends:
-        return np.full(y.shape[:-1], math.nan)
-    found: Values = np.mean([slope(y[..., :end], first=0) for end in ends], axis=0)
-    return found
-
-
 def late_change(scores: ArrayLike, *, anchor: int = 1) -> tuple[Values, Values, Values] | None:
     """Highest, lowest and mean of ``s_j`` - ``s_anchor`` over the late cycles, ``j`` from 4 on.
 
@@ -223,25 +189,6 @@ def late_change(scores: ArrayLike, *, anchor: int = 1) -> tuple[Values, Values, 
         return None
     late = y[..., FIRST_LATE:] - y[..., anchor, None]
     return late.max(axis=-1), late.min(axis=-1), late.mean(axis=-1)
-
-
-def retention(scores: ArrayLike, base: ArrayLike) -> Values:
-    """What is left of the seed's effect: ``(s_k - s_B) / (s_0 - s_B)``.
-
-    Args:
-        scores: ``[..., K]``.
-        base: The base's score ``[...]``.
-
-    Returns:
-        Float64 ``[..., K]``, 1 at cycle 0; NaN where the seed had no effect.
-
-    Example:
-        >>> retention([50, 30, 10], 10).tolist()
-        [1.0, 0.5, 0.0]
-    """
-    above = np.asarray(scores, dtype=np.float64) - np.asarray(base, dtype=np.float64)[..., None]
-    start = above[..., :1]
-    return np.divide(above, start, out=np.full_like(above, np.nan), where=start != 0)
 
 
 @dataclass(frozen=True)
@@ -433,14 +380,18 @@ def _tables(chain: Chain) -> dict[str, list[Values]]:
     return found | ({} if chain.again is None else {"again": [chain.again.scores]})
 
 
+def coherent_above(above: Estimate | None) -> bool | None:
+    """Whether coherence is at most 10 points below the base's, of how far it lies above; None if that is not known."""
+    return None if above is None or math.isnan(above.value) else above.value >= -_COHERENT
+
+
 def _verdict(chain: Chain, numbers: Mapping[str, Estimate], anchor: int, threshold: float) -> Verdict | None:
     highest = numbers.get(f"late_max_{anchor}")
     if highest is None or math.isnan(highest.value):
         return None
-    above = numbers.get("coherence_above_base")
     responses = min(each.responses for each in chain.checkpoints)
     return Verdict(
         anchor, highest, numbers[f"late_mean_{anchor}"], threshold,
-        coherent=None if above is None or math.isnan(above.value) else above.value >= -_COHERENT,
+        coherent=coherent_above(numbers.get("coherence_above_base")),
         questions=len(chain.checkpoints[0].scores), responses=responses,
     )  # fmt: skip

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lightning_interp.core.measure.clustered import mean_point
 from lightning_interp.core.measure.statistics import Estimate, counted, t_interval
 from lightning_interp.errors import DataError
 
-__all__ = ["Gain", "gain", "line", "noise_ratio", "slope"]
+__all__ = ["Gain", "fixed_rows_error", "gain", "line", "noise_ratio", "prefix_slope", "retention", "slope"]
 
 Values = NDArray[np.float64]
 
@@ -48,6 +49,29 @@ def slope(scores: ArrayLike, *, first: int = 1) -> Values:
     return found
 
 
+def prefix_slope(scores: ArrayLike) -> Values:
+    """Mean of the slopes over cycles 0 to 1, 0 to 2, up to all: a spike at the end counts for little.
+
+    A jump from cycle 0 to 1 counts for much. The code of Roe et al. 2026 calls 1.67 points a cycle amplified.
+
+    Args:
+        scores: ``[..., K]``, from cycle 0 on.
+
+    Returns:
+        Float64 ``[...]``; NaN for one cycle.
+
+    Example:
+        >>> float(prefix_slope([40, 42, 44]))
+        2.0
+    """
+    y = np.asarray(scores, dtype=np.float64)
+    ends = range(2, y.shape[-1] + 1)
+    if not ends:
+        return np.full(y.shape[:-1], math.nan)
+    found: Values = np.mean([slope(y[..., :end], first=0) for end in ends], axis=0)
+    return found
+
+
 def noise_ratio(scores: ArrayLike, errors: ArrayLike) -> float:
     """How far scores move from cycle to cycle, as a multiple of how far they would if nothing moved.
 
@@ -67,6 +91,45 @@ def noise_ratio(scores: ArrayLike, errors: ArrayLike) -> float:
     y, e = np.asarray(scores, dtype=np.float64), np.asarray(errors, dtype=np.float64)
     expected = math.sqrt(2 / math.pi) * np.hypot(e[1:], e[:-1]).sum()
     return float(np.abs(np.diff(y)).sum() / expected) if expected > 0 else math.nan
+
+
+def fixed_rows_error(table: Values) -> float:
+    """Standard error of the mean of all values of a table whose rows are fixed: each row's own values are a sample.
+
+    Args:
+        table: ``[rows, columns]``, NaN where a value is missing.
+
+    Returns:
+        Root of the sum over rows of their share squared times the variance of their mean; NaN if a row has one value.
+
+    Example:
+        >>> fixed_rows_error(np.array([[1.0, 3.0], [51.0, 53.0]])) == 0.5**0.5
+        True
+    """
+    rows = [row[np.isfinite(row)] for row in table]
+    n = sum(row.size for row in rows)
+    if not n or any(row.size == 1 for row in rows):
+        return math.nan
+    return math.sqrt(sum((row.size / n) ** 2 * mean_point(row).se ** 2 for row in rows if row.size))
+
+
+def retention(scores: ArrayLike, base: ArrayLike) -> Values:
+    """What is left of the seed's effect: ``(s_k - s_B) / (s_0 - s_B)``.
+
+    Args:
+        scores: ``[..., K]``.
+        base: The base's score ``[...]``.
+
+    Returns:
+        Float64 ``[..., K]``, 1 at cycle 0; NaN where the seed had no effect.
+
+    Example:
+        >>> retention([50, 30, 10], 10).tolist()
+        [1.0, 0.5, 0.0]
+    """
+    above = np.asarray(scores, dtype=np.float64) - np.asarray(base, dtype=np.float64)[..., None]
+    start = above[..., :1]
+    return np.divide(above, start, out=np.full_like(above, np.nan), where=start != 0)
 
 
 @dataclass(frozen=True)
