@@ -108,6 +108,20 @@ class EndpointGenerator:
         rows = self._all(lambda request: self._first_token(request, texts), requests)
         return torch.tensor(rows, dtype=torch.float64).reshape(len(requests), len(texts))
 
+    def first_tokens(self, requests: Sequence[TextRequest]) -> list[tuple[Completion, list[tuple[str, float]]]]:
+        """Ask for each request, and for the likeliest tokens that its answer could have begun with.
+
+        Args:
+            requests: Conversations.
+
+        Returns:
+            For each the completion, and up to 20 tokens with their probabilities; none where the endpoint tells none.
+
+        Raises:
+            RecipeError: As :meth:`generate`.
+        """
+        return self._all(self._with_first, requests)
+
     def body(self, request: TextRequest) -> dict[str, Any]:
         """A request as the protocol has it; also what a batch file holds.
 
@@ -145,14 +159,20 @@ class EndpointGenerator:
         found = answer if isinstance(answer, Completion) else parse_answer(answer[0])
         return replace(found, request=request.digest)
 
-    def _first_token(self, request: TextRequest, texts: Sequence[str]) -> list[float]:
-        more = {"max_tokens": 1, "logprobs": True, "top_logprobs": _MOST_CANDIDATES}
-        answer = self._answer(self.body(request) | more, sum(self.estimate_tokens(request)))
+    def _with_first(self, request: TextRequest, **more: Any) -> tuple[Completion, list[tuple[str, float]]]:
+        body = self.body(request) | {"logprobs": True, "top_logprobs": _MOST_CANDIDATES} | more
+        answer = self._answer(body, sum(self.estimate_tokens(request)))
+        if isinstance(answer, Completion):
+            return replace(answer, request=request.digest), []
         try:
-            told = {} if isinstance(answer, Completion) else answer[0]["choices"][0]["logprobs"]["content"][0]
-            likely = [(str(row["token"]), math.exp(row["logprob"])) for row in told["top_logprobs"]]
+            told = answer[0]["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+            likely = [(str(row["token"]), math.exp(row["logprob"])) for row in told]
         except (KeyError, IndexError, TypeError, ValueError, OverflowError):  # an endpoint that tells none
             likely = []
+        return replace(parse_answer(answer[0]), request=request.digest), likely
+
+    def _first_token(self, request: TextRequest, texts: Sequence[str]) -> list[float]:
+        likely = self._with_first(request, max_tokens=1)[1]
         return [sum(p for token, p in likely if token.strip() == text) if likely else math.nan for text in texts]
 
     def _answer(self, body: Mapping[str, Any], estimate: int) -> tuple[Any] | Completion:

@@ -15,12 +15,12 @@ from lightning_interp.core.measure.undisturbed import undisturbed
 from lightning_interp.core.tokens.batches import padded
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.generation.answers import without_reasoning
+from lightning_interp.generation.judging.text_vectors import TextVectors
 from lightning_interp.generation.labellers import words_of
 from lightning_interp.generation.requests import TextGenerator, TextRequest, ask, fill
 from lightning_interp.generation.text_quality import perplexity
 from lightning_interp.models.data.encoding import Encoder
 from lightning_interp.models.data.rows import Row
-from lightning_interp.models.scoring.reward_text import RewardEncoder, score_rows
 from lightning_interp.models.scoring.text_scorer import TextScorer
 
 __all__ = ["ChatJudge", "ClassifierJudge", "EmbeddingJudge", "Judge", "LikelihoodJudge", "Marks", "WordShare"]
@@ -141,29 +141,14 @@ class EmbeddingJudge(_Judge):
     """
 
     def __init__(self, model: Any, tokenizer: Any, references: Sequence[str], *, token_budget: int = 8192) -> None:
-        self.model, self.token_budget = model, token_budget
-        self._encoder = RewardEncoder(tokenizer=tokenizer, chat=False, add_eos=False)
-        if not any(text.strip() for text in references):
+        self.vectors = TextVectors(model, tokenizer, token_budget=token_budget)
+        written = [text for text in references if text.strip()]
+        if not written:
             raise DataError("EmbeddingJudge got no reference text; expected at least one.")
-        with undisturbed(model):
-            device = next(model.parameters()).device
-            rows = [torch.tensor([ids], device=device) for ids in self._rows(references)]
-            units = [F.normalize(self._embedded(ids, torch.ones_like(ids)), dim=-1) for ids in rows]
-        self._reference = torch.cat(units).mean(0)
+        self._reference = F.normalize(self.vectors(written), dim=-1).mean(0)
 
     def _score(self, texts: list[str], prompts: list[str]) -> Tensor:
-        def cosine(ids: Tensor, mask: Tensor) -> Tensor:
-            return F.cosine_similarity(self._embedded(ids, mask), self._reference, dim=-1)
-
-        return _scored(self.model, cosine, self._rows(texts), self._encoder.pad_id, self.token_budget)
-
-    def _rows(self, texts: Sequence[str]) -> list[list[int]]:
-        return [one.ids for one in self._encoder.encode_texts([""] * len(texts), texts) if one.ids]
-
-    def _embedded(self, ids: Tensor, mask: Tensor) -> Tensor:
-        states = self.model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state.double()
-        mean: Tensor = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        return mean
+        return F.cosine_similarity(self.vectors(texts), self._reference, dim=-1)
 
 
 @dataclass(frozen=True)
@@ -288,11 +273,3 @@ class ChatJudge:
         counts["failed"] += int(failed.sum())
         counts["refused"] += int((~fits & ~failed).sum())
         return marks.where(fits, torch.nan)
-
-
-def _scored(
-    model: Any, forward: Callable[[Tensor, Tensor], Tensor], rows: list[list[int]], pad: int, budget: int
-) -> Tensor:
-    device = next(model.parameters()).device
-    with undisturbed(model):
-        return score_rows(forward, rows, pad_id=pad, device=device, token_budget=budget)

@@ -88,6 +88,22 @@ def test_chances_of_the_first_token():
     assert found[1:].isnan().all()  # one that tells nothing, and a failure
 
 
+def test_answers_with_their_likeliest_first_tokens():
+    def answer(body):
+        assert (body["max_tokens"], body["logprobs"], body["top_logprobs"]) == (256, True, 20)
+        rows = [{"token": " 70", "logprob": math.log(0.75)}, {"token": "no", "logprob": math.log(0.25)}]
+        chosen = completion("70")
+        if body["messages"][-1]["content"] == "text 0":
+            chosen["choices"][0]["logprobs"] = {"content": [{"token": " 70", "top_logprobs": rows}]}
+        return chosen
+
+    with serving(answer=answer, script=lambda body: 400 if "2" in body["messages"][-1]["content"] else None) as served:
+        found = writer_of(served).first_tokens(REQUESTS[:3])
+    assert [(one.text, one.status) for one, _ in found] == [("70", "complete")] * 2 + [(None, "failed")]
+    assert [one.request for one, _ in found] == [request.digest for request in REQUESTS[:3]]
+    assert [likely for _, likely in found] == [[(" 70", pytest.approx(0.75)), ("no", pytest.approx(0.25))], [], []]
+
+
 def test_identity():
     ways = [{}, {"name": "b"}, {"extra": {"a": 1}}, {"send_seed": False}]
     assert len({str(EndpointGenerator("m", **way).identity()) for way in ways}) == len(ways)

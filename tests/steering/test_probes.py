@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy import optimize
 
+from lightning_interp.core.measure.logistic import calibrate, fit_logistic
 from lightning_interp.core.model.fingerprint import model_fingerprint
 from lightning_interp.core.model.sites import Site
 from lightning_interp.errors import DataError, IncompatibleModelError, ManifestError, RecipeError, SiteError
 from lightning_interp.steering.concepts.moments import ClassMoments
-from lightning_interp.steering.concepts.probe_regression import calibrate, fit_logistic
 from lightning_interp.steering.concepts.probes import ConceptProbe
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
 from lightning_interp.testing import tiny_model

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_interp.core.measure.logistic import calibrate, fit_logistic
 from lightning_interp.core.model.fingerprint import model_fingerprint
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.sites import Site
@@ -23,7 +24,6 @@ from lightning_interp.core.storage.json_reading import parse_json
 from lightning_interp.core.storage.tensor_files import save_tensors
 from lightning_interp.errors import IncompatibleModelError, RecipeError
 from lightning_interp.steering.concepts.moments import ClassMoments
-from lightning_interp.steering.concepts.probe_regression import calibrate, fit_logistic
 from lightning_interp.steering.softmax.arithmetic import working_dtype
 from lightning_interp.steering.softmax.geometry import SoftmaxGeometry
 from lightning_interp.steering.vectors.reading import check_made_for, read_made

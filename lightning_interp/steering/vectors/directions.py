@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_interp.core.hooks.row_means import row_means
+from lightning_interp.core.measure.logistic import fit_logistic
 from lightning_interp.core.measure.streamed import StreamedSums
 from lightning_interp.core.model.fingerprint import model_fingerprint
 from lightning_interp.core.model.model_map import ModelMap
@@ -21,7 +22,6 @@ from lightning_interp.core.model.sites import Site
 from lightning_interp.core.tokens.positions import Last, Positions
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.steering.activation.selectors import Sites, as_sites, check_positions
-from lightning_interp.steering.concepts.probe_regression import fit_logistic
 from lightning_interp.steering.vectors.steering_vectors import SteeringVector
 
 __all__ = ["METHODS", "Method", "TextFeatures", "direction_between", "encode_texts", "extract_vector", "text_features"]
