@@ -29,7 +29,7 @@ class TextVectors:
     Example:
         >>> from lightning_interp.testing import byte_tokenizer, tiny_model
         >>> TextVectors(tiny_model("llama"), byte_tokenizer())(["A film.", "Oh"]).shape
-        torch.Size([2, 16])
+        torch.Size([2, 32])
     """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, *, token_budget: int = 8192) -> None:
