@@ -290,7 +290,7 @@ class BatchedAdapters(L.LightningModule):
         told = []
         for key, cell in self.cells.items():
             loader: Any = self.loaders[key]
-            order = {"rows": len(loader.dataset), "batches": len(loader), "order": loader.sampler.root_seed}
+            order = {"rows": len(loader.dataset), "batches": len(loader), "order": loader.sampler.key}
             told.append(cell.to_dict() | order | {"end": self.ends[key]})
         return told
 
@@ -338,6 +338,11 @@ def _factor(settings: Optimisation, steps: int) -> Callable[[int], float]:
 
 def _data_of(cell: AdapterCell, tokenizer: PreTrainedTokenizerBase | None) -> TextDataModule:
     if isinstance(cell.data, TextDataModule):
+        if cell.data.packing:
+            raise RecipeError(
+                f"Cell {cell.key!r} has data with packing=True, and packed rows cannot share a pass with other cells' "
+                "rows. Pass packing=False; length_window saves padding here too."
+            )
         if tokenizer is not None:
             check_same_tokenizer(cell.data.tokenizer, tokenizer)
         return cell.data

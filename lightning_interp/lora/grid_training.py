@@ -278,8 +278,8 @@ def held_out(model: Any, data: TextDataModule) -> float | None:
     total, tokens = 0.0, 0
     for batch in data.val_dataloader():
         moved = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        logits = model(input_ids=moved["input_ids"], attention_mask=moved["attention_mask"], use_cache=False).logits
-        lost, count = completion_loss(logits, moved["labels"])
+        read = {name: moved[name] for name in ("input_ids", "attention_mask", "position_ids") if name in moved}
+        lost, count = completion_loss(model(**read, use_cache=False).logits, moved["labels"])
         total, tokens = total + float(lost), tokens + int(count)
     return total / tokens if tokens else None
 

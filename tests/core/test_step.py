@@ -213,6 +213,21 @@ def test_calls_without_tokens():
         read((torch.arange(3),), {})
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_packed_rows_are_refused(family):
+    model, ids = tiny_model(family), torch.arange(12).view(2, 6)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]])
+    says = r"several texts in one row \({}: packed, or continuous batching\).* Use a padded batch"
+    with Probe().attach(model):
+        with pytest.raises(PositionError, match=says.format("position_ids that begin anew")):
+            model(ids, position_ids=positions, use_cache=False)
+        model(ids, position_ids=positions[1:].expand(2, -1), use_cache=False)
+        model(ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=False)  # read as one text
+        lengths = torch.tensor([0, 3, 6], dtype=torch.int32)
+        with pytest.raises(PositionError, match=says.format("cu_seq_lens_q")):
+            model(ids, cu_seq_lens_q=lengths, use_cache=False)
+
+
 def test_rows_of_a_mask_of_another_size():
     step = StepContext(2, 3, batch={"m": torch.ones(5, 3)})
     with pytest.raises(PositionError, match=r"Mask 'm' is \(5, 3\); expected a tensor \[B, T\] with B=2"):

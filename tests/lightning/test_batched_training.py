@@ -313,3 +313,13 @@ def test_rows_need_a_tokenizer_and_data_the_models_own(tmp_path):
     other.eos_token = other.pad_token
     with pytest.raises(IncompatibleModelError, match="The tokenizers differ"):
         together([cell(data=TextDataModule(SUMS, tokenizer=other))], tmp_path)
+
+
+def test_packed_rows_are_refused_and_a_length_window_is_kept(tmp_path):
+    with pytest.raises(RecipeError, match="Cell 'a' has data with packing=True"):
+        together([cell(data=data(TEXTS, packing=True))], tmp_path)
+    sorted_cell = cell(data=data(TEXTS, batch_size=2, length_window=2), max_steps=5, optimisation=Optimisation(lr=1e-3))
+    (result,) = together([sorted_cell], tmp_path / "together")
+    weights, losses = alone(sorted_cell, tmp_path / "alone")
+    assert_same(trained(result.folder), weights)
+    assert result.losses == pytest.approx(losses, abs=1e-5)

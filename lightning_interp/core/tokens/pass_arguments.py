@@ -40,14 +40,17 @@ def step_reader(backbone: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any
             raise PositionError(
                 f"{type(backbone).__name__} was called without input_ids or inputs_embeds of shape [B, T]."
             )
-        if kwargs.get("cu_seq_lens_q") is not None:
+        cache = cache_in(args, kwargs)
+        mask = argument("attention_mask", args, kwargs)
+        sign = "cu_seq_lens_q" if kwargs.get("cu_seq_lens_q") is not None else None
+        if cache is None and mask is None and _restart(argument("position_ids", args, kwargs)):
+            sign = "position_ids that begin anew"
+        if sign is not None:
             raise PositionError(
-                f"{type(backbone).__name__} was given several texts in one row (cu_seq_lens_q: packed, or continuous "
+                f"{type(backbone).__name__} was given several texts in one row ({sign}: packed, or continuous "
                 "batching), so which token is whose is not known. Use a padded batch."
             )
-        cache = cache_in(args, kwargs)
         past = int(cache.get_seq_length()) if cache is not None else 0
-        mask = argument("attention_mask", args, kwargs)
         if isinstance(mask, dict):
             raise PositionError(
                 f"{type(backbone).__name__} was given a dict of attention masks; expected one of shape [B, T]. "
@@ -63,6 +66,12 @@ def step_reader(backbone: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any
         return StepContext(int(tokens.shape[0]), int(tokens.shape[1]), past, tokens.device, ids, mask)
 
     return read
+
+
+def _restart(position_ids: Any) -> bool:
+    """Whether a row's positions do not count on, which says to transformers that another text begins there."""
+    known = isinstance(position_ids, torch.Tensor) and position_ids.dim() == 2
+    return known and bool((position_ids.diff(dim=1) != 1).any())
 
 
 def model_inputs(

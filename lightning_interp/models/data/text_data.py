@@ -10,13 +10,21 @@ from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.models.data.batching import EpochSampler, ResumableLoader, RowDataset, token_batch, token_dataset
+from lightning_interp.models.data.batching import (
+    EpochSampler,
+    LengthWindow,
+    ResumableLoader,
+    RowDataset,
+    token_batch,
+    token_dataset,
+)
 from lightning_interp.models.data.encoding import EncodedRow, Encoder
+from lightning_interp.models.data.packing import packed_batch, packed_dataset, rows_together
 from lightning_interp.models.data.rows import Row, read_rows
 
 __all__ = ["TextDataModule"]
@@ -53,10 +61,17 @@ class TextDataModule(L.LightningDataModule):
         system_prompt: System text of conversations without one; None keeps the template's own, ``""`` has an empty one.
         add_eos: Whether texts and completions end with the end token (conversations end as the template says).
         too_long: Cut the ends of longer rows and count them, or raise. A row with nothing scored left is left out.
+        length_window: Give training batches rows of like length: rows are sorted within that many batches at a time,
+            and the batches shuffled; 0 for none.
+        packing: Put several rows (and none in parts) into one of up to ``max_length`` tokens; ``batch_size`` counts
+            these. Each keeps positions of its own and reads itself alone, so the loss is that of the rows one by one;
+            batches have ``position_ids`` and no ``attention_mask``. Models that cannot do so are refused.
 
     Attributes:
         counts: After ``setup``, for each split: ``rows`` used, ``tokens``, ``scored`` tokens, ``truncated`` and
-            ``dropped`` rows, and ``split`` rows (whose parts were tokenised one by one).
+            ``dropped`` rows, and ``split`` rows (whose parts were tokenised one by one). With ``packing``, how many
+            are ``packed`` rows, and how many tokens more would fit into them (``unfilled``). With ``length_window``,
+            once there is a loader, the tokens of ``padding`` in this process's first epoch, and ``padding_unsorted``.
 
     Raises:
         RecipeError: If an argument has a wrong value.
@@ -87,9 +102,16 @@ class TextDataModule(L.LightningDataModule):
         system_prompt: str | None = None,
         add_eos: bool = True,
         too_long: TooLong = "truncate",
+        length_window: int = 0,
+        packing: bool = False,
     ) -> None:
         super().__init__()
-        least_of = {"batch_size": (batch_size, 1), "max_length": (max_length, 2), "num_workers": (num_workers, 0)}
+        least_of = {
+            "batch_size": (batch_size, 1),
+            "max_length": (max_length, 2),
+            "num_workers": (num_workers, 0),
+            "length_window": (length_window, 0),
+        }
         for name, (value, least) in least_of.items():
             if value < least:
                 raise RecipeError(f"{type(self).__name__} cannot use {name}={value!r}: expected at least {least}.")
@@ -102,6 +124,9 @@ class TextDataModule(L.LightningDataModule):
         self.tokenizer = tokenizer
         self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
         self.num_workers, self.too_long = num_workers, too_long
+        self.length_window, self.packing = length_window, packing
+        if packing:
+            self._batch = packed_batch
         self._train_loader: ResumableLoader | None = None
         self._resume_at = 0
         self.counts: dict[str, dict[str, int]] = {}
@@ -161,7 +186,18 @@ class TextDataModule(L.LightningDataModule):
             counts["split"] += encoded.split
         self.counts[split] = counts
         self._report(split, counts)
-        return token_dataset(kept)
+        return self._packed(split, kept) if self.packing else token_dataset(kept)
+
+    def _packed(self, split: str, texts: list[EncodedRow]) -> RowDataset:
+        together = rows_together([len(text.ids) for text in texts], self.max_length, seed=self.seed)
+        room = len(together) * self.max_length
+        counts = self.counts[split]
+        counts |= {"packed": len(together), "unfilled": room - counts["tokens"]}
+        rank_zero_info(
+            f"{split}: {counts['rows']} rows are packed into {len(together)} of up to {self.max_length} tokens, "
+            f"{counts['tokens'] / room:.0%} full."
+        )
+        return packed_dataset(texts, together)
 
     def _cut(self, encoded: EncodedRow, row: Row) -> EncodedRow:
         if self.too_long == "error":
@@ -189,7 +225,12 @@ class TextDataModule(L.LightningDataModule):
             self.setup("fit" if split == "train" else "validate")
         dataset, trainer = self._datasets[split], self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        share = EpochSampler(len(dataset), seed=self.seed, shuffle=split == "train", rank=rank, world_size=world_size)
+        train, size = split == "train", len(dataset)
+        lengths = None
+        if train and self.length_window:
+            lengths = LengthWindow([len(dataset[i][0]) for i in range(size)], self.batch_size, self.length_window)
+        share = EpochSampler(size, seed=self.seed, shuffle=train, rank=rank, world_size=world_size, lengths=lengths)
+        self.counts[split] |= share.padding()
         pad_ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         return ResumableLoader(
             dataset,

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_interp.errors import DataError
+from lightning_interp.models.data.packing import check_packing
 from lightning_interp.models.sources.loading import load_causal_lm
 from lightning_interp.models.sources.pretrained import Quantization
 from lightning_interp.models.training.finetuning import FINETUNING, SETTINGS, Finetuned, base_source
@@ -25,9 +26,11 @@ class CausalLM(Finetuned):
     """Finetunes a causal language model on batches with ``input_ids``, ``attention_mask`` and ``labels``.
 
     The loss is the mean cross entropy of the batch's labelled tokens (-100 marks the others; see
-    :class:`TextDataModule`). With an adapter only its weights are trained, saved and restored; the base is loaded
-    anew. Without one all weights are trained, as float32 master weights: reduced precision comes from
-    ``Trainer(precision="bf16-mixed")``. Dropout is keyed by seed, step and rank, so a resumed run equals another.
+    :class:`TextDataModule`). ``position_ids`` of a batch are passed on; where they come without a mask, as in packed
+    rows, the model is asked once whether it keeps the texts of a row apart. With an adapter only its weights are
+    trained, saved and restored; the base is loaded anew. Without one all weights are trained, as float32 master
+    weights: reduced precision comes from ``Trainer(precision="bf16-mixed")``. Dropout is keyed by seed, step and rank,
+    so a resumed run equals another.
 
     Logs ``train/loss``, ``val/loss`` and ``val/perplexity`` (``test/...`` likewise); every token weighs the same.
 
@@ -85,6 +88,7 @@ class CausalLM(Finetuned):
         self.model, self.tokenizer = model, tokenizer
         self._prepare(adapter)
         self._can_trim = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._packs = False  # whether it is known to keep the texts of a packed row apart
         self.val_loss, self.test_loss = TokenLoss(), TokenLoss()
         # transformers loads in evaluation mode, which Lightning would keep: dropout would stay off.
         self.train()
@@ -107,6 +111,7 @@ class CausalLM(Finetuned):
 
         Raises:
             DataError: If the batch has no ``labels``, or no labelled token.
+            IncompatibleModelError: If the batch holds packed rows, and the model cannot keep their texts apart.
         """
         with self._own_dropout(batch_idx):
             total, tokens = self._loss(batch, batch_idx, trim=True)
@@ -127,7 +132,16 @@ class CausalLM(Finetuned):
         labels = batch["labels"]
         kept = scored_columns(labels, batch_idx) if trim else None
         more = {"logits_to_keep": kept} if trim and self._can_trim else {}
+        if "position_ids" in batch:
+            more["position_ids"] = batch["position_ids"]
+            self._check_packing(batch)
         return self._compared(batch, self(batch["input_ids"], batch.get("attention_mask"), **more).logits)
+
+    def _check_packing(self, batch: Mapping[str, Tensor]) -> None:
+        """Ask the model once whether it keeps the texts of a packed row apart."""
+        if not self._packs and batch.get("attention_mask") is None:
+            check_packing(self.model)
+            self._packs = True
 
     def _compared(self, batch: dict[str, Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
         """What is lost at the labelled tokens together, and their number; logits of the last columns, or of all."""
