@@ -4,6 +4,10 @@ from lightning_interp.generation.completion_store import CompletionStore as Comp
 from lightning_interp.generation.completion_store import ReplayGenerator as ReplayGenerator
 from lightning_interp.generation.completion_store import write_all as write_all
 from lightning_interp.generation.endpoint import EndpointGenerator as EndpointGenerator
+from lightning_interp.generation.hygiene import Cleaned as Cleaned
+from lightning_interp.generation.hygiene import Drop as Drop
+from lightning_interp.generation.hygiene import NearDuplicates as NearDuplicates
+from lightning_interp.generation.hygiene import clean_texts as clean_texts
 from lightning_interp.generation.judges import ChatJudge as ChatJudge
 from lightning_interp.generation.judges import ClassifierJudge as ClassifierJudge
 from lightning_interp.generation.judges import EmbeddingJudge as EmbeddingJudge
