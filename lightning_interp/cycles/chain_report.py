@@ -153,7 +153,7 @@ class ChainReport:
     Args:
         chains: All of them, controls too.
         trait: What is scored, in words.
-        threshold: Points of late change that make a class; the authors' by default.
+        threshold: Points of late change that make a class.
         level: Confidence level.
         seed: Of bootstraps.
         resamples: Of bootstraps.
@@ -214,8 +214,8 @@ class ChainReport:
         found = {
             "cycles": f"Score of {self.trait} and coherence after each cycle, a panel an arm, with {self.level:.0%} "
             "intervals (over chains, which are thin lines, or over the questions of a single chain); dashed the base. "
-            f"Dotted from cycle 4 on: {self.threshold:g} points above cycle 1, where the authors call a chain "
-            "amplified. It is a convention, not a test."
+            f"Dotted from cycle 4 on: {self.threshold:g} points above cycle 1, from where a chain is called amplified. "
+            "It is a convention, not a test."
         }
         if self._coherent:
             found["coherence"] = (
@@ -256,8 +256,8 @@ class ChainReport:
         if all(chain.again is None for chain in self.chains):
             absent.append("a second evaluation of the same model")
         said = [
-            f"{self.threshold:g} points are the authors' threshold and no test, and the highest of several noisy late "
-            "scores lies above the highest true one. Read a class beside its interval, and from both anchors.",
+            f"The threshold of {self.threshold:g} points is a convention and no test, and the highest of several noisy "
+            "late scores lies above the highest true one. Read a class beside its interval, and from both anchors.",
         ]
         if few:
             said.append(
@@ -339,7 +339,7 @@ def _arm_sentence(arm: Arm, trait: str) -> str:
     other = arm.verdict(0)
     against = "" if other is None or other.name == verdict.name else f"; against cycle 0 it would be {other.name}"
     sure = "which the intervals settle" if verdict.settled else "which the intervals leave open"
-    said += f" By the authors' threshold {verdict.name} against cycle 1, {sure}{against}."
+    said += f" By the threshold of {verdict.threshold:g} points {verdict.name} against cycle 1, {sure}{against}."
     if (cost := arm.number("coherence_cost_1")) is not None:
         said += f" Coherence at the highest late score, minus that of cycle 1: {cost}."
     return said

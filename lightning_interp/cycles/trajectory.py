@@ -2,7 +2,7 @@
 
 Scores are 0 to 100, ``s_k`` after cycle ``k``: the mean over all responses that have one. Intervals are of a bootstrap
 that draws questions, then the responses of each; all checkpoints of a chain share the draws, so that differences are
-paired. After Roe et al. 2026, arXiv 2605.01130; the criterion of late change is theirs.
+paired. After Roe et al. 2026, arXiv 2605.01130.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Values = NDArray[np.float64]
 Control = Literal["", "no seed", "shuffled generator", "swapped pairs", "reinit twin"]
 
 THRESHOLD = 15.0
-"""Points of late change from which the authors call a chain amplified."""
+"""Points of late change from which a chain is called amplified; reported of the paper's own analysis."""
 FIRST_LATE = 4
 """The first late cycle; a chain that has none gets no class."""
 _COHERENT = 10.0  # points of coherence that an amplified chain may lie below the base and still be coherent

@@ -115,7 +115,7 @@ class TestSingle:
 
     def test_caveats(self, single):
         said = " ".join(single.caveats())
-        assert "15 points are the authors' threshold and no test" in said
+        assert "The threshold of 15 points is a convention and no test" in said
         assert "One chain of DPO continual, DPO reinit, no seed" in said
         assert "not run" not in said
         assert "have no score" not in said

@@ -23,6 +23,7 @@ EXPECTED = (
     {f"grafting/{name}" for name in ("components", "facts", "hybrid", "pair", "reproduce_tiny")}
     | {f"steering/{name}" for name in ("calibrate", "dual_vs_euclidean", "generate", "vectors")}
     | {f"rate/{name}" for name in ("audit", "llm_rewriter", "train_reward", "typos")}
+    | {"cycles/one_parameter"}
     | {f"subliminal/{name}" for name in ("context", "localise", "numbers", "rank_sweep", "steered", "toy")}
 )
 
@@ -121,7 +122,7 @@ def test_a_smoke_run_leaves_a_report_that_needs_no_other_file(name, smoke_run):
 def test_a_report_explains_itself(name, smoke_run):
     outcome = read_manifest(smoke_run(name))["outcome"]
     assert any(re.search(r"\d \[.*\d, .*\d\]", finding) for finding in outcome["findings"])  # with its interval
-    unit = r"\d+ (?:facts|units|prompts|items|contexts|questions)\b"
+    unit = r"\d+ (?:facts|units|prompts|items|contexts|questions|chains)\b"
     assert any(re.search(unit, finding) for finding in outcome["findings"])
     said = " ".join([*outcome["findings"], *outcome["caveats"]])
     assert not re.search(r"\b1 (?:layer|fact|unit|prompt|item|context|text|token)s\b|[( ]-0\.0+[] ,.;)]|e\+\d", said)
