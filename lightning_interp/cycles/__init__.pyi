@@ -9,6 +9,7 @@ from lightning_interp.cycles.calibration import calibrate_dose as calibrate_dose
 from lightning_interp.cycles.calibration import dose_grid as dose_grid
 from lightning_interp.cycles.chain_report import Arm as Arm
 from lightning_interp.cycles.chain_report import ChainReport as ChainReport
+from lightning_interp.cycles.evaluation import TraitEvaluation as TraitEvaluation
 from lightning_interp.cycles.one_parameter import OneParameter as OneParameter
 from lightning_interp.cycles.one_parameter import gain_near_base as gain_near_base
 from lightning_interp.cycles.one_parameter import one_parameter_chains as one_parameter_chains

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,15 @@ from lightning_interp.core.weights.tensors import TensorFolder
 from lightning_interp.errors import DataError, IncompatibleModelError
 from lightning_interp.models.sources.folders import atomic_folder, short
 
-__all__ = ["ADAPTER", "adapter_base", "attach_adapter_folder", "has_adapter", "is_adapter_folder", "save_adapter"]
+__all__ = [
+    "ADAPTER",
+    "adapter_base",
+    "attach_adapter_folder",
+    "has_adapter",
+    "is_adapter_folder",
+    "save_adapter",
+    "without_adapters",
+]
 
 ADAPTER = "default"
 """The name under which adapters are injected."""
@@ -36,6 +46,20 @@ def is_adapter_folder(folder: Path) -> bool:
 def has_adapter(model: nn.Module) -> bool:
     """Whether PEFT layers were injected into a model."""
     return bool(getattr(model, "peft_config", None))
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Let PEFT layers compute what their base does, until the block is left; what is trained stays so."""
+    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "_disable_adapters")]
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer._disable_adapters = was
 
 
 def adapter_base(folder: Path) -> tuple[str, str | None]:
