@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -87,6 +88,17 @@ def test_layers_and_modules_can_be_chosen():
     assert len(names) == 2 * 2 * 2
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_linear_maps_of_chosen_layers_are_those_of_an_adapter_everywhere(family):
+    everywhere, chosen = tiny_model(family), tiny_model(family)
+    inject_lora(everywhere, LoraSettings(r=2), seed=0)
+    inject_lora(chosen, LoraSettings(r=2, layers=[1, 3]), seed=0)
+    names = adapter_parameters(everywhere)
+    wanted = {name for name in names if re.search(r"\.(\d+)\.", name).group(1) in "13"}
+    assert adapter_parameters(chosen) == wanted
+    assert 0 < len(wanted) < len(names)
+
+
 def test_dora_trains_magnitudes_too():
     model = tiny_model("llama")
     inject_lora(model, LoraSettings(r=2, use_dora=True, target_modules=["q_proj"]), seed=0)
@@ -136,6 +148,10 @@ def test_adapters_of_another_name_are_refused():
         ({"alpha": 0}, "alpha=0: expected a number above 0"),
         ({"dropout": 1.0}, "dropout=1.0: expected 0 <= dropout < 1"),
         ({"target_modules": []}, r"target_modules=\[\]: expected at least one"),
+        (
+            {"target_modules": ".*q_proj", "layers": [1]},
+            r"target_modules='\.\*q_proj': expected a list .* beside layers",
+        ),
         ({"layers": ()}, r"layers=\(\): expected at least one"),
     ],
 )

@@ -29,7 +29,8 @@ class LoraSettings:
         dropout: Dropout on the adapter's input while training.
         target_modules: Names of the linear maps that get an adapter, as PEFT matches them; ``"all-linear"`` for all
             but the output head. Fused expert weights of a mixture-of-experts model are no linear maps and get none.
-        layers: Indices of the blocks that get an adapter; all if None.
+        layers: Indices of the blocks that get an adapter; all if None. They go with a list of names or
+            ``"all-linear"``; a pattern that is one text names its layers itself.
         use_rslora: Scale by the root of the rank.
         use_dora: Learn magnitude and direction apart (DoRA).
 
@@ -57,6 +58,8 @@ class LoraSettings:
             "target_modules": (len(self.target_modules) > 0, "at least one, as nothing would be trained"),
             "layers": (self.layers is None or len(self.layers) > 0, "at least one, as nothing would be trained"),
         }
+        if self.layers is not None and isinstance(self.target_modules, str) and not _all_linear(self.target_modules):
+            wanted["target_modules"] = (False, "a list of names, or 'all-linear', beside layers")
         check_settings(self, "LoRA", wanted)
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,6 +121,8 @@ def inject_lora(model: PreTrainedModel, settings: LoraSettings, *, seed: int, ta
                 f"LoRA cannot adapt layer {layer} of {type(model).__name__}: it has the layers 0 to {total - 1}."
             )
     target, layers = settings.target_modules, settings.layers
+    if layers is not None and _all_linear(target):  # PEFT takes layers beside names alone
+        target = _linear_names(model, without=model.get_output_embeddings())
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
@@ -162,6 +167,10 @@ def adapter_parameters(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name, _ in model.named_parameters() if f".{ADAPTER}" in name)
 
 
-def _linear_names(model: nn.Module) -> list[str]:
-    linear = (nn.Linear, Conv1D)
-    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, linear)})
+def _all_linear(target: str | Sequence[str]) -> bool:
+    return isinstance(target, str) and target.lower() == "all-linear"
+
+
+def _linear_names(model: nn.Module, *, without: nn.Module | None = None) -> list[str]:
+    linear = [n for n, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module != without]
+    return sorted({name.rpartition(".")[2] for name in linear})
