@@ -313,6 +313,30 @@ def test_system_text_inside_of_the_users_is_refused(template):
     assert template_mask(BYTES, BYTES(text).input_ids, "user").any()
 
 
+def test_a_template_is_rendered_once_for_many_rows_and_anew_when_it_changes():
+    tokenizer, rendered = byte_tokenizer(), []
+
+    def counted(*arguments, original=tokenizer.apply_chat_template, **options):
+        rendered.append(tokenizer.chat_template)
+        return original(*arguments, **options)
+
+    tokenizer.apply_chat_template = counted
+    for layout in (chatml, nested):
+        tokenizer.chat_template = TEMPLATES[layout]
+        ids = tokenizer("".join(piece for _, piece in layout([("user", "a"), ("assistant", "b")], False))).input_ids
+        BYTES.chat_template = TEMPLATES[layout]
+        first = [template_mask(tokenizer, ids, part) for part in ("user", "inserted", "system")]
+        assert all(mask.equal(template_mask(BYTES, ids, p)) for mask, p in zip(first, ("user", "inserted", "system")))
+        assert first[0].any()
+        count = len(rendered)
+        template_mask(tokenizer, ids, "user")
+        assert len(rendered) == count
+    assert set(rendered) == {TEMPLATES[chatml], TEMPLATES[nested]}
+    tokenizer.eos_token = "x"  # templates write it
+    template_mask(tokenizer, ids, "user")
+    assert len(rendered) > count
+
+
 def test_text_outside_of_any_turn_is_the_templates():
     ids = BYTES("no template at all").input_ids
     assert template_mask(BYTES, ids, "template").all()

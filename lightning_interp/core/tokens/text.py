@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from datetime import date
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -47,6 +49,7 @@ class Mark(NamedTuple):
 
 _FOLDED = Mark("system", "", "")
 """Of a template that writes system text where the user's stands."""
+_LAYOUTS: weakref.WeakKeyDictionary[Any, tuple[Any, list[Mark], str]] = weakref.WeakKeyDictionary()
 
 
 def token_spans(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
@@ -108,7 +111,7 @@ def template_mask(tokenizer: Any, ids: Sequence[int], part: str) -> torch.Tensor
         raise PositionError(f"ChatTemplate({part!r}) needs a tokenizer with a chat template, but this one has none.")
     text, spans = token_spans(tokenizer, ids)
     try:
-        marks = _marks(tokenizer)
+        marks, own = _layout(tokenizer)
     except Exception as error:
         raise PositionError(
             f"Cannot tell how this tokenizer's chat template lays out turns: {error!r}. Mark positions with FromBatch."
@@ -125,10 +128,21 @@ def template_mask(tokenizer: Any, ids: Sequence[int], part: str) -> torch.Tensor
     if part == "generation_prompt":
         start, stop = _answer_header(text, turns, marks)
         return torch.tensor([a < stop and b > start for a, b in spans], dtype=torch.bool)
-    role, own = ("system", _own_system(tokenizer, marks)) if part == "inserted" else (part, None)
-    wanted = [(begin, end) for who, begin, end in turns if who == role and own in (None, text[begin:end])]
-    wanted = [] if part == "inserted" and not own else wanted
+    if part == "inserted":
+        wanted = [(begin, end) for who, begin, end in turns if own and who == "system" and own == text[begin:end]]
+    else:
+        wanted = [(begin, end) for who, begin, end in turns if who == part]
     return torch.tensor([any(a >= begin and b <= end for begin, end in wanted) for a, b in spans], dtype=torch.bool)
+
+
+def _layout(tokenizer: Any) -> tuple[list[Mark], str]:
+    """A template's marks and own system text, rendered once for what it writes: it may write the day's date too."""
+    state = (tokenizer.chat_template, getattr(tokenizer, "special_tokens_map", None), date.today())
+    known = _LAYOUTS.get(tokenizer)
+    if known is None or known[0] != state:
+        marks = _marks(tokenizer)
+        known = _LAYOUTS[tokenizer] = (state, marks, _own_system(tokenizer, marks))
+    return known[1:]
 
 
 def _own_system(tokenizer: Any, marks: Sequence[Mark]) -> str:
