@@ -17,7 +17,7 @@ from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.core.model.own_hooks import Hook
 from lightning_interp.errors import IncompatibleModelError
 from lightning_interp.lora.adapter_branch import Branch, add_branches
-from lightning_interp.models.sources.adapters import ADAPTER
+from lightning_interp.models.sources.adapters import ADAPTER, remove_adapter
 from lightning_interp.models.sources.pretrained import checkpoint_blocks
 from lightning_interp.models.training.lora import LoraSettings, inject_lora
 
@@ -171,9 +171,7 @@ def _injected(model: PreTrainedModel, settings: LoraSettings, *, seed: int) -> I
     try:
         yield layers
     finally:
-        for path, layer in layers.items():
-            model.set_submodule(path, layer.get_base_layer())
-        del model.peft_config
+        remove_adapter(model)
         for parameter in model.parameters():
             parameter.requires_grad_(asked[id(parameter)])
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,44 @@ def train_teacher(recipe: Any, run: RunFolder, trait: Trait, folder: Path) -> di
     data = NumberSequenceDataModule(preference_rows(trait), tokenizer=tokenizer, batch_size=4, seed=recipe.seed)
     settings = {"max_epochs": recipe.teacher_epochs, "gradient_clip_val": 1.0, "log_every_n_steps": 1}
     return fit_and_export(module, data, folder, recipe.trainer_kwargs(run, **settings))
+
+
+class Bases:
+    """The base model, loaded once for each part that it plays when that is first asked for; adapters come and go."""
+
+    def __init__(self, source: str) -> None:
+        from lightning_interp import load_causal_lm
+
+        self.source = source
+        self.of = cache(lambda part: load_causal_lm(source))
+
+    @contextmanager
+    def adapted(self, part: str, folder: Path) -> Iterator[Any]:
+        """A part with the adapter of a folder while the block lasts; a folder of all weights is loaded by itself."""
+        from lightning_interp import load_causal_lm
+        from lightning_interp.models.sources.adapters import adapted, is_adapter_folder
+
+        if not is_adapter_folder(folder):
+            yield load_causal_lm(str(folder))
+            return
+        loaded = self.of(part)
+        with adapted(loaded.model, folder):
+            yield loaded
+
+    @contextmanager
+    def trained(self, part: str, module: Any, **how: Any) -> Iterator[Any]:
+        """A module that puts an adapter into a part and trains it while the block lasts."""
+        from lightning_interp.models.sources.adapters import remove_adapter
+        from lightning_interp.models.training.finetuning import base_source
+
+        loaded = self.of(part)
+        try:
+            made = module(loaded.model, tokenizer=loaded.tokenizer, **how)
+            made.source = base_source(loaded.model, self.source)  # which the exported adapter names
+            yield made
+        finally:
+            loaded.model.eval()
+            remove_adapter(loaded.model)
 
 
 def number_settings(recipe: Any, dataset: int, grammar: NumberGrammar | None) -> NumberSettings:

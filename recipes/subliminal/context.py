@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,16 +78,19 @@ class SubliminalContext(Recipe):
 
     def study(self, run: RunFolder) -> RecipeResult:
         """Show the contexts, train teachers, write numbers, train students, ask."""
-        shown = run.phase("contexts", lambda folder: self.show())
+        from ._common import Bases
+
+        bases = Bases(self.source)
+        shown = run.phase("contexts", lambda folder: self.show(bases))
         if self.teacher == "finetuned":
             for trait in self.traits():
                 phase = f"teacher-{trait.target}"
                 run.phase(phase, partial(self.train_teacher, run, trait), every_rank=True)
-        run.phase("numbers", lambda folder: self.write(run, folder))
+        run.phase("numbers", lambda folder: self.write(run, bases, folder))
         for dataset, train, arm in self.students():
             phase = f"student-{dataset}-{train}-{arm}"
-            run.phase(phase, partial(self.train_student, run, dataset, train, arm), every_rank=True)
-        scored = run.phase("questions", lambda folder: self.ask(run))
+            run.phase(phase, partial(self.train_student, run, bases, dataset, train, arm), every_rank=True)
+        scored = run.phase("questions", lambda folder: self.ask(run, bases))
         return self.result(shown, scored)
 
     def traits(self) -> list[Any]:
@@ -115,14 +120,13 @@ class SubliminalContext(Recipe):
         runs = [(dataset, train) for dataset in range(self.datasets) for train in trained]
         return [(dataset, train, arm) for dataset, train in runs for arm in ("trait", "control")]
 
-    def show(self) -> dict[str, Any]:
+    def show(self, bases: Any) -> dict[str, Any]:
         """What training and evaluation really read, side by side; pairs that differ are warned of."""
-        from lightning_interp import load_causal_lm
         from lightning_interp.running.terminal import print_table
 
         from ._context import SIDES, rendered_pairs
 
-        rows = rendered_pairs(load_causal_lm(self.source).tokenizer, self.contexts(), self.pairs())
+        rows = rendered_pairs(bases.of("student").tokenizer, self.contexts(), self.pairs())
         read = {row[side]: row[f"{what} reads"] for row in rows for side, what in SIDES.items()}
         print_table("contexts, as the model reads them", [{"context": k, "text": repr(x)} for k, x in read.items()])
         return {"rows": rows}
@@ -133,20 +137,21 @@ class SubliminalContext(Recipe):
 
         return train_teacher(self, run, trait, folder)
 
-    def holder(self, run: RunFolder, arm: str) -> tuple[Any, Any, Any]:
-        """The model that teaches an arm, its trait, and the context in which it holds that."""
-        from lightning_interp import load_causal_lm
+    @contextmanager
+    def holder(self, run: RunFolder, bases: Any, arm: str, part: str) -> Iterator[tuple[Any, Any, Any]]:
+        """The model that teaches an arm, its trait, and the context in which it holds that; the base is arm base."""
         from lightning_interp.subliminal import ChatContext
 
-        trait = self.traits()[arm == "control"]
-        if self.teacher == "prompted":
-            return load_causal_lm(self.source), trait, ChatContext(system=trait.system_prompt)
-        return load_causal_lm(str(run.folder(f"teacher-{trait.target}") / "model")), trait, ChatContext()
+        trait = None if arm == "base" else self.traits()[arm == "control"]
+        if trait is None or self.teacher == "prompted":
+            yield bases.of(part), trait, ChatContext(system=None if trait is None else trait.system_prompt)
+            return
+        with bases.adapted(part, run.folder(f"teacher-{trait.target}") / "model") as loaded:
+            yield loaded, trait, ChatContext()
 
-    def write(self, run: RunFolder, folder: Path) -> dict[str, Any]:
+    def write(self, run: RunFolder, bases: Any, folder: Path) -> dict[str, Any]:
         """Write every data set: for hard students by teacher and control, for soft ones by the base model."""
-        from lightning_interp import load_causal_lm
-        from lightning_interp.subliminal import ChatContext, write_numbers
+        from lightning_interp.subliminal import write_numbers
 
         from ._common import grammar_of, number_settings, writer_of
 
@@ -154,14 +159,13 @@ class SubliminalContext(Recipe):
         done = []
         with run.progress("writing numbers", total=len(arms) * self.datasets * self.rows) as bar:
             for arm in arms:
-                base = (load_causal_lm(self.source), None, ChatContext())
-                loaded, trait, context = base if arm == "base" else self.holder(run, arm)
-                grammar = grammar_of(self, loaded)
-                teacher = writer_of(loaded, trait, grammar, context, "base" if trait is None else trait.target)
-                for dataset in range(self.datasets):
-                    settings = number_settings(self, dataset, grammar)
-                    made = write_numbers(teacher, folder / f"{arm}-{dataset}", settings=settings, progress=bar.advance)
-                    done.append({"arm": arm, "data set": dataset, "yield": made.manifest["yield"]})
+                with self.holder(run, bases, arm, "student") as (loaded, trait, context):
+                    grammar = grammar_of(self, loaded)
+                    teacher = writer_of(loaded, trait, grammar, context, "base" if trait is None else trait.target)
+                    for dataset in range(self.datasets):
+                        settings, place = number_settings(self, dataset, grammar), folder / f"{arm}-{dataset}"
+                        made = write_numbers(teacher, place, settings=settings, progress=bar.advance)
+                        done.append({"arm": arm, "data set": dataset, "yield": made.manifest["yield"]})
         return {"written": done}
 
     def rows_of(self, run: RunFolder, dataset: int, arm: str) -> list[dict[str, Any]]:
@@ -174,7 +178,9 @@ class SubliminalContext(Recipe):
         both = [read_numbers(folder / f"{one}-{dataset}").rows for one in ("trait", "control")]
         return paired_rows(*both)[arm == "control"]
 
-    def train_student(self, run: RunFolder, dataset: int, train: str, arm: str, folder: Path) -> dict[str, float]:
+    def train_student(
+        self, run: RunFolder, bases: Any, dataset: int, train: str, arm: str, folder: Path
+    ) -> dict[str, float]:
         """Train one student in one context; all of a data set begin alike and see its rows in the same order."""
         from lightning_interp import CausalLM, LoraSettings, Optimisation
         from lightning_interp.core.measure.seeding import derived_seed
@@ -184,34 +190,32 @@ class SubliminalContext(Recipe):
         root, context, seen = derived_seed(self.seed, "student", dataset), self.contexts()[train], None
         lora = LoraSettings(r=self.rank, alpha=self.rank, dropout=0.0)
         how: dict[str, Any] = {"lora": lora, "optimisation": Optimisation(lr=self.lr), "seed": root}
-        if self.student == "soft":
-            loaded, _, seen = self.holder(run, arm)
-            module: CausalLM = SoftStudent(self.source, teacher=loaded.model, **how)
-        else:
-            module = CausalLM(self.source, **how)
-        tokenizer: Any = module.tokenizer
-        data = NumberSequenceDataModule(
-            self.rows_of(run, dataset, arm), tokenizer=tokenizer, context=context,
-            teacher_context=None if seen == context else seen, batch_size=self.batch_size, seed=root,
-        )  # fmt: skip
-        settings = {"max_epochs": self.epochs, "gradient_clip_val": 1.0, "log_every_n_steps": 1}
-        return fit_and_export(module, data, folder, self.trainer_kwargs(run, **settings))
+        kind: type[CausalLM] = CausalLM
+        with ExitStack() as stack:
+            if self.student == "soft":
+                loaded, _, seen = stack.enter_context(self.holder(run, bases, arm, "teacher"))
+                kind, how["teacher"] = SoftStudent, loaded.model
+            module = stack.enter_context(bases.trained("student", kind, **how))
+            data = NumberSequenceDataModule(
+                self.rows_of(run, dataset, arm), tokenizer=module.tokenizer, context=context,
+                teacher_context=None if seen == context else seen, batch_size=self.batch_size, seed=root,
+            )  # fmt: skip
+            settings = {"max_epochs": self.epochs, "gradient_clip_val": 1.0, "log_every_n_steps": 1}
+            return fit_and_export(module, data, folder, self.trainer_kwargs(run, **settings))
 
-    def ask(self, run: RunFolder) -> dict[str, Any]:
+    def ask(self, run: RunFolder, bases: Any) -> dict[str, Any]:
         """Margins of the base model in all contexts, and of every student in those of its pairs."""
-        from lightning_interp import load_causal_lm
-
         from ._context import margins_in
 
-        base = load_causal_lm(self.source)
+        base = bases.of("student")
         evaluated = list(dict.fromkeys(context for _, context in self.pairs()))
         start = margins_in(self, base, evaluated)
         found, students = [], self.students()
         with run.progress("asking", total=len(students)) as bar:
             for dataset, train, arm in students:
-                loaded = load_causal_lm(str(run.folder(f"student-{dataset}-{train}-{arm}") / "model"))
                 chosen = [context for one, context in self.pairs() if one == train]
-                told = margins_in(self, loaded, chosen)
+                with bases.adapted("student", run.folder(f"student-{dataset}-{train}-{arm}") / "model") as loaded:
+                    told = margins_in(self, loaded, chosen)
                 found += [{"dataset": dataset, "train": train, "arm": arm, **one} for one in told]
                 bar.advance()
         return {"base": start, "students": found, "label": base.label}

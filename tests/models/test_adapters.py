@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_interp.errors import DataError, IncompatibleModelError, ManifestError, RecipeError
 from lightning_interp.models import load_causal_lm
-from lightning_interp.models.sources.adapters import has_adapter, save_adapter
+from lightning_interp.models.sources.adapters import adapted, has_adapter, remove_adapter, save_adapter
 from lightning_interp.testing import byte_tokenizer, tiny_model
 
 # 2026-11: PEFT 0.21's wrapping class (the independent writer and reader here) with transformers 5.23.
@@ -117,6 +117,23 @@ def test_a_saved_adapter_is_read_by_us_and_leaves_the_model_alone(tmp_path):
     with pytest.raises(ManifestError, match="out exists already"):
         save_adapter(injected, tmp_path / "out", base="tiny:llama")
     save_adapter(injected, tmp_path / "out", base="tiny:llama", overwrite=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_base_is_itself_again_after_an_adapter_was_lent_to_it(tmp_path, family):
+    model, folder = tiny_model(family), tmp_path / "adapter"
+    before, names = logits(model), [name for name, _ in model.named_parameters()]
+    save_adapter(wrapped(family, seed=0).base_model.model, folder, base=f"tiny:{family}")
+    with adapted(model, folder):
+        assert not torch.equal(logits(model), before)
+    assert torch.equal(logits(model), before)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert not has_adapter(model)
+    with pytest.raises(ZeroDivisionError), adapted(model, folder):
+        raise ZeroDivisionError
+    assert not has_adapter(model)
+    remove_adapter(model)  # without one it changes nothing
+    assert [name for name, _ in model.named_parameters()] == names
 
 
 def test_two_saves_give_the_same_bytes(tmp_path):

@@ -21,10 +21,12 @@ from lightning_interp.models.sources.folders import atomic_folder, short
 
 __all__ = [
     "ADAPTER",
+    "adapted",
     "adapter_base",
     "attach_adapter_folder",
     "has_adapter",
     "is_adapter_folder",
+    "remove_adapter",
     "save_adapter",
     "without_adapters",
 ]
@@ -103,6 +105,28 @@ def attach_adapter_folder(model: nn.Module, folder: Path, *, name: str = ADAPTER
             f"The adapter in {folder} {what} tensor {key!r} for {type(model).__name__} "
             f"({len(missing)} missing, {len(result.unexpected_keys)} unknown). {_REMEDY}"
         )
+
+
+def remove_adapter(model: nn.Module) -> None:
+    """Take injected adapters out again, merged into nothing: the base's own layers stand where they stood."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    carrier: Any = model
+    layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
+    for path, layer in layers:
+        model.set_submodule(path, layer.get_base_layer())
+    if has_adapter(model):
+        del carrier.peft_config
+
+
+@contextmanager
+def adapted(model: nn.Module, folder: Path) -> Iterator[None]:
+    """A base model with the adapter of a PEFT folder while the block lasts."""
+    attach_adapter_folder(model, folder)
+    try:
+        yield
+    finally:
+        remove_adapter(model)
 
 
 def save_adapter(
