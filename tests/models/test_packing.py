@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lightning_interp.core.hooks.capture import ActivationCapture
 from lightning_interp.core.model.sites import Site
 from lightning_interp.errors import DataError, IncompatibleModelError, PositionError
-from lightning_interp.models import CausalLM, LoraSettings, TextDataModule
+from lightning_interp.models import CausalLM, LoraSettings, TextDataModule, load_causal_lm
 from lightning_interp.models.data.packing import check_packing, rows_together
 from lightning_interp.testing import byte_tokenizer, tiny_model
 
@@ -208,6 +208,24 @@ def test_other_kinds_of_attention_are_refused():
 @pytest.mark.parametrize("window", [2, 4096])
 def test_sliding_windows_are_asked_and_pass(window):
     check_packing(config("mistral", sliding_window=window))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_no_sign_of_texts_that_read_each_other(dtype):
+    check_packing(tiny_model("qwen2_moe").to(dtype))
+    with pytest.raises(IncompatibleModelError, match="ignores where texts begin"):
+        check_packing(tiny_model("opt").to(dtype))
+
+
+def test_an_8_bit_base_packs():
+    check_packing(load_causal_lm("tiny:llama", quantization="8bit").model)
+
+
+def test_positions_of_one_text_ask_nothing_of_a_model():
+    lm, ids = CausalLM(tiny_model("opt")), torch.arange(5, 11)[None]
+    batch = {"input_ids": ids, "labels": ids}
+    plain = lm._loss(batch, 0, trim=True)[0]
+    torch.testing.assert_close(lm._loss(batch | {"position_ids": torch.arange(6)[None]}, 0, trim=True)[0], plain)
 
 
 def test_asking_a_model_leaves_it_as_it_was():

@@ -13,7 +13,7 @@ from lightning_interp.core.tokens.kv_cache import cache_in, installed_versions
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import PositionError
 
-__all__ = ["argument_reader", "model_inputs", "step_reader"]
+__all__ = ["argument_reader", "model_inputs", "positions_restart", "step_reader"]
 
 
 def argument_reader(module: nn.Module) -> Callable[[str, tuple[Any, ...], dict[str, Any]], Any]:
@@ -43,7 +43,7 @@ def step_reader(backbone: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any
         cache = cache_in(args, kwargs)
         mask = argument("attention_mask", args, kwargs)
         sign = "cu_seq_lens_q" if kwargs.get("cu_seq_lens_q") is not None else None
-        if cache is None and mask is None and _restart(argument("position_ids", args, kwargs)):
+        if cache is None and mask is None and positions_restart(argument("position_ids", args, kwargs)):
             sign = "position_ids that begin anew"
         if sign is not None:
             raise PositionError(
@@ -68,8 +68,8 @@ def step_reader(backbone: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any
     return read
 
 
-def _restart(position_ids: Any) -> bool:
-    """Whether a row's positions do not count on, which says to transformers that another text begins there."""
+def positions_restart(position_ids: Any) -> bool:
+    """Whether positions ``[B, T]`` do not count on within a row, which tells transformers that a text begins there."""
     known = isinstance(position_ids, torch.Tensor) and position_ids.dim() == 2
     return known and bool((position_ids.diff(dim=1) != 1).any())
 

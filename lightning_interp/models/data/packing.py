@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_interp.core.hooks.checks import quantized_modules
 from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.core.measure.undisturbed import undisturbed
 from lightning_interp.core.tokens.batches import padded
@@ -28,6 +29,7 @@ _WINDOW = 1024  # texts that are packed at a time
 _KEPT_APART = ("sdpa", "eager")
 _PROBE = 6  # tokens of a text that asks a model
 _ROUNDING = 100  # what experts of other sizes may change, in units of the logits' precision
+_COARSE = 0.1  # the same where it is coarse; 8-bit maps round by what is largest in all texts
 
 
 def rows_together(lengths: Sequence[int], room: int, *, seed: int = 0, window: int = _WINDOW) -> list[list[int]]:
@@ -139,4 +141,5 @@ def _leaks(model: Any) -> bool:
 
     with undisturbed(model):
         (apart_change, precision), (read_change, _) = change(position_ids=apart), change()
-    return apart_change > min(_ROUNDING * precision, 0.1) * read_change
+    rounding = _COARSE if quantized_modules(model) else min(_ROUNDING * precision, _COARSE)
+    return apart_change > rounding * read_change

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_interp.core.tokens.pass_arguments import positions_restart
 from lightning_interp.errors import DataError
 from lightning_interp.models.data.packing import check_packing
 from lightning_interp.models.sources.loading import load_causal_lm
@@ -139,7 +140,7 @@ class CausalLM(Finetuned):
 
     def _check_packing(self, batch: Mapping[str, Tensor]) -> None:
         """Ask the model once whether it keeps the texts of a packed row apart."""
-        if not self._packs and batch.get("attention_mask") is None:
+        if not self._packs and batch.get("attention_mask") is None and positions_restart(batch["position_ids"]):
             check_packing(self.model)
             self._packs = True
 
