@@ -1,3 +1,4 @@
+from lightning_interp.models.data.dpo_pairs import DPODataModule as DPODataModule
 from lightning_interp.models.data.preferences import PreferenceDataModule as PreferenceDataModule
 from lightning_interp.models.data.text_data import TextDataModule as TextDataModule
 from lightning_interp.models.scoring.bag_of_words import BagOfWords as BagOfWords
@@ -14,6 +15,10 @@ from lightning_interp.models.sources.loading import load_causal_lm as load_causa
 from lightning_interp.models.sources.tokenizers import check_same_tokenizer as check_same_tokenizer
 from lightning_interp.models.sources.tokenizers import word_tokenizer as word_tokenizer
 from lightning_interp.models.training.causal_lm import CausalLM as CausalLM
+from lightning_interp.models.training.dpo import DPO as DPO
+from lightning_interp.models.training.dpo import DPOSettings as DPOSettings
+from lightning_interp.models.training.dpo import dpo_terms as dpo_terms
+from lightning_interp.models.training.dpo import reference_logps as reference_logps
 from lightning_interp.models.training.lora import LoraSettings as LoraSettings
 from lightning_interp.models.training.optimisation import Optimisation as Optimisation
 from lightning_interp.models.training.reward_model import RewardModel as RewardModel

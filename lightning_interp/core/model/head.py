@@ -110,7 +110,7 @@ def _observe(model_map: ModelMap, module: nn.Module) -> tuple[torch.Tensor, torc
     handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     try:
         with suspended(model), evaluating(model):
-            logits = model(input_ids=ids, use_cache=False).logits
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     finally:
         handle.remove()
     return seen[-1][0], logits[0]

@@ -14,7 +14,7 @@ from lightning_interp.errors import DataError
 from lightning_interp.models.data.batching import RowDataset
 from lightning_interp.models.data.rows import TURN, check_text, form_of, raw_rows, turns_of
 
-__all__ = ["Judged", "JudgedRow", "judged_batch", "judged_dataset", "read_judged"]
+__all__ = ["Judged", "JudgedRow", "judged_batch", "judged_dataset", "judged_row", "read_judged"]
 
 _PAIR, _POINT = ("chosen", "rejected"), ("response", "reward")
 _EXPECTED = (
@@ -43,7 +43,7 @@ class Judged(NamedTuple):
 
 def read_judged(source: Any, *, name: str) -> list[JudgedRow]:
     """Read and check all rows of a source, which are all pairs or all rated texts."""
-    rows = [_checked(row, where) for where, row in raw_rows(source, name=name, expected=_EXPECTED)]
+    rows = [judged_row(row, where) for where, row in raw_rows(source, name=name, expected=_EXPECTED)]
     other = next((row for row in rows if len(row.texts) != len(rows[0].texts)), None)
     if other is not None:
         kinds = ["a rated text" if len(row.texts) == 1 else "a pair" for row in (other, rows[0])]
@@ -54,7 +54,8 @@ def read_judged(source: Any, *, name: str) -> list[JudgedRow]:
     return rows
 
 
-def _checked(row: Any, where: str) -> JudgedRow:
+def judged_row(row: Any, where: str) -> JudgedRow:
+    """Check one row."""
     pair = form_of(row, where, (_PAIR, _POINT), _EXPECTED) == _PAIR
     keys = ("chosen", "rejected") if pair else ("response",)
     prompts, texts = zip(*(_side(row.get("prompt"), row[key], key, where) for key in keys), strict=True)

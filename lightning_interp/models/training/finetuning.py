@@ -30,7 +30,7 @@ __all__ = ["FINETUNING", "SETTINGS", "Finetuned", "Optimised", "base_source"]
 
 FINETUNING = Optimisation(lr=1e-4)
 
-SETTINGS = ["model", "teacher", "tokenizer", "text", "lora", "optimisation", "betas"]
+SETTINGS = ["model", "teacher", "tokenizer", "text", "preference", "lora", "optimisation", "betas"]
 """Arguments that no checkpoint holds as they are given: it holds plain values, and settings under their own names."""
 
 _MODEL = "model."
