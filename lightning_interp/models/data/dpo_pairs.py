@@ -115,9 +115,9 @@ class DPODataModule(TextDataModule):
         dataset = self._datasets[split]
         return [dataset[index] for index in range(len(dataset))]
 
-    def missing(self) -> list[str]:
+    def missing(self, splits: Sequence[str] = ("train", "val")) -> list[str]:
         """Digests of the pairs whose reference log-probabilities are not known."""
-        pairs = [pair for split in self._sources for pair in self.pairs(split)]
+        pairs = [pair for split in splits for pair in self.pairs(split)]
         return [pair.digest for pair in pairs if pair.digest not in self.logps]
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -12,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_interp.core.hooks.checks import check_strategy
+from lightning_interp.core.hooks.checks import check_strategy, quantized_modules
 from lightning_interp.core.measure.undisturbed import undisturbed
 from lightning_interp.errors import DataError, IncompatibleModelError
 from lightning_interp.models.data.dpo_pairs import DPODataModule
 from lightning_interp.models.training.causal_lm import CausalLM
 from lightning_interp.models.training.dpo_reference import ReferenceIdentity, complete_reference
 from lightning_interp.models.training.head_loss import ChunkedHead, row_sums, scored_positions
-from lightning_interp.models.training.metric import IGNORED
 from lightning_interp.models.training.optimisation import check_settings, plain, settings_of
 from lightning_interp.models.training.reward_metric import PointScores, log_scores
 
@@ -29,7 +28,6 @@ DPOLoss = Literal["sigmoid", "ipo"]
 
 _GAP = 1e-4  # nats by which two log-ratios of the same model may differ in float32
 _LOSS = 1e-5  # and the loss from its value at the start
-_NOISE = 10.0  # times the rounding of the batch at hand, where that is more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +180,7 @@ class DPO(CausalLM):
         """Without a fit around it, read the reference's log-probabilities of the data."""
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, DPODataModule) and self.trainer.state.fn != "fit":
-            self._know_reference(data, moved=True, context=nullcontext())
+            self._know_reference(data, moved=True, context=nullcontext(), splits=("val",))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep which model the reference is, beside what :class:`CausalLM` keeps."""
@@ -230,26 +228,31 @@ class DPO(CausalLM):
                 "ones, and the reference's log-probability of each. Pass a DPODataModule to fit, or give its "
                 "reference file."
             )
+        if batch["reference"].dtype.itemsize < logps.dtype.itemsize:
+            raise DataError(
+                f"Batch {batch_idx} has its 'reference' in {batch['reference'].dtype}, which rounds it by more than is "
+                "learned in a step: Trainer(precision='bf16-true') and the like do so to batches. Take 'bf16-mixed', "
+                "and for a frozen base in bfloat16 DPO(..., dtype='bfloat16')."
+            )
         return dpo_terms(logps, batch["reference"], self.preference)
 
     @torch.no_grad()
     def _check_start(self, batch: dict[str, Tensor], batch_idx: int, terms: Mapping[str, Tensor]) -> None:
         """Refuse a reference that is not the policy as it starts: asks the device, so before the first step only."""
         beta = self.preference.beta
-        allowed = min(_GAP, 2 * _LOSS / beta)  # the loss changes by at most beta / 2 a nat
-        worst = float(terms["margin"].abs().max()) / beta
-        if worst <= allowed:
+        strict = min(_GAP, 2 * _LOSS / beta)  # the loss changes by at most beta / 2 a nat
+        if float(terms["margin"].abs().max()) <= strict * beta:
             return
-        with undisturbed(self.model):  # dropout, or other rounding: without the one, beside the other
+        with undisturbed(self.model):  # without dropout, and with the rounding that the precision has
             logps = self._logps(batch)
-            noise = float((logps - self._logps(_turned(batch)).flip(0)).abs().max())
+            allowed = (_roundoff(self.model) * logps.abs().view(2, -1).sum(dim=0)).clamp_min(strict)
             again = self._terms(logps, batch, batch_idx)
-        worst = float(again["margin"].abs().max()) / beta
-        if not worst <= max(allowed, _NOISE * noise):
-            start = dpo_terms(logps[:2] * 0, logps[:2] * 0, self.preference)["loss"]
+        gap = again["margin"].abs() / beta
+        if not bool((gap <= allowed).all()):
+            start = dpo_terms(logps * 0, logps * 0, self.preference)["loss"].mean()
             raise IncompatibleModelError(
                 f"{self._title}: at the first step policy and reference must be the same model, but in batch "
-                f"{batch_idx} the log-ratios of the two completions differ by up to {worst:.4g} nats (loss "
+                f"{batch_idx} the log-ratios of the two completions differ by up to {float(gap.max()):.4g} nats (loss "
                 f"{float(again['loss'].mean()):.4g}, expected {float(start):.6g}). The reference's log-probabilities "
                 "are of another model: of a policy that starts from a trained adapter the reference has that adapter, "
                 "and is not the base with adapters switched off. Compute them with the model that training starts "
@@ -263,12 +266,21 @@ class DPO(CausalLM):
     def _log_epoch(self, stage: str) -> None:
         log_scores(self, stage, getattr(self, f"{stage}_terms"))
 
-    def _know_reference(self, data: DPODataModule, *, moved: bool, context: AbstractContextManager[Any]) -> None:
+    def _know_reference(
+        self,
+        data: DPODataModule,
+        *,
+        moved: bool,
+        context: AbstractContextManager[Any],
+        splits: Sequence[str] = ("train", "val"),
+    ) -> None:
         def logps_of(batch: dict[str, Tensor]) -> Tensor:
             return self._logps({name: tensor.to(self.device) for name, tensor in batch.items()})
 
         identity = self._identity if moved else None
-        self._identity = complete_reference(self.model, data, logps_of, identity=identity, moved=moved, context=context)
+        self._identity = complete_reference(
+            self.model, data, logps_of, identity=identity, moved=moved, context=context, splits=splits
+        )
 
 
 def reference_logps(module: DPO, data: DPODataModule, *, autocast: torch.dtype | None = None) -> None:
@@ -297,9 +309,12 @@ def reference_logps(module: DPO, data: DPODataModule, *, autocast: torch.dtype |
     module._know_reference(data, moved=False, context=context)
 
 
-def _turned(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same rows the other way round and padded by one token more: equal log-probabilities but for rounding."""
-    ids, labels = batch["input_ids"], batch["labels"]
-    mask = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(ids)
-    fills = {"input_ids": (ids, 0), "attention_mask": (mask, 0), "labels": (labels, IGNORED)}
-    return {name: F.pad(tensor.flip(0), (0, 1), value=fill) for name, (tensor, fill) in fills.items()}
+def _roundoff(model: torch.nn.Module) -> float:
+    """Relative rounding of a log-probability: of the coarsest type that a model computes in."""
+    kind = next(model.parameters()).device.type
+    types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if torch.is_autocast_enabled(kind):
+        types.add(torch.get_autocast_dtype(kind))
+    if quantized_modules(model):
+        types.add(torch.bfloat16)  # whose step is that of eight bits
+    return max(torch.finfo(dtype).eps for dtype in types) / 2

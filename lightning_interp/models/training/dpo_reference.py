@@ -85,6 +85,7 @@ def complete_reference(
     identity: ReferenceIdentity | None,
     moved: bool,
     context: AbstractContextManager[Any],
+    splits: Sequence[str] = ("train", "val"),
 ) -> ReferenceIdentity | None:
     """Make ``data`` know the reference of all its pairs: read what its file has, compute the rest, and write all.
 
@@ -99,6 +100,7 @@ def complete_reference(
         identity: Of the reference, as far as it is known where ``moved``.
         moved: Whether the policy may have been trained since its first step: then nothing is computed.
         context: Precision to compute in.
+        splits: Of which pairs.
 
     Returns:
         Which model the log-probabilities are of; None if that is not known.
@@ -115,7 +117,7 @@ def complete_reference(
             data.logps.update(read_reference(data.reference, made))
         _share(data.logps, data.logps)
         data.reference_of = made
-        if not (missing := data.missing()):
+        if not (missing := data.missing(splits)):
             return made
         if moved or made is None:
             raise DataError(
@@ -124,7 +126,7 @@ def complete_reference(
                 f"moves on. Give the pairs and the reference file that the training began with (here it is "
                 f"{str(data.reference)!r}), or call reference_logps before it."
             )
-        for split in ("train", "val"):
+        for split in splits:
             _fill(data, split, logps_of, made)
     return made
 
