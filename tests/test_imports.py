@@ -40,7 +40,18 @@ CLI_MAY = {"jsonargparse", "omegaconf", "rich"}
 # Modules that are Lightning classes: all callbacks, these by the last part of their name, whole packages of them.
 LIGHTNING_FILES = {
     *("bag_of_words", "batched_training", "causal_lm", "contract", "distributed", "dpo", "finetuning", "grid_training"),
-    *("monitor", "number_data", "preferences", "resumable", "reward_model", "reward_scorer", "students", "text_data"),
+    *(
+        "dpo_pairs",
+        "dpo_reference",
+        "monitor",
+        "number_data",
+        "preferences",
+        "resumable",
+        "reward_model",
+        "reward_scorer",
+        "students",
+        "text_data",
+    ),
 }
 LIGHTNING_PACKAGES = {"cycles"}
 # What is measured is a torchmetrics class, also in core.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +15,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_interp.errors import DataError
+from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.models.data.batching import RowDataset, token_batch
-from lightning_interp.models.data.preference_pairs import JudgedRow, judged_row
-from lightning_interp.models.data.rows import Row, raw_rows
-from lightning_interp.models.data.text_data import TextDataModule, TooLong
+from lightning_interp.models.data.encoding import EncodedRow, Encoder
+from lightning_interp.models.data.preference_pairs import judged_row
+from lightning_interp.models.data.rows import Row, raw_rows, token_ids
+from lightning_interp.models.data.text_data import TextDataModule, TooLong, vocabulary_of
 from lightning_interp.models.training.head_loss import scored_positions
 
 __all__ = ["DPODataModule", "EncodedPair", "pair_batch"]
@@ -66,7 +68,8 @@ class DPODataModule(TextDataModule):
         max_length: Tokens a prompt with its completion may have.
         too_long: Cut the ends of longer completions and count them, or raise. A pair with nothing scored left on a
             side is left out.
-        **options: ``seed``, ``num_workers``, ``chat``, ``system_prompt`` and ``add_eos`` of :class:`TextDataModule`.
+        **options: ``seed``, ``num_workers``, ``chat``, ``system_prompt``, ``add_eos`` and ``length_window`` of
+            :class:`TextDataModule`.
 
     Attributes:
         counts: After ``setup``, by split: ``rows`` used, ``tokens``, ``scored`` tokens, ``truncated`` completions,
@@ -101,6 +104,11 @@ class DPODataModule(TextDataModule):
     ) -> None:
         sizes: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "too_long": too_long}
         super().__init__(train, tokenizer=tokenizer, val=val, **sizes, **options)
+        if self.packing:
+            raise RecipeError(
+                "DPODataModule cannot use packing=True: a completion's log-probability is a sum over a row of its "
+                "own. Leave it out; length_window gives batches of like length."
+            )
         self.reference = None if reference is None else Path(reference)
         self.logps: dict[str, tuple[float, float]] = {}
         self.reference_of: tuple[str, str] | None = None
@@ -137,8 +145,9 @@ class DPODataModule(TextDataModule):
     def _encode(self, split: str) -> RowDataset:
         counts = dict.fromkeys(("rows", "tokens", "scored", "truncated", "dropped", "identical"), 0)
         kept = []
+        encoder = replace(self._encoder, vocabulary=vocabulary_of(self.trainer))
         for where, row in raw_rows(self._sources[split], name=split, expected=_EXPECTED):
-            sides = [self._side(side, where, counts) for side in self._sides(row, where)]
+            sides = [self._side(side, where, counts) for side in _sides(row, where, encoder)]
             if not all(any(scored) for _, scored in sides):
                 counts["dropped"] += 1
                 continue
@@ -151,37 +160,10 @@ class DPODataModule(TextDataModule):
         self._tell(split, counts)
         return RowDataset(kept, _filler)
 
-    def _sides(self, row: Any, where: str) -> list[tuple[list[int], list[bool]]]:
-        """Ids of each side, and whether each is scored."""
-        if isinstance(row, Mapping) and all(row.get(key) is not None for key in _IDS):
-            prompt, *sides = (_ids(row[key], key, where) for key in _IDS)
-            return [(prompt + side, [False] * len(prompt) + [True] * len(side)) for side in sides]
-        judged = judged_row(row, where)
-        if len(judged.texts) != len(_SIDES):
-            raise DataError(f"{where}: this row is a rated text; expected {_EXPECTED}.")
-        turns = any(not isinstance(row.get(key), str | None) for key in ("prompt", *_SIDES))
-        return [self._written(judged, index, turns) for index in range(len(_SIDES))]
-
-    def _written(self, row: JudgedRow, side: int, turns: bool) -> tuple[list[int], list[bool]]:
-        """A side in text as ids; of a conversation only the last turn is scored."""
-        prompt, text = row.prompts[side], row.texts[side]
-        if turns:
-            asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            written = Row(row.where, "messages", {"messages": [*asked, {"role": "assistant", "content": text}]})
-        else:
-            written = Row(row.where, "prompt", {"prompt": prompt, "completion": text})
-        ids, scored, _ = self._encoder.encode(written)
-        end = len(scored) - scored[::-1].index(True)
-        start = end
-        while start > 0 and scored[start - 1]:
-            start -= 1
-        return ids, [start <= place < end for place in range(len(ids))]
-
     def _side(
         self, side: tuple[list[int], list[bool]], where: str, counts: dict[str, int]
     ) -> tuple[list[int], list[bool]]:
         ids, scored = side
-        scored = [False, *scored[1:]]  # nothing predicts the first token
         if len(ids) > self.max_length:
             if self.too_long == "error":
                 raise DataError(
@@ -190,6 +172,10 @@ class DPODataModule(TextDataModule):
                 )
             counts["truncated"] += 1
         return ids[: self.max_length], scored[: self.max_length]
+
+    @staticmethod
+    def _length(row: EncodedPair) -> int:
+        return max(len(row.chosen[0]), len(row.rejected[0]))
 
     def _tell(self, split: str, counts: Mapping[str, int]) -> None:
         total = counts["rows"] + counts["dropped"]
@@ -206,12 +192,35 @@ class DPODataModule(TextDataModule):
             )
 
 
-def _ids(value: Any, key: str, where: str) -> list[int]:
-    ids = value.tolist() if hasattr(value, "tolist") else value
-    fits = isinstance(ids, Sequence) and not isinstance(ids, str)
-    if not fits or not ids or not all(type(index) is int and 0 <= index < 2**31 for index in ids):
-        raise DataError(f"{where}: {key!r} is {value!r:.80}; expected a list of token ids, at least one.")
-    return list(ids)
+def _sides(row: Any, where: str, encoder: Encoder) -> list[tuple[list[int], list[bool]]]:
+    """Ids of each side, and whether each is scored."""
+    if isinstance(row, Mapping) and all(row.get(key) is not None for key in _IDS):
+        prompt, *sides = (token_ids(row[key], key, where) for key in _IDS)
+        given = [Row(where, "ids", {"prompt_ids": prompt, "completion_ids": side}) for side in sides]
+    else:
+        judged = judged_row(row, where)
+        if len(judged.texts) != len(_SIDES):
+            raise DataError(f"{where}: this row is a rated text; expected {_EXPECTED}.")
+        turns = any(not isinstance(row.get(key), str | None) for key in ("prompt", *_SIDES))
+        given = [_in_text(where, *side, turns) for side in zip(judged.prompts, judged.texts, strict=True)]
+    return [_last_turn(encoder.encode(side)) for side in given]
+
+
+def _in_text(where: str, prompt: Any, text: str, turns: bool) -> Row:
+    if not turns:
+        return Row(where, "prompt", {"prompt": prompt, "completion": text})
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return Row(where, "messages", {"messages": [*asked, {"role": "assistant", "content": text}]})
+
+
+def _last_turn(row: EncodedRow) -> tuple[list[int], list[bool]]:
+    """Ids, with the last scored run of them scored alone; nothing predicts the first token."""
+    scored = row.scored
+    end = len(scored) - scored[::-1].index(True)
+    start = end
+    while start > 1 and scored[start - 1]:
+        start -= 1
+    return row.ids, [max(start, 1) <= place < end for place in range(len(scored))]
 
 
 def _encoded(sides: Sequence[tuple[list[int], list[bool]]]) -> EncodedPair:

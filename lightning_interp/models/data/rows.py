@@ -11,7 +11,7 @@ from lightning_interp.core.storage.json_reading import check_characters
 from lightning_interp.core.storage.row_files import FORMS, file_rows
 from lightning_interp.errors import DataError
 
-__all__ = ["Row", "check_text", "form_of", "raw_rows", "read_rows", "turns_of"]
+__all__ = ["Row", "check_text", "form_of", "raw_rows", "read_rows", "token_ids", "turns_of"]
 
 _IDS = ("prompt_ids", "completion_ids")
 _FORMS = (("text",), ("prompt", "completion"), ("messages",), _IDS)
@@ -105,7 +105,7 @@ def _checked(row: Any, where: str) -> Row:
     if form == ("messages",):
         return Row(where, "messages", {"messages": _messages(row["messages"], where)})
     if form == _IDS:
-        return Row(where, "ids", {key: _token_ids(row[key], key, where) for key in _IDS})
+        return Row(where, "ids", {key: token_ids(row[key], key, where) for key in _IDS})
     for key in form:
         check_text(row[key], key, where, may_be_empty=key == "prompt")
     return Row(where, form[0], {key: row[key] for key in form})
@@ -126,7 +126,8 @@ def _messages(messages: Any, where: str) -> list[dict[str, Any]]:
     return turns
 
 
-def _token_ids(value: Any, key: str, where: str) -> list[int]:
+def token_ids(value: Any, key: str, where: str) -> list[int]:
+    """Refuse a value that is no list of token ids; a prompt alone may be empty."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise DataError(f"{where}: {key!r} is {value!r:.80}, a {type(value).__name__}; expected a list of token ids.")
     for index, one in enumerate(value):
@@ -134,7 +135,7 @@ def _token_ids(value: Any, key: str, where: str) -> list[int]:
             raise DataError(
                 f"{where}: {key}[{index}] is {one!r:.80}; expected a token id, a whole number of at least 0."
             )
-    if not value and key == "completion_ids":
+    if not value and key != "prompt_ids":
         raise DataError(f"{where}: {key!r} is empty, so there is nothing to learn. Remove the row or fill it in.")
     return list(value)
 

@@ -27,7 +27,7 @@ from lightning_interp.models.data.encoding import EncodedRow, Encoder
 from lightning_interp.models.data.packing import packed_batch, packed_dataset, rows_together
 from lightning_interp.models.data.rows import Row, read_rows
 
-__all__ = ["TextDataModule"]
+__all__ = ["TextDataModule", "TooLong", "vocabulary_of"]
 
 TooLong = Literal["truncate", "error"]
 
@@ -170,7 +170,7 @@ class TextDataModule(L.LightningDataModule):
     def _encode(self, split: str) -> RowDataset:
         counts = dict.fromkeys(("rows", "tokens", "scored", "truncated", "dropped", "split"), 0)
         kept = []
-        encoder = replace(self._encoder, vocabulary=_vocabulary(self.trainer))
+        encoder = replace(self._encoder, vocabulary=vocabulary_of(self.trainer))
         for row in read_rows(self._sources[split], name=split):
             encoded = encoder.encode(row)
             if len(encoded.ids) > self.max_length:
@@ -198,6 +198,11 @@ class TextDataModule(L.LightningDataModule):
             f"{counts['tokens'] / room:.0%} full."
         )
         return packed_dataset(texts, together)
+
+    @staticmethod
+    def _length(row: Any) -> int:
+        """Tokens by which rows are of like length."""
+        return len(row[0])
 
     def _cut(self, encoded: EncodedRow, row: Row) -> EncodedRow:
         if self.too_long == "error":
@@ -228,7 +233,7 @@ class TextDataModule(L.LightningDataModule):
         train, size = split == "train", len(dataset)
         lengths = None
         if train and self.length_window:
-            lengths = LengthWindow([len(dataset[i][0]) for i in range(size)], self.batch_size, self.length_window)
+            lengths = LengthWindow([self._length(dataset[i]) for i in range(size)], self.batch_size, self.length_window)
         share = EpochSampler(size, seed=self.seed, shuffle=train, rank=rank, world_size=world_size, lengths=lengths)
         self.counts[split] |= share.padding()
         pad_ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
@@ -243,7 +248,7 @@ class TextDataModule(L.LightningDataModule):
         )
 
 
-def _vocabulary(trainer: L.Trainer | None) -> int | None:
+def vocabulary_of(trainer: L.Trainer | None) -> int | None:
     """Number of tokens of the model that a Trainer fits; None if it is not known."""
     model: Any = getattr(trainer and trainer.lightning_module, "model", None)
     embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
