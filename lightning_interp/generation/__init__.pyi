@@ -46,6 +46,8 @@ from lightning_interp.generation.requests import TextGenerator as TextGenerator
 from lightning_interp.generation.requests import TextRequest as TextRequest
 from lightning_interp.generation.sampler import LocalSampler as LocalSampler
 from lightning_interp.generation.sampling import draw_tokens as draw_tokens
+from lightning_interp.generation.serving import serve_adapter as serve_adapter
+from lightning_interp.generation.serving import unload_adapter as unload_adapter
 from lightning_interp.generation.shards import ShardRow as ShardRow
 from lightning_interp.generation.shards import read_shards as read_shards
 from lightning_interp.generation.shards import write_shards as write_shards

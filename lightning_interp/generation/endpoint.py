@@ -143,6 +143,36 @@ class EndpointGenerator:
 
     estimate_tokens = staticmethod(estimate_tokens)
 
+    def call(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """Ask another path of the endpoint, such as ``models``, once.
+
+        Args:
+            path: Below ``base_url``.
+            body: What is posted there; without one it is only read.
+
+        Returns:
+            The answer, from JSON; the text if it is none.
+
+        Raises:
+            RecipeError: If the endpoint refuses, or cannot be reached.
+        """
+        openai, client = _openai(), self._opened()
+        try:
+            how = {} if body is None else {"body": dict(body)}
+            text = (client.get if body is None else client.post)(f"/{path}", cast_to=str, **how)
+        except openai.APIError as error:
+            if isinstance(error.__cause__, RecipeError):
+                raise error.__cause__ from None
+            reason = redacted(f"{getattr(error, 'status_code', type(error).__name__)}: {error.message}")
+            raise RecipeError(
+                f"The endpoint {self._address()} did not answer {path!r} for {dict(body or {})!r:.200} ({reason:.300})."
+                " Check that it runs, offers this, and sees the files that are named."
+            ) from None
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
     def stop(self) -> None:
         """Let calls that wait for another attempt end now."""
         halt, self._halt = self._halt, threading.Event()

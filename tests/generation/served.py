@@ -47,6 +47,7 @@ class Served:
         self.answer, self.hold = answer, hold
         self.script = script if callable(script) else list(script)
         self.bodies, self.headers, self.most_at_once, self.url = [], [], 0, ""
+        self.models = []  # names that a GET is answered with, whatever its path
         self._lock, self._running = threading.Lock(), 0
 
     def enter(self, body, headers):
@@ -67,6 +68,10 @@ class Served:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # head and body are two writes; without this each answer takes 40 ms
+
+    def do_GET(self):
+        rows = [{"id": name, "object": "model"} for name in self.server.served.models]
+        self._send(200, json.dumps({"object": "list", "data": rows}).encode())
 
     def do_POST(self):
         served = self.server.served
