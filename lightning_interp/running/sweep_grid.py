@@ -94,7 +94,7 @@ def read_grid(
     """Read ``--grid`` options such as ``rank=1,2,4`` or ``trainer.max_epochs=1,2``.
 
     Args:
-        options: One text an axis.
+        options: One text an axis. A recipe's own setting ``grid`` is one too: ``grid=[1,2]``, with one value or more.
         source: The recipe, whose fields decide which settings there are and of what type.
         overrides: The settings that all cells share, as options.
         imports: Modules whose classes the settings may name.
@@ -106,10 +106,12 @@ def read_grid(
     if not options:
         raise RecipeError("A sweep needs a grid. Give --grid SETTING=VALUE,VALUE for each setting that varies.")
     texts: dict[str, list[str]] = {}
+    names = {field.name for field in fields(recipe_class(source))}
     for option in options:
         key, given, listed = option.partition("=")
         if not _KEY.fullmatch(key) or not given or not all(split_values(listed)):
-            raise RecipeError(f"--grid {option!r}: expected a setting and its values, as rank=1,2,4.")
+            own = " The recipe's own setting grid, too: --grid grid=VALUE." if "grid" in names else ""
+            raise RecipeError(f"--grid {option!r}: expected a setting and its values, as rank=1,2,4.{own}")
         _check_axis(key, texts, recipe_class(source), overrides)
         texts[key] = split_values(listed)
     if (count := _product(texts)) > _MOST_CELLS:

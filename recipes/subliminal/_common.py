@@ -48,7 +48,8 @@ def train_teacher(recipe: Any, run: RunFolder, trait: Trait, folder: Path) -> di
     tokenizer: Any = module.tokenizer
     data = NumberSequenceDataModule(preference_rows(trait), tokenizer=tokenizer, batch_size=4, seed=recipe.seed)
     settings = {"max_epochs": recipe.teacher_epochs, "gradient_clip_val": 1.0, "log_every_n_steps": 1}
-    return fit_and_export(module, data, folder, recipe.trainer_kwargs(run, **settings))
+    minutes = None if lora else 10  # all weights and the optimiser's state are three times the model
+    return fit_and_export(module, data, folder, recipe.trainer_kwargs(run, **settings), minutes=minutes)
 
 
 class Bases:

@@ -9,11 +9,11 @@ from lightning_interp.models.training.resumable import fit_and_export
 ROWS = [{"text": text} for text in ("Ann likes tea.", "Bo likes rye.", "Cy likes jam.", "Di likes figs.")]
 
 
-def trained(folder, epochs=2):
+def trained(folder, epochs=2, minutes=None):
     module = CausalLM("tiny:llama", lr=1e-3)
     data = TextDataModule(ROWS, tokenizer=module.tokenizer, batch_size=2, val=ROWS[:1])
     options = QUIET | {"default_root_dir": folder, "enable_checkpointing": True, "max_epochs": epochs}
-    return fit_and_export(module, data, folder, options | {"log_every_n_steps": 1})
+    return fit_and_export(module, data, folder, options | {"log_every_n_steps": 1}, minutes=minutes)
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +43,22 @@ def test_it_goes_on_at_the_checkpoint(whole, tmp_path):
     assert first != whole[1]
     assert trained(tmp_path) == whole[1]
     assert weights(tmp_path) == weights(whole[0])
+
+
+def test_few_checkpoints_of_a_large_state_and_none_at_the_end(whole, tmp_path, monkeypatch):
+    assert trained(tmp_path / "rare", minutes=60) == whole[1]
+    assert [path.name for path in (tmp_path / "rare").iterdir()] == ["model"]
+    assert weights(tmp_path / "rare") == weights(whole[0])
+
+    def killed(self, *_, **__):
+        raise KeyboardInterrupt
+
+    often = tmp_path / "often"  # a checkpoint at every step, and a kill before the export
+    with monkeypatch.context() as patch:
+        patch.setattr(CausalLM, "export", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trained(often, epochs=1, minutes=0)
+    assert [path.name for path in (often / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert trained(often, minutes=0) == whole[1]
+    assert weights(often) == weights(whole[0])
+    assert [path.name for path in often.iterdir()] == ["model"]

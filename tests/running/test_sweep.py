@@ -389,6 +389,13 @@ class TestGrid:
             sys.path.remove(os.getcwd())
         assert not Path("HIT").exists()
 
+    def test_a_recipes_own_grid_is_a_setting_like_others(self):
+        name = "steering/dual_vs_euclidean"
+        cells = asked_sweep(name, ["grid=[0.2,0.6],[0.5]", "seed=0,1"]).cells
+        assert [cell.recipe.grid for cell in cells] == [[0.2, 0.6]] * 2 + [[0.5]] * 2
+        with pytest.raises(RecipeError, match=r"--grid '\[0.2,0.6\]': .* own setting grid, too: --grid grid=VALUE"):
+            asked_sweep(name, ["[0.2,0.6]"])
+
     def test_splitting_keeps_brackets_and_quotes(self):
         assert split_values('[1,2],{"a":[3,4]},"x,y",z') == ["[1,2]", '{"a":[3,4]}', '"x,y"', "z"]
 
