@@ -20,3 +20,4 @@ from lightning_interp.cycles.trajectory import Verdict as Verdict
 from lightning_interp.cycles.trajectory import chain_numbers as chain_numbers
 from lightning_interp.cycles.trajectory import chain_trajectory as chain_trajectory
 from lightning_interp.cycles.trajectory import late_change as late_change
+from lightning_interp.cycles.trajectory import paired_difference as paired_difference

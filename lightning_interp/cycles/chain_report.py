@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from lightning_interp.core.measure.resampling import interval_ends, shared_replicates
 from lightning_interp.core.measure.series import gain
 from lightning_interp.core.measure.statistics import Estimate, counted, t_interval
 from lightning_interp.cycles.trajectory import (
@@ -26,6 +25,7 @@ from lightning_interp.cycles.trajectory import (
     Verdict,
     chain_trajectory,
     coherent_above,
+    paired_difference,
 )
 from lightning_interp.figures import BLUE, COLOURS, GREY, INK, ORANGE, band, in_house_style, label, legend_below, panels
 
@@ -372,15 +372,9 @@ def _paired(arm: Arm, control: Arm, report: ChainReport) -> tuple[Estimate, int]
     ]
     if not pairs:
         return None
-    differences = [one.score - other.score for one, other in pairs]
     if len(pairs) > 1:
-        return t_interval(differences, level=report.level), last
-    one, other = pairs[0]
-    low, high = math.nan, math.nan
-    if one.scores.shape == other.scores.shape and len(one.scores) > 1:
-        drawn = shared_replicates([one.scores, other.scores], resamples=report.resamples, seed=report.seed)
-        low, high = interval_ends(differences[0], drawn[:, 0] - drawn[:, 1], alpha=1 - report.level)
-    return Estimate(differences[0], low, high, len(one.scores), report.level, "bootstrap over questions"), last
+        return t_interval([one.score - other.score for one, other in pairs], level=report.level), last
+    return paired_difference(*pairs[0], level=report.level, seed=report.seed, resamples=report.resamples), last
 
 
 @in_house_style

@@ -31,6 +31,7 @@ __all__ = [
     "chain_numbers",
     "chain_trajectory",
     "late_change",
+    "paired_difference",
 ]
 
 Values = NDArray[np.float64]
@@ -49,7 +50,7 @@ class Checkpoint:
 
     Args:
         scores: Of the trait, 0 to 100, ``[questions, samples]``; NaN where a response has none.
-        coherence: Likewise; None if it was not asked.
+        coherence: Likewise; None if no response has one.
         statuses: How many responses ended how.
         distinct_2: Share of different pairs of words over all responses.
         perplexity: Of the responses under the base model.
@@ -83,6 +84,7 @@ class Checkpoint:
         """
         scores = _table("scores", summary.get("scores"))
         coherence = None if summary.get("coherence") is None else _table("coherence", summary["coherence"])
+        coherence = None if coherence is None or np.isnan(coherence).all() else coherence
         if coherence is not None and coherence.shape != scores.shape:
             raise DataError(
                 f"An evaluation has coherence of shape {list(coherence.shape)} beside scores of {list(scores.shape)}; "
@@ -378,6 +380,33 @@ def _tables(chain: Chain) -> dict[str, list[Values]]:
         if chain.base.coherence is not None:
             found["base_coherence"] = [chain.base.coherence]
     return found | ({} if chain.again is None else {"again": [chain.again.scores]})
+
+
+def paired_difference(
+    one: Checkpoint, other: Checkpoint, *, level: float = 0.95, seed: int = 0, resamples: int = 2000
+) -> Estimate:
+    """Score of one model minus that of another, with an interval of the same draws of questions for both.
+
+    Args:
+        one: An evaluation.
+        other: Another one, of the same questions with as many samples.
+        level: Confidence level.
+        seed: Of the bootstrap.
+        resamples: Of the bootstrap.
+
+    Returns:
+        The difference; no interval over one question.
+
+    Raises:
+        DataError: If the evaluations differ in shape.
+
+    Example:
+        >>> tables = [[[10, 20], [70, 80]], [[15, 25], [75, 85]]]
+        >>> paired_difference(*(Checkpoint.of({"scores": table}) for table in tables)).text()
+        '-5.00 [-5.00, -5.00]'
+    """
+    found = chain_trajectory(Chain("", [other, one]), level=level, seed=seed, resamples=resamples)
+    return found.from_start[1]
 
 
 def coherent_above(above: Estimate | None) -> bool | None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_interp.core.measure.statistics import Estimate
+from lightning_interp.core.storage.manifest import RunManifest
 from lightning_interp.cycles import calibrate_dose, dose_grid
 from lightning_interp.errors import DataError, RecipeError
 
@@ -122,6 +123,31 @@ class TestResume:
             again = calibrate_dose(rest, known={dose: estimate(scores[dose]) for dose in first.trained[:cut]})
             assert again == whole
             assert rest.trained == first.trained[cut:]
+
+    def test_a_search_whose_scores_are_phases_goes_on_where_it_was_stopped(self, tmp_path):
+        scores = {n: float(n) for n in dose_grid()}
+        whole = calibrate_dose(Trainer(scores))
+
+        def search(most):
+            trainer = Trainer(scores)
+
+            def trained(folder, dose):
+                if len(trainer.trained) == most:
+                    raise KeyboardInterrupt
+                return trainer(dose).to_dict()
+
+            with RunManifest.open(tmp_path / "run", config={}, name="dose") as run:
+
+                def score(dose):
+                    return Estimate(**run.phase(f"dose-{dose}", lambda folder: trained(folder, dose), inputs={}))
+
+                return trainer.trained, calibrate_dose(score)
+
+        with pytest.raises(KeyboardInterrupt):
+            search(3)
+        trained, found = search(-1)
+        assert found == whole
+        assert len(trained) == len(whole.scored) - 3
 
     def test_known_scores_off_the_grid_are_kept(self):
         found = calibrate_dose(Trainer({2: 2.0, 4: 4.0}), [2, 4], thresholds=[3], known={3: estimate(3.0)})

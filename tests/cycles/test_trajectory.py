@@ -19,6 +19,7 @@ from lightning_interp.cycles import (
     chain_numbers,
     chain_trajectory,
     late_change,
+    paired_difference,
     prefix_slope,
     retention,
     slope,
@@ -183,6 +184,11 @@ class TestIntervals:
             spread.append(np.mean([two[cell] - one[cell] for cell in drawn]))
         wanted = np.quantile(spread, [0.025, 0.975])
         assert (change.low, change.high) == pytest.approx(wanted, abs=0.1 * np.ptp(wanted))
+        assert paired_difference(*reversed(checkpoints)) == change
+
+    def test_a_difference_of_other_questions(self):
+        with pytest.raises(DataError, match=r"shape \[4, 5\] and \[3, 5\]"):
+            paired_difference(checkpoint(4, questions=3), checkpoint(4))
 
     @settings(max_examples=20)
     @given(st.permutations(range(5)), st.integers(0, 2**32 - 1))
@@ -263,6 +269,9 @@ class TestCheckpoint:
         assert found.statuses == {"ok": 3, "refusal": 1}
         assert found.coherence is not None
         assert Checkpoint.of({"scores": [[1.0]], "statuses": {"ok": 1}}).statuses == {"ok": 1}
+
+    def test_coherence_that_no_response_has_is_none(self):
+        assert Checkpoint.of({"scores": [[1.0, 2.0]], "coherence": [[None, None]]}).coherence is None
 
     def test_the_error_with_fixed_questions(self):
         table = DRAWS.normal(size=(3, 4))
