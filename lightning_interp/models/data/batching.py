@@ -67,8 +67,8 @@ def bucketed(
 
     Example:
         >>> order = bucketed(range(5), [3, 1, 3, 1, 2], 2, 50, torch.Generator().manual_seed(0))
-        >>> sorted(order[:2]), sorted(order[2:4]), order[4:]
-        ([0, 2], [1, 3], [4])
+        >>> sorted([sorted(order[:2]), sorted(order[2:4])]), order[4:]
+        ([[0, 2], [1, 3]], [4])
     """
     whole = len(order) - len(order) % batch
     parts = [order[start : min(start + window * batch, whole)] for start in range(0, whole, window * batch)]
