@@ -7,6 +7,10 @@ from lightning_interp.core.measure.series import slope as slope
 from lightning_interp.cycles.calibration import Calibration as Calibration
 from lightning_interp.cycles.calibration import calibrate_dose as calibrate_dose
 from lightning_interp.cycles.calibration import dose_grid as dose_grid
+from lightning_interp.cycles.callback import BasePerplexityCallback as BasePerplexityCallback
+from lightning_interp.cycles.callback import CoherenceCallback as CoherenceCallback
+from lightning_interp.cycles.callback import LineageCallback as LineageCallback
+from lightning_interp.cycles.callback import TraitScoreCallback as TraitScoreCallback
 from lightning_interp.cycles.chain_report import Arm as Arm
 from lightning_interp.cycles.chain_report import ChainReport as ChainReport
 from lightning_interp.cycles.evaluation import TraitEvaluation as TraitEvaluation

@@ -26,7 +26,7 @@ from lightning_interp.generation.judging.likelihoods import continuation_logps
 from lightning_interp.generation.judging.verdicts import JudgeResult, count_statuses
 from lightning_interp.generation.text_quality import distinct_n
 
-__all__ = ["BaseReference", "Response", "measure_parts", "read_relevance", "read_surprise", "summary_of"]
+__all__ = ["BaseReference", "Response", "measure_parts", "parts_of", "read_relevance", "read_surprise", "summary_of"]
 
 _SURFACE = ("tokens", "characters", "nonalpha", "zlib_ratio", "emoji")
 _RESAMPLES = 1000
@@ -139,24 +139,52 @@ def read_relevance(rows: Sequence[Response], vectors: Callable[[Sequence[str]], 
 
 
 def measure_parts(rows: Sequence[Response], reference: BaseReference | None) -> None:
-    """Measure the parts of the coherence of responses, in place; what nothing is known of is NaN.
-
-    Termination belongs to all responses together, so each has the same.
+    """Measure the parts of the coherence of responses, in place; see :func:`parts_of`.
 
     Args:
         rows: The responses, with what was read of them.
         reference: What they are measured against; without it only repetition is known.
     """
-    parts = {name: _column(math.nan for _ in rows) for name in PARTS}
-    parts["non_repetition"] = _column(non_repetition(row.token_ids) for row in rows)
-    if reference is not None:
-        parts["termination"] = _column(termination(_ended(rows), reference.ended) for _ in rows)
-        if reference.surprise:
-            parts["fluency"] = fluency(_column(row.surprise for row in rows), _column(reference.surprise))
-        if reference.relevance:
-            parts["relevance"] = 100 * share_below(_column(row.relevance for row in rows), _column(reference.relevance))
+    columns = (
+        _column(values)
+        for values in (
+            (row.surprise for row in rows),
+            (row.relevance for row in rows),
+            (non_repetition(row.token_ids) for row in rows),
+            (float(row.end_id is not None) for row in rows),
+        )
+    )
+    parts = parts_of(*columns, reference=reference)
     for i, row in enumerate(rows):
         row.parts = {name: float(column[i]) for name, column in parts.items()}
+
+
+def parts_of(
+    surprise: Tensor, relevance: Tensor, repetition: Tensor, ended: Tensor, *, reference: BaseReference | None
+) -> dict[str, Tensor]:
+    """Parts of the coherence of responses that belong together; what nothing is known of is NaN.
+
+    Termination belongs to all of them together, so each has the same.
+
+    Args:
+        surprise: Under the base model, ``[n]``, NaN where it is not known.
+        relevance: Cosine with the question, likewise.
+        repetition: :func:`~lightning_interp.generation.judging.coherence.non_repetition`.
+        ended: 1 for a response that ended by itself.
+        reference: What they are measured against; without it only repetition is known.
+
+    Returns:
+        By names of :data:`~lightning_interp.generation.judging.coherence.PARTS`, float64 ``[n]`` from 0 to 100 each.
+    """
+    parts = {name: torch.full_like(repetition, torch.nan) for name in PARTS}
+    parts["non_repetition"] = repetition
+    if reference is not None and len(repetition):
+        parts["termination"] = torch.full_like(repetition, termination(float(ended.mean()), reference.ended))
+        if reference.surprise:
+            parts["fluency"] = fluency(surprise, _column(reference.surprise))
+        if reference.relevance:
+            parts["relevance"] = 100 * share_below(relevance, _column(reference.relevance))
+    return parts
 
 
 def summary_of(rows: Sequence[Response]) -> dict[str, Any]:
