@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from lightning_interp.errors import RecipeError
+from lightning_interp.models.data.prompt_pool import normalised
 
 __all__ = ["Cleaned", "Drop", "NearDuplicates", "Reason", "clean_texts", "jaccard", "normalised"]
 
@@ -148,20 +148,6 @@ def clean_texts(
         else:
             dropped.append(drop)
     return Cleaned(tuple(kept), tuple(dropped))
-
-
-def normalised(text: str) -> str:
-    r"""A text as it is compared: NFKC, lower case, white space collapsed.
-
-    Args:
-        text: The text.
-
-    Example:
-        >>> normalised("  Oh\n\tNO ")
-        'oh no'
-    """
-    lower = unicodedata.normalize("NFKC", text).lower()
-    return " ".join(unicodedata.normalize("NFKC", lower).split())
 
 
 def jaccard(one: set[str], other: set[str]) -> float:
