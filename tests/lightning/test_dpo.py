@@ -214,7 +214,7 @@ def step_gradients(module, pairs):
     """Gradients of one step with all pairs, without a Trainer."""
     reference_logps(module, pairs)
     (batch,) = pairs.train_dataloader()
-    terms = module._terms(module._logps(batch), batch, 0)
+    terms = module._terms(module.sequence_logps(batch), batch, 0)
     terms["loss"].mean().backward()
     return terms, {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
@@ -242,7 +242,7 @@ def test_log_ratios_are_sums_over_tokens():
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.zero_()
-        found = module._logps(batch)
+        found = module.sequence_logps(batch)
     lengths = (batch["labels"] != -100).sum(dim=1)
     assert sorted(lengths.tolist()) == [1, 1, 3, 6]
     torch.testing.assert_close(found, lengths * uniform)
@@ -253,12 +253,12 @@ def test_labels_of_the_prompt_are_no_part_of_the_loss():
     reference_logps(module, pairs)
     (batch,) = pairs.train_dataloader()
     with torch.no_grad():
-        expected = module._logps(batch)
+        expected = module.sequence_logps(batch)
         prompt = (batch["labels"] == -100) & batch["attention_mask"].bool()
         assert int(prompt.sum()) == 2 * sum(len(row["prompt"]) for row in ROWS)
         other = {**batch, "labels": torch.where(batch["labels"] == -100, -100, batch["labels"])}
         del other["scored"]
-        assert torch.equal(module._logps(other), expected)
+        assert torch.equal(module.sequence_logps(other), expected)
 
 
 # The reference and its file
@@ -299,7 +299,7 @@ def test_a_killed_computation_goes_on_and_ends_with_the_same_bytes(tmp_path, mon
     whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
     reference_logps(dpo(), data(reference=whole))
     module, done = dpo(), []
-    run = module._logps
+    run = module.sequence_logps
 
     def dies(batch):
         done.append(1)
@@ -307,12 +307,12 @@ def test_a_killed_computation_goes_on_and_ends_with_the_same_bytes(tmp_path, mon
             raise KeyboardInterrupt
         return run(batch)
 
-    module._logps = dies
+    module.sequence_logps = dies
     with pytest.raises(KeyboardInterrupt):
         reference_logps(module, data(reference=broken))
     assert len(dpo_reference.read_reference(broken, None)) == 8
     module, done[:] = dpo(), []
-    run, module._logps = module._logps, lambda batch: done.append(1) or run(batch)
+    run, module.sequence_logps = module.sequence_logps, lambda batch: done.append(1) or run(batch)
     reference_logps(module, data(reference=broken))
     assert len(done) == 1
     assert broken.read_bytes() == whole.read_bytes()

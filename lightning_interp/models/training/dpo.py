@@ -200,7 +200,7 @@ class DPO(CausalLM):
             IncompatibleModelError: Before the first optimiser step, if the reference was another model.
         """
         with self._own_dropout(batch_idx):
-            logps = self._logps(batch)
+            logps = self.sequence_logps(batch)
         terms = self._terms(logps, batch, batch_idx)
         if self.global_step == 0 and self.preference.check_start:
             self._check_start(batch, batch_idx, terms)
@@ -211,8 +211,15 @@ class DPO(CausalLM):
         self.log_dict(means, **several)
         return loss
 
-    def _logps(self, batch: dict[str, Tensor]) -> Tensor:
-        """Summed log-probability of each row's labelled tokens, ``[rows]``."""
+    def sequence_logps(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Log-probability of each row's completion under the policy as it is, summed over the labelled tokens.
+
+        Args:
+            batch: With ``input_ids`` and ``labels`` ``[rows, time]``, on the model's device.
+
+        Returns:
+            In nats, ``[rows]``, float32; with gradients, and dropout if the module is in training mode.
+        """
         labels = batch["labels"]
         positions = batch["scored"] if "scored" in batch else scored_positions(labels)
         found = self._head.logps(
@@ -244,7 +251,7 @@ class DPO(CausalLM):
         if float(terms["margin"].abs().max()) <= strict * beta:
             return
         with undisturbed(self.model):  # without dropout, and with the rounding that the precision has
-            logps = self._logps(batch)
+            logps = self.sequence_logps(batch)
             allowed = (_roundoff(self.model) * logps.abs().view(2, -1).sum(dim=0)).clamp_min(strict)
             again = self._terms(logps, batch, batch_idx)
         gap = again["margin"].abs() / beta
@@ -260,7 +267,7 @@ class DPO(CausalLM):
             )
 
     def _measure(self, stage: str, batch: dict[str, Tensor], batch_idx: int) -> None:
-        terms = self._terms(self._logps(batch), batch, batch_idx)
+        terms = self._terms(self.sequence_logps(batch), batch, batch_idx)
         getattr(self, f"{stage}_terms").update(terms, batch.get("real"))
 
     def _log_epoch(self, stage: str) -> None:
@@ -275,7 +282,7 @@ class DPO(CausalLM):
         splits: Sequence[str] = ("train", "val"),
     ) -> None:
         def logps_of(batch: dict[str, Tensor]) -> Tensor:
-            return self._logps({name: tensor.to(self.device) for name, tensor in batch.items()})
+            return self.sequence_logps({name: tensor.to(self.device) for name, tensor in batch.items()})
 
         identity = self._identity if moved else None
         self._identity = complete_reference(

@@ -195,7 +195,7 @@ class ChunkedHead:
             logits = run()
         if not seen:  # compiled without the hook
             return _picked(logits, targets, positions)
-        hidden = seen[-1].flatten(0, 1)[positions]
+        hidden = seen[-1].flatten(0, 1).index_select(0, positions)
         more: dict[str, Any] = {"bias": head.bias, "scale": scale, "softcap": softcap, "chunk": self.chunk}
         return labelled_logps(hidden, head.weight, targets, **more)
 
@@ -220,7 +220,7 @@ class ChunkedHead:
 def _picked(logits: Tensor, targets: Tensor, positions: Tensor) -> Tensor:
     """The same from all logits."""
     with torch.autocast(logits.device.type, enabled=False):
-        rows = logits.flatten(0, 1)[positions].float()
+        rows = logits.flatten(0, 1).index_select(0, positions).float()
         return -nn.functional.cross_entropy(rows, targets, reduction="none")
 
 
