@@ -331,6 +331,7 @@ def test_checkpoints_hold_settings_as_they_always_did(tmp_path):
         "model": "tiny:llama",
         "lora": LORA.to_dict(),
         "lr": 0.25,
+        "chunked_head": False,
         "weight_decay": 0.0,
         "betas": [0.9, 0.999],
         "warmup_steps": 0,

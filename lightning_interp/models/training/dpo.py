@@ -154,13 +154,13 @@ class DPO(CausalLM):
     """
 
     preference: DPOSettings
+    _head: ChunkedHead
 
     def __init__(self, model: Any, *, preference: DPOSettings | Mapping[str, Any] = PREFERENCE, **options: Any) -> None:
         asked = settings_of(PREFERENCE, preference, options)
-        super().__init__(model, **options)
+        super().__init__(model, **{**options, "chunked_head": True})
         self.preference = asked
         self.hparams.update(plain(asked))
-        self._head = ChunkedHead(self.model)
         self._identity: ReferenceIdentity | None = None
         self.val_terms, self.test_terms = _PairTerms(), _PairTerms()
 
