@@ -92,6 +92,11 @@ class TestSearch:
         assert trainer.trained == [1, 2, 3, 4]
         assert found.doses == {3: 3, 4: 4}
 
+    def test_one_of_eight_is_halved(self):
+        trainer = Trainer({n: float(n) for n in range(1, 9)})
+        calibrate_dose(trainer, range(1, 9), thresholds=[3])
+        assert trainer.trained[0] == 4
+
     @pytest.mark.parametrize("n", [7, 40])
     def test_what_is_never_reached_takes_the_largest(self, n):
         found = calibrate_dose(Trainer(dict.fromkeys(range(1, n + 1), 3.0)), range(1, n + 1), thresholds=[2, 5, 90])

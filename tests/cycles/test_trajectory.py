@@ -117,6 +117,11 @@ class TestVerdict:
         assert "do not exclude it; 4 questions, 20 responses a cycle, 1 chain" in wide.text()
         assert "amplified against cycle 1 (late maximum 16.00 [" in wide.text()
 
+    def test_rests_on_the_cycle_with_the_fewest_scores(self):
+        holes = Checkpoint.of({"scores": [[None, 40, 40, 40, 40], *[[40] * 5] * 3]})
+        found = chain_trajectory(Chain("arm", [*(checkpoint(40) for _ in range(4)), holes]), resamples=20)
+        assert found.verdicts[1].responses == 19
+
     def test_is_never_settled_on_one_question(self):
         found = chain_trajectory(chain(FIXTURES[4][0], questions=1, spread=1)).verdicts[1]
         assert math.isnan(found.highest.low)

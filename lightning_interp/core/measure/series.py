@@ -137,8 +137,8 @@ class Gain:
     """How scores carry over to the next cycle: ``s_{k+1} = intercept + gain s_k``.
 
     Args:
-        gain: Pooled over chains; its interval is Student's over the pseudo-values of leaving out one chain, so that it
-            has none for one chain.
+        gain: Pooled over chains; its interval is Student's, by leaving out one chain at a time (jackknife), and
+            one chain has none.
         intercept: In points.
         fixed_point: Where a score would stay, ``intercept / (1 - gain)``; chains go there if the gain lies between -1
             and 1, and away from it otherwise. None for a gain of 1.
@@ -178,7 +178,7 @@ def gain(chains: Sequence[ArrayLike], *, level: float = 0.95) -> Gain:
     value, intercept = _carried(pairs)
     n = len(pairs)
     left_out = [_carried(pairs[:i] + pairs[i + 1 :])[0] for i in range(n)] if n > 1 else []
-    spread = t_interval([n * value - (n - 1) * each for each in left_out] or [value], level=level)
+    spread = t_interval([(n - 1) * each for each in left_out] or [value], level=level)
     reach = (spread.high - spread.low) / 2
     estimate = Estimate(value, value - reach, value + reach, n, level, f"jackknife over chains, {spread.method}")
     settles = math.isfinite(value) and not math.isclose(value, 1.0, abs_tol=1e-12)
