@@ -23,7 +23,7 @@ from lightning_interp.core.storage.files import digest
 from lightning_interp.core.tokens.batches import padded
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.generation.requests import Completion, TextRequest, check_sampling
-from lightning_interp.generation.sampling import draw_tokens, uniform_numbers
+from lightning_interp.generation.sampling import Ways, check_drawable, drawn_tokens, uniform_numbers
 
 __all__ = ["LocalSampler", "Processors", "end_tokens", "request_ids"]
 
@@ -107,9 +107,10 @@ class LocalSampler:
         """
         rows = [self._row(request) for request in requests]
         found = [self._too_long(row) for row in rows]
-        for batch in self._batches(rows, [i for i, failed in enumerate(found) if failed is None]):
-            for i, written in zip(batch, self._write([rows[i] for i in batch]), strict=True):
-                found[i] = written
+        with undisturbed(self.model):
+            for batch in self._batches(rows, [i for i, failed in enumerate(found) if failed is None]):
+                for i, written in zip(batch, self._write([rows[i] for i in batch]), strict=True):
+                    found[i] = written
         return [one for one in found if one is not None]
 
     def write(self, requests: Sequence[TextRequest]) -> list[Completion]:
@@ -127,7 +128,8 @@ class LocalSampler:
         rows = [self._row(request) for request in requests]
         for failed in filter(None, map(self._too_long, rows)):
             raise DataError(f"A batch cannot be written: {failed.error}. Shorten that prompt.")
-        return self._write(rows)
+        with undisturbed(self.model):
+            return self._write(rows)
 
     def next_token_probs(self, requests: Sequence[TextRequest], texts: Sequence[str]) -> Tensor:
         """Probability that an answer begins with each of some texts, such as digits.
@@ -186,36 +188,39 @@ class LocalSampler:
     def _write(self, rows: Sequence[_Row]) -> list[Completion]:
         ids, mask = padded([row.ids for row in rows], self._pad(), side="left")
         device, width, ends = next(self.model.parameters()).device, ids.shape[1], self._ends()
-        stopping = _RowEnds(rows, self.tokenizer, width)
+        stopping = _RowEnds(rows, self.tokenizer, width, device)
+        draws = self._chosen(rows, width)
         # A plain configuration: what a model's own says of sampling is not part of the key.
         config = GenerationConfig(
             do_sample=False, num_beams=self.beams, max_new_tokens=max(row.limit for row in rows),
             repetition_penalty=1.0, no_repeat_ngram_size=0, temperature=1.0, top_p=1.0, top_k=50,
             eos_token_id=sorted(ends) or None, pad_token_id=self._pad(),
         )  # fmt: skip
-        with undisturbed(self.model):
+        with undisturbed():  # the modes are those of all batches, the random state begins anew in each
             written = self.model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 generation_config=config,
-                logits_processor=self._chosen(rows, width),
-                stopping_criteria=StoppingCriteriaList([] if self.beams > 1 else [stopping]),
+                logits_processor=LogitsProcessorList(draws),
+                stopping_criteria=StoppingCriteriaList([stopping] if stopping.needed and self.beams == 1 else []),
             )
+        for one in draws:
+            one.check()
         new = written[:, width:].tolist()
         return [self._completion(row, new[i], stopping.stopped.get(i)) for i, row in enumerate(rows)]
 
-    def _chosen(self, rows: Sequence[_Row], width: int) -> LogitsProcessorList:
+    def _chosen(self, rows: Sequence[_Row], width: int) -> list[_Draws]:
         if self.beams > 1:
             if self._processors is not None or any(row.request.temperature or row.request.stop for row in rows):
                 raise RecipeError(
                     f"LocalSampler(beams={self.beams}) searches for the likeliest text: expected requests with "
                     "temperature=0 and no stop texts, and no logits_processors."
                 )
-            return LogitsProcessorList()
+            return []
         made = [self._processors(row.request) if callable(self._processors) else self._processors for row in rows]
         plain = self._processors is None and all(row.request.temperature == 0 for row in rows)
         device = next(self.model.parameters()).device
-        return LogitsProcessorList([] if plain else [_Draws(rows, [one or () for one in made], width, device)])
+        return [] if plain else [_Draws(rows, [one or () for one in made], width, device)]
 
     def _completion(self, row: _Row, ids: Sequence[int], stopped: int | None) -> Completion:
         ends = self._ends()
@@ -262,16 +267,25 @@ class _Draws(LogitsProcessor):
         self._processors = processors
         self._uniform = uniform_numbers([one.row_seed for one in requests], max(row.limit for row in rows)).to(device)
         settings = torch.tensor([(one.temperature, one.top_p) for one in requests], dtype=torch.float64)
-        (self._temperature, self._top_p), self._step = settings.T.to(device), 0
+        self._temperature, self._top_p = settings.T.to(device)
+        self._ways = Ways([one.temperature == 0 for one in requests], any(one.top_p < 1 for one in requests))
+        self._largest: list[Tensor] = []  # of each step, so that nothing waits for the device before the end
+        self._size = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits = scores
         if any(self._processors):
             views = ((input_ids[i : i + 1, start:], scores[i : i + 1]) for i, start in enumerate(self._padding))
             logits = torch.cat([self._processed(i, *view) for i, view in enumerate(views)])
-        chosen = draw_tokens(logits, self._uniform[:, self._step], temperature=self._temperature, top_p=self._top_p)
-        self._step += 1
+        step, self._size = len(self._largest), logits.shape[1]
+        chosen = drawn_tokens(logits, self._uniform[:, step], self._temperature, self._top_p, self._ways)
+        self._largest.append(logits.amax(-1))
         return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
+
+    def check(self) -> None:
+        """Refuse what was written, if at some step a row had no token to draw."""
+        if self._largest:
+            check_drawable(torch.stack(self._largest), self._size)
 
     def _processed(self, row: int, ids: Tensor, scores: Tensor) -> Tensor:
         for processor in self._processors[row]:
@@ -282,22 +296,34 @@ class _Draws(LogitsProcessor):
 class _RowEnds(StoppingCriteria):
     """Ends each row at its own limit, or when one of its stop texts has been written."""
 
-    def __init__(self, rows: Sequence[_Row], tokenizer: PreTrainedTokenizerBase, width: int) -> None:
+    def __init__(
+        self, rows: Sequence[_Row], tokenizer: PreTrainedTokenizerBase, width: int, device: torch.device
+    ) -> None:
         self.stopped: dict[int, int] = {}
         self._tokenizer, self._width = tokenizer, width
-        self._limits = torch.tensor([row.limit for row in rows])
+        self._limits = torch.tensor([row.limit for row in rows], device=device)
         self._stops = {i: tuple(row.request.stop) for i, row in enumerate(rows) if row.request.stop}
+        self.needed = bool(self._stops) or len({row.limit for row in rows}) > 1
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         count = input_ids.shape[1] - self._width
         done = self._limits <= count
-        for i, stops in self._stops.items():
-            tail = min(count, 4 * max(map(len, stops)) + 4)  # a character has four bytes at most, and a token one
-            text = "" if i in self.stopped else self._tokenizer.decode(input_ids[i, -tail:], skip_special_tokens=True)
-            if any(stop in text for stop in stops):
+        if not self._stops:
+            return done
+        most = min(count, max(map(_tail, self._stops.values())))
+        ends = [i in self.stopped for i in range(len(done))]
+        for i, ids in zip(self._stops, input_ids[list(self._stops), -most:].tolist(), strict=True):
+            tail = min(count, _tail(self._stops[i]))
+            text = "" if ends[i] else self._tokenizer.decode(ids[-tail:], skip_special_tokens=True)
+            if any(stop in text for stop in self._stops[i]):
                 self.stopped[i] = count
-            done[i] |= i in self.stopped
-        return done.to(input_ids.device)
+                ends[i] = True
+        return done | torch.tensor(ends, device=done.device)
+
+
+def _tail(stops: Sequence[str]) -> int:
+    """How many tokens may hold the end of a stop text: a character has four bytes at most, and a token one."""
+    return 4 * max(map(len, stops)) + 4
 
 
 def request_ids(tokenizer: PreTrainedTokenizerBase, request: TextRequest) -> list[int]:

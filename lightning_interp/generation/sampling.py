@@ -6,12 +6,14 @@ adds nor on the rows beside it, and the same number gives the same token. Tokens
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from lightning_interp.errors import InterpError
 
-__all__ = ["draw_tokens", "uniform_numbers"]
+__all__ = ["Ways", "check_drawable", "draw_tokens", "drawn_tokens", "uniform_numbers"]
 
 _ONE = 2**52
 
@@ -43,26 +45,45 @@ def draw_tokens(logits: Tensor, uniform: Tensor, *, temperature: Tensor, top_p: 
         >>> draw_tokens(logits, torch.tensor([0.1, 0.5, 0.99]).double(), temperature=ones, top_p=ones).tolist()
         [0, 1, 3]
     """
-    largest = logits.amax(-1)
-    if bool((~largest.isfinite()).any()):
-        row = int((~largest.isfinite()).nonzero()[0])
-        raise InterpError(
-            f"No token can be written in row {row}: the largest of its {logits.shape[1]} logits is "
-            f"{float(largest[row])}. Check what a logits processor or an intervention does there, or the model's dtype."
-        )
+    check_drawable(logits.amax(-1)[None], logits.shape[1])
     uniform, temperature, top_p = (x.to(logits.device) for x in (uniform, temperature, top_p))
-    greedy = temperature == 0
-    if bool(greedy.all()):
+    ways = Ways(greedy=(temperature == 0).tolist(), nucleus=bool((top_p < 1).any()))
+    return drawn_tokens(logits, uniform, temperature, top_p, ways)
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How a batch is drawn, known on the host: which rows are greedy, and whether any has a ``top_p`` below 1."""
+
+    greedy: list[bool]
+    nucleus: bool
+
+
+def drawn_tokens(logits: Tensor, uniform: Tensor, temperature: Tensor, top_p: Tensor, ways: Ways) -> Tensor:
+    """:func:`draw_tokens` without checks, so the host never waits for the device; bad rows give any token."""
+    if all(ways.greedy):
         return logits.argmax(-1)
+    greedy = temperature == 0
     scaled = logits.double() / torch.where(greedy, 1.0, temperature.double())[:, None]
     weights = (scaled.softmax(-1) * _ONE).round().long()
-    if bool((top_p < 1).any()):
+    if ways.nucleus:
         weights = _nucleus(weights, top_p)
     cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
     target = (uniform[:, None] * total.double()).long().clamp(max=total - 1)
-    drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return torch.where(greedy, logits.argmax(-1), drawn)
+    drawn = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    return torch.where(greedy, logits.argmax(-1), drawn) if any(ways.greedy) else drawn
+
+
+def check_drawable(largest: Tensor, size: int) -> None:
+    """Refuse rows without a token that can be drawn, by the largest of their ``size`` logits, ``[steps, B]``."""
+    bad = (~largest.isfinite()).nonzero()
+    if len(bad):
+        step, row = bad[0].tolist()
+        raise InterpError(
+            f"No token can be written in row {row}: the largest of its {size} logits is {float(largest[step, row])}. "
+            "Check what a logits processor or an intervention does there, or the model's dtype."
+        )
 
 
 def _nucleus(weights: Tensor, top_p: Tensor) -> Tensor:

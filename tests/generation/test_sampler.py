@@ -7,11 +7,12 @@ import random
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
 from lightning_interp.core.hooks.intervention import Intervention
 from lightning_interp.core.model.sites import Site
-from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.errors import DataError, InterpError, RecipeError
 from lightning_interp.generation import LocalSampler, TextRequest
 from lightning_interp.generation.sampler import request_ids
 from lightning_interp.generation.sampling import uniform_numbers
@@ -217,6 +218,55 @@ class TestConstraints:
         for request, one in zip(requests, found, strict=True):
             ids = request_ids(tokenizer, request)
             assert made[request.digest].seen == [ids + list(one.token_ids[:n]) for n in range(3)]
+
+    def test_a_row_without_a_token_to_draw(self, model, tokenizer):
+        def factory(request):
+            broken = request.messages[-1]["content"] == TEXTS[1]
+            return [lambda ids, scores: scores * torch.nan if broken else scores]
+
+        for temperature in (0.0, 1.0):
+            with pytest.raises(
+                InterpError, match=r"No token can be written in row 1: the largest of its \d+ logits is nan"
+            ):
+                written(
+                    model, tokenizer, asked(TEXTS[:2], temperature=temperature), logits_processors=factory, name="n"
+                )
+
+
+class Waits(TorchDispatchMode):
+    """Counts where the host reads a number, and so would wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {}, {"top_p": 0.5}], ids=["greedy", "sampled", "nucleus"])
+def test_no_token_waits_for_the_device_more_than_in_plain_generate(model, tokenizer, options):
+    """The counts of eight tokens more, so that what happens once a batch is left out; limits differ in a batch."""
+
+    def ours(limit):
+        requests = [*asked(TEXTS[:2], max_new_tokens=limit, **options), *asked(TEXTS[2:3], max_new_tokens=4, **options)]
+        return lambda: written(model, tokenizer, requests)
+
+    def plain(limit):
+        ids, mask = torch.full((3, 5), 7), torch.ones(3, 5, dtype=torch.long).triu(-1)  # padded, as ours
+        settings = {"max_new_tokens": limit, "do_sample": False, "pad_token_id": 0}
+        return lambda: model.generate(ids, attention_mask=mask, **settings)
+
+    def a_token(run):
+        counts = []
+        for limit in (6, 14):
+            with Waits() as waits:
+                run(limit)()
+            counts.append(waits.count)
+        return counts[1] - counts[0]
+
+    assert 8 <= a_token(ours) <= a_token(plain)
 
 
 class TestLeftAsFound:
