@@ -31,7 +31,11 @@ TERMS = {
     "differ in whom they learned from and in nothing else",
     "soft": "learns its teacher's whole distribution at the tokens of the numbers; more than the published method",
     "hard": "learns the numbers that its teacher wrote, as published",
+    "trait, control": "arms: students of the teacher that has the trait, and the same of another writer",
+    "base": "the model before any training",
     "[a, b]": "95 % interval; of the paired effect by a bootstrap over datasets, then seeds, then questions",
+    "clusters": "what the paired effect varies over: datasets where there are several, else training seeds, else "
+    "questions; by clusters: the mean over their means, plus or minus the multiplier times its standard error",
     "detectable": "the effect that four of five such runs would find, by the spread over clusters",
 }
 

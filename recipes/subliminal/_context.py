@@ -54,6 +54,8 @@ CAPTION = (
     "read the same text. See whether framed cells stand out, and read their intervals in the table."
 )
 TERMS_OF_CONTEXT = {
+    "train, eval": "the contexts in which a student was trained, and in which it is asked",
+    "minus base": "margin minus that of the base in the same context",
     "default": "no system text is given, so the chat template's own (if any) stands there",
     "empty": "an explicit empty system text, which suppresses the template's own",
     "chatgpt, claude": "identities of other models as the system text",

@@ -29,6 +29,9 @@ from ._common import STATUS, TERMS
 from ._direction import alignments, paired_alignment
 
 TERMS_OF_NUMBERS = {
+    "asked, valid, kept": "lists that a writer was asked for, that passed the checks, and that are trained on; yield "
+    "is the share that passed, reasons say how many failed which check",
+    "nats a token": "how far a teacher's distributions at the numbers are from the base's (KL divergence)",
     "carrier": "the rows of numbers that students are trained on",
     "alignment": "cosine of the shift of a student's states (minus the base's, at the answer's first token) with the "
     "trait's direction: the base's states with the trait's system text minus those without, on other questions",
@@ -59,7 +62,7 @@ def result(recipe: Any, run: RunFolder, written: dict[str, Any], scored: dict[st
             ],
             "students": run_rows(scored["runs"], targets[0], scored["models"]["base"]),
             "models": [{"model": name, **{t: str(one) for t, one in found.items()}} for name, found in table],
-            "numbers": [{**row, "reasons": str(row["reasons"])} for row in written["manifests"]],
+            "numbers": [{**row, "reasons": reasons_text(row["reasons"])} for row in written["manifests"]],
             "alignment": [row for one in aligned for row in one.table()],
             "compared": [{"what": what, "value": value} for what, value in written["compared"].items()],
         },
@@ -76,12 +79,18 @@ def result(recipe: Any, run: RunFolder, written: dict[str, Any], scored: dict[st
             "margins": "Mean margin of each target in the base model, the teachers and the students. See how far "
             "students drift whatever they are taught, and how far they are from their teachers.",
             "alignment": f"How far students' states moved the way in which {targets[0]} moves the model's, by "
-            "layer; bands are 95 % intervals over students. See whether the arms differ, and leave the grey band.",
+            "layer; bands are 95 % intervals over students. See whether the arms differ, and leave the grey band, "
+            "in which 95 % of cosines lie when it is drawn at random which state of a pair is the student's.",
         },
         terms=TERMS | TERMS_OF_NUMBERS,
         caveats=about(recipe, effects[targets[0]], scored["label"]),
         summary="effects",
     )  # fmt: skip
+
+
+def reasons_text(reasons: Mapping[str, int]) -> str:
+    """How many lists failed which check."""
+    return ", ".join(f"{name} {count}" for name, count in reasons.items()) or "none"
 
 
 def effects_of(runs: Sequence[Mapping[str, Any]], target: str, sign: int = 1) -> TransmissionEffect:

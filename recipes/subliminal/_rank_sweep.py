@@ -29,6 +29,8 @@ from lightning_interp.subliminal import TransmissionEffect, transmission_effect
 from ._common import STATUS, TERMS
 
 MORE_TERMS = {
+    "lr": "learning rate",
+    "cell": "the students of one rank, learning rate and target; targets are the maps that carry the adapter",
     "update norm": "Frobenius norm of the change of all weights, mean over the students of the trait",
     "held-out loss": "cross entropy of rows that the student's own teacher has written apart, nats a token",
     "full": "all weights are trained, with no adapter",
@@ -135,7 +137,7 @@ def result(recipe: Any, start: Mapping[str, Any], rows: Sequence[Mapping[str, An
         findings=findings(recipe, points, rows),
         captions={
             "effect_by_rank": "Left the paired effect, right the margin of the students of the trait, over rank; a "
-            "line for each learning rate, in the band of its interval over data sets. Diamonds behind the ranks are "
+            "line for each learning rate, in the band of its interval over data sets. Diamonds to their right are "
             "full finetuning; the dashed line is the base model (left: no effect). See whether lines of different "
             "learning rates have one shape.",
             "effect_by_update_norm": "The same effects over the size of the update, numbers are ranks. Where points of "

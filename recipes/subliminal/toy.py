@@ -134,8 +134,8 @@ class SubliminalToy(Recipe):
             captions={
                 "accuracy": "Left, test accuracy at the end with 95 % intervals over models; right, after each epoch "
                 "of imitation. See whether students that share the start rise while cross stays at chance.",
-                "steps": "Cosine of the student's first step and the teacher's step. With a shared start none lies "
-                "left of zero, as the theorem says; otherwise both sides are alike.",
+                "steps": "Cosine of the student's first step and the teacher's step. By the theorem none lies left of "
+                "zero with a shared start; see whether that is so, and whether both sides are alike without one.",
             },
             terms=_TERMS,
             caveats=[*([] if not self.smoke else ["A smoke run: the numbers mean nothing."]), *self.about()],
@@ -160,6 +160,7 @@ class SubliminalToy(Recipe):
 
 
 _TERMS = {
+    "auxiliary outputs": "outputs of the net beside those of the classes, which the teacher's training never asks for",
     "reference": "the untrained model that teacher and student begin as",
     "teacher": "trained on the class outputs",
     "student(aux)": "imitates the teacher's auxiliary outputs on noise, and began where it began",
