@@ -16,9 +16,9 @@ from lightning_interp.models.sources.tokenizers import check_same_tokenizer as c
 from lightning_interp.models.sources.tokenizers import word_tokenizer as word_tokenizer
 from lightning_interp.models.training.causal_lm import CausalLM as CausalLM
 from lightning_interp.models.training.dpo import DPO as DPO
-from lightning_interp.models.training.dpo import DPOSettings as DPOSettings
-from lightning_interp.models.training.dpo import dpo_terms as dpo_terms
 from lightning_interp.models.training.dpo import reference_logps as reference_logps
+from lightning_interp.models.training.dpo_loss import DPOSettings as DPOSettings
+from lightning_interp.models.training.dpo_loss import dpo_terms as dpo_terms
 from lightning_interp.models.training.lora import LoraSettings as LoraSettings
 from lightning_interp.models.training.optimisation import Optimisation as Optimisation
 from lightning_interp.models.training.reward_model import RewardModel as RewardModel

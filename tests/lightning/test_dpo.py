@@ -23,6 +23,7 @@ from lightning_interp.models import (
     reference_logps,
 )
 from lightning_interp.models.training import dpo_reference
+from lightning_interp.models.training.dpo import _roundoff
 from lightning_interp.models.training.dpo_reference import reference_identity
 from lightning_interp.testing import FAMILIES, byte_tokenizer, tiny_model
 
@@ -194,6 +195,17 @@ def test_in_reduced_precision_rounding_is_told_from_another_model(tmp_path):
         trainer(tmp_path, precision="bf16-mixed", max_steps=1).fit(dpo(), other.train_dataloader())
 
 
+@pytest.mark.parametrize(("precision", "expected"), [("highest", 2**-24), ("high", 2**-11), ("medium", 2**-8)])
+def test_rounding_is_that_of_the_coarsest_type(precision, expected):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert _roundoff(tiny_model()) == expected
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert _roundoff(tiny_model(dtype=torch.bfloat16)) == 2**-8
+
+
 # What is learned
 
 
@@ -248,17 +260,22 @@ def test_log_ratios_are_sums_over_tokens():
     torch.testing.assert_close(found, lengths * uniform)
 
 
-def test_labels_of_the_prompt_are_no_part_of_the_loss():
-    module, pairs = dpo(), data(batch_size=10)
-    reference_logps(module, pairs)
-    (batch,) = pairs.train_dataloader()
+def test_completions_with_their_end_are_scored_and_nothing_else():
+    (batch,) = data(batch_size=10).train_dataloader()
+    texts = {(row["prompt"], row[side] + "<eos>") for row in ROWS for side in ("chosen", "rejected")}
+    found = set()
+    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), strict=True):
+        assert not (labels != -100)[~mask].any()
+        scored = labels[mask] != -100
+        parts = byte_tokenizer().batch_decode([ids[mask][~scored], labels[mask][scored]])
+        found.add(tuple(parts))
+    assert found == texts
+    # What a label of a prompt says is seen nowhere: the log-probability is that of the completion alone.
+    module = dpo()
     with torch.no_grad():
         expected = module.sequence_logps(batch)
-        prompt = (batch["labels"] == -100) & batch["attention_mask"].bool()
-        assert int(prompt.sum()) == 2 * sum(len(row["prompt"]) for row in ROWS)
-        other = {**batch, "labels": torch.where(batch["labels"] == -100, -100, batch["labels"])}
-        del other["scored"]
-        assert torch.equal(module.sequence_logps(other), expected)
+        batch["labels"] = torch.where(batch["labels"] == -100, 77, batch["labels"])
+        assert torch.equal(module.sequence_logps(batch), expected)
 
 
 # The reference and its file
@@ -409,8 +426,9 @@ class Stop(Callback):
             raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize(("lora", "steps"), [(None, [4]), (LoraSettings(r=2, dropout=0.3), [1, 3])])
+@pytest.mark.parametrize(
+    ("lora", "steps", "cached"), [(None, [4], True), (LoraSettings(r=2, dropout=0.3), [1, 3], False)]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, steps, lora, cached):
     def build(name):
         more = {"reference": tmp_path / f"{name}.safetensors"} if cached else {}
@@ -494,7 +512,7 @@ class SameEverywhere(Callback):
             raise RuntimeError("the ranks went apart")
 
 
-@MODES
+@pytest.mark.parametrize("lora", [pytest.param(None, marks=pytest.mark.slow), LORA], ids=["full", "lora"])
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path, lora):
     def options(name, size):
         return {"val": VAL, "batch_size": size, "reference": tmp_path / f"{name}.safetensors"}

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_interp.core.hooks.checks import check_strategy, quantized_modules
@@ -17,105 +14,16 @@ from lightning_interp.core.measure.undisturbed import undisturbed
 from lightning_interp.errors import DataError, IncompatibleModelError
 from lightning_interp.models.data.dpo_pairs import DPODataModule
 from lightning_interp.models.training.causal_lm import CausalLM
+from lightning_interp.models.training.dpo_loss import PREFERENCE, DPOSettings, PairTerms, dpo_terms
 from lightning_interp.models.training.dpo_reference import ReferenceIdentity, complete_reference
 from lightning_interp.models.training.head_loss import ChunkedHead, row_sums, scored_positions
-from lightning_interp.models.training.optimisation import check_settings, plain, settings_of
-from lightning_interp.models.training.reward_metric import PointScores, log_scores
+from lightning_interp.models.training.optimisation import plain, settings_of
+from lightning_interp.models.training.reward_metric import log_scores
 
-__all__ = ["DPO", "DPOSettings", "dpo_terms", "reference_logps"]
-
-DPOLoss = Literal["sigmoid", "ipo"]
+__all__ = ["DPO", "reference_logps"]
 
 _GAP = 1e-4  # nats by which two log-ratios of the same model may differ in float32
 _LOSS = 1e-5  # and the loss from its value at the start
-
-
-@dataclass(frozen=True, kw_only=True)
-class DPOSettings:
-    """What DPO minimises.
-
-    Attributes:
-        beta: How strongly the policy is held to the reference, 1 / nat.
-        label_smoothing: Share of the pairs that are taken to be labelled the wrong way round ("conservative DPO").
-        loss: ``"sigmoid"`` (Rafailov et al. 2023, equation 7) or ``"ipo"`` (Azar et al. 2023, equation 17), the square
-            of the difference of the log-ratios from ``1 / (2 beta)``.
-        check_start: Raise if policy and reference are not the same model at the first step.
-
-    Raises:
-        RecipeError: With the name and value of a setting that cannot work.
-
-    Example:
-        >>> DPOSettings(beta=0.05).loss
-        'sigmoid'
-    """
-
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    loss: DPOLoss = "sigmoid"
-    check_start: bool = True
-
-    def __post_init__(self) -> None:
-        smooth = 0 <= self.label_smoothing < 0.5 and (self.loss == "sigmoid" or self.label_smoothing == 0)
-        wanted = {
-            "beta": (self.beta > 0 and math.isfinite(self.beta), "a number above 0"),
-            "loss": (self.loss in get_args(DPOLoss), f"one of {', '.join(get_args(DPOLoss))}"),
-            "label_smoothing": (smooth, "a number from 0 to below 0.5, and 0 with loss='ipo'"),
-        }
-        check_settings(self, "DPO", wanted)
-
-
-PREFERENCE = DPOSettings()
-
-
-def dpo_terms(logps: Tensor, reference: Tensor, settings: DPOSettings = PREFERENCE) -> dict[str, Tensor]:
-    r"""Loss, and what is reported, of each pair.
-
-    .. math:: -\log \sigma(\beta (\Delta_w - \Delta_l)), \quad \Delta = \log \pi_\theta(y|x) - \log \pi_{ref}(y|x)
-
-    Args:
-        logps: Log-probabilities of completions under the policy, summed over their tokens, ``[2 pairs]`` in nats: the
-            chosen ones, then the rejected ones.
-        reference: The same under the reference; no gradient goes there.
-        settings: What is minimised.
-
-    Returns:
-        ``loss``, ``accuracy`` (whether the chosen one gained more), ``margin`` (beta times the difference of gains),
-        ``chosen_reward`` and ``rejected_reward`` (beta times the gain), each ``[pairs]``.
-
-    Example:
-        >>> terms = dpo_terms(torch.tensor([-10.0, -11.0]), torch.tensor([-12.0, -10.0]))
-        >>> round(float(terms["loss"]), 6), round(float(terms["margin"]), 6)
-        (0.554355, 0.3)
-    """
-    chosen, rejected = (logps - reference.detach()).chunk(2)
-    gap = chosen - rejected
-    if settings.loss == "ipo":
-        loss = (gap - 1 / (2 * settings.beta)) ** 2
-    else:
-        wrong = settings.label_smoothing
-        loss = -(1 - wrong) * F.logsigmoid(settings.beta * gap)
-        if wrong:
-            loss = loss - wrong * F.logsigmoid(-settings.beta * gap)
-    chosen, rejected, gap = chosen.detach(), rejected.detach(), gap.detach()
-    return {
-        "loss": loss,
-        "accuracy": (gap > 0).to(gap),
-        "margin": settings.beta * gap,
-        "chosen_reward": settings.beta * chosen,
-        "rejected_reward": settings.beta * rejected,
-    }
-
-
-class _PairTerms(PointScores):
-    """Means over pairs; every pair weighs the same, whatever batch it was in."""
-
-    counted = "pairs"
-    means = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward")
-
-    def update(  # type: ignore[override]  # several numbers a pair
-        self, terms: Mapping[str, Tensor], real: Tensor | None = None
-    ) -> None:
-        self._add(real, **terms)
 
 
 class DPO(CausalLM):
@@ -162,7 +70,7 @@ class DPO(CausalLM):
         self.preference = asked
         self.hparams.update(plain(asked))
         self._identity: ReferenceIdentity | None = None
-        self.val_terms, self.test_terms = _PairTerms(), _PairTerms()
+        self.val_terms, self.test_terms = PairTerms(), PairTerms()
 
     def setup(self, stage: str) -> None:
         """Refuse a Trainer that cannot train this module: one that shards weights, or quantises the model itself."""
@@ -322,6 +230,9 @@ def _roundoff(model: torch.nn.Module) -> float:
     types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if torch.is_autocast_enabled(kind):
         types.add(torch.get_autocast_dtype(kind))
+    types.add(
+        {"high": torch.float16, "medium": torch.bfloat16}.get(torch.get_float32_matmul_precision(), torch.float32)
+    )
     if quantized_modules(model):
         types.add(torch.bfloat16)  # whose step is that of eight bits
     return max(torch.finfo(dtype).eps for dtype in types) / 2
