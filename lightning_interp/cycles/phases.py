@@ -43,7 +43,7 @@ from lightning_interp.cycles.chain_rows import (
     written_row,
 )
 from lightning_interp.cycles.chain_settings import CycleContext, Phase, shown
-from lightning_interp.errors import DataError
+from lightning_interp.errors import DataError, InterpError
 from lightning_interp.generation.requests import TextGenerator, TextRequest
 from lightning_interp.generation.sampler import LocalSampler
 from lightning_interp.generation.shards import read_shards, write_shards
@@ -106,10 +106,15 @@ class _Writing(Phase):
                 die_here("shard")
                 advance(rows)
 
-            write_shards(
-                writer, requests, folder, shard_size=self.shard_size, tokenizer=tokenizer, keep_failed=True,
-                progress=shard,
+            report = write_shards(
+                writer, requests, folder, shard_size=self.shard_size, tokenizer=tokenizer, progress=shard,
+                keep_failed=context.writer is None,  # a model fails where a prompt is too long, and will again
             )  # fmt: skip
+        if not report.complete:
+            raise InterpError(
+                f"{report.missing} of {len(asked)} texts of {str(folder)!r} are missing, because the writer failed "
+                f"({report.last_error!r}). Repair it and start the chain again: it goes on from that shard."
+            )
         found = []
         for row in read_shards(folder):
             one = row.completion
