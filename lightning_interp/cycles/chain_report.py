@@ -220,7 +220,7 @@ class ChainReport:
         if self._coherent:
             found["coherence"] = (
                 "Left, coherence against score, a line a chain from its large dot at cycle 0: see whether a higher "
-                "score is paid for with coherence. Right, the share of different pairs of words by cycle: where it "
+                "score is paid for with coherence. Right, the share of different pairs of tokens by cycle: where it "
                 "falls, replies repeat themselves, which a judge that counts words reads as the trait."
             )
         return found

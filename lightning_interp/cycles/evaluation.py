@@ -129,12 +129,13 @@ class TraitEvaluation:
         """
         rows = self.responses(model, tokenizer, seed=seed)
         self.judged(rows)
-        if reference is None:
-            found = self.reference(model, tokenizer, seed=seed, base=base)
-        else:
-            found = reference if isinstance(reference, BaseReference) else BaseReference(**reference)
         with base_of(model, base) as untouched:
             self.read(rows, untouched)
+        if reference is None:
+            own = base is model  # the base itself: what it says is what others are measured against
+            found = BaseReference.of(rows) if own else self.reference(model, tokenizer, seed=seed, base=base)
+        else:
+            found = reference if isinstance(reference, BaseReference) else BaseReference(**reference)
         measure_parts(rows, found)
         named = self.identity()
         about = {"judge": named.pop("judge"), "settings": named, "seed": seed}

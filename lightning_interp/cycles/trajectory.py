@@ -52,7 +52,7 @@ class Checkpoint:
         scores: Of the trait, 0 to 100, ``[questions, samples]``; NaN where a response has none.
         coherence: Likewise; None if no response has one.
         statuses: How many responses ended how.
-        distinct_2: Share of different pairs of words over all responses.
+        distinct_2: Share of different pairs of tokens over all responses.
         perplexity: Of the responses under the base model.
     """
 

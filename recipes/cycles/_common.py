@@ -25,7 +25,7 @@ TERMS = {
     "retention": "what is left at the last cycle of the seed's effect: (s_k - base) / (s_0 - base)",
     "coherence_cost_A": "coherence at the highest late score, minus that of cycle A",
     "coherence_on_score": "points of coherence a point of score, over the checkpoints of a chain",
-    "distinct_2": "share of different pairs of words; it falls where replies repeat themselves",
+    "distinct_2": "share of different pairs of tokens; it falls where replies repeat themselves",
     "[a, b]": "95 % interval: over chains where an arm has several, else over the questions of one chain",
 }
 """What names in tables and figures mean."""

@@ -7,11 +7,13 @@ import math
 
 import pytest
 import torch
+from chains import FAST, POOL, SEED, chain, fitting, writing
 
-from lightning_interp.cycles import TraitEvaluation
-from lightning_interp.cycles.evaluation import base_of
+from lightning_interp.core.storage.files import digest
+from lightning_interp.cycles import Evaluate, TraitEvaluation
+from lightning_interp.cycles.evaluation import _known, base_of
 from lightning_interp.cycles.trajectory import Checkpoint
-from lightning_interp.errors import RecipeError
+from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.generation import (
     BaseReference,
     ChatTraitJudge,
@@ -24,7 +26,7 @@ from lightning_interp.generation import (
     TextRequest,
     TraitJudge,
 )
-from lightning_interp.models import LoraSettings
+from lightning_interp.models import LoraSettings, Optimisation
 from lightning_interp.models.training.lora import inject_lora
 from lightning_interp.testing import byte_tokenizer, tiny_model
 
@@ -152,6 +154,39 @@ def test_without_a_base_only_what_needs_none_is_measured():
     assert found["reference"] is None
     assert found["parts"]["fluency"] is None
     assert found["parts"]["non_repetition"] > 0
+
+
+def evaluated(folder, optimisation, **more):
+    """Evaluations of a small chain: the base's, and of each cycle."""
+    phases = [writing(), fitting(optimisation=optimisation), Evaluate(evaluate=evaluation(**more))]
+    found = chain(folder, cycles=2, init="continual", phases=phases).run()
+    return found["base"]["evaluate"], *(one["evaluation"]["evaluate"] for one in found["cycles"])
+
+
+def test_a_chain_that_learns_nothing_scores_exactly_the_same(tmp_path):
+    still = Optimisation(lr=1e-30)
+    phases = [writing(), fitting(optimisation=still), Evaluate(evaluate=evaluation())]
+    found = chain(tmp_path, cycles=3, phases=phases, first=[fitting(data=SEED, n=4, optimisation=still)]).run()
+    base, *cycles = [found["base"]["evaluate"], *(one["evaluation"]["evaluate"] for one in found["cycles"])]
+    assert all(one == base for one in cycles)
+    assert len({digest(one) for one in cycles}) == 1
+
+
+def test_a_chain_is_measured_beside_its_base_whichever_process_does_it(tmp_path):
+    base, *cycles = evaluated(tmp_path / "a", FAST)
+    assert {digest(one["reference"]) for one in cycles} == {digest(base["reference"])}
+    assert len({str(one["scores"]) for one in (base, *cycles)}) == 3
+    _known.clear()
+    assert evaluated(tmp_path / "b", FAST) == (base, *cycles)
+    names = [path.relative_to(tmp_path / "a") for path in sorted((tmp_path / "a").rglob("eval*.json*"))]
+    assert len(names) == 6
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
+
+
+def test_a_question_may_not_be_in_the_pool(tmp_path):
+    asks = Evaluate(evaluate=TraitEvaluation([POOL[3]], Lengths(), samples=1, max_new_tokens=2))
+    with pytest.raises(DataError, match=r"holds 'What of 3\?', which Evaluate asks"):
+        chain(tmp_path, phases=[writing(), fitting(), asks]).run()
 
 
 def test_the_base_of_an_adapted_model_is_it_without_the_adapter():
