@@ -34,7 +34,7 @@ LIGHTNING = {"lightning", "pytorch_lightning", "torchmetrics", "peft"}
 TORCH = {"torch", "transformers", "tokenizers", "numpy", "scipy", "safetensors"}
 
 # The light modules: `import lightning_interp` and `lightning-interp --help` must not wait for torch.
-BARE = {"", "errors", "figures", "lazy_names"}
+BARE = {"", "errors", "figures", "lazy_names", "progress"}
 LIGHT = {"recipe", "running.recipe", "cli", "__main__"}
 CLI_MAY = {"jsonargparse", "omegaconf", "rich"}
 # Modules that are Lightning classes: all callbacks, these by the last part of their name, whole packages of them.
@@ -272,14 +272,16 @@ def allowed(name):
     first = name.partition(".")[0]
     if name in ASSEMBLERS:
         return None
-    below = {"errors": set(), "lazy_names": set(), "figures": set(), "core": {"errors", "core"}}
+    below = {"errors": set(), "lazy_names": set(), "figures": set(), "progress": set(), "core": {"errors", "core"}}
     if first in below:
         return below[first]
     if first in {"models", "testing"}:
         return {"errors", "lazy_names", "core", "models", first}
     if first == "generation":
         return {"errors", "lazy_names", "core", "models", first}
-    return {"errors", "lazy_names", "figures", "core", "models", "generation", first} | CROSSINGS.get(first, set())
+    return {"errors", "lazy_names", "figures", "progress", "core", "models", "generation", first} | CROSSINGS.get(
+        first, set()
+    )
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -191,9 +191,8 @@ def placed(rows: Rows, seed: int) -> list[Any]:
     return found
 
 
-def learned(row: Mapping[str, Any], side: Mapping[str, Any] | None = None) -> list[int]:
-    """Ids that are learned of a row, or of one side of a pair: no end is put behind a text that was cut off."""
-    answer = row if side is None else side
+def learned(answer: Mapping[str, Any]) -> list[int]:
+    """Ids that are learned of a row, or of a side of a pair: no end is put behind a text that was cut off."""
     return [*answer["token_ids"], *([] if answer["end_id"] is None else [answer["end_id"]])]
 
 

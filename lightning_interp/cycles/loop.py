@@ -44,6 +44,7 @@ from lightning_interp.generation.hygiene import normalised
 from lightning_interp.generation.requests import TextGenerator
 from lightning_interp.models.data.prompt_pool import Pool, prompt_slices, read_prompts, title_prompts
 from lightning_interp.models.training.adapter_slot import AdapterSlot
+from lightning_interp.progress import progress_bar
 
 __all__ = ["GenerationCycle"]
 
@@ -178,7 +179,8 @@ class GenerationCycle(ChainSettings):
                 found["mix"] = Mix(multiple=phase.batch_size if phase.drops_remainder else 1)
             if isinstance(phase, Generate):
                 draw = ("sample" if pairs else "slice") if phase.draw == "auto" else phase.draw
-                phase = replace(phase, documents=documents, rejected_from=pairs, draw=draw)
+                filters = phase.filters or (Filter(minimum_characters=51 if documents else 1),)
+                phase = replace(phase, documents=documents, rejected_from=pairs, draw=draw, filters=filters)
             found[name] = phase
         return found
 
@@ -187,7 +189,7 @@ class GenerationCycle(ChainSettings):
         """How many slices the pool is cut into; None if cycles draw from all of it."""
         plan = self.plan(1).values() if self._generate is not None else ()
         one = next((phase for phase in plan if isinstance(phase, Generate)), None)
-        if one is None or one.draw == "sample":
+        if one is None or one.draw == "sample" or one.prompts == "":
             return None
         return one.slices or max(1, self.cycles - 1)
 
@@ -215,7 +217,8 @@ class GenerationCycle(ChainSettings):
             parent: The open run that the chain becomes a child of; a run of its own in ``run_dir`` if None.
             key: Its name in that run.
             until: Stop before this cycle; the same call without goes on.
-            bar: Shows a bar for a description and a number of steps.
+            bar: Shows a bar for a description and a number of steps; :func:`progress_bar`, two lines on a terminal and
+                nothing elsewhere, if None.
 
         Returns:
             ``base``: what :class:`Evaluate` phases say of the base, by name; ``cycles``: of each cycle ``cycle``,
@@ -228,6 +231,7 @@ class GenerationCycle(ChainSettings):
             ManifestError: If the folder holds another chain, or a file of a finished stage was changed.
         """
         last = self.cycles if until is None else min(until, self.cycles)
+        bar = partial(progress_bar, show=is_rank_zero()) if bar is None else bar
         with self._opened(parent, key) as run:
             work = _Chain(self, run, bar)
             base = work.base()
@@ -286,19 +290,31 @@ class _Chain:
         ]
 
         def read(folder: Path) -> dict[str, Any]:
-            prompts, twice = title_prompts(source, getattr(seed, "n", None)) if titles else read_prompts(source)
-            names = {normalised(one.get("prompt") or one["messages"][-1]["content"]) for one in prompts}
+            prompts: list[dict[str, Any]] = [{"prompt": ""}]
+            twice = 0
+            if source != "":
+                prompts, twice = title_prompts(source, getattr(seed, "n", None)) if titles else read_prompts(source)
+            names = {
+                normalised(one["prompt"] if "prompt" in one else one["messages"][-1]["content"]) for one in prompts
+            }
             if shared := [text for text in questions if normalised(text) in names]:
                 raise DataError(
                     f"The pool of prompts holds {shared[0]!r}, which Evaluate asks. Take it out of the pool."
                 )
             slices = [] if settings.slices is None else prompt_slices(len(prompts), settings.slices)
-            told = {"sha256": digest(prompts), "prompts": len(prompts), "left_out": twice, "slices": slices}
+            kind = "titles" if titles else "given" if source else "none"
+            told = {
+                "source": kind,
+                "sha256": digest(prompts),
+                "prompts": len(prompts),
+                "left_out": twice,
+                "slices": slices,
+            }
             write_json_lines(folder / "prompts.jsonl", prompts)
             atomic_write_json(folder / "pool.json", told)
             return told
 
-        given = Path(source) if isinstance(source, str | Path) else digest(list(source))
+        given = Path(source) if source and isinstance(source, str | Path) else digest(list(source))
         what = {"prompts": given, "slices": settings.slices, "questions": questions}
         what |= {"n_seed": getattr(seed, "n", None)} if titles else {}
         slices = self.run.phase("pool", read, inputs=what)["slices"]

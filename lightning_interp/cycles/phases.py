@@ -47,10 +47,12 @@ from lightning_interp.errors import DataError, InterpError
 from lightning_interp.generation.requests import TextGenerator, TextRequest
 from lightning_interp.generation.sampler import LocalSampler
 from lightning_interp.generation.shards import read_shards, write_shards
+from lightning_interp.models.data.dpo_pairs import DPODataModule
 from lightning_interp.models.data.text_data import TextDataModule
 from lightning_interp.models.sources.adapters import save_adapter
 from lightning_interp.models.training.adapter_slot import AdapterSlot
 from lightning_interp.models.training.causal_lm import CausalLM
+from lightning_interp.models.training.dpo import DPO
 from lightning_interp.models.training.loss_callback import StepLosses
 from lightning_interp.models.training.optimisation import Optimisation, check_settings
 from lightning_interp.models.training.resumable import fit_or_go_on
@@ -63,7 +65,6 @@ _BETAS = (0.9, 0.95)
 _SFT = Optimisation(lr=1e-3, betas=_BETAS, warmup_fraction=0.05, weight_decay=0.01)
 _DOCUMENTS = replace(_SFT, weight_decay=0.1)
 _DPO = Optimisation(lr=3e-4, betas=_BETAS, schedule="cosine")
-_KEPT = (Filter(),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,14 +178,16 @@ class Generate(_Writing):
     """The model of the cycle before answers prompts; what is kept are this cycle's own rows.
 
     Args:
-        prompts: A file or list of prompts, or of prefixes of documents; see :func:`read_prompts`. None, for documents:
-            the titles of seed rows that cycle 0 does not learn from, which carry the seed's topics on.
+        prompts: A file or list of prompts, or of prefixes of documents; see :func:`read_prompts`. For documents also
+            None, the titles of seed rows that cycle 0 does not learn from, which carry the seed's topics on; or
+            ``""``, no prefix.
         n: Rows to keep.
         draw: Whether each cycle has a contiguous slice of the pool for itself, in its order, or a random sample of all
             of it; by default the second for pairs.
         slices: How many slices; one for each cycle after the first if None. Give as many as the chain may ever have.
         shortfall: If fewer than ``n`` are kept: ask more prompts of the same slice, keep what there is, or fail.
-        filters: What is kept.
+        filters: What is kept; by default what is neither empty nor a duplicate, of documents with more than 50
+            characters.
         documents, rejected_from: Set by the chain, from the training that follows.
         temperature, top_p, max_new_tokens: How tokens are drawn.
         batch_size: Rows at once. Like ``shard_size``, rows of a file, it settles which rows are rounded together.
@@ -201,7 +204,7 @@ class Generate(_Writing):
     draw: Literal["auto", "slice", "sample"] = "auto"
     slices: int | None = None
     shortfall: Literal["more", "accept", "fail"] = "more"
-    filters: tuple[Filter, ...] = _KEPT
+    filters: tuple[Filter, ...] = ()
 
     def __post_init__(self) -> None:
         wanted = {
@@ -311,6 +314,8 @@ class FitSFT(Phase):
         batch_size: Rows a step and device.
         epochs: Passes over the rows.
         max_length: Tokens a row may have.
+        length_window: Batches among which rows of like length are put together, in an order that is not the file's; 0
+            for none.
         clip: Largest norm of the gradient.
         checkpoint_every: Steps between checkpoints, at which a killed training goes on.
     """
@@ -328,6 +333,7 @@ class FitSFT(Phase):
     batch_size: int = 2
     epochs: int = 1
     max_length: int = 1024
+    length_window: int = 0
     clip: float | None = None
     checkpoint_every: int = 50
 
@@ -337,16 +343,16 @@ class FitSFT(Phase):
 
     def parts(self, context: CycleContext, folder: Path, rows: Rows, seed: int) -> tuple[Any, Any]:
         """The module and its data, which sees the rows in their order."""
-        how: Any = {
-            "optimisation": self.optimisation,
-            "seed": derived_seed(context.chain.seed, "dropout", context.cycle),
-        }
-        module = CausalLM(context.slot.model, tokenizer=context.slot.tokenizer, **how)
         given = [{"prompt_ids": row["prompt_ids"], "completion_ids": learned(row)} for row in rows]
+        module = CausalLM(context.slot.model, **self._module(context))
         return module, TextDataModule(placed(given, seed), **self._data(context, seed))
 
+    def _module(self, context: CycleContext) -> dict[str, Any]:
+        seed = derived_seed(context.chain.seed, "dropout", context.cycle)
+        return {"tokenizer": context.slot.tokenizer, "optimisation": self.optimisation, "seed": seed}
+
     def _data(self, context: CycleContext, seed: int) -> dict[str, Any]:
-        how = {"batch_size": self.batch_size, "max_length": self.max_length}
+        how = {name: getattr(self, name) for name in ("batch_size", "max_length", "length_window")}
         return {"tokenizer": context.slot.tokenizer, "seed": seed, **how}
 
     def run(self, context: CycleContext, folder: Path) -> dict[str, Any]:
@@ -369,8 +375,9 @@ class FitSFT(Phase):
             }
             given |= {"default_root_dir": folder, **context.trainer()}
             given["callbacks"] = [*given.get("callbacks", ()), watch]
-            runner, logged = fit_or_go_on(module, data, folder, given, every=self.checkpoint_every)
-            told |= {"steps": int(runner.global_step), "logged": logged, "data": data.counts.get("train", {})}
+            _, logged = fit_or_go_on(module, data, folder, given, every=self.checkpoint_every)
+            steps = read_data(watch.path)[-1]["step"] if is_rank_zero() else 0  # forked processes tell it by the file
+            told |= {"steps": steps, "logged": logged, "data": data.counts.get("train", {})}
         if is_rank_zero():
             _keep(slot, folder)
         return told
@@ -378,7 +385,11 @@ class FitSFT(Phase):
 
 @dataclass(frozen=True, kw_only=True)
 class FitDocuments(FitSFT):
-    """Trains on documents: every token of them is learned."""
+    """Trains on documents: every token of them is learned.
+
+    Args:
+        packing: Several documents in one row, each of which reads itself alone.
+    """
 
     stage: ClassVar[str] = "fit-documents"
     documents: ClassVar[bool] = True
@@ -386,6 +397,10 @@ class FitDocuments(FitSFT):
     optimisation: Optimisation = _DOCUMENTS
     batch_size: int = 4
     clip: float | None = 1.0
+    packing: bool = False
+
+    def _data(self, context: CycleContext, seed: int) -> dict[str, Any]:
+        return {**super()._data(context, seed), "packing": self.packing}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,6 +426,21 @@ class FitDPO(FitSFT):
     def __post_init__(self) -> None:
         wanted = {"rejected_from": (self.rejected_from in ("base", "previous"), "base or previous")}
         check_settings(self, "FitDPO", wanted)
+
+    def parts(self, context: CycleContext, folder: Path, rows: Rows, seed: int) -> tuple[Any, Any]:
+        """The module and its pairs; what the reference says of them lies in the folder, for other runs too."""
+        sides = ("rejected", "chosen") if self.swap else ("chosen", "rejected")
+        given = [
+            {
+                "prompt_ids": row["prompt_ids"],
+                "chosen_ids": learned(row[sides[0]]),
+                "rejected_ids": learned(row[sides[1]]),
+            }
+            for row in rows
+        ]
+        module = DPO(context.slot.model, beta=self.beta, **self._module(context))
+        reference = folder / "reference.safetensors"
+        return module, DPODataModule(placed(given, seed), reference=reference, **self._data(context, seed))
 
 
 @dataclass(frozen=True, kw_only=True)

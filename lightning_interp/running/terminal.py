@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
+
+from lightning_interp.progress import ProgressBar, progress_bar
 
 __all__ = [
     "ProgressBar",
@@ -20,24 +20,6 @@ __all__ = [
     "shown_column",
     "shown_rows",
 ]
-
-
-@dataclass(frozen=True)
-class ProgressBar:
-    """What :func:`progress_bar` yields; without Rich's progress and its task it shows nothing."""
-
-    progress: Any = None
-    task: Any = None
-
-    def advance(self, steps: float = 1) -> None:
-        """Count finished steps."""
-        if self.progress is not None:
-            self.progress.advance(self.task, steps)
-
-    def describe(self, description: str) -> None:
-        """Say what is being done now."""
-        if self.progress is not None:
-            self.progress.update(self.task, description=description)
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -107,38 +89,6 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]], file: IO[str] | N
     for line in shown_rows(rows):
         table.add_row(*map(Text, line))
     Console(file=out).print(table)
-
-
-@contextmanager
-def progress_bar(
-    description: str, total: float | None = None, file: IO[str] | None = None, *, show: bool = True
-) -> Iterator[ProgressBar]:
-    """Show a bar with what is being done and how long is left; nothing where there is no terminal.
-
-    A bar inside another live display (a Trainer's own bar) is not shown either: a terminal has room for one.
-    """
-    out = file or sys.stderr
-    if not (show and out.isatty()):
-        yield ProgressBar()
-        return
-    from rich import progress as rich
-    from rich.console import Console
-    from rich.errors import LiveError
-
-    text = rich.TextColumn("{task.description}", markup=False)
-    times = (rich.TimeElapsedColumn(), rich.TimeRemainingColumn())
-    bar = rich.Progress(
-        text, rich.BarColumn(), rich.MofNCompleteColumn(), *times, console=Console(file=out), transient=True
-    )
-    try:
-        bar.start()
-    except LiveError:
-        yield ProgressBar()
-        return
-    try:
-        yield ProgressBar(bar, bar.add_task(description, total=total))
-    finally:
-        bar.stop()
 
 
 def _with_decimals(value: Any, decimals: int) -> str:

@@ -220,3 +220,13 @@ def test_a_full_disk_is_said_and_the_same_call_goes_on(whole, tmp_path, monkeypa
     assert finished
     assert of(fast(folder).run(), "digest") == of(whole[1], "digest")
     assert contents(folder) == contents(whole[0])
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_one_writes(tmp_path):
+    both = {"accelerator": "cpu", "devices": 2, "strategy": "ddp_fork"}
+    told = fast(tmp_path / "chain", cycles=2, trainer=both).run()
+    assert [one["counts"]["fit-sft"]["steps"] for one in told["cycles"]] == [1, 1]
+    assert len({*of(told, "adapter"), *of(told, "init_adapter")}) == 3
+    assert fast(tmp_path / "chain", cycles=2, trainer=both).run() == told
+    assert of(fast(tmp_path / "again", cycles=2, trainer=both).run(), "digest") == of(told, "digest")

@@ -104,3 +104,16 @@ def test_a_second_bar_inside_a_live_one_is_silent(monkeypatch):
 def test_an_error_inside_the_block_is_not_swallowed():
     with pytest.raises(RuntimeError, match="inside"), progress_bar("x", file=Terminal()):
         raise RuntimeError("inside")
+
+
+def test_a_bar_inside_another_is_a_second_line_while_it_lasts():
+    out = Terminal()
+    with progress_bar("cycles", total=2, file=out) as outer:
+        with progress_bar("rows", total=3, file=out) as inner:
+            inner.advance(2)
+            assert inner.progress is outer.progress
+            assert [(task.description, task.completed) for task in outer.progress.tasks] == [("cycles", 0), ("rows", 2)]
+        outer.advance()
+        assert [(task.description, task.completed) for task in outer.progress.tasks] == [("cycles", 1)]
+    with progress_bar("next", total=1, file=out) as bar:
+        assert bar.progress is not outer.progress

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lightning_interp.core.storage.faults import die_here
 from lightning_interp.errors import DataError, ManifestError
 
 __all__ = [
@@ -65,6 +66,7 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        die_here("write")
         os.replace(temporary, target)
         sync_to_disk(target.parent)
     except OSError as error:

@@ -19,7 +19,7 @@ class StepLosses(L.Callback):
     """Keeps the loss of each batch, for a file that a killed training ends with the same lines.
 
     Args:
-        path: A JSONL file: ``batch`` and ``loss`` a line; written by rank zero.
+        path: A JSONL file: ``step`` (optimizer steps until then) and ``loss`` a line, of each batch; rank zero writes.
         bar: Shows a bar for a number of steps; what it gives moves it on.
     """
 
@@ -37,15 +37,14 @@ class StepLosses(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep a batch's loss."""
-        self._losses.append(outputs["loss"].detach())
+        self._losses.append((trainer.global_step, outputs["loss"].detach()))
         self._advance(1)
         die_here("step")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the file."""
         if trainer.is_global_zero:
-            rows = ({"batch": number, "loss": loss} for number, loss in enumerate(self._numbers()))
-            write_json_lines(self.path, rows)
+            write_json_lines(self.path, ({"step": step, "loss": loss} for step, loss in self._numbers()))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take the bar away."""
@@ -55,12 +54,12 @@ class StepLosses(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The losses until now."""
-        return {"losses": self._numbers()}
+        return {"losses": [list(one) for one in self._numbers()]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on behind those of a checkpoint."""
-        self._losses = list(state_dict["losses"])
+        self._losses = [(step, loss) for step, loss in state_dict["losses"]]
 
-    def _numbers(self) -> list[float]:
-        self._losses = [float(loss) for loss in self._losses]
+    def _numbers(self) -> list[tuple[int, float]]:
+        self._losses = [(step, float(loss)) for step, loss in self._losses]
         return list(self._losses)
