@@ -201,6 +201,53 @@ def test_disjoint_holders_are_one_holder_in_any_order(model, codes, order):
         close(run(model, ids), whole)
 
 
+PLACE = "model.layers.1.mlp.up_proj"
+MIXED = torch.arange(2 * T).view(2, T) % 2
+
+
+def switches(model):
+    return [module.disable_adapters for module in model.modules() if hasattr(module, "lora_A")]
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_a_pass_that_fails_leaves_the_adapter_on(model, mixed):
+    plain, layer = run(model, ids := prompts(2)), model.get_submodule(PLACE)
+    broken = layer.base_layer.register_forward_pre_hook(lambda *_: 1 / 0)
+    with RowWeights("first", MIXED if mixed else torch.zeros_like(MIXED)).attach(model):
+        with pytest.raises(ZeroDivisionError):
+            run(model, ids)
+        assert not any(switches(model))
+        broken.remove()
+        assert not torch.allclose(run(model, ids), plain)
+    assert not any(switches(model))
+    assert torch.equal(run(model, ids), plain)
+
+
+def test_a_pass_that_is_interrupted_leaves_the_adapter_on(model):
+    plain, layer = run(model, ids := prompts(2)), model.get_submodule(PLACE)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    broken = layer.base_layer.register_forward_pre_hook(interrupt)
+    with RowWeights("first", MIXED).attach(model), pytest.raises(KeyboardInterrupt):
+        run(model, ids)
+    broken.remove()
+    assert not any(switches(model))
+    assert torch.equal(run(model, ids), plain)
+
+
+def test_a_pass_over_some_rows_calls_each_base_once_on_all_of_them(model):
+    """No module runs on rows that it is not needed for, and none twice."""
+    shapes = []
+    base = model.get_submodule(PLACE).base_layer
+    seen = base.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    with RowWeights("first", MIXED).attach(model):
+        run(model, prompts(2))
+    seen.remove()
+    assert shapes == [(2, T, base.in_features)]
+
+
 @pytest.mark.parametrize("execution", ["auto", "partition", "dense"])
 def test_models_and_adapters_side_by_side(execution):
     """A model's rows, an adapter's rows, and neither's, against one holder of both."""

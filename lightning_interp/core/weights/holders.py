@@ -151,6 +151,7 @@ class _SharedMap(MaskedMap):
         )
         if own is not None:
             shared._fill(codes, own, dropouts_in(part.module, part.path))
+            shared.adapted = part.module if _has_switch(part.module) else None
             shared.native = _native(part.module, adapters, codes, claims)
             shared.alternatives = {0: claims[0].dropout.wrap(own, dropouts_in(own, part.path), claims[0].step)} | dict(
                 shared.alternatives
@@ -173,6 +174,11 @@ class _SharedMap(MaskedMap):
         self.alternatives, self.deltas = alternatives, deltas
         if dropouts:
             self.bypass = lambda: any(module.training for module in dropouts.values())
+
+
+def _has_switch(module: Any) -> bool:
+    """Whether an adapted layer runs as its base, on every row, while PEFT's switch is off."""
+    return hasattr(module, "lora_A") and hasattr(module, "_disable_adapters") and not hasattr(module, "parameter_name")
 
 
 def _native(module: nn.Module, adapters: frozenset[str], codes: Mapping[int, _Members], claims: Sequence[Claim]) -> int:

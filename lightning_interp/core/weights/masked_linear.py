@@ -38,7 +38,7 @@ class TokenMap:
 
 @dataclass(eq=False)
 class MaskedMap:
-    """One module and its alternatives."""
+    """One module and its alternatives; ``adapted`` is the module where PEFT's own switch makes it source 0."""
 
     module: nn.Module
     native: int
@@ -49,6 +49,7 @@ class MaskedMap:
     takes_empty: bool = True
     deltas: Mapping[int, RowMap | TokenMap] = field(default_factory=dict)
     bypass: Callable[[], bool] | None = None
+    adapted: Any = None
 
 
 def masked_rows(
@@ -94,10 +95,13 @@ class MaskedHooks:
         self.masked = masked
         self._pending: list[tuple[torch.Tensor, Sequence[tuple[torch.Tensor | None, RowMask]], str]] = []
         self._random: list[tuple[torch.Generator, torch.Tensor]] = []
+        self._off = False  # whether the adapted layer runs as its base
         self.hook = Hook(self._before)
         before = masked.module.register_forward_pre_hook(self.hook, with_kwargs=True)
         try:
-            after = masked.module.register_forward_hook(Hook(self._after), with_kwargs=True, prepend=True)
+            after = masked.module.register_forward_hook(
+                Hook(self._after), with_kwargs=True, prepend=True, always_call=True
+            )
         except BaseException:
             before.remove()
             raise
@@ -114,17 +118,23 @@ class MaskedHooks:
 
     def remove(self) -> None:
         """Take the hooks off."""
+        self._switch(off=False)
         for handle in self._handles:
             handle.remove()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._pending.clear()
         self._random.clear()
+        self._switch(off=False)
         masks = [(columns, mask) for columns, mask in self.masked.mask()]
         native = self._native()
         if {mask.uniform for _, mask in masks} == {native}:
             return None
         x, put = first_input(args, kwargs)
+        if len(masks) == 1 and self._is_base(mask := _fit(masks[0][1], x)):
+            self._switch(off=True)
+            self._pending.append((x, [(None, mask)], "base"))
+            return None
         if self._bypassed():
             self._random = [(generator, generator.get_state()) for generator in generators_of(x.device)]
         shadowed = next(reversed(module._forward_pre_hooks)) != self.key  # a later pre-hook must see whole inputs
@@ -140,38 +150,46 @@ class MaskedHooks:
         self._pending.append((x, [(columns, mask)], "rows"))
         return put(self._native_rows(x, mask, native))
 
+    def _switch(self, *, off: bool) -> None:
+        """Let the adapted layer run as its base, or as it is; a pass that fails leaves it as it is."""
+        if self._off is not off:
+            vars(self.masked.adapted)["_disable_adapters"] = self._off = off  # a module's setattr is slow
+
     def _native(self) -> int:
         return -1 if self._bypassed() else self.masked.native
 
     def _bypassed(self) -> bool:
         return self.masked.bypass is not None and self.masked.bypass()
 
-    def _by_delta(self, mask: RowMask) -> bool:
-        return mask.uniform is None and self.masked.execution == "auto" and _all_deltas(mask, self.masked.deltas)
+    def _is_base(self, mask: RowMask) -> bool:
+        """Whether all rows need the base, and some of them a difference besides."""
+        by_delta = mask.uniform is None and self.masked.execution == "auto" and _all_deltas(mask, self.masked.deltas)
+        return self.masked.adapted is not None and (mask.uniform == 0 or by_delta)
 
     def _native_rows(self, x: torch.Tensor, mask: RowMask, native: int) -> torch.Tensor:
         rows = mask.rows(native)
-        if self._by_delta(mask):
-            rows = rows[:0]
         if len(rows) == 0 and not self.masked.takes_empty:
             rows = rows.new_zeros(1)
         return RowLayout.of(x, mask).gather(x, rows)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not self._pending:
+        self._switch(off=False)
+        if not self._pending or output is None:
             return None
         while self._random:
             generator, state = self._random.pop()
             generator.set_state(state)
         x, masks, have = self._pending.pop()
+        if have == "base":
+            x, maps = first_input(args, kwargs)[0], {0: lambda _: output}
+            return masked_rows(x, maps, masks[0][1], deltas=self.masked.deltas)
         own, rest = _fresh(output, x), split_output(output)[1]
         if self.masked.per_call:
             return join_output(self._whole(own, masks[0][1], args, kwargs), rest)
-        maps: dict[int, RowMap | TokenMap] = dict(self.masked.alternatives)
         if have == "all":  # a later pre-hook may have changed the input
             return join_output(self._over(first_input(args, kwargs)[0], own, masks), rest)
-        maps[self._native()] = lambda _: own
-        new = masked_rows(x, maps, masks[0][1], execution=self.masked.execution, deltas=self.masked.deltas)
+        maps = {**self.masked.alternatives, self._native(): lambda _: own}
+        new = masked_rows(x, maps, masks[0][1], execution=self.masked.execution)
         return join_output(new, rest)
 
     def _over(
