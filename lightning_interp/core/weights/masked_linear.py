@@ -181,14 +181,15 @@ class MaskedHooks:
             generator.set_state(state)
         x, masks, have = self._pending.pop()
         if have == "base":
-            x, maps = first_input(args, kwargs)[0], {0: lambda _: output}
-            return masked_rows(x, maps, masks[0][1], deltas=self.masked.deltas)
+            x, mask = first_input(args, kwargs)[0], masks[0][1]
+            return masked_rows(x, {0: lambda _: output}, mask, deltas=self.masked.deltas)
         own, rest = _fresh(output, x), split_output(output)[1]
         if self.masked.per_call:
             return join_output(self._whole(own, masks[0][1], args, kwargs), rest)
         if have == "all":  # a later pre-hook may have changed the input
             return join_output(self._over(first_input(args, kwargs)[0], own, masks), rest)
-        maps = {**self.masked.alternatives, self._native(): lambda _: own}
+        maps: dict[int, RowMap | TokenMap] = dict(self.masked.alternatives)
+        maps[self._native()] = lambda _: own
         new = masked_rows(x, maps, masks[0][1], execution=self.masked.execution)
         return join_output(new, rest)
 
