@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 __all__ = ["Branch", "add_branches"]
@@ -24,6 +24,7 @@ class Branch:
         scale: Factor of the branch.
         rows: Its share of the pass: the first row (of all tokens, one behind the other) and the one behind the last.
         noise: Dropout of its input ``[n, in]``: zero where it is dropped, else the factor that keeps the mean.
+        grads: Tensors like ``down`` and ``up`` to which their gradients are added; without, autograd is given them.
     """
 
     down: Tensor
@@ -31,6 +32,7 @@ class Branch:
     scale: float
     rows: tuple[int, int]
     noise: Tensor | None = None
+    grads: tuple[Tensor, Tensor] | None = None
 
 
 def add_branches(out: Tensor, x: Tensor, branches: Sequence[Branch], *, stacked: bool | None = None) -> Tensor:
@@ -42,7 +44,7 @@ def add_branches(out: Tensor, x: Tensor, branches: Sequence[Branch], *, stacked:
     Args:
         out: Output of the linear map, ``[..., out]``.
         x: Its input, ``[..., in]``.
-        branches: What is added, in the order of their rows, which do not overlap.
+        branches: What is added, in the order of their rows, which do not overlap; all or none have ``grads``.
         stacked: Multiply all adapters at once, with rows and ranks padded to the most (the default on a GPU), or one
             after the other in place, without padding.
 
@@ -74,6 +76,7 @@ class _Plan:
         self.stacked, self.dtype = stacked, dtype
         self.scales = [branch.scale for branch in branches]
         self.noises = [branch.noise for branch in branches] if any(b.noise is not None for b in branches) else None
+        self.grads = [grad for branch in branches for grad in branch.grads or (None, None)]
         ends = [0, *(end for branch in branches for end in branch.rows), rows]
         self._sizes = [end - start for start, end in pairwise(ends)]  # what is nobody's, and each branch's, in turn
         self.whole = not any(self._sizes[::2])
@@ -122,7 +125,7 @@ class _Branches(torch.autograd.Function):
         for part, noise in zip(into or (), plan.noises or (), strict=False):
             if noise is not None:
                 part.mul_(noise)
-        found = [g if g.dtype == weight.dtype else g.to(weight.dtype) for g, weight in zip(grads, given, strict=True)]
+        found = [g if g is None else g.to(weight.dtype) for g, weight in zip(grads, given, strict=True)]
         return grad, None if gx is None else gx.to(x.dtype), None, *found
 
 
@@ -132,7 +135,7 @@ def _looped_forward(
     """Add each branch in place; gives the scaled coordinates ``[n, rank]`` of each."""
     kept = []
     for total, part, down, up, scale in zip(into, parts, weights[::2], weights[1::2], plan.scales, strict=True):
-        hidden = torch.mm(part, down.t())
+        hidden = nn.functional.linear(part, down)
         if scale != 1:
             hidden.mul_(scale)
         total.addmm_(hidden, up)
@@ -147,18 +150,29 @@ def _looped_backward(
     grads: Sequence[Tensor],
     weights: Sequence[Tensor],
     hidden: Sequence[Tensor],
-) -> list[Tensor]:
-    """Gradients of every ``down`` and ``up``; those of the input are written in place."""
-    found = []
+) -> list[Tensor | None]:
+    """Gradients of every ``down`` and ``up`` that are not added in place; those of the input are written in place."""
+    found: list[Tensor | None] = []
     of_each = zip(parts, grads, weights[::2], weights[1::2], hidden, plan.scales, strict=True)
     for i, (part, grad, down, up, coordinates, scale) in enumerate(of_each):
-        inner = torch.mm(grad, up.t())
+        inner = nn.functional.linear(grad, up)
         if scale != 1:
             inner.mul_(scale)
-        found += [torch.mm(inner.t(), part), torch.mm(coordinates.t(), grad)]
+        found += [_given(inner, part, plan.grads[2 * i]), _given(coordinates, grad, plan.grads[2 * i + 1])]
         if into is not None:
             torch.mm(inner, down, out=into[i])
     return found
+
+
+def _given(left: Tensor, right: Tensor, into: Tensor | None) -> Tensor | None:
+    """``left.T @ right``, or None once it is added to ``into``."""
+    if into is None:
+        return torch.mm(left.t(), right)
+    if into.dtype == left.dtype:
+        into.addmm_(left.t(), right)
+    else:
+        into.add_(torch.mm(left.t(), right))
+    return None
 
 
 def _stacked_forward(
@@ -179,7 +193,7 @@ def _stacked_backward(
     grads: Sequence[Tensor],
     weights: Sequence[Tensor],
     hidden: Sequence[Tensor],
-) -> list[Tensor]:
+) -> Sequence[Tensor | None]:
     grad = _stack(grads)
     inner = torch.bmm(grad, _stack(weights[1::2]).mT)
     _scaled(inner, plan)
@@ -188,7 +202,12 @@ def _stacked_backward(
         given = torch.bmm(inner, _stack(weights[::2]))
         torch._foreach_copy_(list(into), [rows[: len(part)] for rows, part in zip(given.unbind(), parts, strict=True)])
     both = zip(downs.unbind(), ups.unbind(), weights[::2], strict=True)
-    return [whole[: len(weight)] for down, up, weight in both for whole in (down, up)]
+    found = [whole[: len(weight)] for down, up, weight in both for whole in (down, up)]
+    into_weights = [grad for grad in plan.grads if grad is not None]
+    if not into_weights:
+        return found
+    torch._foreach_add_(into_weights, found)
+    return [None] * len(found)
 
 
 def _stack(parts: Sequence[Tensor]) -> Tensor:

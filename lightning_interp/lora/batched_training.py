@@ -178,7 +178,7 @@ class BatchedAdapters(L.LightningModule):
         for key, cell in self.cells.items():
             settings = cell.optimisation
             own = {name: getattr(settings, name) for name in ("lr", "betas", "eps", "weight_decay")}
-            groups.append({"params": self.adapters.weights(key) if key in self.active else [], **own})
+            groups.append({"params": [self.adapters.flat(key)] if key in self.active else [], **own})
         optimizer = AdamW(groups, fused=True)
         factors = [_factor(cell.optimisation, self.ends[key]) for key, cell in self.cells.items()]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"}}
@@ -209,10 +209,7 @@ class BatchedAdapters(L.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Clip the gradient of each cell to its own norm, and keep those of failed cells from the optimiser."""
-        norms = [
-            nn.utils.get_total_norm([w.grad for w in self.adapters.weights(key) if w.grad is not None], foreach=True)
-            for key in self.active
-        ]
+        norms = [self.adapters.gradient_norm(key) for key in self.active]
         losses, sizes = torch.stack([self._measured, torch.stack(norms)]).tolist()
         for key, loss, norm, size in zip(self.active, losses, norms, sizes, strict=True):
             if not (math.isfinite(loss) and math.isfinite(size)):
@@ -221,7 +218,11 @@ class BatchedAdapters(L.LightningModule):
             self.losses[key].append(loss)
             clip = self.cells[key].clip
             if clip is not None and clip < size + 1e-6:  # a smaller one would be multiplied by 1
-                nn.utils.clip_grads_with_norm_(self.adapters.weights(key), clip, norm)
+                nn.utils.clip_grads_with_norm_(self.adapters.flat(key), clip, norm)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        """Empty the gradients where backward adds to them."""
+        self.adapters.zero_gradients()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Move the adapters, and write those that are finished."""
@@ -253,8 +254,7 @@ class BatchedAdapters(L.LightningModule):
             update_norm=norm,
         )
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
-        for weight in self.adapters.weights(key):
-            optimizer.state.pop(weight, None)
+        optimizer.state.pop(self.adapters.flat(key), None)
         optimizer.param_groups[list(self.cells).index(key)]["params"] = []
         self.adapters.drop(key)
         if self.on_end is not None:
