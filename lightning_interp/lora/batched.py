@@ -78,7 +78,7 @@ class AdapterBatch(nn.Module):
         self.adapters = nn.ModuleDict({self._names[key]: adapter for key, adapter in self._by_key.items()})
         self.shares: Sequence[Share] = ()
 
-    def weights(self, key: str) -> list[nn.Parameter]:
+    def weights(self, key: str) -> list[Tensor]:
         """Everything of one adapter that is trained, ``down`` and ``up`` of each map in turn: views of :meth:`flat`."""
         return [weight for down, up, _ in self._by_key[key].maps.values() for weight in (down, up)]
 
@@ -94,7 +94,8 @@ class AdapterBatch(nn.Module):
     def gradient_norm(self, key: str) -> Tensor:
         """Norm of an adapter's gradient: over blocks first, as a float32 sum over millions of squares is 0.1% off."""
         blocks = self._by_key[key].gradient.view(-1, _BLOCK)
-        return torch.linalg.vector_norm(torch.linalg.vector_norm(blocks, dim=1))
+        norm: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(blocks, dim=1))
+        return norm
 
     def drop(self, key: str) -> None:
         """Forget an adapter."""
@@ -188,12 +189,12 @@ class _Adapter(nn.Module):
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         sizes = [shape.numel() for shape in self._shapes]
-        parts = flat[: sum(sizes)].split(sizes)
+        parts = torch.split(flat[: sum(sizes)], sizes)
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move to another device."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._look()
         return self
 

@@ -270,9 +270,14 @@ def test_under_a_choice_of_rows_it_tells_what_the_adapter_would_add():
     rows.codes = torch.tensor([[0, 1, 0, 1, 0, 1]] * 2)
     with rows.attach(model), tracer.attach(model), torch.no_grad():
         model(**BATCH)
-    assert not bool(tracer.trace.relative[1].isnan().any())
+    after = tracer.trace.relative[1]
+    assert not bool(after.isnan().any())
+    with tracer.attach(model), rows.attach(model), torch.no_grad():
+        model(**BATCH)
+    torch.testing.assert_close(tracer.trace.relative[1], after)
     match = r"q_proj is called with \d+ rows, but the pass has 2 x 6 tokens.*Attach a tracer after gates"
-    with tracer.attach(model), rows.attach(model), pytest.raises(PositionError, match=match), torch.no_grad():
+    apart = RowWeights("default", torch.tensor([[0, 1, 0, 1, 0, 1], [0] * 6]), execution="partition")
+    with tracer.attach(model), apart.attach(model), pytest.raises(PositionError, match=match), torch.no_grad():
         model(**BATCH)
 
 
