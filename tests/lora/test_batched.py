@@ -106,6 +106,29 @@ def test_under_autocast_and_on_a_half_base_weights_keep_float32_gradients(stacke
         assert [grad.dtype for grad in grads] == [torch.float32, torch.float32, torch.bfloat16]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_gradients_are_added_where_a_branch_says(stacked, dtype):
+    x, direction = drawn(5, 3, seed=0, dtype=dtype), drawn(5, 2, seed=1, dtype=dtype).detach()
+    weights = [drawn(r, n, seed=10 * r + n, dtype=torch.float32) for r in (2, 4) for n in (3, 2)]
+    before = [torch.full_like(weight, 0.5).detach() for weight in weights]
+    held, results = [grad.clone() for grad in before], []
+    for kept in (None, held):
+        pairs = [(2 * i, 2 * i + 1) for i in range(2)]
+        spans = [(0, 3), (3, 5)]
+        branches = [
+            Branch(weights[a], weights[b], 2.0, span, grads=kept and (kept[a], kept[b]))
+            for (a, b), span in zip(pairs, spans, strict=True)
+        ]
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            out = add_branches(torch.zeros(5, 2, dtype=dtype), x, branches, stacked=stacked)
+        results.append(torch.autograd.grad((out * direction).sum(), [x, *weights], allow_unused=True))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    assert results[1][1:] == (None,) * 4
+    for grad, start, new in zip(held, before, results[0][1:], strict=True):
+        torch.testing.assert_close(grad, start + new, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
 # Adapters on a model
 
 NAMES = ["v_proj", "down_proj", "query_key_value", "c_attn"]
@@ -173,6 +196,34 @@ def test_an_adapter_starts_as_peft_starts_it(key):
     for layer, down, up in zip(layers, weights[::2], weights[1::2], strict=True):
         assert torch.equal(down, layer.lora_A["default"].weight)
         assert torch.equal(up.T, layer.lora_B["default"].weight)
+
+
+def test_gradients_of_an_adapter_lie_in_one_tensor_that_is_emptied_in_place():
+    adapters, ids = moved(AdapterBatch(base := tiny_model(), SETTINGS)), torch.arange(6)[None]
+    adapters.shares = [Share("large", 1, 6)]
+    adapters.double().float()  # the weights lie elsewhere now
+    before = [weight.clone() for weight in adapters.weights("large")]
+    adapters.zero_gradients()
+    with adapters.attached(base):
+        base(ids).logits.square().sum().backward()
+    grads = [weight.grad for weight in adapters.weights("large")]
+    expected = torch.cat([grad.flatten() for grad in grads]).double().norm().float()
+    assert expected > 0
+    torch.testing.assert_close(adapters.gradient_norm("large"), expected)
+    assert not adapters.flat("small").grad.any()
+    with torch.no_grad():
+        adapters.flat("large").sub_(adapters.flat("large").grad)
+    for weight, start, grad in zip(adapters.weights("large"), before, grads, strict=True):
+        torch.testing.assert_close(weight, start - grad)
+    adapters.zero_gradients()
+    assert not any(grad.any() for grad in grads)
+
+
+def test_the_norm_of_millions_of_gradients_is_that_of_float64():
+    adapters = AdapterBatch(tiny_model(), {"a": (LoraSettings(r=1), 0)})
+    many = torch.rand(2**22, generator=torch.Generator().manual_seed(0))
+    adapters._by_key["a"].gradient = many
+    torch.testing.assert_close(adapters.gradient_norm("a"), many.double().norm().float(), rtol=1e-6, atol=0)
 
 
 def test_without_shares_or_when_taken_off_the_base_runs_alone():

@@ -23,9 +23,14 @@ class RowMask:
         self._joined: dict[tuple[int, int], tuple[RowMask, RowMask, torch.Tensor]] = {}
 
     @cached_property
+    def _here(self) -> torch.Tensor:
+        """The mask, flat, where Python reads it: a GPU is waited for once, whatever is asked."""
+        return self.source.flatten().cpu()
+
+    @cached_property
     def used(self) -> tuple[int, ...]:
         """Sources that occur, in order."""
-        return tuple(int(k) for k in torch.bincount(self.source.flatten()).nonzero()[:, 0].tolist())
+        return tuple(int(k) for k in torch.bincount(self._here).nonzero()[:, 0].tolist())
 
     @property
     def uniform(self) -> int | None:
@@ -35,12 +40,12 @@ class RowMask:
     @cached_property
     def share(self) -> float:
         """Share of rows that do not use source 0."""
-        return int(torch.count_nonzero(self.source)) / self.source.numel()
+        return int(torch.count_nonzero(self._here)) / self.source.numel()
 
     def rows(self, source: int) -> torch.Tensor:
         """Flat indices ``[n]`` of the rows that use a source."""
         if source not in self._rows:
-            self._rows[source] = (self.source == source).flatten().nonzero().flatten()
+            self._rows[source] = (self._here == source).nonzero().flatten().to(self.source.device)
         return self._rows[source]
 
     def tail(self, n: int) -> RowMask:
