@@ -52,10 +52,15 @@ def alternate(functions: Mapping[str, Callable[[], object]], *, device: str, rep
     times: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
-    for _ in range(repeats):
-        for name, function in functions.items():
-            gc.collect()
-            times[name].append(seconds(function, device))
+    gc.collect()
+    gc.freeze()  # else each collection goes through all that was imported, which takes longer than most runs
+    try:
+        for _ in range(repeats):
+            for name, function in functions.items():
+                gc.collect()
+                times[name].append(seconds(function, device))
+    finally:
+        gc.unfreeze()
     return times
 
 
