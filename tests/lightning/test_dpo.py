@@ -562,19 +562,25 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # theirs
 @pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed")
 def test_the_loss_is_that_of_trl(tmp_path):
+    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    module, pairs = dpo(lora=None), data()
-    reference_logps(module, pairs)
-    logps = torch.tensor([pairs.logps[pair.digest] for pair in pairs.pairs("train")]).T.flatten()
-    policy = logps + torch.randn(20, generator=torch.Generator().manual_seed(0))
-    theirs = DPOTrainer.__new__(DPOTrainer)
-    theirs.__dict__.update(vars(DPOConfig(output_dir=str(tmp_path), beta=0.1, report_to=[])))
-    assert theirs.beta == 0.1
-    sides = (*policy.chunk(2), *logps.chunk(2))
-    losses, _, _ = theirs.dpo_loss(*sides)
-    from lightning_interp.models import dpo_terms
-
-    torch.testing.assert_close(dpo_terms(policy, logps)["loss"], losses)
+    (batch,) = data(batch_size=10).train_dataloader()
+    module, other = DPO(tiny_model(), lora=None, beta=0.3), DPO(tiny_model(seed=1), lora=None)
+    with torch.no_grad():
+        batch["reference"] = other.sequence_logps(batch)
+        terms = module._terms(module.sequence_logps(batch), batch, 0)
+    theirs = DPOTrainer(
+        tiny_model(),
+        ref_model=tiny_model(seed=1),
+        args=DPOConfig(output_dir=str(tmp_path), beta=0.3, report_to=[], use_cpu=True, bf16=False),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=byte_tokenizer(),
+    )
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    loss = theirs.compute_loss(theirs.model, {**inputs, "completion_mask": (batch["labels"] != -100).long()})
+    assert float(loss.detach()) == pytest.approx(float(terms["loss"].mean()), rel=1e-5)

@@ -26,7 +26,7 @@ class DPOSettings:
         beta: How strongly the policy is held to the reference, 1 / nat.
         label_smoothing: Share of the pairs that are taken to be labelled the wrong way round ("conservative DPO").
         loss: ``"sigmoid"`` (Rafailov et al. 2023) or ``"ipo"`` (Azar et al. 2023), the square
-            of the difference of the log-ratios from ``1 / (2 beta)``.
+            of the difference of the summed log-ratios from ``1 / (2 beta)``.
         check_start: Raise if policy and reference are not the same model at the first step.
 
     Raises:
