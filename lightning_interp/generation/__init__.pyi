@@ -24,6 +24,7 @@ from lightning_interp.generation.judging.coherence import fluency as fluency
 from lightning_interp.generation.judging.coherence import longest_repeated_run as longest_repeated_run
 from lightning_interp.generation.judging.coherence import non_repetition as non_repetition
 from lightning_interp.generation.judging.coherence import surface as surface
+from lightning_interp.generation.judging.judge_store import KeptJudge as KeptJudge
 from lightning_interp.generation.judging.lexicon import Facet as Facet
 from lightning_interp.generation.judging.lexicon import LexiconJudge as LexiconJudge
 from lightning_interp.generation.judging.likelihoods import LikelihoodRatioJudge as LikelihoodRatioJudge
