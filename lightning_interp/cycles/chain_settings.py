@@ -175,7 +175,7 @@ def plain_value(value: Any) -> Any:
         values = [plain_value(one) for one in (sorted(value) if isinstance(value, set | frozenset) else value)]
         rows = any(isinstance(one, Mapping) for one in values)
         return {"rows": len(values), "sha256": digest(values)} if rows else values
-    return value if isinstance(value, str | int | float | None) else repr(value)
+    return value if isinstance(value, str | int | float | None) else type(value).__qualname__
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.core.storage.content import drop_damaged_checkpoints, sha_of
 from lightning_interp.core.storage.distributed import is_rank_zero
@@ -26,6 +28,7 @@ from lightning_interp.core.storage.faults import die_here
 from lightning_interp.core.storage.files import atomic_write_json, digest
 from lightning_interp.core.storage.jsonl import json_lines, write_json_lines
 from lightning_interp.core.storage.manifest import RunManifest
+from lightning_interp.core.storage.phase_results import result_digest
 from lightning_interp.cycles.chain_rows import Filter, read_data
 from lightning_interp.cycles.chain_settings import (
     Bars,
@@ -154,7 +157,11 @@ class GenerationCycle(ChainSettings):
 
     def _settled(self, named: Mapping[str, Phase], cycle: int) -> dict[str, Phase]:
         fits = [phase for phase in named.values() if isinstance(phase, FitSFT)]
-        fit = fits[0] if fits else None
+        fit = next((phase for phase in (*fits, *self.phases) if isinstance(phase, FitSFT)), None)
+        if len({(isinstance(one, FitDPO), one.documents) for one in fits}) > 1:
+            raise RecipeError(
+                f"Cycle {cycle} trains on rows of two kinds, for {' and '.join(one.stage for one in fits)}."
+            )
         pairs = fit.rejected_from if isinstance(fit, FitDPO) else None
         documents = fit is not None and fit.documents
         found: dict[str, Phase] = {}
@@ -170,9 +177,9 @@ class GenerationCycle(ChainSettings):
             raise RecipeError(
                 "A training in phases has data of its own, but learns what was generated. Put it in first."
             )
-        if fit is not None and not found and not any(isinstance(phase, Generate) for phase in named.values()):
+        if fits and not found and not any(isinstance(phase, Generate) for phase in named.values()):
             raise RecipeError(
-                f"Cycle {cycle} has {fit.stage}, but no rows. Give it data in first, a Generate in phases."
+                f"Cycle {cycle} has {fits[0].stage}, but no rows. Give it data in first, a Generate in phases."
             )
         for name, phase in named.items():
             if isinstance(phase, FitSFT) and not any(isinstance(one, Mix) for one in found.values()):
@@ -247,7 +254,7 @@ class GenerationCycle(ChainSettings):
             return parent.child(key, config=self.config(), inputs={}, outputs=outputs)
         if self.run_dir is None:
             raise RecipeError("GenerationCycle(run_dir=None) has no folder. Give run_dir, or run it inside a run.")
-        versions = {name: version(name) for name in _VERSIONS}
+        versions = {name: version(name) for name in _VERSIONS} | {"threads": str(torch.get_num_threads())}
         return RunManifest.open(self.run_dir, config=self.config(), name="cycles", versions=versions, outputs=outputs)
 
 
@@ -346,7 +353,8 @@ class _Chain:
                 entry = child.phases[name]
                 hashes = {file: sha_of(stamp) for file, stamp in entry["files"].items()}
                 files |= hashes
-                stage = {"stage": f"cycle-{number:03d}/{name}", "inputs": entry["inputs"], "output": digest(hashes)}
+                stage = {"stage": f"cycle-{number:03d}/{name}", "inputs": entry["inputs"]}
+                stage["output"] = digest([hashes, result_digest(entry)])
                 self._lines.append(stage)
                 if is_rank_zero():
                     shutil.rmtree(child.folder(name) / "checkpoints", ignore_errors=True)

@@ -473,13 +473,17 @@ class Take(Phase):
 
     Args:
         adapter: Its ``adapter.safetensors``.
+        data: The seed that it has learned, where later cycles mix it in.
+        n: Rows of the seed, its first ones.
     """
 
     stage: ClassVar[str] = "take"
     leaves: ClassVar[Mapping[str, str]] = {"adapter": ADAPTER}
-    not_settings: ClassVar[frozenset[str]] = frozenset({"adapter"})
+    not_settings: ClassVar[frozenset[str]] = frozenset({"adapter", "data"})
 
     adapter: str | Path
+    data: Any = None
+    n: int | None = None
 
     def reads(self, context: CycleContext) -> dict[str, Any]:
         """Its files."""
