@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from chains import POOL, SEED, chain, contents, data, fitting, lines, of, writing
+from chains import POOL, SEED, chain, contents, data, fitting, lines, of, score, scores, writing
 
 from lightning_interp.core.storage.manifest import RunManifest
 from lightning_interp.cycles import Evaluate, Filter, Generate, Merge
@@ -223,10 +224,14 @@ def test_a_full_disk_is_said_and_the_same_call_goes_on(whole, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_one_writes(tmp_path):
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
     both = {"accelerator": "cpu", "devices": 2, "strategy": "ddp_fork"}
-    told = fast(tmp_path / "chain", cycles=2, trainer=both).run()
+    told = chain(tmp_path / "chain", cycles=2, trainer=both).run()
     assert [one["counts"]["fit-sft"]["steps"] for one in told["cycles"]] == [1, 1]
     assert len({*of(told, "adapter"), *of(told, "init_adapter")}) == 3
-    assert fast(tmp_path / "chain", cycles=2, trainer=both).run() == told
-    assert of(fast(tmp_path / "again", cycles=2, trainer=both).run(), "digest") == of(told, "digest")
+    assert chain(tmp_path / "chain", cycles=2, trainer=both).run() == told
+    assert of(chain(tmp_path / "again", cycles=2, trainer=both).run(), "digest") == of(told, "digest")
+    large = fitting(batch_size=4)
+    phases = [writing(), large, Evaluate(evaluate=score)]
+    alone = chain(tmp_path / "alone", cycles=2, first=[replace(large, data=SEED, n=4)], phases=phases).run()
+    assert scores(told) == pytest.approx(scores(alone), rel=1e-5)
