@@ -49,7 +49,8 @@ def train_adapters_together(
     """Train adapters of any rank, target and rate in common passes over one frozen base.
 
     Each is what :class:`CausalLM` and a Trainer of its own would make of it with the same seed and batches, but for
-    rounding (and, on a GPU, for other dropout of the same rate). A pass has one batch of each adapter that is still
+    rounding, and for other dropout of the same rate on a GPU and on an adapted output head, which sees other columns in
+    a common pass than in one of its own. A pass has one batch of each adapter that is still
     trained. An adapter whose loss or gradient is not finite leaves the others as they are. A killed run goes on at its
     checkpoint when it is started again with the same cells and ``out``.
 

@@ -19,10 +19,12 @@ from lightning_interp.core.storage.manifest import RunManifest
 from lightning_interp.core.storage.manifest_file import read_manifest
 from lightning_interp.core.storage.sweep_cells import cell_key, cell_status, value_text
 from lightning_interp.errors import ManifestError, RecipeError
+from lightning_interp.running import launching
 from lightning_interp.running import sweep as sweeps
 from lightning_interp.running.asked import allowed_source
+from lightning_interp.running.launching import run_cell
 from lightning_interp.running.results import read_run, read_table
-from lightning_interp.running.sweep import asked_sweep, run_cell
+from lightning_interp.running.sweep import asked_sweep
 from lightning_interp.running.sweep_grid import cells_of, chosen_cells, read_grid, split_values
 from lightning_interp.running.sweep_results import CellRow, chosen_metrics, flattened, metric_figure
 
@@ -218,7 +220,8 @@ def test_a_cell_that_fails_before_its_folder_is_there_is_written_down_too(power,
 
 def test_the_time_is_up_between_cells(power, capsys, monkeypatch):
     clock = itertools.count(0, 20)
-    monkeypatch.setattr(sweeps, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    for module in (sweeps, launching):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     assert main(["sweep", power, "--grid=base=1,2,3", "--max-hours=0.02"]) == 3
     said = capsys.readouterr()
     assert "the time is up with 2 of 3 cells left; the same command goes on" in said.err
