@@ -1,8 +1,8 @@
 """Generation cycles: each model is trained on what the model before it wrote. Does a trait grow, hold or fade?
 
-Chains of models (``loop``, ``phases``, ``chain_rows``, ``chain_settings``), what is asked of each (``evaluation``,
-``callback``), how much seed gives a trait (``calibration``), what became of it (``trajectory``, ``chain_report``), and
-a model of one parameter that says what to expect (``one_parameter``).
+Chains of models (``loop``, ``writing``, ``phases``, ``chain_rows``, ``chain_settings``), what is asked of each
+(``evaluation``, ``callback``), what became of a trait (``trajectory``, ``chain_report``), and a model of one parameter
+that says what to expect (``one_parameter``). How much seed gives a trait is searched by ``core.measure.dose_search``.
 
 After Roe et al. 2026, "Iterative Finetuning is Mostly Idempotent", arXiv 2605.01130.
 """

@@ -1,12 +1,12 @@
+from lightning_interp.core.measure.dose_search import Calibration as Calibration
+from lightning_interp.core.measure.dose_search import calibrate_dose as calibrate_dose
+from lightning_interp.core.measure.dose_search import dose_grid as dose_grid
 from lightning_interp.core.measure.series import Gain as Gain
 from lightning_interp.core.measure.series import gain as gain
 from lightning_interp.core.measure.series import noise_ratio as noise_ratio
 from lightning_interp.core.measure.series import prefix_slope as prefix_slope
 from lightning_interp.core.measure.series import retention as retention
 from lightning_interp.core.measure.series import slope as slope
-from lightning_interp.cycles.calibration import Calibration as Calibration
-from lightning_interp.cycles.calibration import calibrate_dose as calibrate_dose
-from lightning_interp.cycles.calibration import dose_grid as dose_grid
 from lightning_interp.cycles.callback import BasePerplexityCallback as BasePerplexityCallback
 from lightning_interp.cycles.callback import CoherenceCallback as CoherenceCallback
 from lightning_interp.cycles.callback import LineageCallback as LineageCallback
@@ -27,7 +27,6 @@ from lightning_interp.cycles.phases import Evaluate as Evaluate
 from lightning_interp.cycles.phases import FitDocuments as FitDocuments
 from lightning_interp.cycles.phases import FitDPO as FitDPO
 from lightning_interp.cycles.phases import FitSFT as FitSFT
-from lightning_interp.cycles.phases import Generate as Generate
 from lightning_interp.cycles.phases import Merge as Merge
 from lightning_interp.cycles.phases import Mix as Mix
 from lightning_interp.cycles.phases import Take as Take
@@ -39,4 +38,5 @@ from lightning_interp.cycles.trajectory import chain_numbers as chain_numbers
 from lightning_interp.cycles.trajectory import chain_trajectory as chain_trajectory
 from lightning_interp.cycles.trajectory import late_change as late_change
 from lightning_interp.cycles.trajectory import paired_difference as paired_difference
+from lightning_interp.cycles.writing import Generate as Generate
 from lightning_interp.models.data.prompt_pool import prompt_slices as prompt_slices

@@ -41,7 +41,8 @@ from lightning_interp.cycles.chain_settings import (
     plain_value,
     shown,
 )
-from lightning_interp.cycles.phases import Evaluate, FitDPO, FitSFT, Generate, Mix, Seed
+from lightning_interp.cycles.phases import Evaluate, FitDPO, FitSFT, Mix
+from lightning_interp.cycles.writing import Generate, Seed
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.generation.hygiene import normalised
 from lightning_interp.generation.requests import TextGenerator

@@ -1,1 +1,1 @@
-"""Random choices by key, looks that disturb nothing, sums over processes, and estimates with their intervals."""
+"""Random choices by key, looks that disturb nothing, sums over processes, estimates, their intervals, and searches."""
