@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -157,6 +157,7 @@ class ChainReport:
         level: Confidence level.
         seed: Of bootstraps.
         resamples: Of bootstraps.
+        possible: Controls that could have been run, of which those that were not are named; all if None.
 
     Example:
         >>> def evaluated(score):
@@ -173,6 +174,7 @@ class ChainReport:
     level: float = 0.95
     seed: int = 0
     resamples: int = 2000
+    possible: Collection[str] | None = None
 
     @cached_property
     def arms(self) -> dict[str, Arm]:
@@ -252,7 +254,8 @@ class ChainReport:
         every = [each for chain in self.chains for each in chain.checkpoints]
         missing = sum(each.scores.size - each.responses for each in every)
         done = {chain.control for chain in self.chains}
-        absent = [text for name, text in _CONTROLS.items() if name not in done]
+        possible = _CONTROLS if self.possible is None else self.possible
+        absent = [text for name, text in _CONTROLS.items() if name in possible and name not in done]
         if all(chain.again is None for chain in self.chains):
             absent.append("a second evaluation of the same model")
         said = [

@@ -157,6 +157,10 @@ class TestSeveral:
         assert "Controls that were not run: a chain without a seed, data written by the base, chosen" in said
         assert "a second evaluation of the same model" in said
 
+    def test_caveats_name_no_control_that_could_not_be_run(self):
+        said = " ".join(ChainReport([chain("a", RISING)], resamples=20, possible=["no seed"]).caveats())
+        assert "Controls that were not run: a chain without a seed, a second evaluation of the same model." in said
+
     def test_chains_of_other_lengths_are_compared_where_all_are(self):
         report = ChainReport([chain("a", RISING), chain("a", RISING[:4], name="1")], resamples=20)
         arm = report.arms["a"]
