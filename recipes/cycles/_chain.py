@@ -218,7 +218,8 @@ class ChainRecipe(Recipe):
         def score(dose: int) -> Estimate:
             told = self.first_chain(dose, 0).run(run.manifest, key=f"start-{dose:03d}", bar=run.progress)
             found = told["cycles"][0]["evaluation"]["evaluate"]["score"]
-            return Estimate(**{name: math.nan if value is None else value for name, value in found.items()})
+            known: dict[str, Any] = {name: math.nan if value is None else value for name, value in found.items()}
+            return Estimate(**known)
 
         grid = dose_grid(self.seed_fit().batch_size, min(self.largest_seed, self.material.rows))
         found = calibrate_dose(score, grid, thresholds=[self.target])
@@ -260,7 +261,7 @@ class ChainRecipe(Recipe):
 
     def needs_seed(self, arm: Condition) -> bool:
         """Whether later cycles read rows of the seed."""
-        return arm.chain.get("data_rule", self.data_rule) != "replace"
+        return bool(arm.chain.get("data_rule", self.data_rule) != "replace")
 
     def generate(self) -> Any:
         """How a cycle's rows are written."""

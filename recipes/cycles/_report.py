@@ -77,6 +77,8 @@ def result(recipe: ChainRecipe, run: RunFolder, found: Found) -> RecipeResult:
 
 
 _TERMS = {
+    "SFT": "finetuning on own answers",
+    "reinit, continual": "each cycle starts at the base with a new adapter, or at the weights of the last one",
     "0, 1, ..., last": "score after that cycle; in the table of scores coherence and distinct_2 are those of the last",
     "dose": "rows of the seed that cycle 0 learns",
     "base": "the untouched model; its score is the dashed line",
