@@ -144,6 +144,10 @@ class ChainRecipe(Recipe):
         """Figures before those of every chain, and their captions."""
         return {}, {}
 
+    def own_findings(self, report: Any) -> list[str]:
+        """Sentences before those of every chain."""
+        return []
+
     def own_caveats(self) -> list[str]:
         """What must be said beside what holds for all."""
         return []
@@ -154,7 +158,7 @@ class ChainRecipe(Recipe):
 
         found = Found(*self.dose(run))
         for number in range(self.chains):
-            found.starts[number] = self.start(run, found.dose, number)
+            found.starts[number] = self.first_cycle(run, found.dose, number)
             start = adapter_of(found.starts[number])
             for arm in self.arms():
                 chain = self.chain(arm, number, found.dose, start if arm.seeded else None)
@@ -225,7 +229,7 @@ class ChainRecipe(Recipe):
         found = calibrate_dose(score, grid, thresholds=[self.target])
         return found.doses[self.target], found
 
-    def start(self, run: RunFolder, dose: int, number: int) -> dict[str, Any]:
+    def first_cycle(self, run: RunFolder, dose: int, number: int) -> dict[str, Any]:
         """Cycle 0, which the search for the dose has trained, or which a chain trains by its own seed."""
         own = number if not self.shared_start else 0
         key = f"start-{dose:03d}" + (f"-{own}" if own else "")
@@ -321,3 +325,8 @@ class ChainRecipe(Recipe):
 def adapter_of(cycle: Mapping[str, Any]) -> Path:
     """The adapter's file of a finished cycle that was trained."""
     return next(Path(cycle["folder"]).glob("phases/fit-*/adapter.safetensors"))
+
+
+def trained_with(fit: Any, lr: float, **changes: Any) -> Any:
+    """A training with another learning rate, and other settings."""
+    return replace(fit, optimisation=replace(fit.optimisation, lr=lr), **changes)

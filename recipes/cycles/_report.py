@@ -68,7 +68,7 @@ def result(recipe: ChainRecipe, run: RunFolder, found: Found) -> RecipeResult:
         figures=own | report.figures(title),
         artifacts={"first model": Path(found.starts[0]["folder"])},
         question=recipe.question(),
-        findings=[*_dose_sentences(recipe, found), *report.findings()],
+        findings=[*_dose_sentences(recipe, found), *recipe.own_findings(report), *report.findings()],
         captions=captions | report.captions(),
         terms={**TERMS, **_TERMS, **recipe.own_terms},
         caveats=[*caveats(recipe, found), *report.caveats()],
@@ -83,6 +83,7 @@ _TERMS = {
     "dose": "rows of the seed that cycle 0 learns",
     "base": "the untouched model; its score is the dashed line",
     "perplexity": "of replies under the base",
+    "loss and what stands behind it": "in the table of training: of a cycle's last batch, before its step",
     "asked, rows, dropped": "of a cycle: prompts that were asked, texts that were kept, and why others were not",
     "cut": "share of a cycle's texts that ran into the limit of tokens; they are learned without an end",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ._chain import ChainRecipe
+from ._chain import ChainRecipe, trained_with
 
 
 @dataclass(kw_only=True)
@@ -28,10 +28,6 @@ class FinetunedCycles(ChainRecipe):
 
     def fit(self, **changes: Any) -> Any:
         """Finetuning on answers."""
-        from dataclasses import replace
-
         from lightning_interp.cycles import FitSFT
 
-        own = FitSFT()
-        how = {"optimisation": replace(own.optimisation, lr=self.lr), "epochs": self.epochs, **changes}
-        return replace(own, batch_size=self.batch_size, **how)
+        return trained_with(FitSFT(), self.lr, epochs=self.epochs, batch_size=self.batch_size, **changes)
