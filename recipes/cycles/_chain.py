@@ -247,21 +247,15 @@ class ChainRecipe(Recipe):
     def chain(self, arm: Condition, number: int, dose: int, start: Path | None) -> Any:
         """A chain of an arm that begins at an adapter; at the base with no seed, if there is none."""
         from lightning_interp.cycles import Evaluate, Take
-        from lightning_interp.cycles.phases import Seed
 
         evaluate = Evaluate(evaluate=self._evaluated)
-        first: list[Any] = [self.seed_fit(data=self.material.seed, n=0)]
+        first = self.seed_fit(data=self.material.seed, n=0)
         if start is not None:
-            given = {"data": self.material.seed, "n": dose, "documents": self.documents}
-            first = [*([Seed(**given, **self.pairs)] if self.needs_seed(arm) else []), Take(adapter=start)]
+            seed = {"data": self.material.seed, "n": dose} if self.needs_seed(arm) else {}
+            first = Take(adapter=start, **seed)
         how = {"data_rule": self.data_rule, "real_fraction": self.real_fraction} | dict(arm.chain)
         phases = [self.generate(), self.fit(**arm.fit), evaluate]
-        return self._cycles(number, cycles=self.cycles, first=[*first, evaluate], phases=phases, **how)
-
-    @property
-    def pairs(self) -> dict[str, Any]:
-        """What makes rows of the seed pairs, where cycles learn pairs."""
-        return {}
+        return self._cycles(number, cycles=self.cycles, first=[first, evaluate], phases=phases, **how)
 
     def needs_seed(self, arm: Condition) -> bool:
         """Whether later cycles read rows of the seed."""

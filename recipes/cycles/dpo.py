@@ -62,9 +62,3 @@ class PreferredCycles(ChainRecipe):
         from lightning_interp.cycles import FitSFT
 
         return self.fit(**changes) if self.start == "dpo" else trained_with(FitSFT(), self.seed_lr, **changes)
-
-    @property
-    def pairs(self) -> dict[str, Any]:
-        """Rows of the seed are chosen, what the base says to their prompts rejected."""
-        sampling = {"temperature": self.temperature, "max_new_tokens": self.max_new_tokens}
-        return {"rejected_from": "base", **sampling}
