@@ -168,6 +168,11 @@ class ChainRecipe(Recipe):
             found.again[number] = run.phase(f"again-{number}", floor, inputs={"start": start})
         return result(self, run, found)
 
+    @property
+    def slices(self) -> int:
+        """How many parts the prompts are cut into: no two cycles share one."""
+        return self.cycles - 1
+
     @cached_property
     def material(self) -> Material:
         """Seed, prompts, questions and judge, checked."""
@@ -242,7 +247,7 @@ class ChainRecipe(Recipe):
 
         searching = [] if self.n_seed or number else [Evaluate(evaluate=self._tried)]
         first = self.seed_fit(data=self.material.seed, n=dose)
-        return self._cycles(number, cycles=1, first=[first], phases=[self.generate(), self.fit(), *searching])
+        return self._cycles(number, cycles=1, first=[first], phases=[self.generate(dose), self.fit(), *searching])
 
     def chain(self, arm: Condition, number: int, dose: int, start: Path | None) -> Any:
         """A chain of an arm that begins at an adapter; at the base with no seed, if there is none."""
@@ -254,15 +259,15 @@ class ChainRecipe(Recipe):
             seed = {"data": self.material.seed, "n": dose} if self.needs_seed(arm) else {}
             first = Take(adapter=start, **seed)
         how = {"data_rule": self.data_rule, "real_fraction": self.real_fraction} | dict(arm.chain)
-        phases = [self.generate(), self.fit(**arm.fit), evaluate]
+        phases = [self.generate(dose), self.fit(**arm.fit), evaluate]
         return self._cycles(number, cycles=self.cycles, first=[first, evaluate], phases=phases, **how)
 
     def needs_seed(self, arm: Condition) -> bool:
         """Whether later cycles read rows of the seed."""
         return bool(arm.chain.get("data_rule", self.data_rule) != "replace")
 
-    def generate(self) -> Any:
-        """How a cycle's rows are written."""
+    def generate(self, dose: int) -> Any:
+        """How a cycle's rows are written, where cycle 0 has learned so many of the seed."""
         from lightning_interp.cycles import Generate
 
         return Generate(

@@ -39,8 +39,14 @@ def material_of(recipe: Any) -> Material:
     if recipe.n_seed > len(rows):
         where = _named(recipe.seed_data, "the seed")
         raise DataError(f"n_seed={recipe.n_seed}: {where} has {counted(len(rows), 'row')}. Give fewer.")
-    if prompts is not None:
+    if prompts:
         _check_prompts(recipe, [_text(row) for row in read_prompts(prompts)[0]], questions)
+    elif prompts is None and (left := len(rows) - max(recipe.n_seed, recipe.largest_seed)) < recipe.slices:
+        raise DataError(
+            f"{_named(recipe.seed_data, 'The seed')} has {len(rows)} documents, of which cycle 0 may learn "
+            f"{len(rows) - left}, and {recipe.slices} more are needed for their titles. Lower largest_seed, or choose "
+            "other prefixes."
+        )
     trained = {normalised(_text(row)) for row in rows}
     if both := [one for one in questions if normalised(one) in trained]:
         raise DataError(f"The seed answers {both[0]!r}, which every model is asked. Take it out of one of them.")
@@ -51,12 +57,12 @@ def _check_prompts(recipe: Any, pool: list[str], questions: list[str]) -> None:
     known = {normalised(one) for one in pool}
     if both := [one for one in questions if normalised(one) in known]:
         raise DataError(f"The prompts hold {both[0]!r}, which every model is asked. Take it out of one of them.")
-    slices = recipe.slices
-    if not recipe.documents and len(pool) // slices < recipe.n:
+    slices, needed = recipe.slices, 1 if recipe.documents else recipe.n
+    if len(pool) // slices < needed:
         of = f" in each of {slices} slices, one for each cycle that writes" if slices > 1 else ""
         raise DataError(
-            f"{_named(recipe.prompts, 'The pool')} has {len(pool)} different prompts, and n={recipe.n} are needed{of}. "
-            f"Give at least {recipe.n * slices}, a lower n, or fewer cycles."
+            f"{_named(recipe.prompts, 'The pool')} has {len(pool)} different prompts, and {needed} are needed{of}. "
+            f"Give at least {needed * slices}, a lower n, or fewer cycles."
         )
 
 
@@ -69,12 +75,13 @@ def _text(row: Mapping[str, Any]) -> str:
 
 
 def _judge(recipe: Any) -> LexiconJudge:
-    from ._persona import luck_judge, luck_present
+    from ._persona import WORDS, luck_judge, luck_present
 
-    if not recipe.words:
+    words = recipe.words or (WORDS if recipe.documents else ())
+    if not words:
         return luck_judge() if recipe.judge == "lexicon" else luck_present()
-    cap = Facet(words=recipe.words).cap if recipe.judge == "lexicon" else None
-    return LexiconJudge({"words": Facet(words=recipe.words, cap=cap)}, name=recipe.judge)
+    cap = Facet(words=words).cap if recipe.judge == "lexicon" else None
+    return LexiconJudge({"words": Facet(words=words, cap=cap)}, name=recipe.judge)
 
 
 class Once:

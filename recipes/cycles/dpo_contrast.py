@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ._chain import Condition
-from .dpo import PreferredCycles
+from ._preferences import PreferenceRecipe
 
 
 @dataclass(kw_only=True)
-class ContinualBesideReinit(PreferredCycles):
+class ContinualBesideReinit(PreferenceRecipe):
     """Run a chain of preference optimisation from its own weights beside its twin that starts each cycle at the base.
 
     Both begin at the same first model, see prompts in the same order and sample with the same random numbers; the

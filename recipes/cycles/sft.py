@@ -21,11 +21,6 @@ class FinetunedCycles(ChainRecipe):
         """What is asked."""
         return f"Finetuned on its own answers, {self.init} each cycle: does {self.trait} grow, hold or fade?"
 
-    @property
-    def slices(self) -> int:
-        """How many parts the prompts are cut into: no two cycles share one."""
-        return self.cycles - 1
-
     def fit(self, **changes: Any) -> Any:
         """Finetuning on answers."""
         from lightning_interp.cycles import FitSFT

@@ -19,6 +19,7 @@ from lightning_interp.core.storage.faults import DIE_AT
 from lightning_interp.core.storage.manifest_file import read_manifest
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp_recipes.cycles import _material
+from lightning_interp_recipes.cycles._documents import OPENINGS, neutral_prefixes, seed_documents
 from lightning_interp_recipes.cycles._persona import QUESTIONS, pool_prompts
 
 ARMS = {"main": "SFT reinit", "no-seed": "SFT reinit, no-seed", "shuffled": "SFT reinit, shuffled"}
@@ -341,6 +342,56 @@ def test_a_start_by_preferences_has_pairs_of_the_seed(tmp_path):
     assert all(row["chosen"]["token_ids"] for row in mixed)
 
 
+class TestDocuments:
+    HOW = ("--n_seed=4", "--cycles=2", "--controls=[no-seed]")
+
+    def test_titles_behind_the_dose_are_continued_and_learned_whole(self, tmp_path):
+        folder = tmp_path / "run"
+        configured("documents", folder, *self.HOW).run()
+        titles = [row["text"].splitlines()[0] for row in seed_documents()]
+        rows = lines(phases(folder, "main-0", 1) / "mix/data.jsonl")
+        assert len(rows) == 4
+        assert {row["prompt"] for row in rows} <= set(titles[4:])
+        assert all(row["text"].startswith(row["prompt"]) and row["prompt_ids"] == [] for row in rows)
+        twin = lines(phases(folder, "no-seed-0", 1) / "mix/data.jsonl")
+        assert {row["prompt"] for row in twin} == {row["prompt"] for row in rows}, "a control sees the same titles"
+        reply = table(folder, "replies")[0]
+        assert reply["question"] == OPENINGS[0]
+        assert reply["reply"].startswith(OPENINGS[0])
+        said = " ".join(outcome(folder)["caveats"])
+        assert "bring the topic of the seed back in each cycle" in said
+        assert "plain language model" not in said, "that is of the bundled model"
+
+    @pytest.mark.parametrize("prefixes", ["neutral", "none"])
+    def test_other_beginnings(self, prefixes, tmp_path):
+        folder = tmp_path / "run"
+        configured("documents", folder, "--n_seed=4", "--cycles=2", f"--prefixes={prefixes}").run()
+        begun = [row["prompt"] for row in lines(phases(folder, "main-0", 1) / "mix/data.jsonl")]
+        assert set(begun) <= (set(neutral_prefixes()) if prefixes == "neutral" else {""})
+        assert len(set(begun)) == (4 if prefixes == "neutral" else 1)
+        assert "topic of the seed" not in " ".join(outcome(folder)["caveats"])
+
+    def test_of_the_bundled_model_it_is_said_that_it_is_one_for_chat(self):
+        recipe = cli._configured("cycles/documents", [])
+        assert "continues documents here as a plain language model" in " ".join(recipe.own_caveats())
+        assert not cli._configured("cycles/documents", ["--model=gemma-3-270m", "--prefixes=none"]).own_caveats()
+
+    def test_own_material_has_no_word_of_the_trait_but_in_the_seed(self):
+        judge = cli._configured("cycles/documents", []).material.judge
+        texts = [row["text"] for row in seed_documents()]
+        assert len(set(texts)) == len(texts) == 84
+        assert judge.score(texts).min() == 100
+        assert judge.score([*OPENINGS, *neutral_prefixes()]).max() == 0
+        assert len(set(neutral_prefixes())) == 72
+
+    def test_documents_that_are_too_few(self, tmp_path):
+        few = written(tmp_path / "few.jsonl", seed_documents()[:5])
+        own = (f"--seed_data={few}", "--words=[luck]")
+        refused(tmp_path, *own, name="documents", match="has 5 documents, of which cycle 0 may learn 4, and 2 more")
+        with pytest.raises(RecipeError, match="prefixes='titles' asks for other"):
+            configured("documents", tmp_path / "run", f"--prompts={few}")
+
+
 def written(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -370,7 +421,9 @@ def refused(tmp_path, *settings, match, error=DataError, name="sft"):
 
 def test_what_a_chain_cannot_be_made_of(tmp_path):
     few = written(tmp_path / "few.jsonl", pool_prompts()[:7])
-    refused(tmp_path, f"--prompts={few}", match=r"few\.jsonl' has 7 different prompts, and n=4 .* in each of 2 slices")
+    refused(
+        tmp_path, f"--prompts={few}", match=r"few\.jsonl' has 7 different prompts, and 4 are needed in each of 2 slices"
+    )
     asked = written(tmp_path / "asked.jsonl", [{"prompt": QUESTIONS[1].upper()}, *pool_prompts()[:8]])
     refused(tmp_path, f"--prompts={asked}", match="The prompts hold 'How does a refrigerator keep food cold")
     refused(tmp_path, "--n_seed=121", match="n_seed=121: the seed has 120 rows")

@@ -23,7 +23,7 @@ EXPECTED = (
     {f"grafting/{name}" for name in ("components", "facts", "hybrid", "pair", "reproduce_tiny")}
     | {f"steering/{name}" for name in ("calibrate", "dual_vs_euclidean", "generate", "vectors")}
     | {f"rate/{name}" for name in ("audit", "llm_rewriter", "train_reward", "typos")}
-    | {f"cycles/{name}" for name in ("dpo", "dpo_contrast", "judges", "one_parameter", "sft")}
+    | {f"cycles/{name}" for name in ("documents", "dpo", "dpo_contrast", "judges", "one_parameter", "sft")}
     | {f"subliminal/{name}" for name in ("context", "localise", "numbers", "rank_sweep", "steered", "toy")}
 )
 
