@@ -160,8 +160,8 @@ def caveats(recipe: ChainRecipe, found: Found) -> list[str]:
     """What the numbers may not be used for, beside what the report of chains says."""
     said = ["A smoke run: the numbers mean nothing."] if recipe.smoke else []
     if recipe.source == type(recipe).model:
-        said += ["The model is SmolLM2-135M-Instruct, dequantised 4-bit, and not the original.", *SMALL_STUDY[:2]]
-    said.append(SMALL_STUDY[2])
+        said += ["The model is SmolLM2-135M-Instruct, dequantised 4-bit, and not the original.", SMALL_STUDY[0]]
+    said += [_cut_sentence(recipe, found), SMALL_STUDY[2]]
     said += [] if recipe.seed_data else [SMALL_STUDY[3]]
     first = found.chains[0][2]["cycles"][0]["evaluation"]["evaluate"]["score"]["value"]
     base = found.chains[0][2]["base"]["evaluate"]["score"]["value"]
@@ -173,3 +173,10 @@ def caveats(recipe: ChainRecipe, found: Found) -> list[str]:
         )
     said += found.search.warnings if found.search else ()
     return said + recipe.own_caveats()
+
+
+def _cut_sentence(recipe: ChainRecipe, found: Found) -> str:
+    """How long texts may be, and how many would have been longer."""
+    shares = [row["cut"] for each in found.chains for row in _trained(found, *each) if row["cut"] is not None]
+    share = f"; of those that cycles learned {sum(shares) / len(shares):.0%} would have been longer" if shares else ""
+    return f"Texts have at most {recipe.max_new_tokens} tokens, against up to 1,024 in the paper{share}."
