@@ -47,6 +47,13 @@ def seconds(function: Callable[[], object], device: str) -> float:
     return time.process_time() - begin
 
 
+def product_rate(device: str) -> float:
+    """GFLOP a second (CPU second, or GPU second) of one large product: what floors are told by."""
+    x = torch.randn(256, 1024, device=device), torch.randn(1024, 4096, device=device)
+    torch.mm(*x)
+    return 10 * 2 * 256 * 1024 * 4096 / 1e9 / seconds(lambda: [torch.mm(*x) for _ in range(10)], device)
+
+
 def alternate(functions: Mapping[str, Callable[[], object]], *, device: str, repeats: int) -> dict[str, list[float]]:
     """Run several things in turn, ``repeats`` times after one warm-up, so that all see the same machine."""
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -124,6 +131,14 @@ class PeakMemory:
     def _watch(self) -> None:
         while not self._stop.wait(0.002):
             self.megabytes = max(self.megabytes, _anonymous() - self._base)
+
+    def lap(self) -> float:
+        """The highest since the last lap."""
+        if self.device == "cuda":
+            self.megabytes = torch.cuda.max_memory_allocated() / 2**20 - self._base
+            torch.cuda.reset_peak_memory_stats()
+        found, self.megabytes = self.megabytes, 0.0
+        return found
 
     def __exit__(self, *_: object) -> None:
         if self.device == "cuda":

@@ -22,7 +22,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from _measure import PeakMemory, arguments, compare, finish, row, seconds
+from _measure import PeakMemory, arguments, compare, finish, product_rate, row
 from grafting import build
 from lightning.pytorch.callbacks import Callback
 
@@ -108,10 +108,8 @@ def floor(model: Any, tokens: int, device: str) -> dict[str, float]:
     base = sum(4 * tokens * module.weight.numel() for module in linear) / 1e9  # forward, and the gradient of the input
     sizes = sum(sum(module.weight.shape) for module in linear if module is not head)
     adapter = 6 * tokens * sizes * statistics.mean(RANKS) / 1e9  # its weights have gradients too
-    x = torch.randn(256, 1024, device=device), torch.randn(1024, 4096, device=device)
-    torch.mm(*x)
-    rate = 10 * 2 * 256 * 1024 * 4096 / 1e9 / seconds(lambda: [torch.mm(*x) for _ in range(10)], device)
-    return {"floor_base_gflop": base, "floor_adapter_gflop": adapter, "floor_seconds": (base + adapter) / rate}
+    floor_seconds = (base + adapter) / product_rate(device)
+    return {"floor_base_gflop": base, "floor_adapter_gflop": adapter, "floor_seconds": floor_seconds}
 
 
 def memory(model: Any, tokenizer: Any, size: str, tokens: int, chosen: Any) -> dict[str, Any]:
