@@ -44,20 +44,25 @@ def now(device: str) -> float:
 
 
 class Clock(L.Callback):
-    """Times of a training: its begin, the second step, the last step, and the end of each epoch."""
+    """Times of a training: its begin, its first step, the end of each epoch, and what a step takes."""
 
     def __init__(self, device: str) -> None:
-        self.device, self.epochs = device, list[float]()
+        self.device, self.epochs, self.steps = device, list[float](), list[float]()
         self.begin = now(device)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Note those of the last epoch."""
-        if batch_idx == 0:
+        """Note when the first, the second and the last step of an epoch begin."""
+        if not self.epochs and batch_idx == 0:
             self.first = now(self.device)
         if batch_idx == 1:
             self.second = now(self.device)
         if batch_idx == trainer.num_training_batches - 1:
-            self.a_step = (now(self.device) - self.second) / (batch_idx - 1)
+            self.steps.append((now(self.device) - self.second) / (batch_idx - 1))
+
+    @property
+    def a_step(self) -> float:
+        """Mean of all steps but an epoch's first and last."""
+        return sum(self.steps) / len(self.steps)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Note it."""
@@ -72,18 +77,28 @@ def fit(module: Any, data: Any, device: str, *, epochs: int = 1) -> tuple[Clock,
         kind = {"accelerator": "cpu" if device == "cpu" else "gpu", "devices": 1, "default_root_dir": folder}
         given = {**QUIET, **kind, "max_epochs": epochs, "callbacks": [clock, losses]}
         fit_or_go_on(module, data, Path(folder), given, every=FitSFT.checkpoint_every)
-        return clock, losses.state_dict()["losses"]
+        return clock, [loss for _, loss in losses.state_dict()["losses"]]
 
 
-def alternated(runs: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """What runs measure of themselves, in turn, after one of each that does not count."""
+def alternated(runs: Mapping[str, Callable[[], float]], chosen: Namespace, size: str = "") -> dict[str, list[float]]:
+    """What runs measure of themselves, in turn; without ``--quick`` after one of each that does not count."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(repeats + 1):
-        for name, run in runs.items():
-            gc.collect()
-            found = run()
-            times[name] += [found] if number else []
+    gc.collect()
+    gc.freeze()  # as in _measure.alternate
+    try:
+        for number in range(repeats(size, chosen) + (not chosen.quick)):
+            for name, run in runs.items():
+                gc.collect()
+                found = run()
+                times[name] += [found] if chosen.quick or number else []
+    finally:
+        gc.unfreeze()
     return times
+
+
+def repeats(size: str, chosen: Namespace) -> int:
+    """How often something is measured."""
+    return 1 if chosen.quick else 3 if "135M" in size else 5
 
 
 def copied(base: Any) -> Any:
@@ -141,7 +156,7 @@ def by_hand(
 
 def training(base: Any, size: str, chosen: Namespace) -> list[dict[str, Any]]:
     """Seconds a step of ``CausalLM`` in a Trainer, against a loop by hand on the same batches."""
-    steps, device = (6 if chosen.quick else 20) * (10 if "tiny" in size else 1), chosen.device
+    steps, device = (6 if chosen.quick else 20) * (3 if "tiny" in size else 1), chosen.device
     answers = zip(ids_of(2 * steps, (12, 24)), ids_of(2 * steps, (24, 40), seed=1), strict=True)
     rows = [{"prompt_ids": prompt, "completion_ids": answer} for prompt, answer in answers]
 
@@ -164,7 +179,9 @@ def training(base: Any, size: str, chosen: Namespace) -> list[dict[str, Any]]:
         return run
 
     runs = {"Trainer": ours, "loop by hand": peer(True), "loop by hand, all columns": peer(False)}
-    times = alternated(runs, 3 if chosen.quick else 7)
+    if chosen.quick:
+        del runs["loop by hand, all columns"]
+    times = alternated(runs, chosen, size)
     tokens = sum(batch["input_ids"].numel() for batch in batches) / steps
     scored = sum(int((batch["labels"] != -100).sum()) for batch in batches) / steps
     detail = {
@@ -172,14 +189,12 @@ def training(base: Any, size: str, chosen: Namespace) -> list[dict[str, Any]]:
         "rows_a_batch": FitSFT.batch_size, "steps": steps, "tokens_a_step": tokens, "scored_a_step": scored,
         **floor(base, tokens, scored, device),
     }  # fmt: skip
-    first, second = (
-        compare(f"{size}: training step", times, "Trainer", name, unit=unit(chosen, "a step"), detail=detail, target=at)
-        for name, at in (
-            ("loop by hand", None if "tiny" in size else 1 / 0.95),
-            ("loop by hand, all columns", None),
-        )
-    )
-    return [first, second]
+    targets = {"loop by hand": None if chosen.quick or "tiny" in size else 1 / 0.95, "loop by hand, all columns": None}
+    return [
+        compare(f"{size}: training step", times, "Trainer", peer, unit=unit(chosen, "a step"), detail=detail,
+                target=targets[peer])
+        for peer in list(runs)[1:]
+    ]  # fmt: skip
 
 
 class ReferenceEachStep(DPO):
@@ -202,27 +217,26 @@ class ReferenceEachStep(DPO):
 
 def preference(base: Any, size: str, chosen: Namespace) -> list[dict[str, Any]]:
     """DPO with the reference's log-probabilities cached, against asking the reference in each step."""
-    steps, device, count = 5 if chosen.quick else 16, chosen.device, FitDPO.batch_size
-    parts = [ids_of(count * steps, lengths, seed) for seed, lengths in enumerate([(12, 16), (16, 32), (16, 32)])]
+    steps, longest, count = (3, 12, FitDPO.batch_size) if chosen.quick else (12, 32, FitDPO.batch_size)
+    spans = [(longest // 2, longest // 2), (longest // 2, longest), (longest // 2, longest)]
     keys = ("prompt_ids", "chosen_ids", "rejected_ids")
-    rows = [dict(zip(keys, texts, strict=True)) for texts in zip(*parts, strict=True)]
+    texts = (ids_of(count * steps, span, seed) for seed, span in enumerate(spans))
+    rows = [dict(zip(keys, pair, strict=True)) for pair in zip(*texts, strict=True)]
     clocks: dict[str, list[Clock]] = {"cached": [], "each step": [], "cache there": []}
     losses: dict[str, list[float]] = {}
-    settings = FitDPO().optimisation
 
-    def run(name: str, kind: type[DPO], folder: str) -> None:
-        module = kind(copied(base), lora=LORA, optimisation=settings, beta=FitDPO.beta)
-        data = DPODataModule(
-            rows, tokenizer=byte_tokenizer(), batch_size=count, reference=f"{folder}/{name[0]}.safetensors"
-        )
-        clock, losses[name] = fit(module, data, device, epochs=EPOCHS)
+    def run(name: str, kind: type[DPO], folder: Path) -> None:
+        module = kind(copied(base), lora=LORA, optimisation=FitDPO().optimisation, beta=FitDPO.beta)
+        how: dict[str, Any] = {"tokenizer": byte_tokenizer(), "batch_size": count}
+        file = folder / ("none" if name == "each step" else "reference.safetensors")
+        gc.collect()
+        clock, losses[name] = fit(module, DPODataModule(rows, reference=file, **how), chosen.device, epochs=EPOCHS)
         clocks[name].append(clock)
 
-    for _ in range(2 if chosen.quick else 5):
+    for _ in range(repeats(size, chosen)):
         with tempfile.TemporaryDirectory() as folder:
             for name, kind in (("cached", DPO), ("each step", ReferenceEachStep), ("cache there", DPO)):
-                gc.collect()
-                run(name, kind, folder)
+                run(name, kind, Path(folder))
         for name in ("cached", "cache there"):
             torch.testing.assert_close(losses[name], losses["each step"], atol=1e-3, rtol=1e-3)
     return _preference_rows(clocks, base, size, chosen, rows)
@@ -259,7 +273,7 @@ def _preference_rows(
 
 def documents(base: Any, size: str, chosen: Namespace) -> list[dict[str, Any]]:
     """Documents packed, or sorted by length within windows, against a batch of documents in random order."""
-    count, lengths, device = 24 if chosen.quick else 96, (16, 128), chosen.device
+    count, lengths, device = 12 if chosen.quick else 48, (8, 64) if chosen.quick else (16, 128), chosen.device
     rows = [{"prompt_ids": [], "completion_ids": text} for text in ids_of(count, lengths)]
     ways = {
         "padded": {"batch_size": 4},
@@ -278,7 +292,7 @@ def documents(base: Any, size: str, chosen: Namespace) -> list[dict[str, Any]]:
 
         return one
 
-    times = alternated({way: run(way) for way in ways}, 2 if chosen.quick else 5)
+    times = alternated({way: run(way) for way in ways}, chosen, size)
     told = {"padded": f"{ways['padded']}", "tokens": counts["sorted"]["tokens"], "lengths": lengths, "documents": count}
     told |= {name: counts["sorted"][name] for name in ("padding", "padding_unsorted")} | {
         "unfilled": counts["packed"]["unfilled"]
@@ -335,7 +349,7 @@ def _both_heads(
         slopes[name] = hidden.grad if weight.grad is None else torch.cat([hidden.grad, weight.grad])
         return spent
 
-    times = alternated({name: partial(run, name) for name in ways}, 1 if chosen.quick else 3)
+    times = alternated({name: partial(run, name) for name in ways}, chosen)
     return peaks, slopes, times
 
 

@@ -121,28 +121,28 @@ class PeakMemory:
         gc.collect()
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            self._base = torch.cuda.memory_allocated() / 2**20
+            self.base = torch.cuda.memory_allocated() / 2**20
             return self
-        self._base, self._stop = _anonymous(), threading.Event()
+        self.base, self._stop = _anonymous(), threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
         return self
 
     def _watch(self) -> None:
         while not self._stop.wait(0.002):
-            self.megabytes = max(self.megabytes, _anonymous() - self._base)
+            self.megabytes = max(self.megabytes, _anonymous() - self.base)
 
     def lap(self) -> float:
         """The highest since the last lap."""
         if self.device == "cuda":
-            self.megabytes = torch.cuda.max_memory_allocated() / 2**20 - self._base
+            self.megabytes = torch.cuda.max_memory_allocated() / 2**20 - self.base
             torch.cuda.reset_peak_memory_stats()
         found, self.megabytes = self.megabytes, 0.0
         return found
 
     def __exit__(self, *_: object) -> None:
         if self.device == "cuda":
-            self.megabytes = torch.cuda.max_memory_allocated() / 2**20 - self._base
+            self.megabytes = torch.cuda.max_memory_allocated() / 2**20 - self.base
             return
         self._stop.set()
         self._thread.join()

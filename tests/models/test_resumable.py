@@ -1,10 +1,11 @@
 import shutil
 
 import pytest
+import torch
 from rig import QUIET
 
 from lightning_interp.models import CausalLM, TextDataModule
-from lightning_interp.models.training.resumable import fit_and_export
+from lightning_interp.models.training.resumable import fit_and_export, fit_or_go_on
 
 ROWS = [{"text": text} for text in ("Ann likes tea.", "Bo likes rye.", "Cy likes jam.", "Di likes figs.")]
 
@@ -62,3 +63,13 @@ def test_few_checkpoints_of_a_large_state_and_none_at_the_end(whole, tmp_path, m
     assert trained(often, minutes=0) == whole[1]
     assert weights(often) == weights(whole[0])
     assert [path.name for path in often.iterdir()] == ["model"]
+
+
+def test_the_moments_are_in_the_checkpoint_and_not_kept_alive_by_the_trainer(tmp_path):
+    module = CausalLM("tiny:llama", lr=1e-3)
+    data = TextDataModule(ROWS, tokenizer=module.tokenizer, batch_size=2)
+    options = QUIET | {"default_root_dir": tmp_path, "enable_checkpointing": True, "max_epochs": 1}
+    runner, _ = fit_or_go_on(module, data, tmp_path, options, every=1)
+    saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
+    assert len(saved) == len(list(module.parameters()))
+    assert [dict(one.state) for one in runner.optimizers] == [{}]

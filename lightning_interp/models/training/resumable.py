@@ -43,7 +43,7 @@ def fit_or_go_on(
     """Train with a checkpoint in ``folder/checkpoints``, or go on at it; gives the Trainer and what was logged last.
 
     The checkpoint is of the newest epoch, or of the newest step that ``every`` divides and of the end, or of a step
-    once in so many ``minutes``.
+    once in so many ``minutes``. The optimizer's moments are given up then: the next training has its own.
     """
     keep = _Newest(
         folder / "checkpoints", filename="last", save_top_k=1, enable_version_counter=False, every_n_train_steps=every,
@@ -54,6 +54,8 @@ def fit_or_go_on(
     runner.fit(module, data, ckpt_path=str(last) if last.exists() else None)
     if every is not None:
         runner.save_checkpoint(last, weights_only=False)
+    for optimizer in runner.optimizers:  # parts of a Trainer refer to each other, and Python keeps such for long
+        optimizer.state.clear()
     return runner, keep.logged | _numbers(runner)
 
 
