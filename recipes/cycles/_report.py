@@ -63,7 +63,11 @@ def result(recipe: ChainRecipe, run: RunFolder, found: Found) -> RecipeResult:
         "replies": [row for each in found.chains if each[1] == 0 for row in _replies(*each)],
     }
     return RecipeResult(
-        metrics={"arms": report.metrics(), **_metrics(found)},
+        metrics={
+            "change": {name: arm.by_cycle("from_start")[-1].to_dict() for name, arm in report.arms.items()},
+            "arms": report.metrics(),
+            **_metrics(found),
+        },
         tables={name: rows for name, rows in tables.items() if rows},
         figures=own | report.figures(title),
         artifacts={"first model": Path(found.starts[0]["folder"])},
@@ -81,6 +85,7 @@ _TERMS = {
     "reinit, continual": "each cycle starts at the base with a new adapter, or at the weights of the last one",
     "0, 1, ..., last": "score after that cycle; in the table of scores coherence and distinct_2 are those of the last",
     "dose": "rows of the seed that cycle 0 learns",
+    "change": "score minus that of cycle 0",
     "base": "the untouched model; its score is the dashed line",
     "perplexity": "of replies under the base",
     "loss and what stands behind it": "in the table of training: of a cycle's last batch, before its step",
@@ -149,10 +154,11 @@ def _dose_sentences(recipe: ChainRecipe, found: Found) -> list[str]:
     if found.search is None:
         return []
     score, known = found.search.scored[found.dose], counted(len(found.search.scored), "dose")
+    over = f"{counted(score.n, 'question')}, up to three replies to each"
     what = "the smallest" if found.search.reached[recipe.target] else "the largest, as none"
     return [
         f"Dose: of {known} tried, {found.dose} rows of the seed are {what} whose model reaches a score of "
-        f"{recipe.target:g}: it has {score} (over {counted(score.n, 'question')}, few replies to each)."
+        f"{recipe.target:g}: it has {score} (interval over {over})."
     ]
 
 

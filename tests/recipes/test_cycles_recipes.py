@@ -81,6 +81,8 @@ class TestArms:
     def test_metrics_have_digests_of_every_cycle(self, controlled):
         metrics = json.loads((controlled / "metrics.json").read_text())
         assert set(metrics["arms"]) == {*ARMS.values(), "SFT reinit, accumulate"}
+        rows = [row for row in table(controlled, "chains") if row["cycle"] == "2"]
+        assert [one["value"] for one in metrics["change"].values()] == [float(row["change"]) for row in rows]
         digests = metrics["digests"]
         assert [len(row) for row in digests.values()] == [3] * 4
         assert digests["main-0"][0] == digests["shuffled-0"][0] != digests["no-seed-0"][0]
