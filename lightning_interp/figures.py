@@ -16,6 +16,7 @@ __all__ = [
     "ORANGE",
     "band",
     "bars",
+    "dash",
     "heat_map",
     "in_house_style",
     "label",
@@ -102,9 +103,13 @@ def panels(
     return figure, axes[:count]
 
 
-def label(axis: Any, across: str = "", up: str = "", *, title: str = "", zero: bool = False) -> None:
-    """Name what a panel shows below it, beside it and above it, and draw a line at zero."""
+def label(
+    axis: Any, across: str = "", up: str = "", *, title: str = "", zero: bool = False, whole: bool = False
+) -> None:
+    """Name what a panel shows below it, beside it and above it, draw a line at zero, and tick whole numbers below."""
     axis.set(xlabel=across, ylabel=up, title=title)
+    if whole:
+        axis.xaxis.get_major_locator().set_params(integer=True)
     if zero:
         axis.axhline(0, color=INK, linewidth=0.8)
 
@@ -124,6 +129,11 @@ def band(axis: Any, x: Sequence[float], found: Sequence[Interval], colour: str, 
     low = [e.value if math.isnan(e.low) else e.low for e in found]
     high = [e.value if math.isnan(e.high) else e.high for e in found]
     axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def dash(axis: Any, height: float, name: str = "", colour: str = GREY) -> None:
+    """Draw a dashed line across a panel, for what others are compared with."""
+    axis.axhline(height, color=colour, linestyle="--", linewidth=0.9, label=name or None)
 
 
 def bars(

@@ -3,6 +3,7 @@ from lightning_interp.core.measure.dose_search import calibrate_dose as calibrat
 from lightning_interp.core.measure.dose_search import dose_grid as dose_grid
 from lightning_interp.core.measure.series import Gain as Gain
 from lightning_interp.core.measure.series import gain as gain
+from lightning_interp.core.measure.series import late_change as late_change
 from lightning_interp.core.measure.series import noise_ratio as noise_ratio
 from lightning_interp.core.measure.series import prefix_slope as prefix_slope
 from lightning_interp.core.measure.series import retention as retention
@@ -36,7 +37,6 @@ from lightning_interp.cycles.trajectory import Checkpoint as Checkpoint
 from lightning_interp.cycles.trajectory import Verdict as Verdict
 from lightning_interp.cycles.trajectory import chain_numbers as chain_numbers
 from lightning_interp.cycles.trajectory import chain_trajectory as chain_trajectory
-from lightning_interp.cycles.trajectory import late_change as late_change
 from lightning_interp.cycles.trajectory import paired_difference as paired_difference
 from lightning_interp.cycles.writing import Generate as Generate
 from lightning_interp.models.data.prompt_pool import prompt_slices as prompt_slices

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lightning_interp.core.measure.series import gain
-from lightning_interp.core.measure.statistics import Estimate, counted, t_interval
+from lightning_interp.core.measure.statistics import Estimate, columns, counted, direction, listed, t_interval, text_of
 from lightning_interp.cycles.trajectory import (
     THRESHOLD,
     Chain,
@@ -27,7 +27,7 @@ from lightning_interp.cycles.trajectory import (
     coherent_above,
     paired_difference,
 )
-from lightning_interp.figures import BLUE, COLOURS, GREY, INK, ORANGE, band, in_house_style, label, legend_below, panels
+from lightning_interp.figures import BLUE, COLOURS, INK, ORANGE, band, dash, in_house_style, label, legend_below, panels
 
 __all__ = ["Arm", "ChainReport", "coherence_figure", "cycles_figure"]
 
@@ -104,9 +104,8 @@ class Arm:
         known = [one for one in alone if one is not None]
         if len(known) < len(alone) or len(known) == 1:
             return known[0] if len(alone) == 1 and known else None
-        highest, mean = (
-            t_interval([getattr(one, x).value for one in known], level=self.level) for x in ("highest", "mean")
-        )
+        late = [[getattr(one, x).value for one in known] for x in ("highest", "mean")]
+        highest, mean = (t_interval(values, level=self.level) for values in late)
         above = self.number("coherence_above_base")
         return Verdict(
             anchor, highest, mean, known[0].threshold, coherent_above(above), known[0].questions,
@@ -125,25 +124,18 @@ class Arm:
             verdict = self.verdict(anchor)
             each = Counter(one.name for found in self.found if (one := found.verdicts[anchor]) is not None)
             row |= {
-                f"class_{anchor}": None if verdict is None else verdict.name,
-                f"settled_{anchor}": None if verdict is None else verdict.settled,
+                f"class_{anchor}": verdict and verdict.name, f"settled_{anchor}": verdict and verdict.settled,
                 f"chains_by_class_{anchor}": ", ".join(f"{n} {name}" for name, n in sorted(each.items())) or None,
-                f"amplified_coherently_{anchor}": None if verdict is None else verdict.amplified_coherently,
-            }
-        row |= {name: None if (x := self.number(name)) is None else _shown(x) for name in _NUMBERS}
+                f"amplified_coherently_{anchor}": verdict and verdict.amplified_coherently,
+            }  # fmt: skip
+        row |= {name: text_of(self.number(name)) for name in _NUMBERS}
         noise = [one.noise_ratio for one in self.found]
         return row | {
-            "gain": None if carried is None else _shown(carried.gain),
-            "fixed_point": None if carried is None else carried.fixed_point,
-            "steps": None if carried is None else carried.steps,
+            "gain": text_of(None if carried is None else carried.gain), "fixed_point": carried and carried.fixed_point,
+            "steps": carried and carried.steps,
             "noise_ratio": None if math.isnan(mean := float(np.mean(noise))) else mean,
-            "noise_floor": None if (x := self.over(lambda one: one.floor)) is None else _shown(x),
-        }
-
-
-def _shown(number: Estimate) -> str | None:
-    """A number with its interval; nothing if it is not known."""
-    return None if math.isnan(number.value) else str(number)
+            "noise_floor": text_of(self.over(lambda one: one.floor)),
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +181,10 @@ class ChainReport:
             for name, places in named.items()
         }
 
+    @property
+    def _checkpoints(self) -> list[Checkpoint]:
+        return [each for chain in self.chains for each in chain.checkpoints]
+
     def tables(self) -> dict[str, list[dict[str, Any]]]:
         """``arms``, a row each, and ``chains``, a row a cycle and one for the base."""
         arms = list(self.arms.values())
@@ -229,8 +225,7 @@ class ChainReport:
 
     @property
     def _coherent(self) -> bool:
-        every = [each for chain in self.chains for each in chain.checkpoints]
-        return any(each.coherence is not None or each.distinct_2 is not None for each in every)
+        return any(each.coherence is not None or each.distinct_2 is not None for each in self._checkpoints)
 
     def findings(self) -> list[str]:
         """What was found: direction, size, interval, and what it rests on, first of arms, then of controls."""
@@ -251,8 +246,7 @@ class ChainReport:
         """What these numbers may not be used for."""
         few = [arm.name for arm in self.arms.values() if len(arm.chains) == 1]
         short = [arm.name for arm in self.arms.values() if arm.verdict(1) is None]
-        every = [each for chain in self.chains for each in chain.checkpoints]
-        missing = sum(each.scores.size - each.responses for each in every)
+        missing = sum(each.scores.size - each.responses for each in self._checkpoints)
         done = {chain.control for chain in self.chains}
         possible = _CONTROLS if self.possible is None else self.possible
         absent = [text for name, text in _CONTROLS.items() if name in possible and name not in done]
@@ -264,24 +258,20 @@ class ChainReport:
         ]
         if few:
             said.append(
-                f"One chain of {_listed(few)}: intervals are over questions, and another seed may go elsewhere. The "
+                f"One chain of {listed(few)}: intervals are over questions, and another seed may go elsewhere. The "
                 "unit of a claim about amplification is the chain."
             )
         if short:
-            said.append(f"No class of {_listed(short)}: it needs five cycles, each with a score.")
+            said.append(f"No class of {listed(short)}: it needs five cycles, each with a score.")
         if missing:
-            whole = sum(each.scores.size for each in every)
+            whole = sum(each.scores.size for each in self._checkpoints)
             said.append(
                 f"{missing:,} of {counted(whole, 'response')} have no score and are left out; the table of chains says "
                 "what scores would be if all of these were 0 or 100."
             )
         if absent:
-            said.append(f"Controls that were not run: {_listed(absent)}.")
+            said.append(f"Controls that were not run: {listed(absent)}.")
         return said
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _rows(chain: Chain, found: ChainTrajectory) -> list[dict[str, Any]]:
@@ -289,26 +279,15 @@ def _rows(chain: Chain, found: ChainTrajectory) -> list[dict[str, Any]]:
     about = {"arm": chain.arm, "chain": chain.name, "control": chain.control or None}
     rows = []
     for k, each in enumerate(chain.checkpoints):
-        rows.append(
-            about
-            | {"cycle": k}
-            | _ends("score", found.scores[k])
-            | _counts(each)
-            | _ends("change", found.from_start[k])
-            | _ends("coherence", found.coherence[k] if found.coherence else None)
-            | {"retention": found.retention[k].value if found.retention else None}
-            | {"distinct_2": each.distinct_2, "perplexity": each.perplexity}
-        )
+        coherence = found.coherence[k] if found.coherence else None
+        row = about | {"cycle": k} | columns("score", found.scores[k]) | _counts(each)
+        row |= columns("change", found.from_start[k]) | columns("coherence", coherence)
+        row |= {"retention": found.retention[k].value if found.retention else None}
+        rows.append(row | {"distinct_2": each.distinct_2, "perplexity": each.perplexity})
     if (base := chain.base) is not None:
         more = {"distinct_2": base.distinct_2, "perplexity": base.perplexity}
         rows.append(about | {"cycle": "base", "score": base.score} | _counts(base) | more)
     return rows
-
-
-def _ends(name: str, number: Estimate | None) -> dict[str, float | None]:
-    """A number and its interval as columns."""
-    found = (None,) * 3 if number is None else (number.value, number.low, number.high)
-    return dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
 
 
 def _counts(each: Checkpoint) -> dict[str, Any]:
@@ -322,18 +301,11 @@ def _counts(each: Checkpoint) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _direction(change: Estimate) -> str:
-    """What may be said of a change's sign."""
-    if math.isnan(change.low):
-        return "no interval"
-    return "it rises" if change.low > 0 else "it falls" if change.high < 0 else "its interval has 0 in it"
-
-
 def _arm_sentence(arm: Arm, trait: str) -> str:
     scores, change, verdict = arm.by_cycle("scores"), arm.by_cycle("from_start")[-1], arm.verdict(1)
     said = (
         f"{arm.name}: the score of {trait} goes from {scores[0]} at cycle 0 to {scores[-1]} at cycle {arm.cycles - 1}, "
-        f"a change of {change} points ({_direction(change)}; interval over {arm.unit}; {arm.rests_on})."
+        f"a change of {change} points ({direction(change)}; interval over {arm.unit}; {arm.rests_on})."
     )
     if (steep := arm.number("slope")) is not None and not math.isnan(steep.value):
         said += f" Slope from cycle 1 on: {steep} points a cycle."
@@ -353,7 +325,7 @@ def _control_sentences(control: Arm, arms: Sequence[Arm], report: ChainReport) -
     kind, change = control.chains[0].control, control.by_cycle("from_start")[-1]
     said = [
         f"Control {control.name} ({_CONTROLS[kind]}): the score changes by {change} points from cycle 0 to "
-        f"{control.cycles - 1} ({_direction(change)}; interval over {control.unit}; {control.rests_on})."
+        f"{control.cycles - 1} ({direction(change)}; interval over {control.unit}; {control.rests_on})."
     ]
     for arm in arms:
         if control.chains[0].of in ("", arm.name) and (pair := _paired(arm, control, report)) is not None:
@@ -370,9 +342,8 @@ def _paired(arm: Arm, control: Arm, report: ChainReport) -> tuple[Estimate, int]
     """Last scores of chains minus those of the control's chains of their names; None without a pair."""
     last = min(arm.cycles, control.cycles) - 1
     named: Mapping[str, Chain] = {chain.name: chain for chain in control.chains}
-    pairs = [
-        (chain.checkpoints[last], named[chain.name].checkpoints[last]) for chain in arm.chains if chain.name in named
-    ]
+    shared = [(chain, named[chain.name]) for chain in arm.chains if chain.name in named]
+    pairs = [(one.checkpoints[last], other.checkpoints[last]) for one, other in shared]
     if not pairs:
         return None
     if len(pairs) > 1:
@@ -384,27 +355,24 @@ def _paired(arm: Arm, control: Arm, report: ChainReport) -> tuple[Estimate, int]
 def cycles_figure(arms: Sequence[Arm], *, threshold: float = THRESHOLD, title: str = "") -> Any:
     """Score and coherence against cycle, a panel an arm."""
     columns = min(len(arms), 3)
-    rows = math.ceil(len(arms) / columns)
-    size = (max(4.6, 3.3 * columns), 2.5 * rows + 1.1)
+    size = (max(4.6, 3.3 * columns), 2.5 * math.ceil(len(arms) / columns) + 1.1)
     figure, axes = panels(len(arms), size=size, title=title, columns=columns, sharey=True)
     for arm, axis in zip(arms, axes, strict=True):
-        cycles, scores = range(arm.cycles), arm.by_cycle("scores")
+        cycles, scores, base = range(arm.cycles), arm.by_cycle("scores"), arm.chains[0].base
         for chain in arm.chains if len(arm.chains) > 1 else ():
             axis.plot(chain.scores, color=BLUE, alpha=0.3, linewidth=0.6)
         band(axis, cycles, scores, BLUE, "score")
         if coherence := arm.by_cycle("coherence"):
             band(axis, cycles, coherence, ORANGE, "coherence", marker="s")
-        if (base := arm.chains[0].base) is not None:
-            axis.axhline(base.score, color=BLUE, linestyle="--", linewidth=0.9, label="score of the base")
+        if base is not None:
+            dash(axis, base.score, "score of the base", BLUE)
             if base.coherence is not None and coherence:
-                mean = float(np.nanmean(base.coherence))
-                axis.axhline(mean, color=ORANGE, linestyle="--", linewidth=0.9, label="coherence of the base")
+                dash(axis, float(np.nanmean(base.coherence)), "coherence of the base", ORANGE)
         if arm.cycles > 4:
             name = f"{threshold:g} above cycle 1 (a convention)"
             axis.hlines(scores[1].value + threshold, 4, arm.cycles - 1, colors=INK, linestyles=":", label=name)
         axis.set_ylim(min(-3, axis.get_ylim()[0]), max(103, axis.get_ylim()[1]))
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        label(axis, "cycle", "score", title=arm.name)
+        label(axis, "cycle", "score", title=arm.name, whole=True)
     legend_below(figure, 4)
     return figure
 
@@ -423,10 +391,9 @@ def coherence_figure(arms: Sequence[Arm], *, title: str = "") -> Any:
             right.plot(distinct, color=colour, marker="o", markersize=3, linewidth=0.9, label=arm.name)
     bases = [chain.base for arm in arms for chain in arm.chains if chain.base is not None]
     if bases and bases[0].distinct_2 is not None:
-        right.axhline(bases[0].distinct_2, color=GREY, linestyle="--", linewidth=0.9, label="base")
+        dash(right, bases[0].distinct_2, "base")
     label(left, "score", "coherence")
-    label(right, "cycle", "distinct-2")
+    label(right, "cycle", "distinct-2", whole=True)
     right.set_ylim(-0.03, 1.03)
-    right.xaxis.get_major_locator().set_params(integer=True)
     legend_below(figure, 4)
     return figure

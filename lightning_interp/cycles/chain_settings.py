@@ -29,6 +29,7 @@ __all__ = [
     "Phase",
     "Settings",
     "changed",
+    "numbered",
     "plain_settings",
     "plain_value",
     "shown",
@@ -266,6 +267,15 @@ class Phase:
         """What the next phase sees."""
         left: dict[str, Any] = {name: folder / file for name, file in self.leaves.items()}
         return replace(context, **left)
+
+
+def numbered(phases: Sequence[Phase]) -> dict[str, Phase]:
+    """Phases by name, with a number behind the second of its kind and those after it."""
+    found: dict[str, Phase] = {}
+    for phase in phases:
+        count = sum(other.title == phase.title for other in found.values())
+        found[f"{phase.title}-{count + 1}" if count else phase.title] = phase
+    return found
 
 
 @contextmanager

@@ -37,12 +37,13 @@ from lightning_interp.cycles.chain_settings import (
     CycleFiles,
     Phase,
     changed,
+    numbered,
     plain_settings,
     plain_value,
     shown,
 )
 from lightning_interp.cycles.phases import Evaluate, FitDPO, FitSFT, Mix
-from lightning_interp.cycles.writing import Generate, Seed
+from lightning_interp.cycles.writing import Generate, Seed, filtered
 from lightning_interp.errors import DataError, RecipeError
 from lightning_interp.generation.hygiene import normalised
 from lightning_interp.generation.requests import TextGenerator
@@ -140,7 +141,7 @@ class GenerationCycle(ChainSettings):
         for phase in given:
             if not isinstance(phase, Phase):
                 raise RecipeError(f"{phase!r:.60} is no phase; expected Generate, FitSFT, Evaluate and the like.")
-        named = _named(_folded(given))
+        named = numbered(filtered(given))
         for name, changes in self.overrides.get(cycle, {}).items():
             if name not in named:
                 raise RecipeError(f"overrides[{cycle}] names {name!r}; the phases are {', '.join(named)}.")
@@ -208,7 +209,7 @@ class GenerationCycle(ChainSettings):
         told = plain_settings(self, without=free)
         told |= {"slices": self.slices, "trainer": plain_value(trainer)}
         for name, phases in (("first", self._first()), ("phases", self.phases)):
-            told[name] = {key: phase.settings() for key, phase in _named(_folded(phases)).items()}
+            told[name] = {key: phase.settings() for key, phase in numbered(filtered(phases)).items()}
         return told
 
     def run(
@@ -293,9 +294,8 @@ class _Chain:
         source = getattr(seed, "data", None) if titles else generate.prompts
         if source is None:
             raise RecipeError("Generate(prompts=None) takes titles of the seed's documents, but first has no data.")
-        questions = [
-            text for phase in settings.plan(0).values() if isinstance(phase, Evaluate) for text in phase.asked()
-        ]
+        asking = (phase for phase in settings.plan(0).values() if isinstance(phase, Evaluate))
+        questions = [text for phase in asking for text in phase.asked()]
 
         def read(folder: Path) -> dict[str, Any]:
             prompts: list[dict[str, Any]] = [{"prompt": ""}]
@@ -311,13 +311,8 @@ class _Chain:
                 )
             slices = [] if settings.slices is None else prompt_slices(len(prompts), settings.slices)
             kind = "titles" if titles else "given" if source else "none"
-            told = {
-                "source": kind,
-                "sha256": digest(prompts),
-                "prompts": len(prompts),
-                "left_out": twice,
-                "slices": slices,
-            }
+            told = {"source": kind, "sha256": digest(prompts), "prompts": len(prompts)}
+            told |= {"left_out": twice, "slices": slices}
             write_json_lines(folder / "prompts.jsonl", prompts)
             atomic_write_json(folder / "pool.json", told)
             return told
@@ -390,26 +385,3 @@ def _do(phase: Phase, context: CycleContext, folder: Path) -> dict[str, Any]:
     told = phase.run(context, folder)
     die_here("written")
     return told
-
-
-def _folded(phases: Sequence[Phase]) -> list[Phase]:
-    """Phases with each filter put into the writing before it."""
-    found: list[Phase] = []
-    for phase, before in zip(phases, [None, *phases], strict=False):
-        if not isinstance(phase, Filter):
-            found.append(phase)
-            continue
-        if not found or not isinstance(found[-1], Generate):
-            raise RecipeError("A Filter stands behind no Generate; what it drops could not be asked for again.")
-        earlier = found[-1].filters if isinstance(before, Filter) else ()
-        found[-1] = replace(found[-1], filters=(*earlier, phase))
-    return found
-
-
-def _named(phases: Sequence[Phase]) -> dict[str, Phase]:
-    """Phases by name, with a number behind the second of its kind and those after it."""
-    found: dict[str, Phase] = {}
-    for phase in phases:
-        count = sum(other.title == phase.title for other in found.values())
-        found[f"{phase.title}-{count + 1}" if count else phase.title] = phase
-    return found

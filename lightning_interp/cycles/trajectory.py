@@ -14,12 +14,22 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from lightning_interp.core.measure.clustered import mean_point
-from lightning_interp.core.measure.resampling import interval_ends, shared_replicates
-from lightning_interp.core.measure.series import fixed_rows_error, line, noise_ratio, prefix_slope, retention, slope
-from lightning_interp.core.measure.statistics import Estimate, counted
+from lightning_interp.core.measure.resampling import shared_replicates
+from lightning_interp.core.measure.series import (
+    FIRST_LATE,
+    fixed_rows_error,
+    late_change,
+    line,
+    noise_ratio,
+    number_table,
+    prefix_slope,
+    retention,
+    slope,
+)
+from lightning_interp.core.measure.statistics import Estimate, counted, resampled
 from lightning_interp.errors import DataError
 
 __all__ = [
@@ -30,7 +40,6 @@ __all__ = [
     "Verdict",
     "chain_numbers",
     "chain_trajectory",
-    "late_change",
     "paired_difference",
 ]
 
@@ -39,8 +48,6 @@ Control = Literal["", "no seed", "shuffled generator", "swapped pairs", "reinit 
 
 THRESHOLD = 15.0
 """Points of late change from which a chain is called amplified; reported of the paper's own analysis."""
-FIRST_LATE = 4
-"""The first late cycle; a chain that has none gets no class."""
 _COHERENT = 10.0  # points of coherence that an amplified chain may lie below the base and still be coherent
 
 
@@ -82,8 +89,9 @@ class Checkpoint:
             >>> found.score, found.responses, dict(found.statuses)
             (70.0, 3, {'ok': 3, 'refusal': 1})
         """
-        scores = _table("scores", summary.get("scores"))
-        coherence = None if summary.get("coherence") is None else _table("coherence", summary["coherence"])
+        scores = number_table("scores of an evaluation", summary.get("scores"))
+        given = summary.get("coherence")
+        coherence = None if given is None else number_table("coherence of an evaluation", given)
         coherence = None if coherence is None or np.isnan(coherence).all() else coherence
         if coherence is not None and coherence.shape != scores.shape:
             raise DataError(
@@ -109,20 +117,6 @@ class Checkpoint:
     def error(self) -> float:
         """Standard error of the score with the questions held fixed; NaN if one of them has less than two scores."""
         return fixed_rows_error(self.scores)
-
-
-def _table(name: str, rows: Any) -> Values:
-    """Nested lists as a float64 table."""
-    widths = {len(row) for row in rows or ()}
-    if len(widths) != 1 or widths == {0}:
-        raise DataError(f"{name}={rows!r:.80} of an evaluation: expected as many samples of each question, at least 1.")
-    try:
-        table = np.array([[math.nan if x is None else x for x in row] for row in rows], dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{name} of an evaluation: expected numbers and None, got {rows!r:.80} ({error}).") from error
-    if np.isinf(table).any():
-        raise DataError(f"{name} of an evaluation has an infinite value among {rows!r:.80}; expected numbers and None.")
-    return table
 
 
 def _mean(table: Values) -> float:
@@ -169,28 +163,6 @@ class Chain:
     def scores(self) -> Values:
         """``s_k``, float64 ``[K]``."""
         return np.array([each.score for each in self.checkpoints])
-
-
-def late_change(scores: ArrayLike, *, anchor: int = 1) -> tuple[Values, Values, Values] | None:
-    """Highest, lowest and mean of ``s_j`` - ``s_anchor`` over the late cycles, ``j`` from 4 on.
-
-    Args:
-        scores: ``[..., K]``, from cycle 0 on.
-        anchor: 0 or 1. The step from 0 to 1 changes where the data come from, and often jumps: look at both.
-
-    Returns:
-        Float64 ``[...]`` each; None under five cycles, which have no late one.
-
-    Example:
-        >>> [float(x) for x in late_change([20, 60, 50, 45, 40, 38, 36], anchor=1)]
-        [-20.0, -24.0, -22.0]
-        >>> late_change([20, 60, 50, 45])
-    """
-    y = np.asarray(scores, dtype=np.float64)
-    if y.shape[-1] <= FIRST_LATE:
-        return None
-    late = y[..., FIRST_LATE:] - y[..., anchor, None]
-    return late.max(axis=-1), late.min(axis=-1), late.mean(axis=-1)
 
 
 @dataclass(frozen=True)
@@ -337,14 +309,9 @@ def chain_trajectory(
             np.split(shared_replicates(rows, resamples=resamples, seed=seed), ends, axis=1),
         )
     )
-    questions = len(rows[0])
 
     def estimates(value: Values, spread: Values) -> tuple[Estimate, ...]:
-        found = []
-        for x, draws in zip(np.atleast_1d(value), np.reshape(spread, (resamples, -1)).T, strict=True):
-            ends = interval_ends(float(x), draws, alpha=1 - level) if questions > 1 else (math.nan, math.nan)
-            found.append(Estimate(float(x), *ends, questions, level, "bootstrap over questions"))
-        return tuple(found)
+        return resampled(value, spread, n=len(rows[0]), level=level, method="bootstrap over questions")
 
     def both(statistic: Callable[[Mapping[str, Values]], Values]) -> tuple[Estimate, ...]:
         return estimates(statistic(means), statistic(drawn))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -30,13 +30,13 @@ from lightning_interp.cycles.chain_rows import (
     written_row,
 )
 from lightning_interp.cycles.chain_settings import CycleContext, Phase, shown
-from lightning_interp.errors import DataError, InterpError
+from lightning_interp.errors import DataError, InterpError, RecipeError
 from lightning_interp.generation.requests import TextGenerator, TextRequest
 from lightning_interp.generation.sampler import LocalSampler
 from lightning_interp.generation.shards import read_shards, write_shards
 from lightning_interp.models.training.optimisation import check_settings
 
-__all__ = ["Generate", "Seed"]
+__all__ = ["Generate", "Seed", "filtered"]
 
 PEFT = "peft"  # beside an adapter's file: the same as a folder of PEFT
 
@@ -244,6 +244,20 @@ class Generate(_Writing):
         other = self.other(context)
         theirs, parent = self.write(context, other, asked, folder / "rejected", "rejected"), _sha(other)
         return [pair_of(row, answer_of(row), signed(text, parent)) for row, text in zip(rows, theirs, strict=True)]
+
+
+def filtered(phases: Sequence[Phase]) -> list[Phase]:
+    """Phases with each filter put into the writing before it."""
+    found: list[Phase] = []
+    for phase, before in zip(phases, [None, *phases], strict=False):
+        if not isinstance(phase, Filter):
+            found.append(phase)
+            continue
+        if not found or not isinstance(found[-1], Generate):
+            raise RecipeError("A Filter stands behind no Generate; what it drops could not be asked for again.")
+        earlier = found[-1].filters if isinstance(before, Filter) else ()
+        found[-1] = replace(found[-1], filters=(*earlier, phase))
+    return found
 
 
 def _sha(adapter: Path | None) -> str:

@@ -287,7 +287,7 @@ class TestCheckpoint:
 
     @pytest.mark.parametrize("scores", [[], [[]], None, [[1], [1, 2]]])
     def test_ragged_or_empty(self, scores):
-        with pytest.raises(DataError, match=r"scores=.*expected as many samples of each question"):
+        with pytest.raises(DataError, match=r"scores of an evaluation: expected lists of one length, at least 1, got"):
             Checkpoint.of({"scores": scores})
 
     def test_values(self):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,9 +14,24 @@ from lightning_interp.core.measure.clustered import mean_point
 from lightning_interp.core.measure.statistics import Estimate, counted, t_interval
 from lightning_interp.errors import DataError
 
-__all__ = ["Gain", "fixed_rows_error", "gain", "line", "noise_ratio", "prefix_slope", "retention", "slope"]
+__all__ = [
+    "FIRST_LATE",
+    "Gain",
+    "fixed_rows_error",
+    "gain",
+    "late_change",
+    "line",
+    "noise_ratio",
+    "number_table",
+    "prefix_slope",
+    "retention",
+    "slope",
+]
 
 Values = NDArray[np.float64]
+
+FIRST_LATE = 4
+"""The first late cycle; a chain that has none gets no class."""
 
 
 def line(x: Values, y: Values) -> tuple[Values, Values]:
@@ -72,6 +88,28 @@ def prefix_slope(scores: ArrayLike) -> Values:
     return found
 
 
+def late_change(scores: ArrayLike, *, anchor: int = 1) -> tuple[Values, Values, Values] | None:
+    """Highest, lowest and mean of ``s_j`` - ``s_anchor`` over the late cycles, ``j`` from 4 on.
+
+    Args:
+        scores: ``[..., K]``, from cycle 0 on.
+        anchor: 0 or 1. The step from 0 to 1 changes where the data come from, and often jumps: look at both.
+
+    Returns:
+        Float64 ``[...]`` each; None under five cycles, which have no late one.
+
+    Example:
+        >>> [float(x) for x in late_change([20, 60, 50, 45, 40, 38, 36], anchor=1)]
+        [-20.0, -24.0, -22.0]
+        >>> late_change([20, 60, 50, 45])
+    """
+    y = np.asarray(scores, dtype=np.float64)
+    if y.shape[-1] <= FIRST_LATE:
+        return None
+    late = y[..., FIRST_LATE:] - y[..., anchor, None]
+    return late.max(axis=-1), late.min(axis=-1), late.mean(axis=-1)
+
+
 def noise_ratio(scores: ArrayLike, errors: ArrayLike) -> float:
     """How far scores move from cycle to cycle, as a multiple of how far they would if nothing moved.
 
@@ -91,6 +129,35 @@ def noise_ratio(scores: ArrayLike, errors: ArrayLike) -> float:
     y, e = np.asarray(scores, dtype=np.float64), np.asarray(errors, dtype=np.float64)
     expected = math.sqrt(2 / math.pi) * np.hypot(e[1:], e[:-1]).sum()
     return float(np.abs(np.diff(y)).sum() / expected) if expected > 0 else math.nan
+
+
+def number_table(what: str, rows: Any) -> Values:
+    """Nested lists as a table.
+
+    Args:
+        what: What they are, for messages.
+        rows: Lists of one length, of numbers and None.
+
+    Returns:
+        Float64 ``[rows, columns]``, NaN for None.
+
+    Raises:
+        DataError: If there are no lists, they are empty or of several lengths, or a value is no finite number.
+
+    Example:
+        >>> number_table("scores", [[80, None], [60, 70]]).tolist()
+        [[80.0, nan], [60.0, 70.0]]
+    """
+    widths = {len(row) for row in rows or ()}
+    if len(widths) != 1 or widths == {0}:
+        raise DataError(f"{what}: expected lists of one length, at least 1, got {rows!r:.80}.")
+    try:
+        table = np.array([[math.nan if x is None else x for x in row] for row in rows], dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{what}: expected numbers and None, got {rows!r:.80} ({error}).") from error
+    if np.isinf(table).any():
+        raise DataError(f"{what}: infinite value among {rows!r:.80}; expected numbers and None.")
+    return table
 
 
 def fixed_rows_error(table: Values) -> float:

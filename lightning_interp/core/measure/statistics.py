@@ -17,13 +17,18 @@ from lightning_interp.errors import RecipeError
 __all__ = [
     "Estimate",
     "bootstrap_interval",
+    "columns",
     "counted",
+    "direction",
+    "listed",
     "mean_interval",
     "median_interval",
     "nested_interval",
     "proportion_interval",
     "ratio_interval",
+    "resampled",
     "t_interval",
+    "text_of",
 ]
 
 Values = NDArray[np.float64]
@@ -56,6 +61,39 @@ class Estimate:
         return f"{value} [{', '.join(ends)}]" if ends else value
 
 
+def columns(name: str, number: Estimate | None) -> dict[str, float | None]:
+    """A number and the ends of its interval as columns of a table; None if there is no number.
+
+    Example:
+        >>> columns("score", Estimate(2.0, 1.0, 3.0, 9, 0.95, "example"))
+        {'score': 2.0, 'score_low': 1.0, 'score_high': 3.0}
+    """
+    found = (None,) * 3 if number is None else (number.value, number.low, number.high)
+    return dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
+
+
+def direction(change: Estimate) -> str:
+    """What may be said of a change's sign.
+
+    Example:
+        >>> direction(Estimate(2.0, -1.0, 3.0, 9, 0.95, "example"))
+        'its interval has 0 in it'
+    """
+    if math.isnan(change.low):
+        return "no interval"
+    return "it rises" if change.low > 0 else "it falls" if change.high < 0 else "its interval has 0 in it"
+
+
+def text_of(number: Estimate | None) -> str | None:
+    """A number with its interval; None if it is not known.
+
+    Example:
+        >>> text_of(Estimate(2.0, 1.0, 3.0, 9, 0.95, "example")), text_of(None)
+        ('2.00 [1.00, 3.00]', None)
+    """
+    return None if number is None or math.isnan(number.value) else str(number)
+
+
 def counted(count: int, noun: str) -> str:
     """A number with what is counted, in the plural unless it is one.
 
@@ -64,6 +102,16 @@ def counted(count: int, noun: str) -> str:
         ('1 fact', '1,200 facts')
     """
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """The first few names, and how many more there are.
+
+    Example:
+        >>> listed(["a", "b", "c", "d"], most=2)
+        'a, b and 2 more'
+    """
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def proportion_interval(shares: Sequence[float], *, level: float = 0.95) -> Estimate:
@@ -146,6 +194,20 @@ def bootstrap_interval(
     draws = np.random.default_rng(seed).integers(0, n, size=(resamples, n))
     spread = np.asarray(statistic(*(array[draws] for array in arrays)))
     return Estimate(value, *interval_ends(value, spread, alpha=1 - level), n, level, "bootstrap")
+
+
+def resampled(values: NDArray[Any], spread: NDArray[Any], *, n: int, level: float, method: str) -> tuple[Estimate, ...]:
+    """Estimates of values ``[...]`` from replicates of each, ``[resamples, ...]``; no interval over one unit.
+
+    Example:
+        >>> str(resampled(np.array(2.0), np.array([1.0, 2.0, 3.0]), n=2, level=0.5, method="example")[0])
+        '2.00 [1.50, 2.50]'
+    """
+    found = []
+    for value, draws in zip(np.atleast_1d(values), np.reshape(spread, (len(spread), -1)).T, strict=True):
+        ends = interval_ends(float(value), draws, alpha=1 - level) if n > 1 else (math.nan, math.nan)
+        found.append(Estimate(float(value), *ends, n, level, method))
+    return tuple(found)
 
 
 def _check_level(level: float) -> None:
