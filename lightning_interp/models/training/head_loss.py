@@ -92,6 +92,7 @@ class _Labelled(torch.autograd.Function):
                 found[part], error = _chunk(hidden[part], matrix, shift, targets[part], form, slopes=form.early)
                 if slope is not None:
                     torch.mm(error.to(form.dtype), matrix, out=slope[part])
+                del error  # before the next ones are made
         ctx.form = form
         ctx.save_for_backward(hidden if slope is None else slope, weight, bias, targets)
         return found
@@ -117,6 +118,7 @@ class _Labelled(torch.autograd.Function):
                     by_weight += slope.T @ kept[part].to(form.dtype)
                 if by_bias is not None:
                     by_bias += slope.sum(dim=0)
+                del error, slope
         return by_hidden, by_weight, by_bias, None, None
 
 
@@ -139,7 +141,7 @@ def _chunk(
         logits = logits.div_(form.softcap).tanh_().mul_(form.softcap)
     picked = logits.gather(1, targets[:, None])
     highest = logits.amax(dim=1, keepdim=True)
-    shares = (logits - highest).exp_()
+    shares = (logits.sub_(highest) if form.softcap is None else logits - highest).exp_()
     total = shares.sum(dim=1, keepdim=True)
     found = (picked - highest - total.log())[:, 0]
     if not slopes:
