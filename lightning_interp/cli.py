@@ -48,6 +48,12 @@ _KNOWN = (
     "The number of training batches .* is smaller than the logging interval",
     "Checkpoint directory .* exists and is not empty",
 )
+# Of these only what is that grave; bitsandbytes misses a kernel on some processors, which it can do without.
+_QUIETER = {
+    "lightning.pytorch": logging.WARNING,
+    "lightning.fabric": logging.WARNING,
+    "bitsandbytes": logging.ERROR,
+}
 
 
 class _UsageError(Exception):
@@ -372,12 +378,12 @@ def _phase_lines() -> Iterator[None]:
     from lightning_interp.core.storage.distributed import is_rank_zero
 
     logger, handler = logging.getLogger("lightning_interp"), logging.StreamHandler()
-    loggers = [logger, *map(logging.getLogger, ("lightning.pytorch", "lightning.fabric"))]
+    loggers = [logger, *map(logging.getLogger, _QUIETER)]
     levels = [one.level for one in loggers]
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     handler.addFilter(lambda record: is_rank_zero())
     logger.addHandler(handler)
-    for one, new in zip(loggers, (logging.INFO, logging.WARNING, logging.WARNING), strict=True):
+    for one, new in zip(loggers, (logging.INFO, *_QUIETER.values()), strict=True):
         one.setLevel(new)
     try:
         with warnings.catch_warnings():

@@ -1,4 +1,5 @@
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -12,6 +13,7 @@ from typing import ClassVar
 import pytest
 import yaml
 
+from lightning_interp import cli
 from lightning_interp.cli import main
 from lightning_interp.core.storage.files import atomic_write_text
 from lightning_interp.core.storage.manifest import RunManifest
@@ -562,3 +564,12 @@ def test_the_module_is_the_command():
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert done.stderr.startswith("lightning-interp: There is no recipe 'no/such'.")
+
+
+def test_warnings_of_kernels_that_a_processor_lacks_are_not_shown_and_levels_come_back():
+    theirs = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    assert theirs.isEnabledFor(logging.WARNING)
+    with cli._phase_lines():
+        assert not theirs.isEnabledFor(logging.WARNING)
+        assert theirs.isEnabledFor(logging.ERROR)
+    assert theirs.isEnabledFor(logging.WARNING)
