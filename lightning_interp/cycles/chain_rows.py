@@ -12,7 +12,7 @@ Every random choice has a generator of its own, by the chain's seed, a purpose (
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,6 +30,7 @@ from lightning_interp.models.data.batching import EpochSampler
 from lightning_interp.models.data.encoding import Encoder
 from lightning_interp.models.data.prompt_pool import drawn, order
 from lightning_interp.models.data.rows import Row, read_rows
+from lightning_interp.models.training.optimisation import check_settings
 
 __all__ = [
     "Filter",
@@ -256,6 +257,14 @@ class Filter(Phase):
     keep_truncated: bool = True
     keep: Callable[[Rows], Sequence[bool]] | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wanted = {
+            "near": (self.near is None or isinstance(self.near, NearDuplicates), "NearDuplicates"),
+            "keep": (self.keep is None or callable(self.keep), "a function of rows"),
+        }
+        check_settings(self, "Filter", wanted)
+
     def reasons(self, rows: Rows, kept: Rows) -> list[str | None]:
         """Why each row is dropped, beside those that were kept before; None if it is not."""
         found = [self._reason(row) for row in rows]
@@ -267,7 +276,8 @@ class Filter(Phase):
                     found[left[drop.index - len(kept)]] = drop.reason
         if self.keep is not None:
             left = [place for place, reason in enumerate(found) if reason is None]
-            said = list(self.keep([rows[place] for place in left]))
+            answer: Any = self.keep([rows[place] for place in left])
+            said = list(answer) if isinstance(answer, Iterable) else [answer]
             if len(said) != len(left):
                 raise RecipeError(f"Filter(keep=...) said {len(said)} times whether {len(left)} rows are kept.")
             for place, keeps in zip(left, said, strict=True):

@@ -16,7 +16,7 @@ from lightning_interp.generation.requests import TextGenerator
 from lightning_interp.models.data.prompt_pool import Pool
 from lightning_interp.models.training.adapter_slot import AdapterSlot
 from lightning_interp.models.training.lora import LoraSettings
-from lightning_interp.models.training.optimisation import check_settings, plain
+from lightning_interp.models.training.optimisation import check_settings, check_types, plain
 
 __all__ = [
     "PRESETS",
@@ -86,10 +86,22 @@ class ChainSettings:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        check_types(self, "A chain of cycles")
+        if isinstance(self.lora, Mapping):
+            self.lora = changed(_LORA, self.lora, where="lora")
         mix = self.data_rule == "mix"
         wanted = {
             "cycles": (self.cycles >= 1, "at least 1"),
             "init": (self.init in get_args(Init), f"one of {', '.join(get_args(Init))}"),
+            "lora": (isinstance(self.lora, LoraSettings), "LoraSettings"),
+            "restart_cycles": (
+                isinstance(self.restart_cycles, Collection)
+                and all(type(one) is int and one >= 0 for one in self.restart_cycles),
+                "numbers of cycles",
+            ),
+        }
+        check_settings(self, "A chain of cycles", wanted)
+        wanted = {
             "restart_cycles": (self.init == "continual" or not self.restart_cycles, "none, as init is not continual"),
             "data_rule": (self.data_rule in get_args(DataRule), f"one of {', '.join(get_args(DataRule))}"),
             "real_fraction": (self.real_fraction > 0 if mix else self.real_fraction == 0, "a number above 0 with "
@@ -245,6 +257,10 @@ class Phase:
     every_rank: ClassVar[bool] = False
     leaves: ClassVar[Mapping[str, str]] = {}
     not_settings: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Refuse settings of another type."""
+        check_types(self, type(self).__name__)
 
     @property
     def title(self) -> str:

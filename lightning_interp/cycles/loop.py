@@ -49,6 +49,7 @@ from lightning_interp.generation.hygiene import normalised
 from lightning_interp.generation.requests import TextGenerator
 from lightning_interp.models.data.prompt_pool import Pool, prompt_slices, read_prompts, title_prompts
 from lightning_interp.models.training.adapter_slot import AdapterSlot
+from lightning_interp.models.training.resumable import trainer_arguments
 from lightning_interp.progress import progress_bar
 
 __all__ = ["GenerationCycle"]
@@ -56,6 +57,8 @@ __all__ = ["GenerationCycle"]
 log = logging.getLogger(__name__)
 
 _VERSIONS = ("lightning", "peft", "torch", "transformers")
+_ELSEWHERE = {"max_epochs": "epochs of the phase", "gradient_clip_val": "clip of the phase"}
+_SHOWS = ("default_root_dir", "enable_model_summary", "enable_progress_bar", "log_every_n_steps", "logger", "profiler")
 _SAMPLING = ("temperature", "top_p", "max_new_tokens", "batch_size", "shard_size")
 
 
@@ -74,7 +77,8 @@ class GenerationCycle(ChainSettings):
             ``phases`` has behind its trainings follows in cycle 0 too, unless an :class:`Evaluate` is there.
         run_dir: The chain's folder; not needed inside another run.
         overrides: Other settings of single cycles, as ``{3: {"fit-sft": {"epochs": 2}}}``.
-        trainer: Arguments of Lightning's Trainer, or a function that gives them anew.
+        trainer: Arguments of Lightning's Trainer, or a function that gives them anew. Each training has copies of the
+            callbacks. A logger, progress bars and the like may differ where a chain goes on.
         writer: Makes who writes, from a name that is new in each cycle and the folder of an adapter as PEFT has it
             (``"base"`` and None for the base), such as an endpoint that has loaded it; None writes with the model here.
         **chain: See :class:`ChainSettings`.
@@ -103,6 +107,14 @@ class GenerationCycle(ChainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("phases", "first"):
+            if not isinstance(getattr(self, name), Sequence):
+                raise RecipeError(f"{name} is {getattr(self, name)!r:.60}; expected a list of phases.")
+        _check_overrides(self.overrides)
+        if self.writer is not None and not callable(self.writer):
+            raise RecipeError(f"writer is {self.writer!r:.60}; expected a function of a name and a folder.")
+        if not callable(self.trainer):
+            trainer_arguments(self.trainer, elsewhere=_ELSEWHERE)
         for cycle in {0, min(1, self.cycles - 1), *(c for c in self.overrides if c < self.cycles)}:
             self.plan(cycle)
         if self.slices is not None and self.slices < self.cycles - 1:
@@ -207,7 +219,8 @@ class GenerationCycle(ChainSettings):
         free = {"cycles", "phases", "first", "run_dir", "overrides", "trainer", "writer"}
         trainer = {} if callable(self.trainer) else self.trainer
         told = plain_settings(self, without=free)
-        told |= {"slices": self.slices, "trainer": plain_value(trainer)}
+        decides = {name: value for name, value in trainer.items() if name not in _SHOWS}
+        told |= {"slices": self.slices, "trainer": plain_value(decides)}
         for name, phases in (("first", self._first()), ("phases", self.phases)):
             told[name] = {key: phase.settings() for key, phase in numbered(filtered(phases)).items()}
         return told
@@ -254,7 +267,7 @@ class GenerationCycle(ChainSettings):
         outputs = ["lineage.jsonl"]
         if parent is not None:
             return parent.child(key, config=self.config(), inputs={}, outputs=outputs)
-        if self.run_dir is None:
+        if not self.run_dir:
             raise RecipeError("GenerationCycle(run_dir=None) has no folder. Give run_dir, or run it inside a run.")
         versions = {name: version(name) for name in _VERSIONS} | {"threads": str(torch.get_num_threads())}
         return RunManifest.open(self.run_dir, config=self.config(), name="cycles", versions=versions, outputs=outputs)
@@ -278,7 +291,7 @@ class _Chain:
     @property
     def _trainer(self) -> Callable[[], Mapping[str, Any]]:
         given = self.settings.trainer
-        return given if callable(given) else lambda: given
+        return lambda: trainer_arguments(given() if callable(given) else given, elsewhere=_ELSEWHERE)
 
     def _context(self, cycle: int) -> CycleContext:
         return CycleContext(
@@ -385,3 +398,13 @@ def _do(phase: Phase, context: CycleContext, folder: Path) -> dict[str, Any]:
     told = phase.run(context, folder)
     die_here("written")
     return told
+
+
+def _check_overrides(given: Any) -> None:
+    for cycle, changes in given.items() if isinstance(given, Mapping) else [(None, None)]:
+        named = isinstance(changes, Mapping) and all(isinstance(one, Mapping) for one in changes.values())
+        if type(cycle) is not int or cycle < 0 or not named:
+            raise RecipeError(
+                f"overrides has {given!r:.60}; expected settings by phase by number of a cycle (from 0), such as "
+                '{3: {"fit-sft": {"epochs": 2}}}.'
+            )

@@ -10,7 +10,7 @@ checkpoint while it trains, and the adapter as a folder of PEFT; ``evaluate`` wh
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -23,14 +23,16 @@ from lightning_interp.core.storage.distributed import is_rank_zero
 from lightning_interp.core.storage.jsonl import write_json_lines
 from lightning_interp.core.storage.tensor_files import read_tensors
 from lightning_interp.cycles.chain_rows import Rows, combined, learned, placed, read_data
-from lightning_interp.cycles.chain_settings import CycleContext, Phase, shown
+from lightning_interp.cycles.chain_settings import CycleContext, Phase, changed, shown
 from lightning_interp.cycles.writing import PEFT
+from lightning_interp.errors import DataError
 from lightning_interp.models.data.dpo_pairs import DPODataModule
 from lightning_interp.models.data.text_data import TextDataModule
 from lightning_interp.models.sources.adapters import save_adapter
 from lightning_interp.models.training.adapter_slot import AdapterSlot
 from lightning_interp.models.training.causal_lm import CausalLM
 from lightning_interp.models.training.dpo import DPO
+from lightning_interp.models.training.dpo_loss import DPOSettings
 from lightning_interp.models.training.loss_callback import StepLosses
 from lightning_interp.models.training.optimisation import Optimisation, check_settings
 from lightning_interp.models.training.resumable import fit_or_go_on
@@ -109,6 +111,23 @@ class FitSFT(Phase):
     length_window: int = 0
     clip: float | None = None
     checkpoint_every: int = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        if isinstance(self.optimisation, Mapping):
+            usual = type(self).__dataclass_fields__["optimisation"].default
+            given = changed(usual, self.optimisation, where=f"{name}(optimisation=...)")
+            object.__setattr__(self, "optimisation", given)
+        wanted = {
+            "data": (self.data is None or isinstance(self.data, Iterable | Path), "a file or rows"),
+            "optimisation": (isinstance(self.optimisation, Optimisation), "Optimisation"),
+            "n": (self.n is None or self.n >= 0, "at least 0"),
+            "length_window": (self.length_window >= 0, "at least 0"),
+            "clip": (self.clip is None or self.clip > 0, "a number above 0"),
+        }
+        counts = ("batch_size", "epochs", "max_length", "checkpoint_every")
+        check_settings(self, name, wanted | {one: (getattr(self, one) >= 1, "at least 1") for one in counts})
 
     def reads(self, context: CycleContext) -> dict[str, Any]:
         """Its files."""
@@ -197,6 +216,8 @@ class FitDPO(FitSFT):
     swap: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        DPOSettings(beta=self.beta)
         wanted = {"rejected_from": (self.rejected_from in ("base", "previous"), "base or previous")}
         check_settings(self, "FitDPO", wanted)
 
@@ -230,6 +251,9 @@ class Merge(Phase):
 
     merge: Callable[[Sequence[Mapping[str, Tensor]]], dict[str, Tensor]]
 
+    def __post_init__(self) -> None:
+        check_settings(self, "Merge", {"merge": (callable(self.merge), "a function of adapters")})
+
     def reads(self, context: CycleContext) -> dict[str, Any]:
         """Its files."""
         return {"adapters": [one.adapter for one in context.earlier] + [context.adapter]}
@@ -237,7 +261,10 @@ class Merge(Phase):
     def run(self, context: CycleContext, folder: Path) -> dict[str, Any]:
         """Do it."""
         paths = [path for path in self.reads(context)["adapters"] if path is not None]
-        return _taken(context, folder, self.merge([read_tensors(path)[0] for path in paths]))
+        merged = self.merge([read_tensors(path)[0] for path in paths])
+        if not isinstance(merged, Mapping) or not all(isinstance(one, Tensor) for one in merged.values()):
+            raise DataError(f"Merge(merge={self.settings()['merge']}) gave {merged!r:.60}; expected tensors by name.")
+        return _taken(context, folder, dict(merged))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,6 +312,14 @@ class Evaluate(Phase):
     name: str = "evaluate"
     prompts: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wanted = {
+            "evaluate": (callable(self.evaluate), "a function of a model and its tokenizer"),
+            "name": (self.name not in ("seed", "mix"), "no name that the chain has for phases of its own"),
+        }
+        check_settings(self, "Evaluate", wanted)
+
     @property
     def title(self) -> str:
         """Its name."""
@@ -302,7 +337,10 @@ class Evaluate(Phase):
         """Do it."""
         model, seed = context.model(context.adapter), derived_seed(context.chain.seed, "eval_sample")
         with undisturbed(model):
-            return dict(self.evaluate(model, context.slot.tokenizer, folder=folder, seed=seed))
+            found = self.evaluate(model, context.slot.tokenizer, folder=folder, seed=seed)
+        if not isinstance(found, Mapping):
+            raise DataError(f"{self.settings()['evaluate']} gave {found!r:.60}; expected plain values by name.")
+        return dict(found)
 
 
 def _taken(context: CycleContext, folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -181,10 +181,16 @@ class Generate(_Writing):
     filters: tuple[Filter, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        TextRequest(prompt="?", temperature=self.temperature, top_p=self.top_p, max_new_tokens=self.max_new_tokens)
         wanted = {
+            "prompts": (self.prompts is None or isinstance(self.prompts, Iterable | Path), "a file or prompts"),
+            "filters": (isinstance(self.filters, Sequence), "Filters"),
             "n": (self.n >= 1, "at least 1"),
             "draw": (self.draw in ("auto", "slice", "sample"), "auto, slice or sample"),
             "shortfall": (self.shortfall in ("more", "accept", "fail"), "more, accept or fail"),
+            "slices": (self.slices is None or self.slices >= 1, "at least 1"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
             "shard_size": (self.shard_size >= 1, "at least 1"),
         }
         check_settings(self, "Generate", wanted)

@@ -84,6 +84,12 @@ class DPO(CausalLM):
             moved = self.trainer.ckpt_path is not None or self.trainer.global_step > 0
             self._know_reference(data, moved=moved, context=self.trainer.precision_plugin.forward_context())
 
+    def on_train_start(self) -> None:
+        """The same before steps that a callback takes earlier than that, such as LearningRateFinder."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, DPODataModule) and data.missing(("train",)):
+            self.on_fit_start()
+
     def on_validation_start(self) -> None:
         """Without a fit around it, read the reference's log-probabilities of the data."""
         data = getattr(self.trainer, "datamodule", None)

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from typing import Any, Literal, TypeVar, get_args
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import nn
 from torch.optim import AdamW
@@ -14,7 +16,17 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_interp.errors import RecipeError
 
-__all__ = ["Optimisation", "Schedule", "adamw", "check_settings", "no_more", "plain", "schedule_of", "settings_of"]
+__all__ = [
+    "Optimisation",
+    "Schedule",
+    "adamw",
+    "check_settings",
+    "check_types",
+    "no_more",
+    "plain",
+    "schedule_of",
+    "settings_of",
+]
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -87,6 +99,24 @@ def check_settings(settings: object, what: str, wanted: Mapping[str, tuple[bool,
     for name, (fits, expected) in wanted.items():
         if not fits:
             raise RecipeError(f"{what} cannot use {name}={getattr(settings, name)!r}: expected {expected}.")
+
+
+def check_types(settings: Any, what: str) -> None:
+    """Refuse the first setting that is declared a number, truth value or text, and is none: ``"4"`` or True for 4."""
+    hints = get_type_hints(type(settings))
+    for name in (one.name for one in fields(settings)):
+        value, hint = getattr(settings, name), hints[name]
+        kinds = set(get_args(hint) if get_origin(hint) is UnionType else (hint,))
+        if kinds <= {int, float, bool, str, NoneType} and not kinds & _kinds_of(value):
+            expected = " or ".join(sorted(kind.__name__.replace("NoneType", "None") for kind in kinds))
+            raise RecipeError(f"{what} cannot use {name}={value!r:.60}: expected {expected}.")
+
+
+def _kinds_of(value: object) -> set[type]:
+    """What a value may be declared as: a whole number also stands for a real one."""
+    if isinstance(value, bool | str | None):
+        return {type(value)}
+    return {int, float} if isinstance(value, Integral) else {float} if isinstance(value, Real) else set()
 
 
 def settings_of(default: _Settings, given: _Settings | Mapping[str, Any], flat: dict[str, Any]) -> _Settings:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,55 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-__all__ = ["fit_and_export", "fit_or_go_on"]
+from lightning_interp.errors import RecipeError
+
+__all__ = ["fit_and_export", "fit_or_go_on", "trainer_arguments"]
+
+
+def trainer_arguments(given: Any, *, elsewhere: Mapping[str, str]) -> dict[str, Any]:
+    """Arguments of a Trainer for one training of several, with copies of the callbacks, as a list.
+
+    What a callback keeps, such as the best score of EarlyStopping, would otherwise go into the next training, but not
+    into that of a run which goes on.
+
+    Args:
+        given: What somebody gave as arguments.
+        elsewhere: Arguments that are no one's to give, with what to use instead.
+
+    Returns:
+        The arguments.
+
+    Raises:
+        RecipeError: If there is no such argument, it is set elsewhere, or a callback cannot be copied.
+
+    Example:
+        >>> trainer_arguments({"accelerator": "cpu", "callbacks": None}, elsewhere={})
+        {'accelerator': 'cpu', 'callbacks': []}
+    """
+    if not isinstance(given, Mapping):
+        raise RecipeError(
+            f"trainer is {given!r:.60}; expected arguments of Trainer by name: each training has its own."
+        )
+    known = set(inspect.signature(L.Trainer).parameters)
+    if unknown := [name for name in given if name not in known]:
+        raise RecipeError(f"trainer names {unknown[0]!r}, which is no argument of Lightning's Trainer.")
+    if found := [name for name in given if name in elsewhere]:
+        raise RecipeError(f"trainer sets {found[0]}={given[found[0]]!r}; use {elsewhere[found[0]]}.")
+    if given.get("enable_checkpointing", True) is False:
+        raise RecipeError(
+            "trainer sets enable_checkpointing=False, but a training goes on at its checkpoint. Leave it out."
+        )
+    callbacks = given.get("callbacks") or []
+    own = []
+    for one in callbacks if isinstance(callbacks, Sequence) else [callbacks]:
+        try:
+            own.append(deepcopy(one))
+        except Exception as error:
+            raise RecipeError(
+                f"trainer has a {type(one).__name__}, of which each training needs a copy, and it cannot be copied "
+                f"({error}). Give trainer as a function that makes the arguments anew."
+            ) from error
+    return {**given, "callbacks": own}
 
 
 def fit_and_export(
