@@ -29,6 +29,7 @@ __all__ = [
     "Phase",
     "Settings",
     "changed",
+    "check_overrides",
     "numbered",
     "plain_settings",
     "plain_value",
@@ -149,6 +150,17 @@ def changed(settings: Settings, changes: Mapping[str, Any], *, where: str) -> Se
         inside = is_dataclass(own) and isinstance(value, Mapping)
         found[name] = changed(own, value, where=f"{where}.{name}") if inside else value
     return replace(settings, **found)  # type: ignore[type-var]
+
+
+def check_overrides(given: Any) -> None:
+    """Refuse overrides that are no settings by phase by number of a cycle."""
+    for cycle, changes in given.items() if isinstance(given, Mapping) else [(None, None)]:
+        named = isinstance(changes, Mapping) and all(isinstance(one, Mapping) for one in changes.values())
+        if type(cycle) is not int or cycle < 0 or not named:
+            raise RecipeError(
+                f"overrides has {given!r:.60}; expected settings by phase by number of a cycle (from 0), such as "
+                '{3: {"fit-sft": {"epochs": 2}}}.'
+            )
 
 
 def plain_settings(settings: Any, *, without: Collection[str] = ()) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from lightning_interp.cycles.chain_settings import (
     CycleFiles,
     Phase,
     changed,
+    check_overrides,
     numbered,
     plain_settings,
     plain_value,
@@ -110,7 +111,7 @@ class GenerationCycle(ChainSettings):
         for name in ("phases", "first"):
             if not isinstance(getattr(self, name), Sequence):
                 raise RecipeError(f"{name} is {getattr(self, name)!r:.60}; expected a list of phases.")
-        _check_overrides(self.overrides)
+        check_overrides(self.overrides)
         if self.writer is not None and not callable(self.writer):
             raise RecipeError(f"writer is {self.writer!r:.60}; expected a function of a name and a folder.")
         if not callable(self.trainer):
@@ -398,13 +399,3 @@ def _do(phase: Phase, context: CycleContext, folder: Path) -> dict[str, Any]:
     told = phase.run(context, folder)
     die_here("written")
     return told
-
-
-def _check_overrides(given: Any) -> None:
-    for cycle, changes in given.items() if isinstance(given, Mapping) else [(None, None)]:
-        named = isinstance(changes, Mapping) and all(isinstance(one, Mapping) for one in changes.values())
-        if type(cycle) is not int or cycle < 0 or not named:
-            raise RecipeError(
-                f"overrides has {given!r:.60}; expected settings by phase by number of a cycle (from 0), such as "
-                '{3: {"fit-sft": {"epochs": 2}}}.'
-            )
