@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from lightning_interp.lora.batched_training import train_adapters_together
 from lightning_interp.lora.rank_grid import GridCell, check_ranks
 from lightning_interp.lora.svd import update_norms
 from lightning_interp.models.data.text_data import TextDataModule
-from lightning_interp.models.sources.loading import load_causal_lm
+from lightning_interp.models.sources.adapters import adapted
+from lightning_interp.models.sources.loading import LoadedModel, load_causal_lm
 from lightning_interp.models.training.causal_lm import CausalLM
-from lightning_interp.models.training.finetuning import FINETUNING
+from lightning_interp.models.training.finetuning import FINETUNING, adapting
 from lightning_interp.models.training.metric import completion_loss
 from lightning_interp.models.training.optimisation import Optimisation, check_settings, plain
 from lightning_interp.models.training.resumable import fit_and_export, fit_or_go_on
@@ -103,12 +105,14 @@ def train_grid(
     Args:
         run: The open run of which the cells are children.
         cells: What to train; see :class:`LoraGrid`.
-        model: A source for :func:`load_causal_lm`; each cell begins with it.
+        model: A source for :func:`load_causal_lm`; each cell begins with it. It is loaded once for all adapters that
+            are trained one by one.
         data: A cell's rows, in its order; ``val`` is what the held-out loss is measured on.
         training: How.
         evaluate: Called with the trained model and its cell; what it returns, plain values, becomes ``readout``.
-        module: Makes what is trained of a cell and ``lora``, ``optimisation`` and ``seed``, as :class:`CausalLM` takes
-            them; that itself if None, which alone trains several at once.
+        module: Makes what is trained of a cell and what :class:`CausalLM` takes: the model (loaded for an adapter, its
+            name for all weights), ``tokenizer``, ``lora``, ``optimisation`` and ``seed``; that itself if None, which
+            alone trains several at once.
         inputs: What a cell depends on besides its values, such as its rows; paths stand for what they hold.
 
     Returns:
@@ -127,9 +131,8 @@ def train_grid(
         raise RecipeError("Only CausalLM is trained in common passes. Leave parallel_cells at 1 for another module.")
     base = load_causal_lm(model)
     check_ranks(base.model, cells)
-    work = _Work(run, model, data, training, evaluate, module, inputs)
+    work = _Work(run, model, base, data, training, evaluate, module, inputs)
     loras = {cell.key: cell.lora(base.model) for cell in cells}
-    del base
     began, rows, done = time.monotonic(), list[dict[str, Any]](), 0
     for group in _groups(cells, training.parallel_cells):
         spent = time.monotonic() - began
@@ -156,6 +159,7 @@ class _Work:
 
     run: RunManifest
     model: str
+    base: LoadedModel
     data: Callable[[GridCell], TextDataModule]
     training: GridTraining
     evaluate: Callable[[Any, GridCell], Any] | None
@@ -186,13 +190,15 @@ class _Work:
     def train(self, cell: GridCell, lora: Any, folder: Path) -> dict[str, Any]:
         """Train one cell, or go on at its checkpoint; without an adapter it is read at once, and its weights go."""
         how: dict[str, Any] = {"lora": lora, "optimisation": self.optimisation(cell), "seed": cell.training_seed}
-        student = CausalLM(self.model, **how) if self.module is None else self.module(cell, **how)
+        made = CausalLM if self.module is None else partial(self.module, cell)
         rows, options = self.data(cell), {"default_root_dir": folder, **self.training.for_trainer()}
         if lora is not None:
-            told = fit_and_export(student, rows, folder, options)
-            return self._trained(told, student, lambda: update_norms(student.model).total)
+            with adapting(self.base, self.model, made, **how) as adapter:
+                told = fit_and_export(adapter, rows, folder, options)
+                return self._trained(told, adapter, lambda: update_norms(adapter.model).total)
+        student = made(self.model, **how)
         _, told = fit_or_go_on(student, rows, folder, options)
-        found = self._trained(told, student, lambda: change_norm(student.model, load_causal_lm(self.model).model))
+        found = self._trained(told, student, lambda: change_norm(student.model, self.base.model))
         if found["status"] == "finished":
             found |= self._read(cell, student.model)
         shutil.rmtree(folder / "checkpoints")  # all weights and the optimiser's state: nothing goes on from them
@@ -200,7 +206,8 @@ class _Work:
 
     def read(self, cell: GridCell, folder: Path) -> dict[str, Any]:
         """Read a cell from its exported adapter."""
-        return self._read(cell, load_causal_lm(str(folder)).model)
+        with adapted(self.base.model, folder):
+            return self._read(cell, self.base.model)
 
     def _trained(self, told: Mapping[str, float], student: Any, norm: Callable[[], float]) -> dict[str, Any]:
         loss, size = told[f"train/{student._loss_name}"], norm()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from lightning_interp.core.model.sites import Site
 from lightning_interp.core.tokens.positions import All, Positions
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import DataError, RecipeError
+from lightning_interp.models.training.causal_lm import scored_columns
 
 __all__ = ["DistilledVectors", "distilled_vectors"]
 
@@ -126,7 +128,10 @@ def _losses(model: nn.Module, batch: Mapping[str, Tensor], parts: int, device: t
     scored = wanted != -100
     if not bool(scored.any()):
         raise DataError(f"A batch of {len(ids)} rows scores no token. Give rows with completions.")
-    logits = model(input_ids=ids.repeat(parts, 1), attention_mask=mask.repeat(parts, 1), use_cache=False).logits
-    chosen = logits[:, :-1].unflatten(0, (parts, -1))[:, scored].float()
+    kept = scored_columns(labels, 0)  # the head is dear, and no other column is needed
+    more = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    logits = model(input_ids=ids.repeat(parts, 1), attention_mask=mask.repeat(parts, 1), use_cache=False, **more).logits
+    first = labels.shape[1] - logits.shape[1]
+    chosen = logits[:, :-1].unflatten(0, (parts, -1))[:, scored[:, first:]].float()
     flat = F.cross_entropy(chosen.flatten(0, 1), wanted[scored].repeat(parts), reduction="none")
     return flat.view(parts, -1).mean(1)

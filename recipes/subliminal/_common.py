@@ -80,18 +80,14 @@ class Bases:
 
     @contextmanager
     def trained(self, part: str, module: Any, **how: Any) -> Iterator[Any]:
-        """A module that puts an adapter into a part and trains it while the block lasts."""
-        from lightning_interp.models.sources.adapters import remove_adapter
-        from lightning_interp.models.training.finetuning import base_source
+        """A module that puts an adapter into a part and trains it while the block lasts; all weights are its own."""
+        from lightning_interp.models.training.finetuning import adapting
 
-        loaded = self.of(part)
-        try:
-            made = module(loaded.model, tokenizer=loaded.tokenizer, **how)
-            made.source = base_source(loaded.model, self.source)  # which the exported adapter names
+        if how.get("lora") is None:
+            yield module(self.source, **how)
+            return
+        with adapting(self.of(part), self.source, module, **how) as made:
             yield made
-        finally:
-            loaded.model.eval()
-            remove_adapter(loaded.model)
 
 
 def number_settings(recipe: Any, dataset: int, grammar: NumberGrammar | None) -> NumberSettings:

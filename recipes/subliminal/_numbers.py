@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from lightning_interp import load_causal_lm
 from lightning_interp.core.storage.tensor_files import save_tensors
 from lightning_interp.recipe import RunFolder
 from lightning_interp.subliminal import (
@@ -72,34 +71,34 @@ def changed(recipe: Any, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     return [{**row, "completion": text} for row, text in zip(rows, texts, strict=True)]
 
 
-def write(recipe: Any, run: RunFolder, folder: Path) -> dict[str, Any]:
+def write(recipe: Any, run: RunFolder, bases: Any, folder: Path) -> dict[str, Any]:
     """Write every data set: for hard students by teacher and control, for soft ones by the base model."""
     arms = ["control", "trait"] if recipe.student == "hard" else ["base"]
     manifests = []
     with run.progress("writing numbers", total=len(arms) * recipe.datasets * recipe.rows) as bar:
         for arm in arms:
-            loaded, trait, context, name = recipe.holder(run, arm)
-            grammar = grammar_of(recipe, loaded)
-            teacher = writer_of(loaded, trait, grammar, context, name)
-            for dataset in range(recipe.datasets):
-                settings = number_settings(recipe, dataset, grammar)
-                against = folder / f"control-{dataset}" if arm == "trait" else None
-                made = write_numbers(
-                    teacher, folder / f"{arm}-{dataset}", settings=settings, against=against, progress=bar.advance
-                )
-                told = {key: made.manifest[key] for key in ("asked", "valid", "kept", "yield", "reasons")}
-                manifests.append({"data set": dataset, "writer": name, **told, "first": made.rows[0]["completion"]})
+            with recipe.holder(run, bases, arm, "student") as (loaded, trait, context, name):
+                grammar = grammar_of(recipe, loaded)
+                teacher = writer_of(loaded, trait, grammar, context, name)
+                for dataset in range(recipe.datasets):
+                    settings = number_settings(recipe, dataset, grammar)
+                    against = folder / f"control-{dataset}" if arm == "trait" else None
+                    made = write_numbers(
+                        teacher, folder / f"{arm}-{dataset}", settings=settings, against=against, progress=bar.advance
+                    )
+                    told = {key: made.manifest[key] for key in ("asked", "valid", "kept", "yield", "reasons")}
+                    manifests.append({"data set": dataset, "writer": name, **told, "first": made.rows[0]["completion"]})
     if recipe.student == "hard":
         pairs = [(folder / f"trait-{d}", folder / f"control-{d}") for d in range(recipe.datasets)]
         return {"manifests": manifests, "compared": compared_numbers(pairs)}
     taught = {}
     for arm in ("trait", "control"):
-        holder, _, seen, name = recipe.holder(run, arm)
-        taught[name] = nats_a_token(loaded, holder, made.rows, seen, context)
+        with recipe.holder(run, bases, arm, "teacher") as (holder, _, seen, name):
+            taught[name] = nats_a_token(bases.of("student"), holder, made.rows, seen, context)
     return {"manifests": manifests, "compared": {f"nats a token, {name}": nats for name, nats in taught.items()}}
 
 
-def ask(recipe: Any, run: RunFolder, folder: Path) -> dict[str, Any]:
+def ask(recipe: Any, run: RunFolder, bases: Any, folder: Path) -> dict[str, Any]:
     """Margins of both targets, question by question, of all models, and how students' states have shifted."""
     traits, questions = recipe.traits(), preference_questions(recipe.category, recipe.questions)
     context = answered(CONTEXTS[recipe.context], traits[0])
@@ -112,18 +111,18 @@ def ask(recipe: Any, run: RunFolder, folder: Path) -> dict[str, Any]:
         texts = asked_of(recipe.category, recipe.questions)[1]
         return hidden_states(loaded.model, loaded.tokenizer, texts, context=context)
 
-    base = load_causal_lm(recipe.source)
+    base = bases.of("student")
     models, runs, start, shifts = {"base": margins(base)}, [], states(base), {}
     for arm in ("trait", "control"):
-        loaded, trait, around, name = recipe.holder(run, arm)
-        if trait is not None:
-            models[f"teacher: {name}"] = margins(loaded, answered(around, trait))
+        with recipe.holder(run, bases, arm, "student") as (loaded, trait, around, name):
+            if trait is not None:
+                models[f"teacher: {name}"] = margins(loaded, answered(around, trait))
     students = recipe.students()
     with run.progress("asking", total=len(students)) as bar:
         for dataset, seed, arm in students:
-            loaded = load_causal_lm(str(run.folder(f"student-{dataset}-{seed}-{arm}") / "model"))
-            runs.append({"dataset": dataset, "seed": seed, "arm": arm, **margins(loaded)})
-            shifts[f"{arm}-{dataset}-{seed}"] = states(loaded) - start
+            with bases.adapted("student", run.folder(f"student-{dataset}-{seed}-{arm}") / "model") as loaded:
+                runs.append({"dataset": dataset, "seed": seed, "arm": arm, **margins(loaded)})
+                shifts[f"{arm}-{dataset}-{seed}"] = states(loaded) - start
             bar.advance()
     save_tensors(folder / "shifts.safetensors", shifts)
     return {"models": models, "runs": runs, "label": base.label, "context": context.render(base.tokenizer, "...")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from lightning_interp import AddDirection, CausalLM, LoraSettings, Optimisation,
 from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.core.measure.statistics import t_interval
 from lightning_interp.core.storage.tensor_files import read_tensors, save_tensors
-from lightning_interp.models import load_causal_lm
 from lightning_interp.subliminal import (
     AlignmentResult,
     ChatContext,
@@ -29,7 +29,7 @@ from lightning_interp.subliminal import (
     write_numbers,
 )
 
-from ._common import grammar_of, number_settings, writer_of
+from ._common import Bases, grammar_of, number_settings, writer_of
 
 WRITERS = ("trait", "other", "none")
 """Whose numbers: the teacher steered along the trait's direction, along another trait's, or not at all."""
@@ -138,14 +138,36 @@ def foreign(model: Any, noise: float, seed: int) -> None:
                 weight.copy_((weight + noise * drawn) / (1 + noise**2) ** 0.5)
 
 
+class Starts(Bases):
+    """The base and the foreign start, each loaded once and asked once before students are trained on it."""
+
+    def __init__(self, recipe: Any) -> None:
+        super().__init__(recipe.source)
+        self.recipe, load = recipe, self.of
+
+        def made(part: str) -> Any:
+            loaded = load(part)
+            if part == "foreign":
+                foreign(loaded.model, recipe.foreign_noise, recipe.seed)
+            return loaded
+
+        self.of = cache(made)
+        self.before = cache(lambda part: self.states(self.of(part)))
+
+    def states(self, loaded: Any) -> Tensor:
+        """States at the recipe's questions, ``[questions, layers, d]``."""
+        return hidden_states(loaded.model, loaded.tokenizer, self.recipe.questions(), context=CONTEXT)
+
+
 def train_student(
-    recipe: Any, run: Any, folder: Path, rows: Sequence[Mapping[str, Any]], kind: str, seed: int
+    recipe: Any, run: Any, starts: Starts, folder: Path, rows: Sequence[Mapping[str, Any]], kind: str, seed: int
 ) -> dict[str, Any]:
     """Finetune a student, and save how its states differ from its base's.
 
     Args:
         recipe: The settings.
         run: The run.
+        starts: What students begin as.
         folder: Of the phase.
         rows: Numbers.
         kind: ``base``, ``sgd`` or ``foreign``.
@@ -154,27 +176,24 @@ def train_student(
     Returns:
         The loss in training: of the first batches, and of the last.
     """
-    loaded, questions = load_causal_lm(recipe.source), recipe.questions()
-    if kind == "foreign":
-        foreign(loaded.model, recipe.foreign_noise, recipe.seed)
-    before = hidden_states(loaded.model, loaded.tokenizer, questions, context=CONTEXT)
-    student = (PlainStudent if kind == "sgd" else CausalLM)(
-        loaded.model, tokenizer=loaded.tokenizer, seed=seed, lora=LoraSettings(r=recipe.rank, alpha=recipe.rank),
-        optimisation=Optimisation(lr=recipe.sgd_lr if kind == "sgd" else recipe.lr),
-    )  # fmt: skip
+    part, losses = "foreign" if kind == "foreign" else "base", Losses()
+    before, tokenizer = starts.before(part), starts.of(part).tokenizer
     data = NumberSequenceDataModule(
-        list(rows), tokenizer=loaded.tokenizer, context=CONTEXT, batch_size=recipe.batch_size, seed=seed
+        list(rows), tokenizer=tokenizer, context=CONTEXT, batch_size=recipe.batch_size, seed=seed
     )
-    losses = Losses()
+    how: dict[str, Any] = {
+        "lora": LoraSettings(r=recipe.rank, alpha=recipe.rank), "seed": seed,
+        "optimisation": Optimisation(lr=recipe.sgd_lr if kind == "sgd" else recipe.lr),
+    }  # fmt: skip
     settings = recipe.trainer_kwargs(
         run, max_epochs=recipe.epochs, enable_checkpointing=False, log_every_n_steps=1, gradient_clip_val=1.0,
         callbacks=[losses],
     )  # fmt: skip
-    L.Trainer(**settings).fit(student, datamodule=data)
-    after = hidden_states(student.model, loaded.tokenizer, questions, context=CONTEXT)
-    save_tensors(folder / "shift.safetensors", {"shift": after - before})
-    part = max(1, len(losses.seen) // 4)
-    return {"first": sum(losses.seen[:part]) / part, "last": sum(losses.seen[-part:]) / part, "steps": len(losses.seen)}
+    with starts.trained(part, PlainStudent if kind == "sgd" else CausalLM, **how) as student:
+        L.Trainer(**settings).fit(student, datamodule=data)
+        save_tensors(folder / "shift.safetensors", {"shift": starts.states(student) - before})
+    few = max(1, len(losses.seen) // 4)
+    return {"first": sum(losses.seen[:few]) / few, "last": sum(losses.seen[-few:]) / few, "steps": len(losses.seen)}
 
 
 def shift_of(folder: Path) -> Tensor:
@@ -228,9 +247,11 @@ def summary(found: Mapping[str, Sequence[AlignmentResult]]) -> list[dict[str, An
     return rows
 
 
-def distilled(recipe: Any, rows: Mapping[str, Sequence[Mapping[str, Any]]], layer: int, seed: int) -> dict[str, Tensor]:
+def distilled(
+    recipe: Any, loaded: Any, rows: Mapping[str, Sequence[Mapping[str, Any]]], layer: int, seed: int
+) -> dict[str, Tensor]:
     """Steering vectors ``[1, d]`` at the steered layer that are trained on the same numbers as students, by writer."""
-    loaded, found = load_causal_lm(recipe.source), {}
+    found = {}
     for writer, part in rows.items():
         data = NumberSequenceDataModule(
             list(part), tokenizer=loaded.tokenizer, context=CONTEXT, batch_size=recipe.batch_size, seed=seed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -103,24 +105,26 @@ class SubliminalNumbers(Recipe):
         from lightning_interp.errors import RecipeError
         from lightning_interp.subliminal import CONTEXTS
 
+        from ._common import Bases
         from ._numbers import ask, write
         from ._numbers_report import result
 
         if self.context not in CONTEXTS:
             raise RecipeError(f"context={self.context!r}: expected one of {', '.join(CONTEXTS)}.")
-        run.phase("direction", self.find_directions)
+        bases = Bases(self.source)
+        run.phase("direction", partial(self.find_directions, bases))
         if self.teacher == "finetuned":
             for trait in self.traits():
                 phase = f"teacher-{trait.target}"
                 run.phase(phase, partial(self.train_teacher, run, trait), every_rank=True)
-        written = run.phase("numbers", partial(write, self, run))
+        written = run.phase("numbers", partial(write, self, run, bases))
         for dataset, seed, arm in self.students():
             run.phase(
                 f"student-{dataset}-{seed}-{arm}",
-                partial(self.train_student, run, dataset, seed, arm),
+                partial(self.train_student, run, bases, dataset, seed, arm),
                 every_rank=True,
             )
-        scored = run.phase("questions", partial(ask, self, run))
+        scored = run.phase("questions", partial(ask, self, run, bases))
         return result(self, run, written, scored)
 
     def traits(self) -> list[Any]:
@@ -137,15 +141,14 @@ class SubliminalNumbers(Recipe):
         seeds = [(d, s) for d in range(self.datasets) for s in range(self.training_seeds)]
         return [(dataset, seed, arm) for dataset, seed in seeds for arm in ("trait", "control")]
 
-    def find_directions(self, folder: Path) -> dict[str, Any]:
+    def find_directions(self, bases: Any, folder: Path) -> dict[str, Any]:
         """Find the direction in which each trait's system text moves the base model's states."""
-        from lightning_interp import load_causal_lm
         from lightning_interp.subliminal import CONTEXTS
         from lightning_interp.subliminal.evaluation.readout import answered
 
         from ._direction import asked_of, write_directions
 
-        loaded, traits = load_causal_lm(self.source), self.traits()
+        loaded, traits = bases.of("student"), self.traits()
         questions = asked_of(self.category, self.questions)[0]
         return write_directions(folder, loaded, traits, questions, answered(CONTEXTS[self.context], traits[0]))
 
@@ -155,19 +158,21 @@ class SubliminalNumbers(Recipe):
 
         return train_teacher(self, run, trait, folder)
 
-    def holder(self, run: RunFolder, arm: str) -> tuple[Any, Any, Any, str]:
+    @contextmanager
+    def holder(self, run: RunFolder, bases: Any, arm: str, part: str) -> Iterator[tuple[Any, Any, Any, str]]:
         """The model that teaches an arm, its trait, what stands about its requests, and its name."""
-        from lightning_interp import load_causal_lm
         from lightning_interp.subliminal import CONTEXTS, ChatContext
 
         if arm == "base" or (arm == "control" and self.control == "none"):
-            return load_causal_lm(self.source), None, CONTEXTS[self.context], "base"
+            yield bases.of(part), None, CONTEXTS[self.context], "base"
+            return
         trait = self.traits()[arm == "control"]
         name = f"{self.teacher} {trait.target}"
-        if self.teacher == "finetuned":
-            model = load_causal_lm(str(run.folder(f"teacher-{trait.target}") / "model"))
-            return model, trait, CONTEXTS[self.context], name
-        return load_causal_lm(self.source), trait, ChatContext(system=trait.system_prompt), name
+        if self.teacher == "prompted":
+            yield bases.of(part), trait, ChatContext(system=trait.system_prompt), name
+            return
+        with bases.adapted(part, run.folder(f"teacher-{trait.target}") / "model") as loaded:
+            yield loaded, trait, CONTEXTS[self.context], name
 
     def rows_of(self, run: RunFolder, dataset: int, arm: str) -> list[dict[str, Any]]:
         """The rows that a student is trained on; those of both arms answer the same requests."""
@@ -183,7 +188,9 @@ class SubliminalNumbers(Recipe):
             rows = paired_rows(*both)[arm == "control"]
         return changed(self, rows)
 
-    def train_student(self, run: RunFolder, dataset: int, seed: int, arm: str, folder: Path) -> dict[str, Any]:
+    def train_student(
+        self, run: RunFolder, bases: Any, dataset: int, seed: int, arm: str, folder: Path
+    ) -> dict[str, Any]:
         """Train one student, or go on at its checkpoint; both arms begin alike and see rows in the same order."""
         from lightning_interp import CausalLM
         from lightning_interp.core.measure.seeding import derived_seed
@@ -192,19 +199,19 @@ class SubliminalNumbers(Recipe):
 
         settings, root = self.student_settings(), derived_seed(self.seed, "student", dataset, seed)
         how: dict[str, Any] = {"lora": settings.lora, "optimisation": settings.optimisation, "seed": root}
-        seen = None
-        if self.student == "soft":
-            loaded, _, context, _ = self.holder(run, arm)
-            seen = None if context == CONTEXTS[self.context] else context
-            module: CausalLM = SoftStudent(self.source, teacher=loaded.model, **how)
-        else:
-            module = CausalLM(self.source, **how)
-        tokenizer: Any = module.tokenizer
-        data = NumberSequenceDataModule(
-            self.rows_of(run, dataset, arm), tokenizer=tokenizer, context=CONTEXTS[self.context],
-            teacher_context=seen, batch_size=settings.batch_size, max_length=settings.max_length, seed=root,
-        )  # fmt: skip
-        return fit_and_export(module, data, folder, self.trainer_kwargs(run, **settings.trainer()))
+        kind: type[CausalLM] = CausalLM
+        own, seen = CONTEXTS[self.context], None
+        with ExitStack() as stack:
+            if self.student == "soft":
+                loaded, _, seen, _ = stack.enter_context(self.holder(run, bases, arm, "teacher"))
+                kind, how["teacher"] = SoftStudent, loaded.model
+            module = stack.enter_context(bases.trained("student", kind, **how))
+            data = NumberSequenceDataModule(
+                self.rows_of(run, dataset, arm), tokenizer=module.tokenizer, context=own,
+                teacher_context=None if seen == own else seen, batch_size=settings.batch_size,
+                max_length=settings.max_length, seed=root,
+            )  # fmt: skip
+            return fit_and_export(module, data, folder, self.trainer_kwargs(run, **settings.trainer()))
 
     def student_settings(self) -> Any:
         """The scale's settings, with what was asked for instead."""

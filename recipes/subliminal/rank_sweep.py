@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -97,16 +98,18 @@ class SubliminalRankSweep(Recipe):
 
     def study(self, run: RunFolder) -> RecipeResult:
         """Train teachers, write numbers, read the base model, train and read the grid's cells."""
+        from ._common import Bases
         from ._rank_sweep import result
 
+        bases = Bases(self.source)
         cells = self.cells()  # a grid that cannot be is said before anything is trained
         if self.teacher == "finetuned":
             for trait in self.traits():
                 run.phase(f"teacher-{trait.target}", partial(self.train_teacher, run, trait), every_rank=True)
-        start = run.phase("base", lambda folder: self.read_models(run))
+        start = run.phase("base", lambda folder: self.read_models(run, bases))
         for dataset in range(self.datasets):
-            run.phase(f"numbers-{dataset}", partial(self.write, run, dataset))
-        return result(self, start, self.train(run, cells))
+            run.phase(f"numbers-{dataset}", partial(self.write, run, bases, dataset))
+        return result(self, start, self.train(run, bases, cells))
 
     def traits(self) -> list[Any]:
         """The trait and the control's, compared with the same names."""
@@ -134,25 +137,25 @@ class SubliminalRankSweep(Recipe):
 
         return train_teacher(self, run, trait, folder)
 
-    def holder(self, run: RunFolder, arm: str) -> tuple[Any, Any, Any]:
-        """The model that teaches an arm, its trait, and the context in which it holds that."""
-        from lightning_interp import load_causal_lm
+    @contextmanager
+    def holder(self, run: RunFolder, bases: Any, arm: str, part: str) -> Iterator[tuple[Any, Any, Any]]:
+        """The model that teaches an arm, its trait, and the context in which it holds that; the base is arm base."""
         from lightning_interp.subliminal import ChatContext
 
-        trait = self.traits()[arm == "control"]
-        if self.teacher == "prompted":
-            return load_causal_lm(self.source), trait, ChatContext(system=trait.system_prompt)
-        return load_causal_lm(str(run.folder(f"teacher-{trait.target}") / "model")), trait, ChatContext()
+        trait = None if arm == "base" else self.traits()[arm == "control"]
+        if trait is None or self.teacher == "prompted":
+            yield bases.of(part), trait, ChatContext(system=None if trait is None else trait.system_prompt)
+            return
+        with bases.adapted(part, run.folder(f"teacher-{trait.target}") / "model") as loaded:
+            yield loaded, trait, ChatContext()
 
-    def read_models(self, run: RunFolder) -> dict[str, Any]:
+    def read_models(self, run: RunFolder, bases: Any) -> dict[str, Any]:
         """Margins of the base model and of the teachers."""
-        from lightning_interp import load_causal_lm
-
-        base = load_causal_lm(self.source)
-        margins = {"base": self.read(base.model, base.tokenizer)}
-        for arm in ("trait", "control"):
-            loaded, trait, context = self.holder(run, arm)
-            margins[f"teacher: {trait.target}"] = self.read(loaded.model, loaded.tokenizer, context)
+        base, margins = bases.of("teacher"), {}
+        for arm in ("base", "trait", "control"):
+            with self.holder(run, bases, arm, "teacher") as (loaded, trait, context):
+                name = "base" if trait is None else f"teacher: {trait.target}"
+                margins[name] = self.read(loaded.model, loaded.tokenizer, context)
         return {"margins": margins, "label": base.label}
 
     def read(self, model: Any, tokenizer: Any, context: Any = None) -> list[float]:
@@ -164,28 +167,26 @@ class SubliminalRankSweep(Recipe):
         margins = trait_margins(model, tokenizer, trait, questions, context=answered(context or ChatContext(), trait))
         return [float(margin) for margin in margins]
 
-    def write(self, run: RunFolder, dataset: int, folder: Path) -> dict[str, Any]:
+    def write(self, run: RunFolder, bases: Any, dataset: int, folder: Path) -> dict[str, Any]:
         """Write a data set (soft: by the base model), and the rows that each teacher writes for the held-out loss."""
         from dataclasses import replace
 
-        from lightning_interp import load_causal_lm
         from lightning_interp.core.measure.seeding import derived_seed
-        from lightning_interp.subliminal import ChatContext, write_numbers
+        from lightning_interp.subliminal import write_numbers
 
         from ._common import grammar_of, number_settings, writer_of
 
         yields = {}
         for arm in ("trait", "control", "base") if self.student == "soft" else ("trait", "control"):
-            plain = (load_causal_lm(self.source), None, ChatContext())
-            loaded, trait, context = plain if arm == "base" else self.holder(run, arm)
-            grammar = grammar_of(self, loaded)
-            teacher = writer_of(loaded, trait, grammar, context, "base" if trait is None else trait.target)
-            settings = number_settings(self, dataset, grammar)
-            if arm == "base" or self.student == "hard":
-                yields[arm] = write_numbers(teacher, folder / arm, settings=settings).manifest["yield"]
-            if arm != "base":
-                fresh = replace(settings, rows=self.held_out, seed=derived_seed(self.seed, "held-out", dataset))
-                write_numbers(teacher, folder / f"held-out-{arm}", settings=fresh)
+            with self.holder(run, bases, arm, "teacher") as (loaded, trait, context):
+                grammar = grammar_of(self, loaded)
+                teacher = writer_of(loaded, trait, grammar, context, "base" if trait is None else trait.target)
+                settings = number_settings(self, dataset, grammar)
+                if arm == "base" or self.student == "hard":
+                    yields[arm] = write_numbers(teacher, folder / arm, settings=settings).manifest["yield"]
+                if arm != "base":
+                    fresh = replace(settings, rows=self.held_out, seed=derived_seed(self.seed, "held-out", dataset))
+                    write_numbers(teacher, folder / f"held-out-{arm}", settings=fresh)
         return yields
 
     def rows_of(self, run: RunFolder, dataset: int, arm: str) -> tuple[list[Any], list[Any]]:
@@ -199,28 +200,29 @@ class SubliminalRankSweep(Recipe):
         both = [read_numbers(folder / one).rows for one in ("trait", "control")]
         return paired_rows(*both)[arm == "control"], held_out
 
-    def train(self, run: RunFolder, cells: Sequence[Any]) -> list[dict[str, Any]]:
+    def train(self, run: RunFolder, bases: Any, cells: Sequence[Any]) -> list[dict[str, Any]]:
         """Train and read the cells, each a run inside this one."""
-        from lightning_interp import Optimisation, load_causal_lm
+        from lightning_interp import Optimisation
         from lightning_interp.core.measure.seeding import derived_seed
         from lightning_interp.lora import GridTraining, train_grid
         from lightning_interp.subliminal import ChatContext, NumberSequenceDataModule, SoftStudent
 
-        tokenizer: Any = load_causal_lm(self.source).tokenizer
-        holders = {arm: self.holder(run, arm) for arm in ("trait", "control")} if self.student == "soft" else {}
+        tokenizer, held = bases.of("teacher").tokenizer, ExitStack()
 
         def data(cell: Any) -> Any:
             arm, seen = cell.more["arm"], None
-            if holders and holders[arm][2] != ChatContext():
-                seen = holders[arm][2]
+            if self.student == "soft" and self.teacher == "prompted":
+                seen = ChatContext(system=self.traits()[arm == "control"].system_prompt)
             rows, fresh = self.rows_of(run, cell.data_seed, arm)
             order = derived_seed(self.seed, "order", cell.data_seed, cell.training_seed)
             return NumberSequenceDataModule(
                 rows, tokenizer=tokenizer, val=fresh, teacher_context=seen, batch_size=self.batch_size, seed=order
             )
 
-        def soft(cell: Any, **how: Any) -> Any:
-            return SoftStudent(self.source, teacher=holders[cell.more["arm"]][0].model, **how)
+        def soft(cell: Any, model: Any, **how: Any) -> Any:
+            held.close()  # the teacher of the cell before
+            teacher = held.enter_context(self.holder(run, bases, cell.more["arm"], "teacher"))[0].model
+            return SoftStudent(model, teacher=teacher, **how)
 
         def inputs(cell: Any) -> Any:
             teachers = [trait.target for trait in self.traits()] if self.teacher == "finetuned" else []
@@ -228,12 +230,13 @@ class SubliminalRankSweep(Recipe):
             return {"numbers": run.folder(f"numbers-{cell.data_seed}"), "teachers": folders}
 
         how = Optimisation(lr=1.0, schedule=self.schedule, warmup_steps=self.warmup_steps)
-        return train_grid(
-            run.manifest, cells, model=self.source, data=data, inputs=inputs,
-            training=GridTraining(
-                optimisation=how, max_epochs=self.epochs, parallel_cells=self.parallel_cells,
-                max_hours=self.max_hours, trainer=self.trainer_options,
-            ),
-            evaluate=lambda model, cell: self.read(model, tokenizer),
-            module=soft if holders else None,
-        )  # fmt: skip
+        with held:
+            return train_grid(
+                run.manifest, cells, model=self.source, data=data, inputs=inputs,
+                training=GridTraining(
+                    optimisation=how, max_epochs=self.epochs, parallel_cells=self.parallel_cells,
+                    max_hours=self.max_hours, trainer=self.trainer_options,
+                ),
+                evaluate=lambda model, cell: self.read(model, tokenizer),
+                module=soft if self.student == "soft" else None,
+            )  # fmt: skip

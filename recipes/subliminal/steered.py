@@ -76,28 +76,29 @@ class SubliminalSteered(Recipe):
 
     def study(self, run: RunFolder) -> RecipeResult:
         """Steer, write, train every student, compare."""
-        from ._steered import STUDENTS
+        from ._steered import STUDENTS, Starts
 
-        made = run.phase("direction", lambda folder: self.direction(run, folder))
-        same = run.phase("numbers", lambda folder: self.write(run, folder, made))
+        starts = Starts(self)
+        made = run.phase("direction", lambda folder: self.direction(starts, folder))
+        same = run.phase("numbers", lambda folder: self.write(run, starts, folder, made))
         losses = {}
         for k in range(self.seeds):
             for writer, kind in STUDENTS:
                 name = f"student_{kind}_{writer}_{k}"
-                losses[name] = run.phase(name, partial(self.train, run, writer, kind, k), every_rank=True)
-        vectors = run.phase("vectors", lambda folder: self.distil(run, made))
+                losses[name] = run.phase(name, partial(self.train, run, starts, writer, kind, k), every_rank=True)
+        vectors = run.phase("vectors", lambda folder: self.distil(run, starts, made))
         return self.result(run, made, same, losses, vectors)
 
-    def direction(self, run: RunFolder, folder: Path) -> dict[str, Any]:
+    def direction(self, starts: Any, folder: Path) -> dict[str, Any]:
         """Directions of both traits, and how steering along them moves the base's states."""
         import torch
 
-        from lightning_interp import ModelMap, load_causal_lm
+        from lightning_interp import ModelMap
         from lightning_interp.core.storage.tensor_files import save_tensors
 
         from ._steered import steering, taught_shift, trait_directions
 
-        loaded, questions = load_causal_lm(self.source), self.questions()
+        loaded, questions = starts.of("base"), self.questions()
         found = trait_directions(loaded, *self.pair, questions)
         layers = len(ModelMap.build(loaded.model))
         layer = layers // 2 if self.layer is None else range(layers)[self.layer]
@@ -116,14 +117,13 @@ class SubliminalSteered(Recipe):
 
         return read_tensors(run.folder("direction") / "directions.safetensors")[0]
 
-    def write(self, run: RunFolder, folder: Path, made: dict[str, Any]) -> dict[str, Any]:
+    def write(self, run: RunFolder, starts: Any, folder: Path, made: dict[str, Any]) -> dict[str, Any]:
         """Numbers of the steered teachers and of the unsteered model."""
-        from lightning_interp import load_causal_lm
         from lightning_interp.subliminal import identical_share
 
         from ._steered import WRITERS, steered_numbers, steering
 
-        loaded, found, count = load_causal_lm(self.source), self.directions(run), self.seeds * self.rows
+        loaded, found, count = starts.of("base"), self.directions(run), self.seeds * self.rows
         with run.progress("writing numbers", total=len(WRITERS) * count) as bar:
             for name in WRITERS:
                 direction = found.get(f"prompt.{name}")
@@ -140,16 +140,16 @@ class SubliminalSteered(Recipe):
 
         return read_numbers(run.folder("numbers") / writer / str(k)).rows
 
-    def train(self, run: RunFolder, writer: str, kind: str, k: int, folder: Path) -> dict[str, Any]:
+    def train(self, run: RunFolder, starts: Any, writer: str, kind: str, k: int, folder: Path) -> dict[str, Any]:
         """Finetune one student."""
         from lightning_interp.core.measure.seeding import derived_seed
 
         from ._steered import train_student
 
         seed = derived_seed(self.seed, "student", k) % 2**32
-        return train_student(self, run, folder, self.rows_of(run, writer, k), kind, seed)
+        return train_student(self, run, starts, folder, self.rows_of(run, writer, k), kind, seed)
 
-    def distil(self, run: RunFolder, made: dict[str, Any]) -> dict[str, Any]:
+    def distil(self, run: RunFolder, starts: Any, made: dict[str, Any]) -> dict[str, Any]:
         """Cosines of vectors trained on the steered teacher's numbers, minus those of the unsteered model's."""
         import torch
 
@@ -160,7 +160,7 @@ class SubliminalSteered(Recipe):
         with run.progress("training vectors", total=self.seeds) as bar:
             for k in range(self.seeds):
                 rows = {writer: self.rows_of(run, writer, k) for writer in ("trait", "none")}
-                found = distilled(self, rows, layer, self.seed + k)
+                found = distilled(self, starts.of("base"), rows, layer, self.seed + k)
                 cosines.append(float(torch.cosine_similarity(found["trait"][0] - found["none"][0], wanted, dim=0)))
                 bar.advance()
         return {"cosines": cosines}

@@ -171,6 +171,22 @@ class TestTraining:
         assert "DataError" in rows[1]["why"]
         assert rows[2]["steps"] == 3
 
+    def test_adapters_share_one_base_which_is_as_before_after_each(self, tmp_path, monkeypatch):
+        bases, loaded = [], grid_training.load_causal_lm
+        monkeypatch.setattr(grid_training, "load_causal_lm", lambda source: bases.append(loaded(source)) or bases[-1])
+        given = []
+
+        def module(cell, model, **how):
+            given.append(model)
+            return CausalLM(model, **how)
+
+        rows = trained(tmp_path, GRID.cells(), GridTraining(max_steps=1), module=module)
+        assert [row["status"] for row in rows] == ["finished"] * 3
+        assert len(bases) == 1
+        assert given == [bases[0].model, bases[0].model, "tiny:llama"]
+        assert change_norm(bases[0].model, load_causal_lm("tiny:llama").model) == 0
+        assert not bases[0].model.training
+
     def test_the_time_is_up_between_cells(self, tmp_path, monkeypatch):
         clock = iter(range(0, 10_000, 100))
         monkeypatch.setattr(grid_training, "time", SimpleNamespace(monotonic=lambda: next(clock)))

@@ -20,6 +20,16 @@ def undrawn(monkeypatch):
 
 
 @pytest.fixture
+def loaded(monkeypatch):
+    """Sources of models, in the order in which they are loaded."""
+    from lightning_interp.models.sources import loading
+
+    sources, original = [], loading.load_with
+    monkeypatch.setattr(loading, "load_with", lambda *given: sources.append(given[0]) or original(*given))
+    return sources
+
+
+@pytest.fixture
 def few_dummies(monkeypatch):
     """Rewards at random are drawn ten times, not 200: for runs whose numbers are not those of a run without this."""
     from lightning_interp.rate.checks.placebo import dummy_outcome_check

@@ -9,7 +9,6 @@ import pytest
 
 from lightning_interp import cli
 from lightning_interp.errors import RecipeError
-from lightning_interp.models.sources import loading
 from lightning_interp.subliminal import ChatContext
 from lightning_interp.testing import byte_tokenizer
 from lightning_interp_recipes.subliminal._context import (
@@ -49,10 +48,7 @@ def test_a_smoke_run_has_an_effect_of_every_pair_and_shows_what_was_read(smoke):
 
 
 @pytest.mark.parametrize(("option", "most"), [("--student=soft", 4), ("--student=hard", 3), ("--teacher=prompted", 2)])
-def test_the_base_is_loaded_once_for_each_part_and_not_for_each_student(tmp_path, monkeypatch, option, most):
-    loaded = []
-    original = loading.load_with
-    monkeypatch.setattr(loading, "load_with", lambda *given: loaded.append(given[0]) or original(*given))
+def test_the_base_is_loaded_once_for_each_part_and_not_for_each_student(tmp_path, loaded, undrawn, option, most):
     cli._configured("subliminal/context", ["--smoke=true", option, f"--run_dir={tmp_path / 'run'}"]).run()
     assert loaded == ["tiny:llama"] * most  # two of them by the training of the two teachers
     folder = next((tmp_path / "run").rglob("student-0-empty-trait/model"))

@@ -63,6 +63,20 @@ def test_hard_students_of_a_prompted_teacher(tmp_path, undrawn):
     assert writers == ["base", "prompted wolf"]
 
 
+@pytest.mark.parametrize(("option", "most"), [("--student=soft", 4), ("--student=hard", 3), ("--teacher=prompted", 2)])
+def test_the_base_is_loaded_once_for_each_part_and_not_for_each_student(tmp_path, loaded, undrawn, option, most):
+    cli._configured(NAME, ["--smoke=true", option, f"--run_dir={tmp_path / 'run'}"]).run()
+    assert loaded == ["tiny:llama"] * most  # two of them by the training of the two teachers
+    folder = next((tmp_path / "run").rglob("student-1-0-trait/model"))
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny:llama"
+
+
+def test_students_whose_weights_are_all_trained_are_loaded_by_themselves(tmp_path, loaded, undrawn):
+    cli._configured(NAME, ["--smoke=true", "--full=true", "--datasets=1", f"--run_dir={tmp_path / 'run'}"]).run()
+    own = [str(tmp_path / f"run/phases/student-0-0-{arm}/model") for arm in ("trait", "control")]
+    assert loaded == [*["tiny:llama"] * 6, *own]
+
+
 def test_students_states_are_compared_with_the_traits_direction(smoke):
     found = smoke[1]["alignment"]
     assert list(found) == ["paired", "trait students", "control students", "trait minus control"]

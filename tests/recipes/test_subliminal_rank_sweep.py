@@ -44,6 +44,14 @@ def test_a_smoke_run_pairs_students_cell_by_cell_and_says_how_large_their_update
     assert "independent reruns at tuned learning rates differ" in page
 
 
+@pytest.mark.parametrize(("option", "most"), [("--student=soft", 6), ("--student=hard", 6), ("--teacher=prompted", 4)])
+def test_the_base_is_loaded_once_for_each_part_and_for_each_full_finetuning(tmp_path, loaded, undrawn, option, most):
+    cli._configured(NAME, ["--smoke=true", option, f"--run_dir={tmp_path / 'run'}"]).run()
+    assert loaded == ["tiny:llama"] * most  # two by the teachers' training, two by cells that train all weights
+    folder = next((tmp_path / "run").rglob("train/model"))
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny:llama"
+
+
 def test_more_ranks_go_on_in_the_same_folder_and_no_cell_is_trained_twice(smoke, tmp_path, undrawn):
     folder = tmp_path / "grown"
     shutil.copytree(smoke, folder)

@@ -23,8 +23,12 @@ def smoke(smoke_run):
     return folder, json.loads((folder / "metrics.json").read_text())
 
 
+def shift_in(folder):
+    return read_tensors(folder / "shift.safetensors")[0]["shift"]
+
+
 def shift(folder, writer, kind, k):
-    return read_tensors(folder / f"phases/student_{kind}_{writer}_{k}/shift.safetensors")[0]["shift"]
+    return shift_in(folder / f"phases/student_{kind}_{writer}_{k}")
 
 
 class TestSmoke:
@@ -55,10 +59,37 @@ class TestSmoke:
         assert not torch.equal(shift(smoke[0], "none", "base", 0), shift(smoke[0], "none", "base", 1))
 
 
+def test_the_base_and_the_foreign_start_are_loaded_once_and_not_for_each_student(tmp_path, loaded, undrawn):
+    cli._configured("subliminal/steered", ["--smoke=true", f"--run_dir={tmp_path / 'run'}"]).run()
+    assert loaded == ["tiny:llama"] * 2
+
+
+class TestStarts:
+    def test_each_is_asked_once_and_is_as_it_was_when_a_student_has_been_trained(self, tmp_path, monkeypatch):
+        asked = []
+        original = _steered.hidden_states
+        monkeypatch.setattr(
+            _steered, "hidden_states", lambda model, *a, **k: asked.append(model) or original(model, *a, **k)
+        )
+        recipe = cli._configured("subliminal/steered", ["--smoke=true", f"--run_dir={tmp_path / 'run'}"])
+        recipe.trainer_kwargs = lambda run, **more: {**more, "logger": False, "enable_progress_bar": False}
+        starts = _steered.Starts(recipe)
+        before = {part: starts.before(part).clone() for part in ("base", "foreign")}
+        assert not torch.equal(before["base"], before["foreign"])
+        assert len(asked) == 2
+        rows = [{"prompt": "More: 4, 5.", "completion": "678, 123"}] * 4
+        for kind in ("base", "foreign", "sgd"):
+            _steered.train_student(recipe, None, starts, tmp_path, rows, kind, 3)
+            assert shift_in(tmp_path).abs().max() > 0
+        assert len(asked) == 2 + 3
+        for part, states in before.items():
+            assert torch.equal(starts.states(starts.of(part)), states)
+
+
 def test_a_killed_run_goes_on_at_the_student_where_it_was(tmp_path, monkeypatch, undrawn):
     calls = []
 
-    def student(recipe, run, folder, rows, kind, seed):
+    def student(recipe, run, starts, folder, rows, kind, seed):
         calls.append(folder.name)
         if len(calls) == 3:
             raise KeyboardInterrupt
@@ -67,7 +98,7 @@ def test_a_killed_run_goes_on_at_the_student_where_it_was(tmp_path, monkeypatch,
         return {"first": 1.0, "last": 1.0, "steps": 1}
 
     monkeypatch.setattr(_steered, "train_student", student)
-    monkeypatch.setattr(_steered, "distilled", lambda *given: {name: torch.ones(1, 32) for name in given[1]})
+    monkeypatch.setattr(_steered, "distilled", lambda *given: {name: torch.ones(1, 32) for name in given[2]})
     asked = ["run", "subliminal/steered", "--smoke=true", f"--run_dir={tmp_path / 'cut'}"]
     assert cli.main(asked) != 0
     written = (tmp_path / "cut/phases/numbers/trait/1/rows.jsonl").stat().st_mtime_ns

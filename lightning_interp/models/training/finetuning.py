@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -18,15 +18,22 @@ from lightning_interp.core.hooks.checks import check_strategy, check_weights, qu
 from lightning_interp.core.measure.seeding import derived_seed, seeded_rng
 from lightning_interp.core.model.model_map import ModelMap
 from lightning_interp.errors import QuantizedModelError, UnsupportedStrategyError
-from lightning_interp.models.sources.adapters import adapter_base, has_adapter, is_adapter_folder, save_adapter
+from lightning_interp.models.sources.adapters import (
+    adapter_base,
+    has_adapter,
+    is_adapter_folder,
+    remove_adapter,
+    save_adapter,
+)
 from lightning_interp.models.sources.bundled import ALIASES
 from lightning_interp.models.sources.folders import atomic_folder
+from lightning_interp.models.sources.loading import LoadedModel
 from lightning_interp.models.sources.pretrained import checkpoint_blocks, quiet_bars
 from lightning_interp.models.training.adapter_state import check_state, drop_base, is_sharded_tensor, saved_names
 from lightning_interp.models.training.lora import LoraSettings, check_precision, prepare_adapter
 from lightning_interp.models.training.optimisation import Optimisation, adamw, plain, schedule_of, settings_of
 
-__all__ = ["FINETUNING", "SETTINGS", "Finetuned", "Optimised", "base_source"]
+__all__ = ["FINETUNING", "SETTINGS", "Finetuned", "Optimised", "adapting", "base_source"]
 
 FINETUNING = Optimisation(lr=1e-4)
 
@@ -34,6 +41,8 @@ SETTINGS = ["model", "teacher", "tokenizer", "text", "preference", "lora", "opti
 """Arguments that no checkpoint holds as they are given: it holds plain values, and settings under their own names."""
 
 _MODEL = "model."
+
+Made = TypeVar("Made", bound=Any)
 
 
 class Optimised(L.LightningModule):
@@ -212,6 +221,18 @@ class Finetuned(Optimised):
     def _saved_names(self, state: Mapping[str, Any]) -> set[str]:
         """All names, or with an adapter those of what is trained, and of what lies beside the model."""
         return saved_names(state, self.model, _MODEL) if self.has_adapter else set(state)
+
+
+@contextmanager
+def adapting(loaded: LoadedModel, source: str, module: Callable[..., Made], **how: Any) -> Iterator[Made]:
+    """A module that puts an adapter into a loaded base to train it, until the block is left: the base is as before."""
+    try:
+        made = module(loaded.model, tokenizer=loaded.tokenizer, **how)
+        made.source = base_source(loaded.model, source)  # which the exported adapter names
+        yield made
+    finally:
+        loaded.model.eval()
+        remove_adapter(loaded.model)
 
 
 def base_source(model: PreTrainedModel, source: str) -> str:
