@@ -18,7 +18,6 @@ from lightning_interp.core.model.sites import Site
 from lightning_interp.core.tokens.positions import All, Positions
 from lightning_interp.core.tokens.step import StepContext
 from lightning_interp.errors import DataError, RecipeError
-from lightning_interp.models.training.causal_lm import scored_columns
 
 __all__ = ["DistilledVectors", "distilled_vectors"]
 
@@ -128,7 +127,8 @@ def _losses(model: nn.Module, batch: Mapping[str, Tensor], parts: int, device: t
     scored = wanted != -100
     if not bool(scored.any()):
         raise DataError(f"A batch of {len(ids)} rows scores no token. Give rows with completions.")
-    kept = scored_columns(labels, 0)  # the head is dear, and no other column is needed
+    first = int(scored.any(0).int().argmax())  # the head is dear, and no column before it is needed
+    kept = torch.arange(first, labels.shape[1], device=device)
     more = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     logits = model(input_ids=ids.repeat(parts, 1), attention_mask=mask.repeat(parts, 1), use_cache=False, **more).logits
     first = labels.shape[1] - logits.shape[1]
