@@ -108,9 +108,9 @@ class GenerationCycle(ChainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("phases", "first"):
-            if not isinstance(getattr(self, name), Sequence):
-                raise RecipeError(f"{name} is {getattr(self, name)!r:.60}; expected a list of phases.")
+        for name, given in (("phases", self.phases), ("first", self.first)):
+            if not isinstance(given, Sequence):
+                raise RecipeError(f"{name} is {given!r:.60}; expected a list of phases.")
         check_overrides(self.overrides)
         if self.writer is not None and not callable(self.writer):
             raise RecipeError(f"writer is {self.writer!r:.60}; expected a function of a name and a folder.")
@@ -218,10 +218,10 @@ class GenerationCycle(ChainSettings):
     def config(self) -> dict[str, Any]:
         """What identifies the chain, as plain values; more cycles, and their overrides, go on in the same folder."""
         free = {"cycles", "phases", "first", "run_dir", "overrides", "trainer", "writer"}
-        trainer = {} if callable(self.trainer) else self.trainer
+        given = {} if callable(self.trainer) else self.trainer
+        trainer = {name: value for name, value in given.items() if name not in _SHOWS}
         told = plain_settings(self, without=free)
-        decides = {name: value for name, value in trainer.items() if name not in _SHOWS}
-        told |= {"slices": self.slices, "trainer": plain_value(decides)}
+        told |= {"slices": self.slices, "trainer": plain_value(trainer)}
         for name, phases in (("first", self._first()), ("phases", self.phases)):
             told[name] = {key: phase.settings() for key, phase in numbered(filtered(phases)).items()}
         return told
