@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -228,6 +228,7 @@ class CycleContext:
         rows: Rows of this cycle until now.
         data: What it trains on.
         adapter: Its own policy until now.
+        references: What evaluations found of the base that others are measured against, by a digest of their settings.
     """
 
     chain: ChainSettings
@@ -242,6 +243,7 @@ class CycleContext:
     rows: Path | None = None
     data: Path | None = None
     adapter: Path | None = None
+    references: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def start(self) -> Path | None:

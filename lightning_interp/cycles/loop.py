@@ -285,6 +285,7 @@ class _Chain:
         self._lines: list[dict[str, Any]] = []
         self._earlier: tuple[CycleFiles, ...] = ()
         self._seed_rows: Path | None = None
+        self._references: dict[str, Any] = {}
         self._pool: Callable[[], Pool] = lambda: Pool([], [])
         if settings._generate is not None and settings.cycles > 1:
             self._find_pool(settings._generate)
@@ -298,6 +299,7 @@ class _Chain:
         return CycleContext(
             chain=self.settings, cycle=cycle, slot=self.slot, pool=self._pool, trainer=self._trainer,
             writer=self.settings.writer, bar=self.bar, earlier=self._earlier, seed_rows=self._seed_rows,
+            references=self._references,
         )  # fmt: skip
 
     def _find_pool(self, generate: Generate) -> None:
@@ -344,6 +346,7 @@ class _Chain:
             if isinstance(phase, Evaluate):
                 what = {"settings": phase.settings()}
                 found[name] = self.run.phase(f"base-{name}", partial(_do, phase, context), inputs=what)
+                self._references[digest(what["settings"])] = found[name].get("reference")
         return found
 
     def cycle(self, number: int) -> None:

@@ -20,10 +20,12 @@ from torch import Tensor
 from lightning_interp.core.measure.seeding import derived_seed
 from lightning_interp.core.measure.undisturbed import undisturbed
 from lightning_interp.core.storage.distributed import is_rank_zero
+from lightning_interp.core.storage.files import digest
 from lightning_interp.core.storage.jsonl import write_json_lines
 from lightning_interp.core.storage.tensor_files import read_tensors
 from lightning_interp.cycles.chain_rows import Rows, combined, learned, placed, read_data
 from lightning_interp.cycles.chain_settings import CycleContext, Phase, changed, shown
+from lightning_interp.cycles.evaluation import TraitEvaluation
 from lightning_interp.cycles.writing import PEFT
 from lightning_interp.errors import DataError
 from lightning_interp.models.data.dpo_pairs import DPODataModule
@@ -336,8 +338,12 @@ class Evaluate(Phase):
     def run(self, context: CycleContext, folder: Path) -> dict[str, Any]:
         """Do it."""
         model, seed = context.model(context.adapter), derived_seed(context.chain.seed, "eval_sample")
+        more: dict[str, Any] = {}
+        if isinstance(self.evaluate, TraitEvaluation):  # which would ask the base beside each model
+            known = context.references.get(digest(self.settings()))
+            more = {"base": model} if context.adapter is None else {"reference": known}
         with undisturbed(model):
-            found = self.evaluate(model, context.slot.tokenizer, folder=folder, seed=seed)
+            found = self.evaluate(model, context.slot.tokenizer, folder=folder, seed=seed, **more)
         if not isinstance(found, Mapping):
             raise DataError(f"{self.settings()['evaluate']} gave {found!r:.60}; expected plain values by name.")
         return dict(found)

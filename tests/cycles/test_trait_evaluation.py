@@ -183,6 +183,30 @@ def test_a_chain_is_measured_beside_its_base_whichever_process_does_it(tmp_path)
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
 
 
+def test_the_base_is_asked_once_in_a_chain_and_what_is_found_is_the_same(tmp_path, monkeypatch):
+    passes, real, asks = [], TraitEvaluation.responses, evaluation()
+
+    def alone(model, tokenizer, *, folder, seed):
+        return asks(model, tokenizer, folder=folder, seed=seed)
+
+    def spied(self, model, *args, **more):
+        passes.append(model)
+        return real(self, model, *args, **more)
+
+    def found(name, evaluate, cycles):
+        phases = [writing(slices=2), fitting(), Evaluate(evaluate=evaluate)]
+        told = chain(tmp_path / name, cycles=cycles, phases=phases).run()
+        return told["base"]["evaluate"], *(one["evaluation"]["evaluate"] for one in told["cycles"])
+
+    expected = found("alone", alone, 2)
+    monkeypatch.setattr(TraitEvaluation, "responses", spied)
+    _known.clear()
+    found("chain", asks, 1)
+    assert len(passes) == 2
+    assert found("chain", asks, 2) == expected
+    assert len(passes) == 3  # of the new cycle alone, in a process that has not asked the base
+
+
 def test_a_question_may_not_be_in_the_pool(tmp_path):
     asks = Evaluate(evaluate=TraitEvaluation([POOL[3]], Lengths(), samples=1, max_new_tokens=2))
     with pytest.raises(DataError, match=r"holds 'What of 3\?', which Evaluate asks"):
