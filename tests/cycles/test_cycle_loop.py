@@ -64,7 +64,8 @@ class TestStart:
         still = fitting(optimisation=Optimisation(lr=1e-60))  # zero in float32
         phases = [writing(), still, Evaluate(evaluate=score)]
         for init in ("reinit", "continual"):
-            told = chain(tmp_path / init, init=init, first=[replace(still, data=SEED)], phases=phases).run()
+            first = [replace(still, data=SEED)]
+            told = chain(tmp_path / init, init=init, cycles=2, first=first, phases=phases).run()
             tensors = dict.fromkeys((*of(told, "init_adapter"), *of(told, "adapter")))
             assert len(tensors) == 1
             assert len({*scores(told), told["base"]["evaluate"]["score"]}) == 1
@@ -94,10 +95,13 @@ class TestData:
         assert rows[0] == rows[1][:2]
         assert [row["prompt"] for row in rows[1]] == [row["prompt"] for row in SEED[:4]]
 
+    def test_by_default_own_rows_replace_those_before(self, reinit):
+        assert [one["counts"]["mix"]["rows"] for one in reinit[1]["cycles"]] == [4, 4, 4]
+        assert reinit[1]["cycles"][2]["counts"]["mix"]["sources"] == {"own": 4}
+
     @pytest.mark.parametrize(
         ("rule", "fraction", "sizes", "sources"),
         [
-            ("replace", 0.0, [4, 4, 4], {"own": 4}),
             ("mix", 0.5, [4, 6, 6], {"own": 4, "seed-mix": 2}),
             ("accumulate", 0.0, [4, 8, 12], {"own": 8, "seed": 4}),
         ],
@@ -132,25 +136,28 @@ class TestData:
         fits = [fitting(), fitting(optimisation=Optimisation(lr=3e-2))]
         told = [
             chain(
-                tmp_path / str(place), generator="base", first=[replace(fit, data=SEED)], phases=[writing(), fit]
+                tmp_path / str(place),
+                generator="base",
+                cycles=2,
+                first=[replace(fit, data=SEED)],
+                phases=[writing(slices=2), fit],
             ).run()
             for place, fit in enumerate(fits)
         ]
         assert told[0]["cycles"][0]["adapter"] != told[1]["cycles"][0]["adapter"]
         assert of(told[0], "data") == of(told[1], "data")
-        assert {(row["source"], row["parent"]) for row in data(told[0], 2)} == {("base", "base")}
-        assert of(told[0], "data")[1:] != of(reinit[1], "data")[1:]
+        assert {(row["source"], row["parent"]) for row in data(told[0], 1)} == {("base", "base")}
+        assert of(told[0], "data")[1] != of(reinit[1], "data")[1]
 
     def test_a_remainder_of_a_batch_is_left_out(self, tmp_path):
         told = chain(tmp_path / "chain", cycles=2, phases=[writing(3), fitting()]).run()
         assert told["cycles"][1]["counts"]["mix"] == {"rows": 2, "left_over": 1, "sources": {"own": 2}}
         assert len(data(told, 1)) == 2
 
-    def test_templates_may_differ_between_training_and_asking(self, tmp_path):
+    def test_templates_may_differ_between_training_and_asking(self, reinit, tmp_path):
         told = chain(tmp_path / "chain", cycles=2, match_templates=False).run()
-        matched = chain(tmp_path / "matched", cycles=2).run()
         tokenizer = load_causal_lm("tiny:llama").tokenizer
-        for one, system in ((told, True), (matched, False)):
+        for one, system in ((told, True), (reinit[1], False)):
             for cycle in (0, 1):
                 texts = [tokenizer.decode(row["prompt_ids"]) for row in data(one, cycle)]
                 assert [text.startswith("<|im_start|>system\n<|im_end|>") for text in texts] == [system] * 4
