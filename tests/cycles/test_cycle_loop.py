@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,12 @@ from lightning_interp.cycles import Evaluate, Filter, FitSFT, Merge, Take
 from lightning_interp.models import Optimisation, load_causal_lm
 from lightning_interp.models.training.adapter_slot import AdapterSlot
 from lightning_interp.models.training.loss_callback import StepLosses
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_layer():
+    with mock.patch("lightning_interp.models.sources.tiny._LAYERS", 1):
+        yield
 
 
 @pytest.fixture(scope="module")

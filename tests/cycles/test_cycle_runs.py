@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from chains import POOL, SEED, chain, contents, data, fitting, lines, of, score, scores, writing
@@ -18,6 +19,12 @@ from lightning_interp.errors import DataError, ManifestError, RecipeError
 def fast(folder, **more):
     """A chain without evaluations."""
     return chain(folder, **{"phases": [writing(slices=3), fitting()], **more})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_layer():
+    with mock.patch("lightning_interp.models.sources.tiny._LAYERS", 1):
+        yield
 
 
 @pytest.fixture(scope="module")
