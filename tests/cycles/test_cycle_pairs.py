@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from chains import SEED, chain, data, lines, of, writing
@@ -25,6 +26,12 @@ def pairs(folder, fit=FIT, **more):
 
 def losses(result, cycle):
     return [row["loss"] for row in lines(Path(result["cycles"][cycle]["folder"]) / "phases/fit-dpo/metrics.jsonl")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_layer():
+    with mock.patch("lightning_interp.models.sources.tiny._LAYERS", 1):
+        yield
 
 
 @pytest.fixture(scope="module")
