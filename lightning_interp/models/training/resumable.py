@@ -103,6 +103,7 @@ def fit_or_go_on(
     last = folder / "checkpoints" / "last.ckpt"
     runner.fit(module, data, ckpt_path=str(last) if last.exists() else None)
     if every is not None:
+        keep.logged |= _numbers(runner)  # which a run that finds the training finished cannot log again
         runner.save_checkpoint(last, weights_only=False)
     for optimizer in runner.optimizers:  # parts of a Trainer refer to each other, and Python keeps such for long
         optimizer.state.clear()
