@@ -42,9 +42,9 @@ def test_every_cycle_of_pairs_begins_at_its_reference(init, rejected, tmp_path):
 
 
 def test_two_seeds_differ_and_one_repeats_in_any_folder(tmp_path):
-    told = fast(tmp_path / "ein Ordner/für 模型").run()
+    told = fast(tmp_path / "ein Mappe/für 模型").run()
     again, other = fast(tmp_path / "again").run(), fast(tmp_path / "other", seed=1).run()
-    assert contents(tmp_path / "again") == contents(tmp_path / "ein Ordner/für 模型")
+    assert contents(tmp_path / "again") == contents(tmp_path / "ein Mappe/für 模型")
     for name in ("adapter", "init_adapter", "data"):
         assert of(told, name) == of(again, name)
         assert not set(of(told, name)) & set(of(other, name))

@@ -80,10 +80,10 @@ class TestRequests:
 
 def test_what_was_cut_off_has_no_end_and_a_document_has_its_prefix():
     text = {"text": "lo", "token_ids": [7, 8], "end_id": None, "truncated": True}
-    row = written_row(text, [1, 2], {"prompt": "Hel"}, documents=False, row_id="r")
+    row = written_row(text, [1, 2], {"prompt": "Hol"}, documents=False, row_id="r")
     assert (row["prompt_ids"], learned(row), row["text"]) == ([1, 2], [7, 8], "lo")
-    whole = written_row({**text, "end_id": 9}, [1, 2], {"prompt": "Hel"}, documents=True, row_id="r")
-    assert (whole["prompt_ids"], learned(whole), whole["text"]) == ([], [1, 2, 7, 8, 9], "Hello")
+    whole = written_row({**text, "end_id": 9}, [1, 2], {"prompt": "Hol"}, documents=True, row_id="r")
+    assert (whole["prompt_ids"], learned(whole), whole["text"]) == ([], [1, 2, 7, 8, 9], "Hollo")
 
 
 def test_nothing_can_be_mixed_in_from_an_empty_seed():

@@ -67,7 +67,7 @@ def test_gradients_may_add_up_over_batches(tmp_path):
 @pytest.mark.parametrize(
     ("trainer", "said"),
     [
-        ({"acelerator": "cpu"}, "names 'acelerator', which is no argument of Lightning's Trainer"),
+        ({"accelerate": "cpu"}, "names 'accelerate', which is no argument of Lightning's Trainer"),
         ({"max_epochs": 3}, "sets max_epochs=3; use epochs of the phase"),
         ({"gradient_clip_val": 1.0}, r"sets gradient_clip_val=1\.0; use clip of the phase"),
         ({"enable_checkpointing": False}, "sets enable_checkpointing=False"),

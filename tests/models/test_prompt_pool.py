@@ -23,7 +23,7 @@ def test_files_and_lists_are_the_same_pool(tmp_path):
     [
         (["x", " "], r"prompts\[1\]: 'prompt' is ' '"),
         ([{"prompt": 3}], r"prompts\[0\]: 'prompt' is 3"),
-        ([{"promt": "x"}], r"prompts\[0\]: the keys are 'promt'"),
+        ([{"prompd": "x"}], r"prompts\[0\]: the keys are 'prompd'"),
         ([], "prompts holds no rows"),
     ],
 )
