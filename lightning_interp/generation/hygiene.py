@@ -30,8 +30,8 @@ class NearDuplicates:
         RecipeError: If a value means nothing.
 
     Example:
-        >>> NearDuplicates(n=2).grams("The  Fat cat")
-        {'the fat', 'fat cat'}
+        >>> sorted(NearDuplicates(n=2).grams("The  Fat cat"))
+        ['fat cat', 'the fat']
     """
 
     threshold: float = 0.9

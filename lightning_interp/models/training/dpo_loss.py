@@ -71,6 +71,7 @@ def dpo_terms(logps: Tensor, reference: Tensor, settings: DPOSettings = PREFEREN
         ``chosen_reward`` and ``rejected_reward`` (beta times the gain), each ``[pairs]``.
 
     Example:
+        >>> import torch
         >>> terms = dpo_terms(torch.tensor([-10.0, -11.0]), torch.tensor([-12.0, -10.0]))
         >>> round(float(terms["loss"]), 6), round(float(terms["margin"]), 6)
         (0.554355, 0.3)
