@@ -45,7 +45,7 @@ class CausalLM(Finetuned):
         dtype: Type of a named source's frozen weights.
         seed: Root seed of the adapter's start and of dropout.
         chunked_head: Make the logits of labelled tokens alone, some at a time (see :class:`ChunkedHead`): with 2,048
-            tokens and 49,152 words in a sixth of the memory. Under a frozen head, as with an adapter, that takes no
+            tokens and 49,152 words in under a sixth of the memory. Under a frozen head, as with an adapter, it takes no
             longer; the head's own part up to half as long again if it is trained. Numbers differ by rounding.
         **flat: Fields of :class:`Optimisation` under their own names, as checkpoints hold them.
 
