@@ -314,21 +314,17 @@ class _Chain:
         questions = [text for phase in asking for text in phase.asked()]
 
         def read(folder: Path) -> dict[str, Any]:
-            prompts: list[dict[str, Any]] = [{"prompt": ""}]
-            twice = 0
+            prompts, twice = list[dict[str, Any]]([{"prompt": ""}]), 0
             if source != "":
                 prompts, twice = title_prompts(source, getattr(seed, "n", None)) if titles else read_prompts(source)
-            names = {
-                normalised(one["prompt"] if "prompt" in one else one["messages"][-1]["content"]) for one in prompts
-            }
+            asked = (one["prompt"] if "prompt" in one else one["messages"][-1]["content"] for one in prompts)
+            names = set(map(normalised, asked))
             if shared := [text for text in questions if normalised(text) in names]:
-                raise DataError(
-                    f"The pool of prompts holds {shared[0]!r}, which Evaluate asks. Take it out of the pool."
-                )
+                raise DataError(f"The pool of prompts holds {shared[0]!r}, which Evaluate asks. Take it out of there.")
             slices = [] if settings.slices is None else prompt_slices(len(prompts), settings.slices)
             kind = "titles" if titles else "given" if source else "none"
-            told = {"source": kind, "sha256": digest(prompts), "prompts": len(prompts)}
-            told |= {"left_out": twice, "slices": slices}
+            told = {"source": kind, "sha256": digest(prompts), "prompts": len(prompts), "left_out": twice}
+            told["slices"] = slices
             write_json_lines(folder / "prompts.jsonl", prompts)
             atomic_write_json(folder / "pool.json", told)
             return told
@@ -377,9 +373,8 @@ class _Chain:
         chained = [self.told[-1]["digest"] if self.told else "", self._lines[before:]]
         told: dict[str, Any] = {"cycle": number, "folder": str(child.path), "digest": digest(chained)}
         told |= {kind: files.get(file) for kind, file in _KINDS.items()}
-        evaluated = {name for name, phase in plan.items() if isinstance(phase, Evaluate)}
-        told["counts"] = {name: result for name, result in results.items() if name not in evaluated}
-        told["evaluation"] = {name: results[name] for name in results if name in evaluated}
+        for kind, asked in (("counts", False), ("evaluation", True)):
+            told[kind] = {name: results[name] for name in plan if isinstance(plan[name], Evaluate) is asked}
         self.told.append(told)
         log.info("cycle %d of %d: %s", number, self.settings.cycles, told["digest"][:12])
 
